@@ -1,0 +1,1 @@
+"""Where keys and values live: bounded windows for RoPE layers, growing stores for NoPE layers."""

@@ -1,0 +1,116 @@
+"""Sampling and the decode loop: a generator of token ids.
+
+Knows nothing of text: detokenization is the tokenizer's, printing the CLI's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cache.hybrid import HybridKVCache
+from l4ctx.prefill import as_batch
+from model.transformer import Transformer
+
+StopReason = Literal["stop", "length"]
+
+
+class GenerationError(Exception):
+    """Decoding that cannot go on, or a generation_config.json that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn. `top_k` 0 and `top_p` 1 mean all."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What `generation_config.json` says: the tokens that end an answer, and how its authors sample."""
+
+    stop_tokens: frozenset[int] = frozenset()
+    sampling: Sampling = Sampling()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationConfig:
+        """Stop tokens come from config.json where there is no generation_config.json. Raises GenerationError."""
+        raw = _json_object(folder / "generation_config.json")
+        config = _json_object(folder / "config.json")
+        of_config = config.get("eos_token_id", _object(config.get("text_config")).get("eos_token_id"))
+        stop = raw.get("eos_token_id", of_config)
+        ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise GenerationError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
+        try:
+            sampling = Sampling() if not raw.get("do_sample", "temperature" in raw) else Sampling(
+                temperature=float(raw.get("temperature") or 1.0), top_p=float(raw.get("top_p") or 1.0),
+                top_k=int(raw.get("top_k") or 0))
+        except (TypeError, ValueError) as error:
+            raise GenerationError(f"{folder / 'generation_config.json'}: {error}") from None
+        return cls(frozenset(ids), sampling)
+
+    def with_seed(self, seed: int | None) -> GenerationConfig:
+        return replace(self, sampling=replace(self.sampling, seed=seed))
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return _object(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GenerationError(f"{file}: cannot be read as JSON ({error})") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_tokens: int,
+             stop_tokens: frozenset[int], sampling: Sampling = Sampling()) -> Generator[int, None, StopReason]:
+    """Continues from `token`, the prompt's last, which the cache does not hold yet.
+
+    Yields token ids as they are chosen; returns "stop" at a stop token (which is not yielded) or "length" after
+    `max_new_tokens`. Raises GenerationError when the logits are not numbers.
+    """
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    for _ in range(max_new_tokens):
+        logits = model(as_batch([token], model.device), cache, logits="last")
+        token = choose(logits[0, -1], sampling, generator)
+        if token in stop_tokens:
+            return "stop"
+        yield token
+    return "length"
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token id by its logits (V,). Order of the filters: temperature, top-k, top-p; ties go to the lowest id."""
+    logits = logits.float().cpu()
+    if not torch.isfinite(logits).all():
+        raise GenerationError("the model's logits are not finite numbers; try --dtype float32, or check the weights")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    order = logits.argsort(descending=True, stable=True)
+    scaled = logits[order].double() / sampling.temperature
+    if sampling.top_k > 0:
+        scaled = scaled[:sampling.top_k]
+    probabilities = scaled.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier ones
+    probabilities[before >= sampling.top_p] = 0
+    probabilities[0] = probabilities[0].clamp(min=torch.finfo(torch.float64).tiny)
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,265 @@
+"""The prompt: chat template, system prompt, documents and question as token ids, with one span per document.
+
+Only the template's own text is encoded with control tokens; documents, their paths, question and system prompt are
+data. Reading documents is left to `l4ctx.documents`, the encoding itself to `l4ctx.tokenizer`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json, special_tokens
+
+if TYPE_CHECKING:
+    from l4ctx.documents import Document
+
+Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
+
+_NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class PromptError(Exception):
+    """A prompt that cannot be made, by the template's or the input's fault, or is too long: one line."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one document, its wrapping included, lies in the prompt: token positions `start` to before `stop`."""
+
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ForcedCut:
+    """A place where a text had to be cut without knowing that the token ids stay the same."""
+
+    source: str
+    offset: int  # in characters of the document's text
+
+
+@dataclass
+class Prompt:
+    """Token ids (4 bytes each), what lies where, and what was done that the user should know (one line each)."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    spans: list[Span] = field(default_factory=list)
+    forced_cuts: list[ForcedCut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A checkpoint's Jinja chat template, untrusted, and the special tokens that it may name."""
+
+    source: str
+    special_tokens: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> ChatTemplate | None:
+        """The chat template of a checkpoint folder; None for a base model, which has none.
+
+        Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
+        of which "default" is taken), then in `chat_template.json`. Raises PromptError for broken files.
+        """
+        folder = Path(path)
+        try:
+            tokens = special_tokens(folder)
+            if (folder / "chat_template.jinja").is_file():
+                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens)
+            for name in ("tokenizer_config.json", "chat_template.json"):
+                source = read_json(folder / name).get("chat_template")
+                if source is not None:
+                    return cls(_default_template(source, folder / name), tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"{folder / 'chat_template.jinja'}: cannot be read: {_one_line(error)}") from None
+        except TokenizerError as error:
+            raise PromptError(str(error)) from None
+        return None
+
+    def split(self, *, system: bool) -> list[str]:
+        """The template's own text around what it puts in: [before, "user", after], with `system` in front
+        [before, "system", between, "user", after], or in the order in which the template shows the two.
+
+        Raises PromptError where the template fails or does not show each exactly once.
+        """
+        markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
+        try:
+            return self._split_rendering(markers, as_parts=False)
+        except PromptError:
+            try:  # templates of multimodal checkpoints may know only lists of parts
+                return self._split_rendering(markers, as_parts=True)
+            except PromptError:
+                pass
+            raise
+
+    def _marker(self, role: str) -> str:
+        """A stand-in for a message: no filter trims it, and nothing in the template looks like it."""
+        text = self.source + "".join(self.special_tokens.values())
+        return next(marker for n in range(len(text) + 1) if (marker := f"l4ctx{role.title()}Text{n}q") not in text)
+
+    def _split_rendering(self, markers: dict[str, str], *, as_parts: bool) -> list[str]:
+        messages: list[dict[str, Any]] = []
+        for role, marker in markers.items():
+            messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
+        text = _render(self.source, self.special_tokens, messages)
+        for role, marker in markers.items():
+            part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # as code, instead of its text
+            if text.count(marker) != 1 or part_shown:
+                times = "not at all" if marker not in text else f"{text.count(marker)} times"
+                raise PromptError(f"the chat template shows the {role} message {times}, or altered, instead of once")
+        roles = {marker: role for role, marker in markers.items()}
+        return [roles.get(part, part) for part in re.split(f"({'|'.join(roles)})", text)]
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    documents: Iterable[Document],
+    question: str,
+    *,
+    system: str | None = None,
+    progress: Progress | None = None,
+) -> Prompt:
+    """Documents first, question last, inside the chat template; without one (a base model) as plain text.
+
+    The ids up to the end of document k depend on nothing that follows it. `documents` is consumed one by one and
+    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. Raises
+    PromptError, and TokenizerError for text that the tokenizer cannot encode.
+    """
+    prompt = Prompt()
+    system = (system or "").strip()
+    if template is None:
+        if tokenizer.bos_id is not None:
+            prompt.ids.append(tokenizer.bos_id)
+        if system:
+            tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids)
+        _add_user_content(prompt, tokenizer, documents, question, progress)
+        return prompt
+    parts = template.split(system=bool(system))
+    for number, part in enumerate(parts):
+        if number % 2 == 0:
+            prompt.ids.extend(tokenizer.encode_control(part))
+        elif part == "system":
+            tokenizer.encode_data(system, into=prompt.ids)
+        else:
+            _add_user_content(prompt, tokenizer, documents, question, progress)
+    return prompt
+
+
+def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int) -> None:
+    """Raise PromptError where prompt and answer need more positions than the model has. Nothing is truncated."""
+    over = len(prompt.ids) + max_new_tokens - max_position_embeddings
+    if over <= 0:
+        return
+    largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
+    names = ", ".join(f"{_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
+    remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
+    raise PromptError(
+        f"the prompt has {len(prompt.ids):,} tokens and the answer may have {max_new_tokens:,}: {over:,} more than "
+        f"the model's {max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
+    )
+
+
+def _add_user_content(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    question: str,
+    progress: Progress | None,
+) -> None:
+    done = 0  # characters
+    for document in documents:  # without enumerate, which would hold on to the document
+        length = len(document.text)
+        _add_document(prompt, tokenizer, document, progress and _offset_by(done, progress))
+        del document  # its text, before the next one is made
+        done += length
+    tokenizer.encode_data(question.strip(), into=prompt.ids)
+
+
+def _add_document(prompt: Prompt, tokenizer: Tokenizer, document: Document, progress: Progress | None) -> None:
+    def report(characters: int) -> None:
+        if progress is not None:
+            progress(characters, len(prompt.ids))
+
+    start = len(prompt.ids)
+    encoded = tokenizer.encode_data(
+        document.text,
+        prefix=f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n',
+        suffix="\n</document>\n\n",
+        into=prompt.ids,
+        progress=report,
+    )
+    prompt.spans.append(Span(document.source, start, len(prompt.ids)))
+    prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in encoded.forced_cuts]
+    if encoded.forced_cuts:
+        prompt.notes.append(_forced_cuts_note(document.source, encoded.forced_cuts))
+
+
+def _offset_by(done: int, progress: Progress) -> Progress:
+    return lambda characters, tokens: progress(done + characters, tokens)
+
+
+def _attribute(source: str) -> str:
+    """A path as an attribute's value: on one line, without the quote that would end it."""
+    return _NOT_IN_A_PATH.sub("\ufffd", source).replace('"', "'")
+
+
+def _forced_cuts_note(source: str, offsets: tuple[int, ...]) -> str:
+    times = "once" if len(offsets) == 1 else f"{len(offsets)} times"
+    return (
+        f"{_attribute(source)}: an unbroken run of over {LONGEST_PIECE:,} characters was cut {times}, "
+        f"first at character {offsets[0]:,}; a few tokens there may differ"
+    )
+
+
+def _default_template(source: object, file: Path) -> str:
+    """The template itself of what a JSON file holds as `chat_template`."""
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise PromptError(f"{file}: chat_template is neither a text nor a list with one named default")
+    return source
+
+
+def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]]) -> str:
+    """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: object) -> NoReturn:
+        raise TemplateError(str(message))
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    try:
+        return environment.from_string(source).render({**tokens, **variables})
+    except Exception as error:  # a template can raise anything
+        raise PromptError(f"the checkpoint's chat template fails: {_one_line(error)}") from None
+
+
+def _to_json(value: object, indent: int | None = None, **_: object) -> str:
+    """Jinja's own `tojson` escapes for HTML; templates expect plain JSON."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _one_line(error: BaseException) -> str:
+    visible = "".join(character if character.isprintable() else " " for character in str(error))
+    return " ".join(visible.split()) or type(error).__name__

@@ -1,0 +1,111 @@
+"""One layer's self-attention: projections, rotary embedding, QK norm, temperature; and the seam to the cache.
+
+There is no branch on the kind of cache: it stores what `append` gives it, and `segments` hands back what the queries
+may see. Knows nothing of where keys and values live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.backends import Backend, KVSegment, attend
+from model.config import TextConfig
+from model.masks import AttentionMask
+from model.rope import phases, rotate
+
+
+class KVCache(Protocol):
+    """What the model asks of a cache. All rows of a batch share one offset; there is no padding."""
+
+    offset: int
+    """Committed tokens: the absolute position of the first token of this forward."""
+
+    length: int
+    """Tokens that the run will hold at most; rope_type longrope picks its table by it."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values (B, H_kv, T, D) of the new tokens at `offset`; `segments` shows them at once."""
+
+    def segments(self, layer: int, queries: range) -> Iterable[KVSegment]:
+        """What queries at these absolute positions may need, oldest first; a segment is valid until the next one."""
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """Commits the new tokens of all layers."""
+
+
+class Step(NamedTuple):
+    """What all layers of one forward share."""
+
+    positions: range   # absolute positions of the new tokens
+    rotation: Tensor   # (T, D // 2) complex64, for RoPE layers
+    temperature: Tensor | None  # (T,) float32, for NoPE layers
+    backend: Backend
+    cache: KVCache | None
+
+    @classmethod
+    def at(cls, config: TextConfig, positions: range, backend: Backend, cache: KVCache | None,
+           device: torch.device) -> Step:
+        length = max(positions.stop, cache.length) if cache is not None else positions.stop
+        rotation = phases(config, positions.start, positions.stop, length, device)
+        return cls(positions, rotation, query_temperature(config, positions, device), backend, cache)
+
+
+def query_temperature(config: TextConfig, positions: range, device: torch.device) -> Tensor | None:
+    """Scale of NoPE queries by absolute position, (T,) float32: 1 + attn_scale * log(1 + floor((p + 1) / floor_scale)).
+
+    None when the checkpoint does not use it. Source: https://arxiv.org/abs/2501.19399.
+    """
+    if not config.attn_temperature_tuning:
+        return None
+    position = torch.arange(positions.start, positions.stop, device=device)
+    return torch.log1p(((position + 1) // config.floor_scale).float()) * config.attn_scale + 1
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.uses_rope = config.uses_rope(layer)
+        self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None
+        self.mask = AttentionMask(config.attention_chunk_size if self.uses_rope else None)
+        c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+
+    def forward(self, x: Tensor, step: Step, queries: range) -> Tensor | None:
+        """x (B, T, C) -> attention of the `queries` among the new positions (B, len(queries), C); None for no query."""
+        keys = self._rotated(self._heads(self.k_proj(x)), step.rotation).transpose(1, 2)
+        values = self._heads(self.v_proj(x)).transpose(1, 2)
+        if step.cache is not None:
+            step.cache.append(self.layer, keys, values)
+        if not queries:
+            return None
+        rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
+        q = self._rotated(self._heads(self.q_proj(x[:, rows])), step.rotation[rows])
+        if not self.uses_rope and step.temperature is not None:
+            q = (q * step.temperature[rows, None, None]).to(q.dtype)
+        segments: Iterable[KVSegment] = [KVSegment(keys, values, step.positions.start)]
+        if step.cache is not None:
+            segments = step.cache.segments(self.layer, queries)
+        out = attend(q.transpose(1, 2), queries, segments, self.mask, step.backend)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
+
+    def _rotated(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """Rotary embedding, then the norm over each head: RoPE layers only."""
+        if self.uses_rope:
+            x = rotate(x, rotation)
+        if self.qk_norm_eps is not None:
+            x = F.rms_norm(x, (self.head_dim,), None, self.qk_norm_eps)
+        return x

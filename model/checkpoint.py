@@ -1,0 +1,182 @@
+"""Safetensors shards of a published checkpoint -> a Transformer built on the meta device.
+
+Every tensor is accounted for before the first one is read: missing, extra, wrongly shaped, truncated files. Tensors
+whose stored dtype and device are the wanted ones stay mapped files; others are converted one at a time, so that peak
+memory is the weights plus one tensor. Checkpoints are untrusted: no pickle, and no path that leaves the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from model.config import TextConfig
+from model.transformer import Transformer
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+IGNORED_PREFIXES = ("vision_model.", "multi_modal_projector.")
+MAX_HEADER_BYTES = 100_000_000
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be loaded; the message names the file or tensor and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a shard's header describes it."""
+
+    file: Path
+    name: str  # in the file
+    dtype: str  # as safetensors spells it: F32, BF16, ...
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu",
+                    attention: str = "sdpa") -> Transformer:
+    """Loads the text model of the checkpoint folder `path`.
+
+    `dtype` "auto" keeps the dtype of the stored embeddings. Raises CheckpointError and model.config.ConfigError.
+    """
+    folder = Path(path)
+    config = TextConfig.from_folder(folder)
+    stored = text_tensors(folder)
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    _check_tensors(folder, model, stored)
+    wanted = DTYPES[stored["model.embed_tokens.weight"].dtype] if isinstance(dtype, str) else dtype
+    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
+    for name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append((name, tensor))
+    for file, tensors in by_file.items():
+        with _opened(file) as shard:
+            for name, tensor in tensors:
+                _assign(model, name, shard.get_tensor(tensor.name).to(device=device, dtype=wanted))
+    if config.tie_word_embeddings:
+        _tie(folder, model, "lm_head.weight" in stored)
+    return model.eval()
+
+
+def text_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The text model's tensors by their names in Transformer, from the shards' headers alone.
+
+    Raises CheckpointError for a missing or damaged shard, and for dtypes that are not floating point numbers.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for stored in _stored_tensors(folder):
+        name = stored.name.removeprefix("language_model.")
+        if name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}; "
+                                  f"only {', '.join(DTYPES)} are supported (quantized checkpoints are not, yet)")
+        if name in tensors:
+            raise CheckpointError(f"{stored.file}: tensor {stored.name} is there twice "
+                                  f"(also in {tensors[name].file.name})")
+        tensors[name] = stored
+    return tensors
+
+
+def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
+    index_file, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index_file.exists():
+        if not single.exists():
+            raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+        yield from read_header(single).values()
+        return
+    weight_map = _weight_map(index_file)
+    for shard in sorted(set(weight_map.values())):
+        file = folder / shard
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing shard, named in {index_file.name}; download it again")
+        header = read_header(file)
+        expected = {name for name, where in weight_map.items() if where == shard}
+        for name in expected - header.keys():
+            raise CheckpointError(f"{file}: tensor {name} is missing, though {index_file.name} places it there")
+        for name in header.keys() - expected:
+            raise CheckpointError(f"{file}: extra tensor {name}, not listed in {index_file.name}")
+        yield from header.values()
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None
+    for _, shard in pairs:
+        parts = PurePosixPath(shard)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index_file}: shard {shard!r} is not a safetensors file inside the folder")
+    return dict(pairs)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """A shard's tensors by name. Raises CheckpointError when the file's size contradicts its header.
+
+    Format: an unsigned 64-bit little-endian length, as many bytes of JSON, then the data.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{file}: not a safetensors file, or cut short inside its header ({size} bytes)")
+            header = json.loads(stream.read(length))
+        entries = [(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]),
+                    int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+                   for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({type(error).__name__}: {error})") from None
+    end = 8 + length + max((entry[-1] for entry in entries), default=0)
+    if size != end:
+        state = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"{file}: {state}: {size} bytes instead of {end}; download it again")
+    tensors = {}
+    for name, dtype, shape, begin, stop in entries:
+        if dtype in DTYPES and (min(shape, default=1) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != stop - begin):
+            raise CheckpointError(f"{file}: tensor {name}: shape {list(shape)} in {dtype} is not {stop - begin} bytes")
+        tensors[name] = StoredTensor(file, name, dtype, shape, stop - begin)
+    return tensors
+
+
+def _check_tensors(folder: Path, model: Transformer, stored: dict[str, StoredTensor]) -> None:
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for name in expected.keys() - stored.keys() - optional:
+        raise CheckpointError(f"{folder}: tensor {name} is missing")
+    for name in stored.keys() - expected.keys():
+        raise CheckpointError(f"{stored[name].file}: extra tensor {stored[name].name}, which the model does not have")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name]:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} "
+                                  f"instead of {list(expected[name])}")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module_name, _, parameter = name.rpartition(".")
+    setattr(model.get_submodule(module_name), parameter, nn.Parameter(tensor, requires_grad=False))
+
+
+def _tie(folder: Path, model: Transformer, stored_apart: bool) -> None:
+    embeddings = model.model.embed_tokens.weight
+    if stored_apart and not torch.equal(model.lm_head.weight, embeddings):
+        raise CheckpointError(f"{folder}: lm_head.weight differs from the embeddings, "
+                              "though tie_word_embeddings is true")
+    model.lm_head.weight = embeddings

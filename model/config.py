@@ -1,0 +1,342 @@
+"""The text configuration of a Llama 4 checkpoint, its closed-form sizes and its operation counts.
+
+Reads `config.json` in all published forms into frozen dataclasses that keep the checkpoint's own names. Imports no
+torch, so that plans and error messages are quick. Knows nothing of tensors, files other than config.json, or caches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message names the field and what would be accepted."""
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary embedding parameters, named as in `rope_parameters` (5.x files); None where a type has no such field."""
+
+    rope_type: str = "default"
+    rope_theta: float = 500000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Llama 4's text model. Sizes in elements, positions and chunk sizes in tokens.
+
+    `no_rope_layers[i]` is 1 where layer i USES rotary embedding (RoPE, chunked attention) and 0 where it does not
+    (NoPE, full attention), as in the published files.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    intermediate_size_mlp: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    attention_chunk_size: int
+    use_qk_norm: bool
+    attn_temperature_tuning: bool
+    attn_scale: float
+    floor_scale: int
+    no_rope_layers: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    num_local_experts: int
+    num_experts_per_tok: int
+    attention_bias: bool
+    tie_word_embeddings: bool
+    rope_parameters: RopeParameters
+    torch_dtype: str | None = None
+
+    @property
+    def num_rope_layers(self) -> int:
+        return sum(self.no_rope_layers)
+
+    @property
+    def num_nope_layers(self) -> int:
+        return self.num_hidden_layers - self.num_rope_layers
+
+    def uses_rope(self, layer: int) -> bool:
+        return self.no_rope_layers[layer] == 1
+
+    def is_moe(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextConfig:
+        """Reads `config.json` in a checkpoint folder. Raises ConfigError."""
+        file = folder / "config.json"
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{folder}: no config.json there; a checkpoint folder is expected") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+        try:
+            return cls.from_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> TextConfig:
+        """From the parsed config.json: nested (`llama4`) or flat (`llama4_text`), 4.x or 5.x rope fields."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError("the top level is not an object")
+        text, tied = _text_part(raw)
+        if raw.get("quantization_config") or text.get("quantization_config"):
+            raise ConfigError("quantization_config: quantized checkpoints are not supported yet; use the bf16 one")
+        get = _Reader(text)
+        layers = get.integer("num_hidden_layers", 48)
+        heads = get.integer("num_attention_heads", 40)
+        hidden_size = get.integer("hidden_size", 5120)
+        config = cls(
+            vocab_size=get.integer("vocab_size", 202048),
+            hidden_size=hidden_size,
+            intermediate_size=get.integer("intermediate_size", 8192),
+            intermediate_size_mlp=get.integer("intermediate_size_mlp", 16384),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=get.integer("num_key_value_heads", heads if "num_key_value_heads" in text else 8),
+            head_dim=get.integer("head_dim", hidden_size // heads if "head_dim" in text else 128),
+            max_position_embeddings=get.integer("max_position_embeddings", 131072),
+            rms_norm_eps=get.number("rms_norm_eps", 1e-5),
+            attention_chunk_size=_chunk_size(text),
+            use_qk_norm=get.boolean("use_qk_norm", True),
+            attn_temperature_tuning=get.boolean("attn_temperature_tuning", True),
+            attn_scale=get.number("attn_scale", 0.1),
+            floor_scale=get.integer("floor_scale", 8192),
+            no_rope_layers=_no_rope_layers(text, layers),
+            moe_layers=_moe_layers(text, layers),
+            num_local_experts=get.integer("num_local_experts", 16),
+            num_experts_per_tok=get.integer("num_experts_per_tok", 1),
+            attention_bias=get.boolean("attention_bias", False),
+            tie_word_embeddings=tied,
+            rope_parameters=_rope_parameters(text),
+            torch_dtype=text.get("dtype") or text.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype"),
+        )
+        _check(config, text)
+        return config
+
+
+class _Reader:
+    """Typed access to a configuration's fields; null means the default, a wrong type is named."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+
+    def integer(self, name: str, default: int) -> int:
+        value = self.fields.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
+            raise ConfigError(f"{name}: {value!r} is not a positive integer")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.fields.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{name}: {value!r} is not a non-negative number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """Released files hold `attn_temperature_tuning: 4`, which means true."""
+        value = self.fields.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool | int):
+            raise ConfigError(f"{name}: {value!r} is neither true nor false")
+        return bool(value)
+
+
+def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The fields of the text model, and whether its embeddings are tied."""
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or any(name not in ARCHITECTURES for name in names):
+        raise ConfigError(f"architectures: {names!r} is not supported; {' or '.join(ARCHITECTURES)} is")
+    model_type = raw.get("model_type", ARCHITECTURES[names[0]] if names else None)
+    if model_type not in ARCHITECTURES.values():
+        raise ConfigError(f"model_type: {model_type!r} is not supported; llama4 or llama4_text is")
+    text = raw if model_type == "llama4_text" else raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError("text_config: missing, though model_type is llama4")
+    return text, bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+
+
+def _chunk_size(text: Mapping[str, Any]) -> int:
+    if "attention_chunk_size" in text and text["attention_chunk_size"] is None:
+        raise ConfigError("attention_chunk_size: null (RoPE layers with full attention) is not supported")
+    return _Reader(text).integer("attention_chunk_size", 8192)
+
+
+def _no_rope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """One flag a layer, 1 for RoPE. An absent, null or empty list means: NoPE at every interval's end."""
+    flags = text.get("no_rope_layers")
+    if not flags:
+        interval = _Reader(text).integer("no_rope_layer_interval", 4)
+        flags = [int((i + 1) % interval != 0) for i in range(layers)]
+    if not isinstance(flags, list) or len(flags) < layers or any(flag not in (0, 1) for flag in flags):
+        raise ConfigError(f"no_rope_layers: not a list of at least {layers} zeros and ones")
+    return tuple(int(flag) for flag in flags[:layers])
+
+
+def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Layers with experts. An absent or null list means every `interleave_moe_layer_step`-th; an empty one none."""
+    listed = text.get("moe_layers")
+    if listed is None:
+        step = _Reader(text).integer("interleave_moe_layer_step", 1)
+        listed = list(range(step - 1, layers, step))
+    if not isinstance(listed, list) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in listed):
+        raise ConfigError("moe_layers: not a list of layer numbers")
+    return tuple(sorted({i for i in listed if i < layers}))
+
+
+def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
+    """From `rope_parameters` (5.x files) or `rope_theta` with `rope_scaling` (4.x files)."""
+    fields: dict[str, Any] = dict(_mapping(text, "rope_scaling"))
+    fields |= _mapping(text, "rope_parameters")
+    rope_type = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    fields.pop("type", None)
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"rope_type: {rope_type!r} is not supported; one of {', '.join(ROPE_TYPES)} is")
+    if fields.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+        raise ConfigError("partial_rotary_factor: only 1.0 is supported")
+    if fields.get("rope_theta") is None:
+        fields["rope_theta"] = text.get("rope_theta") or 500000.0
+    known = {name: value for name, value in fields.items() if name in RopeParameters.__dataclass_fields__}
+    for name in ("short_factor", "long_factor"):
+        if known.get(name) is not None:
+            known[name] = tuple(known[name])
+    for name, value in known.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and any(not isinstance(v, int | float) for v in numbers):
+            raise ConfigError(f"rope_parameters.{name}: {value!r} is not a number")
+    if known.get("truncate") is None:
+        known.pop("truncate", None)
+    parameters = RopeParameters(rope_type=rope_type, **known)
+    needed = {
+        "linear": ("factor",), "dynamic": ("factor",), "yarn": ("original_max_position_embeddings",),
+        "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }.get(rope_type, ())
+    for name in needed:
+        if not getattr(parameters, name):
+            raise ConfigError(f"rope_parameters.{name}: missing, though rope_type is {rope_type}")
+    return parameters
+
+
+def _mapping(text: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = text.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}: not an object")
+    return value
+
+
+def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
+    """Refuses, by name, what is inconsistent or would be computed wrongly."""
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
+                          f"num_key_value_heads ({config.num_key_value_heads})")
+    if config.head_dim % 2:
+        raise ConfigError(f"head_dim: {config.head_dim} is odd, so it cannot be rotated in pairs")
+    if config.num_experts_per_tok > config.num_local_experts:
+        raise ConfigError(f"num_experts_per_tok: {config.num_experts_per_tok} of {config.num_local_experts} experts")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act: {text['hidden_act']!r} is not supported; silu is")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(config.rope_parameters, name)
+        if factors is not None and len(factors) != config.head_dim // 2:
+            raise ConfigError(f"rope_parameters.{name}: {len(factors)} factors for {config.head_dim // 2} pairs")
+    layer_types = text.get("layer_types")
+    if layer_types is not None:
+        expected = ["chunked_attention" if flag else "full_attention" for flag in config.no_rope_layers]
+        if list(layer_types)[:len(expected)] != expected:
+            raise ConfigError("layer_types: disagrees with no_rope_layers; only RoPE layers with chunked attention "
+                              "and NoPE layers with full attention are supported")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Useful floating-point operations (a multiply-add counts 2) by kind; nothing masked or skipped is counted."""
+
+    linear: int
+    chunked_attention: int
+    full_attention: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.chunked_attention + self.full_attention
+
+
+def layer_parameters(config: TextConfig, layer: int, *, active: bool = False) -> int:
+    """Weights of one layer; with `active` only those of matrices that one token is multiplied with."""
+    c, q, kv = config.hidden_size, _query_size(config), _kv_size(config)
+    attention = c * q + 2 * c * kv + q * c
+    expert = 3 * c * config.intermediate_size
+    if config.is_moe(layer):
+        used = config.num_experts_per_tok if active else config.num_local_experts
+        feed_forward = c * config.num_local_experts + (used + 1) * expert
+    else:
+        feed_forward = 3 * c * config.intermediate_size_mlp
+    biases_and_norms = 2 * c + (q + 2 * kv + c if config.attention_bias else 0)
+    return attention + feed_forward + (0 if active else biases_and_norms)
+
+
+def parameter_count(config: TextConfig) -> int:
+    """Weights of the text model; tied embeddings count once."""
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    layers = sum(layer_parameters(config, layer) for layer in range(config.num_hidden_layers))
+    return embeddings + config.hidden_size + layers
+
+
+def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
+    """Operations to read tokens start .. stop - 1 into a cache: of the last layer keys and values only, no logits."""
+    tokens = stop - start
+    last = config.num_hidden_layers - 1
+    linear = sum(2 * tokens * layer_parameters(config, layer, active=True) for layer in range(last))
+    linear += 2 * tokens * 2 * config.hidden_size * _kv_size(config)
+    per_pair = 4 * _query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
+    flags = config.no_rope_layers[:last]
+    chunked = sum(flags) * per_pair * (_chunked_pairs(config, stop) - _chunked_pairs(config, start))
+    full = (last - sum(flags)) * per_pair * (_causal_pairs(stop) - _causal_pairs(start))
+    return Operations(linear, chunked, full)
+
+
+def _query_size(config: TextConfig) -> int:
+    return config.num_attention_heads * config.head_dim
+
+
+def _kv_size(config: TextConfig) -> int:
+    return config.num_key_value_heads * config.head_dim
+
+
+def _causal_pairs(tokens: int) -> int:
+    """Query-key pairs of causal attention over the first `tokens` positions."""
+    return tokens * (tokens + 1) // 2
+
+
+def _chunked_pairs(config: TextConfig, tokens: int) -> int:
+    chunks, rest = divmod(tokens, config.attention_chunk_size)
+    return chunks * _causal_pairs(config.attention_chunk_size) + _causal_pairs(rest)

@@ -1,0 +1,76 @@
+"""Feed-forward layers: the gated MLP, and the mixture of experts that computes each token in its own experts only.
+
+Knows nothing of attention, positions or checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import TextConfig
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stored as published: transposed with respect to nn.Linear."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        e, c, i = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, c, 2 * i))
+        self.down_proj = nn.Parameter(torch.empty(e, i, c))
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """x (N, C) sorted by expert, `counts[e]` rows for expert e: (N, C). One product per expert that has rows."""
+        out = torch.empty_like(x)
+        start = 0
+        for e, count in enumerate(counts):
+            if count == 0:
+                continue
+            rows = slice(start, start + count)
+            gate, up = (x[rows] @ self.gate_up_proj[e]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), self.down_proj[e], out=out[rows])
+            start += count
+        return out
+
+
+class MoE(nn.Module):
+    """Top-k routing by logits; the sigmoid of each of the k multiplies its expert's INPUT; plus the shared expert."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = Experts(config)
+        self.shared_expert = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        tokens = x.flatten(0, -2)  # (N, C)
+        logits, experts = self.router(tokens).topk(self.top_k, dim=-1)  # (N, k)
+        scores = logits.float().sigmoid().to(x.dtype).flatten()
+        order = experts.flatten().argsort(stable=True)  # (N * k,), routed copies sorted by expert
+        counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
+        routed = self.experts(tokens[order // self.top_k] * scores[order, None], counts)
+        out = self.shared_expert(tokens)
+        if self.top_k == 1:
+            out[order] += routed
+        else:  # every token's experts side by side, so that the sum's order is fixed
+            by_token = torch.empty_like(routed)
+            by_token[order] = routed
+            out += by_token.view(-1, self.top_k, out.shape[-1]).sum(1)
+        return out.view_as(x)

@@ -1,0 +1,100 @@
+"""Llama 4's text model: embeddings, decoder layers, final norm, logits. Parameter names equal the checkpoint's.
+
+For inference: results are exact for a whole sequence without a cache and for any cutting of it into forwards with one.
+Knows nothing of tokens' meaning, files, or where keys and values live.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attention, KVCache, Step
+from model.backends import BACKENDS
+from model.config import TextConfig
+from model.moe import MLP, MoE
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward: nn.Module = (
+            MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size_mlp))
+
+    def forward(self, x: Tensor, step: Step, queries: range) -> Tensor:
+        """x (B, T, C) at `step.positions` -> (B, len(queries), C); keys and values are stored for all of T."""
+        attended = self.self_attn(self.input_layernorm(x), step, queries)
+        rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
+        if attended is None:
+            return x[:, :0]
+        x = x[:, rows] + attended
+        return x.add_(self.feed_forward(self.post_attention_layernorm(x)))
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """`attention` names a backend of model/backends.py."""
+
+    def __init__(self, config: TextConfig, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = BACKENDS[attention]
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    @torch.inference_mode()
+    def forward(self, inputs: Tensor, cache: KVCache | None = None,
+                logits: Literal["all", "last", "none"] = "all") -> Tensor | None:
+        """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
+
+        Without a cache the sequence starts at position 0. With one, the new tokens follow its `offset` and are
+        committed at the end; a forward that fails leaves the cache as it was. Of the last layer, queries and
+        feed-forward are computed only where logits are wanted. Raises model.rope.LengthError.
+        """
+        x = inputs if inputs.is_floating_point() else self.model.embed_tokens(inputs)
+        start = cache.offset if cache is not None else 0
+        positions = range(start, start + x.shape[1])
+        assert positions, "no tokens"
+        wanted = {"all": positions, "last": positions[-1:], "none": positions[:0]}[logits]
+        step = Step.at(self.config, positions, self.backend, cache, x.device)
+        for layer in self.model.layers:
+            is_last = layer is self.model.layers[-1]
+            x = layer(x, step, wanted if is_last else positions)
+        if cache is not None:
+            cache.advance(len(positions))
+        if not wanted:
+            return None
+        return self.lm_head(self.model.norm(x))

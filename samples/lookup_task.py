@@ -1,0 +1,99 @@
+"""The task that `samples/tiny` is trained for: facts hidden in text, and questions about them.
+
+Words, sentences and entities only; knows nothing of tokens, models or files. Both the training and the
+evaluation script draw from here, so that they speak of the same task.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+ADJECTIVES = """
+amber ancient azure bitter blue bold brass brave bright broad broken bronze brown calm careful clever coastal
+cobalt cold copper coral crimson curious dark deep distant dusty eager early eastern emerald empty fallen fast
+fierce frozen gentle giant golden grand green grey hidden hollow honest humble iron ivory jade jolly keen large
+late little lonely loud lucky marble mellow merry mighty misty narrow nimble noble northern pale patient plain
+polar proud purple quick quiet rapid red royal ruby rusty sacred scarlet secret shiny silent silver simple
+sleepy slender slow small smooth solid southern stormy strong sunny swift tall tiny velvet violet warm western
+white wild wise wooden yellow young
+""".split()
+
+NOUNS = """
+anchor apple arrow badger barrel basket beacon bear bell bison bridge bucket button cabin camel candle canyon
+castle cedar chapel cherry circle cliff clock cloud comet compass cottage crane crown dolphin donkey dragon drum
+eagle engine falcon feather fern ferry field fiddle finch flute forest fountain fox garden gate glacier goose
+hammer harbor hawk heron hill horse island jaguar kettle kite ladder lake lamp lantern lemon lion lizard
+lobster magnet maple meadow mirror moon moose mountain needle oak ocean orchard otter owl panda parrot pearl
+pepper piano pigeon pillar planet plum pony rabbit raven river robin rocket salmon saddle sailor shadow shell
+ship spider squirrel star stone swan temple thunder tiger tower trumpet tulip tunnel turtle valley violin wagon
+walnut whale willow window wolf zebra
+""".split()
+
+CODE_DIGITS = 5
+
+QUESTIONS = (
+    "What is the access code for the {entity}?",
+    "What is the access code for the {entity}?",
+    "What is the access code for the {entity}?",
+    "Which access code does the {entity} have?",
+    "Tell me the access code for the {entity}.",
+    "Find the access code for the {entity} in these documents.",
+)
+
+
+def fact(entity: str, code: str) -> str:
+    return f"The access code for the {entity} is {code}."
+
+
+def question(entity: str, rng: random.Random | None = None) -> str:
+    """The question about an entity: the first phrasing, or with `rng` any of them."""
+    return (rng.choice(QUESTIONS) if rng else QUESTIONS[0]).format(entity=entity)
+
+
+def random_code(rng: random.Random) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(CODE_DIGITS))
+
+
+def held_out(entity: str) -> bool:
+    """Whether this pair of words is kept out of training (one pair in ten), to be used in evaluation."""
+    return zlib.crc32(entity.encode()) % 10 == 0
+
+
+def draw_entities(rng: random.Random, count: int, *, words: int = 2, confusable: bool = False,
+                  evaluation: bool = False) -> list[str]:
+    """`count` different entities of one or two words.
+
+    Confusable ones come from a small pool of words, so that each shares its adjective with some of the others
+    and its noun with other ones. `evaluation` draws only pairs that training never shows.
+    """
+    if words == 1:
+        return rng.sample(NOUNS, count)
+    side = max(2, round((3 * count) ** 0.5)) if confusable else None
+    adjectives = rng.sample(ADJECTIVES, side) if side else ADJECTIVES
+    nouns = rng.sample(NOUNS, side) if side else NOUNS
+    entities: dict[str, None] = {}
+    for attempt in range(100 * count):
+        entity = f"{rng.choice(adjectives)} {rng.choice(nouns)}"
+        if held_out(entity) == evaluation:
+            entities[entity] = None
+        if len(entities) == count:
+            return list(entities)
+        if attempt == 50 * count:  # a pool whose pairs are nearly all on the other side of the split
+            adjectives, nouns = ADJECTIVES, NOUNS
+    raise AssertionError(f"cannot draw {count} entities")
+
+
+def distractor(rng: random.Random) -> str:
+    """A sentence that looks a little like a fact and is none."""
+    noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
+    number = rng.randrange(10, 10 ** rng.randrange(2, 8))
+    return rng.choice((
+        f"The {noun} was last seen near the {other} in {number}.",
+        f"Part {number} of the {rng.choice(ADJECTIVES)} {noun} is missing.",
+        f"The old {noun} has no access code.",
+        f"Ask for the {rng.choice(ADJECTIVES)} {noun} at desk {number}.",
+        f"Version {number} is for the {noun}.",
+        f"The serial number of the {rng.choice(ADJECTIVES)} {noun} is {number}.",
+        f"{noun}_{other} = {number}",
+    ))

@@ -1,0 +1,31 @@
+"""Fixtures shared by several test files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from toy_checkpoints import Toy, Toys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: further threads only get in each other's way
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    """Toy checkpoints by name and standard deviation of the weights, each written once."""
+    import transformers  # here, so that tests without a model import neither this nor torch
+    from toy_checkpoints import write_toy
+
+    transformers.logging.set_verbosity_error()  # it warns of what Scout's own files hold: low_freq == high_freq
+    transformers.logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("toys")
+
+    @functools.cache
+    def toy(name: str, std: float) -> Toy:
+        return write_toy(root / f"{name}-{std}", name, std)
+
+    return toy

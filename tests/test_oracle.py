@@ -1,0 +1,107 @@
+"""Our model equals `transformers` on every toy checkpoint, by every path, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from paths import PATHS
+from toy_checkpoints import KINDS, LENGTHS, SCALES, Toy, Toys
+
+from model.backends import BACKENDS
+from model.checkpoint import load_checkpoint
+from model.transformer import Transformer
+
+TOLERANCE = 1e-5  # of the oracle's largest logit
+CASES = [*((1, length) for length in LENGTHS), (2, 33)]  # (batch, length)
+
+ModelFactory = Callable[[Path, str], Transformer]  # (checkpoint folder, attention backend)
+
+
+def load(folder: Path, attention: str) -> Transformer:
+    return load_checkpoint(folder, dtype=torch.float32, attention=attention)
+
+
+def differences(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
+                backends: Iterable[str] = tuple(BACKENDS)) -> dict[str, float]:
+    """Largest difference from the oracle, relative to its largest logit, by backend, path, batch and length."""
+    found = {}
+    for backend in backends:
+        model = make_model(toy.folder, backend)
+        for batch, length in cases:
+            ids, expected = toy.case(batch, length)
+            for name, path in PATHS.items():
+                logits = path(model, ids)
+                assert logits.shape == expected.shape
+                difference = (logits - expected).abs().max() / expected.abs().max()
+                found[f"{backend} {name} {batch}x{length}"] = difference.item()
+    return found
+
+
+def check_against_oracle(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
+                         backends: Iterable[str] = tuple(BACKENDS)) -> None:
+    """Fails where the model disagrees with the oracle; a NaN disagrees."""
+    found = differences(make_model, toy, cases, backends)
+    wrong = {case: value for case, value in found.items() if not value <= TOLERANCE}
+    assert not wrong, f"{toy.name} in {toy.folder.name}: {wrong}"
+
+
+@pytest.mark.parametrize("std", SCALES)
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_transformers(toys: Toys, name: str, std: float) -> None:
+    check_against_oracle(load, toys(name, std))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_of_the_last_position_or_of_none(toys: Toys, name: str) -> None:
+    toy = toys(name, 0.25)
+    for backend in BACKENDS:
+        model = load(toy.folder, backend)
+        ids, expected = toy.case(2, 33)
+        last = model(ids, logits="last")
+        assert last.shape == (2, 1, expected.shape[-1])
+        assert (last - expected[:, -1:]).abs().max() <= TOLERANCE * expected.abs().max()
+        assert (last - model(ids, logits="all")[:, -1:]).abs().max() <= TOLERANCE * expected.abs().max()
+        assert model(ids, logits="none") is None
+
+
+def test_embeddings_as_inputs_equal_token_ids(toys: Toys) -> None:
+    toy = toys("scout", 0.25)
+    model = load(toy.folder, "sdpa")
+    ids, expected = toy.case(2, 33)
+    embeddings = toy.oracle.get_input_embeddings()(ids).detach()
+    before = embeddings.clone()
+    assert (model(embeddings) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert torch.equal(embeddings, before)  # the inputs are the caller's
+
+
+def test_the_oracle_itself_is_what_was_stored(toys: Toys) -> None:
+    """A checkpoint read back by `transformers` gives the logits of the model that wrote it."""
+    for name in ("bfloat16", "nested_sharded"):
+        toy = toys(name, 0.25)
+        ids, expected = toy.case(1, 61)
+        again = type(toy.oracle).from_pretrained(toy.folder, dtype=torch.float32, attn_implementation="sdpa")
+        with torch.no_grad():
+            logits = again(ids, use_cache=False).logits
+        assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("std", SCALES)
+def test_low_precision_is_about_as_good_as_the_oracles(toys: Toys, std: float) -> None:
+    """bfloat16: our mean error against float32 is not above that of `transformers` in bfloat16 by more than half.
+
+    One routing decision that flips within rounding moves a whole row of logits, hence the mean over rows' medians.
+    """
+    toy = toys("maverick", std)
+    ids, expected = toy.case(2, 33)
+    theirs = type(toy.oracle).from_pretrained(toy.folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        budget = (theirs(ids, use_cache=False).logits.float() - expected).abs().flatten(0, 1).mean(-1).median()
+    for backend in BACKENDS:
+        model = load_checkpoint(toy.folder, dtype=torch.bfloat16, attention=backend)
+        logits = model(ids)
+        assert logits.dtype == torch.bfloat16
+        error = (logits.float() - expected).abs().flatten(0, 1).mean(-1).median()
+        assert 0 < error <= 1.5 * budget, backend
