@@ -27,7 +27,11 @@ _NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class PromptError(Exception):
-    """A prompt that cannot be made, by the template's or the input's fault, or is too long: one line."""
+    """A prompt that cannot be made, by the template's or the input's fault: one line."""
+
+
+class PromptLengthError(Exception):
+    """A prompt that has more tokens than the model has positions: one line that names the largest documents."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,14 @@ def build_prompt(
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int) -> None:
-    """Raise PromptError where prompt and answer need more positions than the model has. Nothing is truncated."""
+    """Raise PromptLengthError where prompt and answer need more positions than the model has. Nothing is cut off."""
     over = len(prompt.ids) + max_new_tokens - max_position_embeddings
     if over <= 0:
         return
     largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
     names = ", ".join(f"{_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
     remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
-    raise PromptError(
+    raise PromptLengthError(
         f"the prompt has {len(prompt.ids):,} tokens and the answer may have {max_new_tokens:,}: {over:,} more than "
         f"the model's {max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
     )

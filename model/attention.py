@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.backends import Backend, KVSegment, attend
 from model.config import TextConfig
+from model.layers import Linear
 from model.masks import AttentionMask
 from model.rope import phases, rotate
 
@@ -76,10 +77,10 @@ class Attention(nn.Module):
         self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None
         self.mask = AttentionMask(config.attention_chunk_size if self.uses_rope else None)
         c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
-        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
-        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+        self.q_proj = Linear(c, config.num_attention_heads * d, bias=bias)
+        self.k_proj = Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * d, c, bias=bias)
 
     def forward(self, x: Tensor, step: Step, queries: range) -> Tensor | None:
         """x (B, T, C) -> attention of the `queries` among the new positions (B, len(queries), C); None for no query."""

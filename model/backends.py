@@ -108,7 +108,9 @@ def sdpa(queries: Tensor, positions: range, segment: KVSegment,
         rows = range(tile.queries.start - positions.start, tile.queries.stop - positions.start)
         columns = slice(tile.keys.start - segment.start, tile.keys.stop - segment.start)
         q = _pieces(queries[:, :, rows.start:rows.stop], tile.batch)
-        k, v = (_pieces(x[:, :, columns], tile.batch) for x in (segment.keys, segment.values))
+        k, v = (x[:, :, columns] for x in (segment.keys, segment.values))
+        if tile.batch > 1:
+            k, v = (_pieces(x.expand(q.shape[0] // tile.batch, -1, -1, -1), tile.batch) for x in (k, v))
         state = _full(q, k, v) if tile.kind == "full" else _causal_square(q, k, v)
         yield rows, _whole(state, tile.batch)
 

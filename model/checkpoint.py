@@ -45,15 +45,18 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
                     attention: str = "sdpa") -> Transformer:
     """Loads the text model of the checkpoint folder `path`.
 
-    `dtype` "auto" keeps the dtype of the stored embeddings. Raises CheckpointError and model.config.ConfigError.
+    `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. Raises
+    CheckpointError and model.config.ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
-    stored = text_tensors(folder)
-    with torch.device("meta"):
-        model = Transformer(config, attention)
-    _check_tensors(folder, model, stored)
-    wanted = DTYPES[stored["model.embed_tokens.weight"].dtype] if isinstance(dtype, str) else dtype
+    model = _on_meta_device(config, attention)
+    stored = checked_tensors(folder, config)
+    if dtype == "auto":
+        dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((name, tensor))
@@ -64,6 +67,16 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     if config.tie_word_embeddings:
         _tie(folder, model, "lm_head.weight" in stored)
     return model.eval()
+
+
+def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]:
+    """The text model's tensors by their names in Transformer: all that it needs, nothing else, each of its shape.
+
+    Reads the shards' headers alone. Raises CheckpointError.
+    """
+    stored = text_tensors(folder)
+    _check_tensors(folder, _on_meta_device(config), stored)
+    return stored
 
 
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -84,6 +97,11 @@ def text_tensors(folder: Path) -> dict[str, StoredTensor]:
                                   f"(also in {tensors[name].file.name})")
         tensors[name] = stored
     return tensors
+
+
+def _on_meta_device(config: TextConfig, attention: str = "sdpa") -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config, attention)
 
 
 def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
@@ -135,7 +153,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         entries = [(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]),
                     int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
                    for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
+            RecursionError) as error:
         raise CheckpointError(f"{file}: its header cannot be read ({type(error).__name__}: {error})") from None
     end = 8 + length + max((entry[-1] for entry in entries), default=0)
     if size != end:

@@ -174,10 +174,10 @@ class _Reader:
 def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """The fields of the text model, and whether its embeddings are tied."""
     names = raw.get("architectures") or []
-    if not isinstance(names, list) or any(name not in ARCHITECTURES for name in names):
+    if not isinstance(names, list) or any(name not in list(ARCHITECTURES) for name in names):
         raise ConfigError(f"architectures: {names!r} is not supported; {' or '.join(ARCHITECTURES)} is")
     model_type = raw.get("model_type", ARCHITECTURES[names[0]] if names else None)
-    if model_type not in ARCHITECTURES.values():
+    if model_type not in list(ARCHITECTURES.values()):
         raise ConfigError(f"model_type: {model_type!r} is not supported; llama4 or llama4_text is")
     text = raw if model_type == "llama4_text" else raw.get("text_config")
     if not isinstance(text, Mapping):
@@ -221,18 +221,16 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
     fields.pop("type", None)
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"rope_type: {rope_type!r} is not supported; one of {', '.join(ROPE_TYPES)} is")
-    if fields.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise ConfigError("partial_rotary_factor: only 1.0 is supported")
+    for where in (fields, text):
+        if where.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ConfigError("partial_rotary_factor: only 1.0 is supported")
+    if text.get("original_max_position_embeddings") is not None:
+        raise ConfigError("original_max_position_embeddings: supported only among the rope parameters")
     if fields.get("rope_theta") is None:
         fields["rope_theta"] = text.get("rope_theta") or 500000.0
     known = {name: value for name, value in fields.items() if name in RopeParameters.__dataclass_fields__}
-    for name in ("short_factor", "long_factor"):
-        if known.get(name) is not None:
-            known[name] = tuple(known[name])
     for name, value in known.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is not None and any(not isinstance(v, int | float) for v in numbers):
-            raise ConfigError(f"rope_parameters.{name}: {value!r} is not a number")
+        known[name] = _positive(name, value)
     if known.get("truncate") is None:
         known.pop("truncate", None)
     parameters = RopeParameters(rope_type=rope_type, **known)
@@ -245,6 +243,20 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
         if not getattr(parameters, name):
             raise ConfigError(f"rope_parameters.{name}: missing, though rope_type is {rope_type}")
     return parameters
+
+
+def _positive(name: str, value: Any) -> Any:
+    """A rope parameter as it was, lists as tuples, if its numbers are positive and finite."""
+    is_table = name in ("short_factor", "long_factor")
+    if value is None or (isinstance(value, bool) and name == "truncate"):
+        return value
+    if is_table != isinstance(value, list):
+        raise ConfigError(f"rope_parameters.{name}: {value!r} is {'not a list' if is_table else 'not a number'}")
+    smallest = 0.0 if name in ("mscale", "mscale_all_dim") else 1e-30  # 0 there means: not used
+    for number in value if is_table else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not smallest <= number < float("inf"):
+            raise ConfigError(f"rope_parameters.{name}: {number!r} is not a positive number")
+    return tuple(value) if is_table else value
 
 
 def _mapping(text: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -272,7 +284,7 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
     layer_types = text.get("layer_types")
     if layer_types is not None:
         expected = ["chunked_attention" if flag else "full_attention" for flag in config.no_rope_layers]
-        if list(layer_types)[:len(expected)] != expected:
+        if not isinstance(layer_types, list) or layer_types[:len(expected)] != expected:
             raise ConfigError("layer_types: disagrees with no_rope_layers; only RoPE layers with chunked attention "
                               "and NoPE layers with full attention are supported")
 
@@ -322,6 +334,20 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     chunked = sum(flags) * per_pair * (_chunked_pairs(config, stop) - _chunked_pairs(config, start))
     full = (last - sum(flags)) * per_pair * (_causal_pairs(stop) - _causal_pairs(start))
     return Operations(linear, chunked, full)
+
+
+def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+    """What one forward of `tokens` tokens holds at most besides weights and cache, in bytes; an upper estimate.
+
+    The larger of attention (projections, rotation and output in float32) and of a feed-forward whose tokens all fall
+    to one expert; each beside residual stream and its norm.
+    """
+    c, q, kv = config.hidden_size, _query_size(config), _kv_size(config)
+    attention = (q + 2 * kv) * itemsize + 3 * max(q, kv) * 4 + q * itemsize
+    copies = config.num_experts_per_tok if config.moe_layers else 0
+    widest = max(config.intermediate_size * max(1, copies), config.intermediate_size_mlp)
+    feed_forward = (2 * copies * c + c + 3 * widest) * itemsize
+    return tokens * (2 * c * itemsize + max(attention, feed_forward)) + config.vocab_size * 4
 
 
 def _query_size(config: TextConfig) -> int:

@@ -140,19 +140,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--prefill-chunk-size", type=int, default=DEFAULT_PREFILL_CHUNK_SIZE)
-    parser.add_argument("--attention-chunk-size", type=int, help="read with another attention chunk than trained for")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args()
     model = load_checkpoint(args.model, dtype=torch.float32)
-    if args.attention_chunk_size:
-        from dataclasses import replace
-
-        from model.masks import AttentionMask
-
-        model.config = replace(model.config, attention_chunk_size=args.attention_chunk_size)
-        for layer in model.model.layers:
-            if layer.self_attn.uses_rope:
-                layer.self_attn.mask = AttentionMask(args.attention_chunk_size)
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     stop_tokens = GenerationConfig.from_folder(args.model).stop_tokens
     for tokens in args.tokens:

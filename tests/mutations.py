@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toy_checkpoints import BASE
 
 import model.attention
 import model.moe
@@ -28,6 +29,7 @@ from model.moe import MLP, Experts, MoE
 from model.transformer import Transformer
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
+TOY = SimpleNamespace(floor_scale=BASE["floor_scale"], attn_scale=BASE["attn_scale"])
 
 
 def config_with(**changes: Any) -> Mutation:
@@ -56,26 +58,24 @@ def temperature(formula: Callable[[Tensor, TextConfig], Tensor], relative: bool 
     return apply
 
 
-def correct_temperature(position: Tensor, config: TextConfig) -> Tensor:
+def correct_temperature(position: Tensor, config: Any) -> Tensor:
     return torch.log1p(torch.floor((position + 1) / config.floor_scale)) * config.attn_scale + 1
 
 
-def temperature_on(chosen: Callable[[Attention], bool], of: str = "q") -> Mutation:
-    """Temperature in the `chosen` layers, on their queries or keys, computed after rotation and norm."""
+def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> Mutation:
+    """Temperature in the `chosen` layers, on their queries or their keys, after rotation and norm."""
     def apply(patch: pytest.MonkeyPatch) -> None:
         forward, attend = Attention.forward, model.attention.attend
 
         def wrong(self: Attention, x: Tensor, step: Any, queries: range) -> Tensor:
-            factors = step.temperature[:, None]
+            def at(positions: range) -> Tensor:
+                return correct_temperature(torch.arange(positions.start, positions.stop), TOY)[:, None]
 
             def scaled(q: Tensor, positions: range, segments: Any, mask: Any, backend: Any) -> Tensor:
-                if chosen(self):
-                    first = positions.start - step.positions.start
-                    rows = factors[first:first + len(positions)]
-                    if of == "q":
-                        q = q * rows
-                    else:  # the naive way: all keys of this forward
-                        segments = [s._replace(keys=s.keys * factors[:s.keys.shape[2]]) for s in segments]
+                if chosen(self) and keys:
+                    segments = [s._replace(keys=s.keys * at(s.positions)) for s in segments]
+                elif chosen(self):
+                    q = q * at(positions)
                 return attend(q, positions, segments, mask, backend)
 
             patch.setattr(model.attention, "attend", scaled)

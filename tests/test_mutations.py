@@ -66,7 +66,7 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "temperature though switched off": (config_with(attn_temperature_tuning=True), "no_temperature"),
     "temperature on RoPE layers too": (temperature_on(lambda layer: True), "scout"),
     "temperature on RoPE layers instead": (temperature_on(lambda layer: layer.uses_rope), "maverick"),
-    "temperature on keys": (temperature_on(lambda layer: not layer.uses_rope, of="k"), "scout"),
+    "temperature on keys": (temperature_on(lambda layer: not layer.uses_rope, keys=True), "scout"),
     # Norm and unit rotations commute; only an attention factor tells their order.
     "norm before rotation": (rotated(normed_then_rotated), "rope_yarn"),
     "norm across heads": (rotated(normed_across_heads), "scout"),

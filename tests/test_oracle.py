@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from naive_model import naive_logits
 from paths import PATHS
 from toy_checkpoints import KINDS, LENGTHS, SCALES, Toy, Toys
 
@@ -52,6 +53,21 @@ def check_against_oracle(make_model: ModelFactory, toy: Toy, cases: Iterable[tup
 @pytest.mark.parametrize("name", KINDS)
 def test_equals_transformers(toys: Toys, name: str, std: float) -> None:
     check_against_oracle(load, toys(name, std))
+
+
+DEFAULT_ROPE = [name for name, kind in KINDS.items() if "rope_parameters" not in kind.changes]
+
+
+@pytest.mark.parametrize("name", DEFAULT_ROPE)
+def test_as_close_to_the_naive_float64_model_as_the_oracle(toys: Toys, name: str) -> None:
+    """A third opinion: what we and `transformers` might both get wrong, and whose rounding is the larger."""
+    toy = toys(name, 0.25)
+    ids, theirs = toy.case(1, 61)
+    exact = naive_logits(toy.oracle.config.get_text_config(), toy.oracle.state_dict(), ids[0])
+    error = (theirs - exact).abs().max()
+    assert error <= TOLERANCE * exact.abs().max()
+    for backend in BACKENDS:
+        assert (load(toy.folder, backend)(ids) - exact).abs().max() <= 4 * error, backend
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from l4ctx import tokenizer as tokenizer_module
 from l4ctx.documents import Document
-from l4ctx.prompt import ChatTemplate, ForcedCut, Prompt, PromptError, Span, build_prompt, check_length
+from l4ctx.prompt import (
+    ChatTemplate,
+    ForcedCut,
+    Prompt,
+    PromptError,
+    PromptLengthError,
+    Span,
+    build_prompt,
+    check_length,
+)
 from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer
 
 DOCUMENTS = [
@@ -282,11 +291,11 @@ def test_a_prompt_that_is_too_long_names_the_largest_documents() -> None:
         prompt.spans.append(Span(source, start, start + size))
         start += size
     check_length(prompt, 24, 1024)
-    with pytest.raises(PromptError) as raised:
+    with pytest.raises(PromptLengthError) as raised:
         check_length(prompt, 25, 1024)
     message = str(raised.value)
     assert "1,000 tokens" in message and "1 more than the model's 1,024 positions" in message
     assert message.endswith("b (500 tokens), d (300 tokens), f\ufffd (40 tokens), e (30 tokens), c (20 tokens)")
     prompt.spans.clear()
-    with pytest.raises(PromptError, match="shorten the question"):
+    with pytest.raises(PromptLengthError, match="shorten the question"):
         check_length(prompt, 25, 1024)

@@ -1,0 +1,153 @@
+"""What a person sees: the progress of reading, the memory table, and text made safe for a terminal.
+
+Builds what `cli.py` prints; decides nothing. Progress is drawn on the console that it is given.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from l4ctx.memory import MemoryReport, human_bytes, process_memory
+from model.config import TextConfig, reading_operations
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from l4ctx.prefill import PrefillProgress
+
+PLAIN_LINE_SECONDS = 30.0
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def without_controls(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
+
+
+class _Unfailing:
+    """A text stream whose failures to write are ignored: a note that is lost must not cost the answer."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def stderr_console() -> Console:
+    """A console on standard error that goes on when that is closed or full."""
+    from rich.console import Console
+
+    return Console(file=cast(TextIO, _Unfailing(sys.stderr)))
+
+
+def show_waiting(console: Console) -> AbstractContextManager[object]:
+    """Within it a terminal shows that work goes on which has no steps: files, tokens, weights."""
+    return console.status("preparing", spinner="line") if console.is_interactive else nullcontext()
+
+
+def human_seconds(seconds: float) -> str:
+    """'0.4 s', '12 s', '3:05 min', '2:10:00 h'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+class TimeLeft:
+    """Seconds left by the operations that are still to be done, at the rate of those done: attention is quadratic."""
+
+    def __init__(self, config: TextConfig, total: int) -> None:
+        self._config, self._total = config, total
+
+    def __call__(self, done: int, seconds: float) -> float:
+        spent = reading_operations(self._config, 0, done).total
+        left = reading_operations(self._config, done, self._total).total
+        return seconds * left / spent
+
+
+def show_reading(steps: Iterable[PrefillProgress], config: TextConfig, console: Console) -> Iterator[PrefillProgress]:
+    """Passes the steps on and draws them: a live line on a terminal, else a plain one every so often."""
+    if console.is_interactive:
+        yield from _live(steps, config, console)
+        return
+    shown = time.monotonic()
+    for step in steps:
+        yield step
+        if time.monotonic() - shown > PLAIN_LINE_SECONDS and step.done < step.total:
+            console.print(f"l4ctx: read {_line(step, TimeLeft(config, step.total))}", highlight=False, soft_wrap=True)
+            shown = time.monotonic()
+
+
+def _live(steps: Iterable[PrefillProgress], config: TextConfig, console: Console) -> Iterator[PrefillProgress]:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    bar_width = 24 if console.width >= 120 else 10
+    with Progress(TextColumn("reading"), BarColumn(bar_width), TextColumn("{task.description}"),
+                  console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        for step in steps:
+            line = _line(step, TimeLeft(config, step.total), console.width - len("reading") - bar_width - 3)
+            bar.update(task, total=step.total, completed=step.done, description=line)
+            yield step
+
+
+def _line(step: PrefillProgress, time_left: TimeLeft, width: int | None = None) -> str:
+    """As much as fits into `width` columns, what matters most first."""
+    memory = process_memory()
+    parts = [f"{step.done:,} of {step.total:,} tokens",
+             f"{human_seconds(time_left(step.done, step.seconds))} left",
+             f"{step.done / step.seconds:,.0f} tokens/s"]
+    if memory:
+        parts.append(f"{human_bytes(memory.anonymous)} in memory")
+    while width is not None and len(parts) > 1 and len(", ".join(parts)) > width:
+        parts.pop()
+    return ", ".join(parts)
+
+
+def memory_table(report: MemoryReport) -> Table:
+    """The memory report for people: a row an owner, bytes predicted, held at the end, and at the peak."""
+    from rich.table import Table
+
+    plan = report.predicted
+    table = Table(box=None, pad_edge=False, title="memory", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("predicted", "held", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, *values: int | None) -> None:
+        table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
+
+    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights, report.weights)
+    row("RoPE windows", plan.rope_windows, report.rope_windows)
+    row("NoPE keys and values, host memory", plan.nope_keys_values, report.nope_host)
+    if report.nope_device:
+        row("NoPE keys and values, accelerator", None, report.nope_device)
+    row("token ids", plan.token_ids, report.token_ids)
+    row("activations, at most", plan.activations)
+    if report.process and report.process_peak:
+        row("process, anonymous", None, report.process.anonymous, report.process_peak.anonymous)
+        row("process, file-backed", None, report.process.file_backed, report.process_peak.file_backed)
+    if report.accelerator_peak is not None:
+        row("accelerator", None, None, report.accelerator_peak)
+    kept = report.rope_windows + report.nope_device + report.nope_host
+    row("keys and values in all", plan.rope_windows + plan.nope_keys_values, kept)
+    row("  an unbounded cache would take", plan.unbounded_cache)
+    return table

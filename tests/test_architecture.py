@@ -1,0 +1,97 @@
+"""Imports run one way, and what must be quick to import stays free of torch. Read from the sources, not executed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("model", "cache", "l4ctx")  # each may import itself and those before it
+MODEL_LAYERS = (  # each may import only from rows above its own
+    {"config", "layers"},
+    {"rope", "masks", "moe"},
+    {"backends"},
+    {"attention"},
+    {"transformer"},
+    {"checkpoint"},
+)
+WITHOUT_TORCH = ("model.config", "cache.sizes")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names of all modules of the three packages."""
+    files = {file.relative_to(ROOT).with_suffix(""): file for package in PACKAGES
+             for file in (ROOT / package).rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
+
+
+MODULES = modules()
+
+
+def imports(module: str) -> set[str]:
+    """Modules that a module imports anywhere in it, functions included; relative imports made absolute."""
+    file = MODULES[module]
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(origin)
+            found |= {f"{origin}.{alias.name}" for alias in node.names if f"{origin}.{alias.name}" in MODULES}
+    return found
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def row(module: str) -> int:
+    rows = [number for number, names in enumerate(MODEL_LAYERS) if module.split(".")[1] in names]
+    assert rows, f"{module} has no place in MODEL_LAYERS: give it one"
+    return rows[0]
+
+
+def test_the_sources_are_found() -> None:
+    assert {"model", "model.config", "model.transformer", "model.checkpoint"} <= MODULES.keys()
+    assert "model.attention" in imports("model.transformer") and "torch" in imports("model.transformer")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_import_downwards(module: str) -> None:
+    allowed = PACKAGES[:PACKAGES.index(top(module)) + 1]
+    wrong = {name for name in imports(module) if top(name) in {*PACKAGES, "tests", "samples"} - set(allowed)}
+    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("model.")])
+def test_modules_of_the_model_import_downwards(module: str) -> None:
+    wrong = {name for name in imports(module) if name.startswith("model.") and row(name) >= row(module)}
+    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("module", [name for name in WITHOUT_TORCH if name in MODULES])
+def test_plans_import_no_torch(module: str) -> None:
+    """Nor does anything that they import, packages' __init__ included."""
+    seen, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        parents = {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
+        if name in MODULES:
+            waiting |= (imports(name) | parents) - seen
+    heavy = {top(name) for name in seen} & {"torch", "numpy", "safetensors", "tokenizers", "transformers"}
+    assert not heavy, f"{module} leads to {', '.join(sorted(heavy))}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if top(name) in ("model", "cache")])
+def test_model_and_cache_know_no_command_line(module: str) -> None:
+    assert not {top(name) for name in imports(module)} & {"typer", "rich", "click", "argparse", "tokenizers", "jinja2"}
+
+
+def test_transformers_is_a_test_dependency_only() -> None:
+    assert not [module for module in MODULES if "transformers" in {top(name) for name in imports(module)}]

@@ -1,0 +1,399 @@
+"""The caches against a naive store that keeps everything; their bytes against closed forms and against storages."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache import sizes
+from cache.chunked import ChunkedKVCache
+from cache.hybrid import HybridKVCache
+from cache.offloaded import OffloadedKVCache
+from cache.tiers import Block, ahead, empty_block, staged, to_host
+from model.config import TextConfig
+
+CHUNK, HEADS, HEAD_DIM = 7, 2, 10
+CONFIG = TextConfig.from_dict({
+    "model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
+    "intermediate_size_mlp": 34, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": HEADS,
+    "head_dim": HEAD_DIM, "num_local_experts": 5, "attention_chunk_size": CHUNK, "max_position_embeddings": 256,
+    "no_rope_layers": [1, 0, 1, 1, 0]})
+ROPE_LAYERS, NOPE_LAYERS = 3, 2
+LAYERS = range(5)
+LLAMA4 = Path(__file__).resolve().parents[2] / "shared" / "llama4"
+
+Make = Callable[..., HybridKVCache]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Caches with NoPE blocks of `block_chunks` attention chunks."""
+    def make_cache(*, block_chunks: int = 2, batch_size: int = 1, dtype: torch.dtype = torch.float32,
+                   **kwargs: Any) -> HybridKVCache:
+        chunk_bytes = CHUNK * 2 * batch_size * HEADS * HEAD_DIM * dtype.itemsize
+        monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", block_chunks * chunk_bytes)
+        return HybridKVCache(CONFIG, batch_size=batch_size, dtype=dtype, **kwargs)
+    return make_cache
+
+
+@dataclass
+class Naive:
+    """What a cache should hold: all keys and values of all layers, (B, H_kv, S, D) each."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, cache: HybridKVCache) -> Naive:
+        empty = torch.empty(cache.batch_size, HEADS, 0, HEAD_DIM, dtype=cache.dtype)
+        return cls([empty] * len(LAYERS), [empty] * len(LAYERS))
+
+    def fork(self) -> Naive:
+        return Naive(list(self.keys), list(self.values))
+
+
+def random_keys_values(cache: HybridKVCache, tokens: int) -> tuple[Tensor, Tensor]:
+    """Strided as the model makes them: (B, T, H_kv, D) transposed."""
+    shape = (cache.batch_size, tokens, HEADS, HEAD_DIM)
+    return torch.randn(shape).to(cache.dtype).transpose(1, 2), torch.randn(shape).to(cache.dtype).transpose(1, 2)
+
+
+def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True) -> None:
+    """One forward of `tokens`: appends to every layer, compares what it then shows, and commits."""
+    offset = cache.offset
+    for layer in LAYERS:
+        keys, values = random_keys_values(cache, tokens)
+        cache.append(layer, keys, values)
+        all_keys = torch.cat([naive.keys[layer], keys], 2)
+        all_values = torch.cat([naive.values[layer], values], 2)
+        first = offset // CHUNK * CHUNK if CONFIG.uses_rope(layer) else 0
+        for queries in (range(offset, offset + tokens), range(offset + tokens - 1, offset + tokens)):
+            position = first
+            for segment in cache.segments(layer, queries):
+                assert segment.start == position
+                here = segment.positions
+                assert len(here) > 0 and segment.keys.dtype == segment.values.dtype == cache.dtype
+                assert torch.equal(segment.keys, all_keys[:, :, here.start:here.stop])
+                assert torch.equal(segment.values, all_values[:, :, here.start:here.stop])
+                position = here.stop
+            assert position == offset + tokens  # the new tokens come last, and nothing is left out
+        if commit:
+            naive.keys[layer], naive.values[layer] = all_keys, all_values
+    if commit:
+        cache.advance(tokens)
+        assert cache.offset == offset + tokens
+
+
+def stores(cache: HybridKVCache) -> list[OffloadedKVCache]:
+    return [layer for layer in cache.layers if isinstance(layer, OffloadedKVCache)]
+
+
+def addresses(cache: HybridKVCache, *, sealed: bool = False) -> list[tuple[int, int]]:
+    return [(block.keys.data_ptr(), block.values.data_ptr())
+            for store in stores(cache) for block in store.blocks[:store.num_sealed if sealed else None]]
+
+
+def storage_bytes(value: object, seen: dict[int, int] | None = None) -> int:
+    """Bytes of all tensors' storages that can be reached from an object's attributes, each counted once."""
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    elif isinstance(value, list | tuple):
+        for item in value:
+            storage_bytes(item, seen)
+    elif hasattr(value, "__dict__"):
+        storage_bytes(list(vars(value).values()), seen)
+    return sum(seen.values())
+
+
+def pieces(seed: int, total: int, largest: int = 3 * CHUNK) -> Iterator[int]:
+    source = random.Random(seed)
+    while total:
+        tokens = min(total, source.choice((1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, source.randint(1, largest))))
+        total -= tokens
+        yield tokens
+
+
+@pytest.mark.parametrize("block_chunks", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_segments_equal_a_naive_store(make: Make, seed: int, block_chunks: int) -> None:
+    """The closed form, what it says it holds, and its storages agree after every step, up to the last token."""
+    batch_size, dtype = (1, 2)[seed % 2], (torch.float32, torch.bfloat16)[seed // 2 % 2]
+    length = 99 + seed
+    cache = make(block_chunks=block_chunks, batch_size=batch_size, dtype=dtype, length=length)
+    naive = Naive.of(cache)
+    per_token = 2 * batch_size * HEADS * HEAD_DIM * dtype.itemsize
+    block = block_chunks * CHUNK
+    for tokens in pieces(seed, length):
+        step(cache, naive, tokens)
+        held = cache.held()
+        assert held.rope_windows == ROPE_LAYERS * CHUNK * per_token
+        assert held.nope_host == held.nope == NOPE_LAYERS * min(-(-cache.offset // block) * block, length) * per_token
+        assert held.total == cache.predicted(cache.offset) == storage_bytes(cache)
+    assert cache.offset == length
+
+
+@pytest.mark.parametrize("length", [1, 3, CHUNK, CHUNK + 1, 3 * CHUNK, 20, 256])
+def test_nothing_is_allocated_beyond_the_length(make: Make, length: int) -> None:
+    cache = make(block_chunks=2, length=length)
+    naive = Naive.of(cache)
+    per_token = 2 * HEADS * HEAD_DIM * 4
+    assert cache.held().total == cache.predicted(0) == ROPE_LAYERS * min(CHUNK, length) * per_token
+    for tokens in pieces(length, length):
+        step(cache, naive, tokens)
+        assert cache.held().total == cache.predicted(cache.offset) == storage_bytes(cache)
+    assert cache.held().nope == NOPE_LAYERS * length * per_token
+    with pytest.raises(AssertionError, match=f"{length} \\+ 1 tokens in a cache made for {length}"):
+        cache.append(0, *random_keys_values(cache, 1))
+
+
+def test_the_default_length_is_the_models(make: Make) -> None:
+    assert make().length == CONFIG.max_position_embeddings
+
+
+@pytest.mark.parametrize("shape", [(2, HEADS, 3, HEAD_DIM), (1, 6, 3, HEAD_DIM), (1, HEADS, 3, 9), (1, 3, HEADS, 10)])
+def test_wrong_shapes_are_refused(make: Make, shape: tuple[int, ...]) -> None:
+    with pytest.raises(AssertionError):
+        make().append(0, torch.zeros(shape), torch.zeros(shape))
+    with pytest.raises(AssertionError):
+        make().append(0, torch.zeros(1, HEADS, 3, HEAD_DIM), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK, 2 * CHUNK + 3, 4 * CHUNK])
+def test_the_appended_tensors_are_not_kept(make: Make, tokens: int) -> None:
+    """Once committed: a window that held on to a forward's keys would hold on to all of its tokens."""
+    cache = make(length=100)
+    step(cache, Naive.of(cache), 3)
+    alive = []
+    for layer in LAYERS:
+        keys, values = random_keys_values(cache, tokens)
+        alive += [weakref.ref(keys), weakref.ref(values)]
+        cache.append(layer, keys, values)
+        list(cache.segments(layer, range(3, 3 + tokens)))
+    del keys, values
+    cache.advance(tokens)
+    assert [reference() for reference in alive] == [None] * 10
+    assert storage_bytes(cache) == cache.predicted(3 + tokens)
+
+
+def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older(make: Make) -> None:
+    cache = make(length=100)
+    naive = Naive.of(cache)
+    for tokens, start in ((CHUNK, 0), (2, CHUNK), (CHUNK - 2, CHUNK), (1, 2 * CHUNK), (2 * CHUNK, 2 * CHUNK)):
+        step(cache, naive, tokens, commit=False)
+        assert next(iter(cache.segments(0, range(cache.offset, cache.offset + 1)))).start == start
+        step(cache, naive, tokens)
+
+
+def test_what_is_stored_is_never_copied_as_it_grows(make: Make) -> None:
+    cache = make(block_chunks=2, length=150)
+    naive = Naive.of(cache)
+    known: list[list[tuple[int, int]]] = [[] for _ in stores(cache)]
+    for tokens in pieces(3, 150):
+        step(cache, naive, tokens)
+        for number, store in enumerate(stores(cache)):
+            here = [(block.keys.data_ptr(), block.values.data_ptr()) for block in store.blocks]
+            assert here[:len(known[number])] == known[number]  # the open block stays where it is, too
+            known[number] = here
+            assert store.num_sealed == cache.offset // (2 * CHUNK)
+    assert [len(blocks) for blocks in known] == [11] * NOPE_LAYERS
+    assert len({address for blocks in known for address in blocks}) == 11 * NOPE_LAYERS
+
+
+def test_sealed_blocks_are_never_written_again(make: Make) -> None:
+    cache = make(block_chunks=1, length=100)
+    naive = Naive.of(cache)
+    step(cache, naive, 3 * CHUNK + 2)
+    blocks = [tensor for store in stores(cache) for block in store.blocks[:3] for tensor in block]
+    versions = [tensor._version for tensor in blocks]
+    for tokens in pieces(1, 60):
+        step(cache, naive, tokens)
+    assert [tensor._version for tensor in blocks] == versions
+
+
+@pytest.mark.parametrize("first", [1, CHUNK, CHUNK + 3, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK, 5 * CHUNK - 1])
+def test_fork_shares_what_is_sealed_and_copies_the_rest(make: Make, first: int) -> None:
+    """At a boundary of chunk or block and inside; the fork, its own fork and the parent go on in turns."""
+    cache = make(block_chunks=2, length=120, batch_size=2)
+    naive = Naive.of(cache)
+    for tokens in pieces(first, first):
+        step(cache, naive, tokens)
+    fork, fork_naive = cache.fork(), naive.fork()
+    assert fork.offset == cache.offset and fork.length == cache.length
+    assert fork.held() == cache.held()
+    assert addresses(fork, sealed=True) == addresses(cache, sealed=True)
+    assert len(addresses(fork, sealed=True)) == NOPE_LAYERS * (first // (2 * CHUNK))
+    shared = {address for pair in addresses(cache, sealed=True) for address in pair}
+    own, copied = storage_addresses(cache) - shared, storage_addresses(fork) - shared
+    assert len(own) == len(copied) and not own & copied
+
+    step(fork, fork_naive, 3)
+    second, second_naive = fork.fork(), fork_naive.fork()
+    runs = [(cache, naive), (fork, fork_naive), (second, second_naive)]
+    for tokens in pieces(100 + first, 60):
+        for run, kept in runs:
+            step(run, kept, tokens)
+    assert [run.offset for run, _ in runs] == [first + 60, first + 63, first + 63]
+    assert addresses(cache, sealed=True)[:first // (2 * CHUNK)] == addresses(second, sealed=True)[:first // (2 * CHUNK)]
+    assert all(run.held().total == run.predicted(run.offset) for run, _ in runs)
+
+
+def storage_addresses(cache: HybridKVCache) -> set[int]:
+    seen: dict[int, int] = {}
+    storage_bytes(cache, seen)
+    return set(seen)
+
+
+def test_the_fork_of_an_empty_cache(make: Make) -> None:
+    cache = make(length=40)
+    fork = cache.fork()
+    for run in (fork, cache):
+        naive = Naive.of(run)
+        for tokens in (9, 14, 17):
+            step(run, naive, tokens)
+
+
+@pytest.mark.parametrize("stopped_after", LAYERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_unfinished_step_leaves_nothing_behind(make: Make, seed: int, stopped_after: int) -> None:
+    """Longer and shorter tries that never advance, then the step itself, then a fork: all as if nothing had been."""
+    cache = make(block_chunks=1, length=120)
+    naive = Naive.of(cache)
+    source = random.Random(seed)
+    for tokens in pieces(seed, 90):
+        for tried in (source.randint(1, 120 - cache.offset), tokens, source.randint(1, 3)):
+            for layer in range(stopped_after + 1):
+                cache.append(layer, *random_keys_values(cache, tried))
+                next(iter(cache.segments(layer, range(cache.offset, cache.offset + tried))))
+        fork, fork_naive = cache.fork(), naive.fork()
+        step(fork, fork_naive, tokens)
+        step(cache, naive, tokens)
+        assert cache.offset == fork.offset
+        assert fork.held().total == fork.predicted(fork.offset)
+    step(cache, naive, 120 - cache.offset)
+    assert cache.held().total == cache.predicted(120) == storage_bytes(cache)
+
+
+def test_queries_that_are_only_the_last_ones(make: Make) -> None:
+    """`segments` is asked for fewer queries than were appended: all keys that they may see are still shown."""
+    cache = make(length=100)
+    step(cache, Naive.of(cache), 2 * CHUNK + 3)
+    for layer in LAYERS:
+        cache.append(layer, *random_keys_values(cache, CHUNK + 2))
+        shown = [p for s in cache.segments(layer, range(25, 26)) for p in s.positions]
+        needed = range(21, 26) if CONFIG.uses_rope(layer) else range(26)
+        assert set(needed) <= set(shown) and shown == list(range(shown[0], 26))
+
+
+def llama4(name: str) -> TextConfig:
+    if not LLAMA4.exists():
+        pytest.skip("the released configurations are not at ../shared/llama4")
+    return TextConfig.from_folder(LLAMA4 / name)
+
+
+def test_scout_in_bfloat16() -> None:
+    """The figures of the README: 48 KiB a token, windows of 1.125 GiB, 192 GiB for an unbounded million tokens."""
+    scout = llama4("scout")
+    assert sizes.layer_bytes_per_token(scout, 2) == 4 * 1024
+    assert sizes.bytes_per_token(scout, 2) == 48 * 1024
+    assert sizes.window_bytes(scout, scout.max_position_embeddings, 2) == 1.125 * 2**30
+    assert sizes.window_bytes(scout, 4096, 2) == 1.125 * 2**29
+    assert sizes.nope_bytes(scout, 2**20, 2**20, 2) == 48 * 2**30
+    assert sizes.unbounded_bytes(scout, 2**20, 2) == 192 * 2**30
+    assert sizes.block_tokens(scout, 2) == 8192  # 32 MiB
+    held = HybridKVCache(scout, dtype=torch.bfloat16, device="meta").held()
+    assert held.rope_windows == held.total == 1.125 * 2**30
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_blocks_are_whole_chunks_of_at_least_16_mib(name: str) -> None:
+    released = llama4(name)
+    for chunk in (7, 512, 2731, 4096, 8192):
+        for itemsize, batch_size in ((2, 1), (4, 1), (2, 3)):
+            config = replace(released, attention_chunk_size=chunk)
+            tokens = sizes.block_tokens(config, itemsize, batch_size)
+            per_token = sizes.layer_bytes_per_token(config, itemsize, batch_size)
+            assert tokens % chunk == 0 and tokens * per_token >= 16 * 2**20
+            assert (tokens - chunk) * per_token < 16 * 2**20
+
+
+def test_one_layer_alone() -> None:
+    """The layers' classes by themselves, without HybridKVCache: block 12 and chunk 4, positions as values."""
+    store = OffloadedKVCache(12, lambda start: empty_block(1, 1, 12, 1, torch.float32, torch.device("cpu")),
+                             torch.device("cpu"))
+    window = ChunkedKVCache(empty_block(1, 1, 4, 1, torch.float32, torch.device("cpu")), 4)
+    for start, stop, in_window in ((0, 3, 0), (3, 4, 0), (4, 30, 4), (30, 31, 28), (31, 36, 28), (36, 40, 36)):
+        new = torch.arange(start, stop, dtype=torch.float32).view(1, 1, -1, 1)
+        for layer in (store, window):
+            layer.append(start, new, -new)
+        for segments, first in ((store.segments(1), 0), (window.segments(), in_window)):
+            positions = torch.arange(first, stop, dtype=torch.float32)
+            shown = torch.cat([torch.stack(segment[:2]) for segment in segments], 3).squeeze()
+            assert torch.equal(shown, torch.stack((positions, -positions)).squeeze())
+        for layer in (store, window):
+            layer.commit()
+    assert (len(store.blocks), store.num_sealed, store.nbytes(on_host=True), window.nbytes) == (4, 3, 4 * 96, 32)
+    assert store.nbytes(on_host=False) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_ahead_is_in_order_and_one_item_ahead(count: int) -> None:
+    events: list[str] = []
+
+    def source() -> Iterator[int]:
+        for item in range(count):
+            events.append(f"take {item}")
+            yield item
+
+    loaded = ahead(source(), lambda item: events.append(f"load {item}") or item * 10)
+    assert events == []  # nothing is begun before it is asked for
+    for number, item in enumerate(loaded):
+        assert item == number * 10
+        assert events.count(f"load {number}") == 1
+        known = min(number + 2, count)  # this one and the next, no more
+        assert events == [f"{what} {i}" for i in range(known) for what in ("take", "load")]
+    assert len(events) == 2 * count
+
+
+def test_ahead_hands_an_error_on_before_it_would_be_used() -> None:
+    def load(item: int) -> int:
+        if item == 2:
+            raise OSError("disk")
+        return item
+
+    loaded = ahead(range(4), load)
+    assert next(loaded) == 0
+    with pytest.raises(OSError, match="disk"):
+        next(loaded)  # 1 is here, but 2, which is begun first, fails
+
+
+def test_blocks_on_the_cpu_stay_where_they_are() -> None:
+    blocks = [empty_block(1, 1, 3, 2, torch.float32, torch.device("cpu")) for _ in range(3)]
+    taken: list[Block] = []
+
+    def source() -> Iterator[Block]:
+        for block in blocks:
+            taken.append(block)
+            yield block
+
+    for queries in (1, 16, 17, 10_000):
+        taken.clear()
+        passed = staged(source(), torch.device("cpu"), queries)
+        assert next(passed) is blocks[0] and len(taken) == 1
+        assert [block is other for block, other in zip(passed, blocks[1:], strict=True)] == [True, True]
+    assert to_host(blocks[0]) is blocks[0]
+    assert blocks[0].nbytes == 2 * 3 * 2 * 4 and blocks[0].is_on_host
+    assert blocks[0].first(2).keys.data_ptr() == blocks[0].keys.data_ptr()
