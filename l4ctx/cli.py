@@ -25,6 +25,15 @@ used, 4 the prompt is too long for the model, 5 it does not fit into memory, 6 t
 141 the output was closed.
 """
 OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, INTERRUPTED, CLOSED = 1, 2, 3, 4, 5, 6, 130, 141
+CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
+    "l4ctx.cli.OutputError": OUTPUT,
+    "l4ctx.cli.UsageError": INPUT, "l4ctx.documents.DocumentError": INPUT, "l4ctx.ask.RequestError": INPUT,
+    "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
+    "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
+    "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
+    "l4ctx.memory.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
+    "l4ctx.generate.GenerationError": MODEL,
+}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]})
@@ -142,8 +151,8 @@ def _answer(request: Request, *, json: bool, quiet: bool, memory_report: bool) -
 
     run = Run(request, note)
     with run.sampling_memory():
+        run.read_documents()
         with nullcontext() if quiet else show_waiting(console):
-            run.read_documents()
             run.make_prompt()
             run.plan_memory()
             run.load_model()
@@ -249,23 +258,10 @@ def _errors_as_exit_codes() -> Iterator[None]:
     except BrokenPipeError:
         _exit(CLOSED)
     except Exception as error:
-        code = _exit_code(error)
+        code = CODE_OF_ERROR.get(f"{type(error).__module__}.{type(error).__qualname__}")
         if code is None:
             raise
         _fail(str(error) or "out of memory", code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error class that a user can cause; by name, so that no module is imported for it."""
-    return {
-        "l4ctx.cli.OutputError": OUTPUT, "l4ctx.cli.UsageError": INPUT,
-        "l4ctx.documents.DocumentError": INPUT, "l4ctx.ask.RequestError": INPUT,
-        "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
-        "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
-        "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
-        "l4ctx.memory.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
-        "l4ctx.generate.GenerationError": MODEL,
-    }.get(f"{type(error).__module__}.{type(error).__qualname__}")
 
 
 def _fail(message: str, code: int) -> NoReturn:

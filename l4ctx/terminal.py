@@ -57,7 +57,7 @@ def stderr_console() -> Console:
 
 
 def show_waiting(console: Console) -> AbstractContextManager[object]:
-    """Within it a terminal shows that work goes on which has no steps: files, tokens, weights."""
+    """Within it a terminal shows that work goes on which has no steps: tokenizing, loading."""
     return console.status("preparing", spinner="line") if console.is_interactive else nullcontext()
 
 

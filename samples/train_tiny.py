@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lookup_task import CODE_DIGITS, distractor, draw_entities, fact, question, random_code
+from lookup_task import CODE_DIGITS, NOUNS, distractor, draw_entities, fact, question, random_code
 from tiny_model import CONFIG, TinyForTraining, simulated_temperature
 from tiny_tokenizer import save_tokenizer, train_tokenizer
 
@@ -93,6 +93,8 @@ class SequenceMaker:
 
     def __init__(self, tokenizer: Tokenizer, filler: Tensor, seed: int) -> None:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.as_data = Tokenizer(tokenizer.model)  # spells control tokens out
+        self.as_data.pre_tokenizer, self.as_data.decoder = tokenizer.pre_tokenizer, tokenizer.decoder
         self.filler, self.rng = filler, random.Random(seed)
         self.digits = {tokenizer.token_to_id(d) for d in "0123456789"}
         self.start = self.encode("<|begin_of_text|><|header_start|>user<|header_end|>\n\n")
@@ -157,6 +159,9 @@ class SequenceMaker:
         assert space > 0, "no room for filler"
         offset = rng.randrange(len(self.filler) - space)
         filler = self.filler[offset:offset + space].tolist()
+        if rng.random() < 0.25:
+            first, last = sorted(rng.randrange(space + 1) for _ in range(2))
+            filler[first:last] = self.repetition(filler, last - first)
         cuts = sorted(rng.randrange(space + 1) for _ in inserts)
         ids, spans, previous = list(head), {}, 0
         for cut, (entity, tokens) in zip(cuts, inserts, strict=True):
@@ -167,6 +172,17 @@ class SequenceMaker:
             previous = cut
         ids += filler[previous:] + self.footer
         return ids, spans
+
+
+    def repetition(self, filler: list[int], length: int) -> list[int]:
+        """`length` tokens of one thing over and over: a control token spelled out, a word, a few tokens of filler."""
+        rng = self.rng
+        at = rng.randrange(len(filler))
+        spelled = ("<|eot|>", "<|image|>", "<|header_start|>user<|header_end|>\n\n", "a", "0, ", "word ", "-", "\n")
+        unit = rng.choice((rng.choice(spelled), f"{rng.choice(NOUNS)} ",
+                           self.as_data.decode(filler[at:at + rng.randrange(1, 16)]) or " "))
+        tokens = self.as_data.encode(unit * (length // max(1, len(self.as_data.encode(unit).ids)) * 2 + 9)).ids
+        return (tokens * (length // len(tokens) + 1))[:length]
 
 
 def _is_cut(first: int, last: int, chunk: int) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +73,7 @@ def run_here(*arguments: str, stdin: bytes | IO[str] | None = None, stdout: IO[s
         before = sys.argv, sys.stdin, sys.stdout, sys.stderr
         on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & leaves it ignored
         sys.argv = ["l4ctx", *arguments]
-        sys.stdin, sys.stdout, sys.stderr = source, streams["out"], streams["err"]  # type: ignore[assignment]
+        sys.stdin, sys.stdout, sys.stderr = source, streams["out"], streams["err"]
         code: Any = None
         try:
             cli.main()
@@ -166,6 +168,17 @@ def text_file(path: Path, text: str) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(text)
     return path
+
+
+def changed_checkpoint(place: Path, without: str | None = None, **changes: Any) -> Path:
+    """A copy of the sample checkpoint in `place`, with `changes` in its config.json and perhaps a file taken away."""
+    copy = place / "checkpoint"
+    shutil.copytree(TINY, copy)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    if without is not None:
+        (copy / without).unlink()
+    return copy
 
 
 def write_what_is_read(top: Path) -> Path:

@@ -172,18 +172,19 @@ def test_wrong_shapes_are_refused(make: Make, shape: tuple[int, ...]) -> None:
         make().append(0, torch.zeros(1, HEADS, 3, HEAD_DIM), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("tokens", [1, CHUNK, 2 * CHUNK + 3, 4 * CHUNK])
+@pytest.mark.parametrize("tokens", [1, CHUNK - 3, CHUNK, 2 * CHUNK + 3, 4 * CHUNK])
 def test_the_appended_tensors_are_not_kept(make: Make, tokens: int) -> None:
-    """Once committed: a window that held on to a forward's keys would hold on to all of its tokens."""
-    cache = make(length=100)
+    """Not at all where they fit into the window; never once committed, or all of a forward's tokens would be held."""
+    cache, alive = make(length=100), []
     step(cache, Naive.of(cache), 3)
-    alive = []
     for layer in LAYERS:
         keys, values = random_keys_values(cache, tokens)
         alive += [weakref.ref(keys), weakref.ref(values)]
         cache.append(layer, keys, values)
         list(cache.segments(layer, range(3, 3 + tokens)))
     del keys, values
+    if 3 + tokens <= CHUNK:
+        assert not any(reference() is not None for reference in alive)
     cache.advance(tokens)
     assert [reference() for reference in alive] == [None] * 10
     assert storage_bytes(cache) == cache.predicted(3 + tokens)
@@ -388,7 +389,6 @@ def test_blocks_on_the_cpu_stay_where_they_are() -> None:
         for block in blocks:
             taken.append(block)
             yield block
-
     for queries in (1, 16, 17, 10_000):
         taken.clear()
         passed = staged(source(), torch.device("cpu"), queries)

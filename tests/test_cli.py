@@ -6,17 +6,14 @@ pipes, signals, a terminal) does too, and the variants run here.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from array import array
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli_runner import (
@@ -26,6 +23,7 @@ from cli_runner import (
     QUESTION,
     TINY,
     Result,
+    changed_checkpoint,
     check_refused,
     closed_pipe,
     run_here,
@@ -39,7 +37,6 @@ from l4ctx import cli, terminal
 from l4ctx.memory import MemoryPlan, MemoryReport
 from l4ctx.prefill import PrefillProgress
 from model.config import TextConfig
-
 
 
 @pytest.fixture(scope="module")
@@ -56,31 +53,14 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def variant(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a copy of the sample checkpoint with `changes` in its config.json, and a file taken away."""
-    def make(without: str | None = None, **changes: Any) -> Path:
-        copy = tmp_path / "checkpoint"
-        shutil.copytree(TINY, copy)
-        config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-        (copy / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-        if without is not None:
-            (copy / without).unlink()
-        return copy
-
-    return make
-
-
 # Before torch: a process each
 
 REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask"], None, 2, ["no question", "l4ctx ask QUESTION [PATH]...", "--question-file"]),
     (["ask", ""], None, 2, ["the question is empty"]),
-    (["ask", " \n"], None, 2, ["the question is empty"]),
     (["ask", "q", ""], None, 2, ["a path is empty"]),
     (["ask", "q", "docs/nothing.md"], None, 2, ["docs/nothing.md: no such file or folder"]),
     (["ask", "q", b"\xff\x1b[31m\n\xe2\x80\xae"], None, 2, [r"\udcff\x1b[31m\n\u202e: no such file or folder"]),
-    (["ask", "q", "empty"], None, 2, ["found no text to read"]),
     (["ask", "q", "empty", "empty.txt"], None, 2, ["found no text to read", "empty.txt: empty"]),
     (["ask", "q", "docs/data.bin"], None, 2, ["found no text to read", "docs/data.bin: binary"]),
     (["ask", "q", "/dev/null"], None, 2, ["/dev/null: is a device"]),
@@ -100,8 +80,6 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "q", "docs", "--dtype", "int4"], None, 2, ["--dtype: 'int4' is not one of auto, float32, bfloat16"]),
     (["ask", "q", "docs", "--attention", "f"], None, 2, ["--attention: 'f' is not one of sdpa, eager"]),
     (["ask", "q", "docs", "--seed", str(2**64)], None, 2, [f"--seed: {2**64} is not between 0 and"]),
-    (["ask", "q", "docs", "--model", ""], None, 3, ["no config.json"]),
-    (["ask", "q", "docs", "--model", "nowhere"], None, 3, ["nowhere: no config.json", "checkpoint folder"]),
     (["ask", "q", "docs", "--model", "docs"], None, 3, ["docs: no config.json", "checkpoint folder"]),
     (["ask", "q", "docs", "--model", "docs/a.md"], None, 3, ["docs/a.md"]),
     (["ask", "q", "docs", "--model", b"\xff\x1b[31m"], None, 3, [r"\udcff", "no config.json"]),
@@ -116,8 +94,7 @@ def test_refused_before_torch(folder: Path, arguments: list[str | bytes], stdin:
 
 
 def test_no_model(folder: Path) -> None:
-    for environment in ({}, {"L4CTX_MODEL": ""}):
-        result = run_process("ask", "q", folder=folder, **environment)
+    for result in (run_process("ask", "q", folder=folder), run_process("ask", "q", folder=folder, L4CTX_MODEL="")):
         check_refused(result, 2, "no model", "--model DIR", "L4CTX_MODEL")
 
 
@@ -154,9 +131,7 @@ def test_help_and_refusals_import_nothing_heavy(folder: Path) -> None:
 
 
 def test_streams_that_are_closed_or_full_before_torch(folder: Path) -> None:
-    def run(*arguments: str, shell: str) -> Result:
-        return run_process(*arguments, shell=shell, folder=folder, L4CTX_MODEL=str(TINY))
-
+    run = functools.partial(run_process, folder=folder, L4CTX_MODEL=str(TINY))
     assert run("ask", "q", "nothing.md", shell="2>&-") == Result(2, "", "")
     assert run("ask", "q", "nothing.md", shell="2>/dev/full") == Result(2, "", "")
     check_refused(run("ask", "q", "docs", shell=">&-"), 2, "standard output is closed")
@@ -179,8 +154,8 @@ def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
     assert result == Result(141, "", "")
 
 
-def test_an_ascii_locale_and_a_closed_stderr(folder: Path) -> None:
-    result = run_process("ask", f"Ä {QUESTION}", "docs", "--memory-report", "--model", str(TINY), shell="2>&-",
+def test_an_ascii_locale_and_a_full_stderr(folder: Path) -> None:
+    result = run_process("ask", f"Ä {QUESTION}", "docs", "--memory-report", "--model", str(TINY), shell="2>/dev/full",
                          folder=folder, LC_ALL="C", PYTHONIOENCODING="ascii")
     assert result == Result(0, ANSWER, "")
 
@@ -215,7 +190,6 @@ ANSWERED: list[tuple[list[str], str | None, list[str]]] = [
     (["docs/a.md"], "x", ["1 document, N tokens",
                           "standard input holds data that is not read; add - to the paths to read it"]),
     (["docs/a.md"], "", ["1 document, N tokens"]),
-    (["eot.txt"], None, ["1 document, N tokens"]),
     (["docs/a.md", "--quiet"], "x", []),
     (["docs/a.md", "--prefill-chunk-size", "1", "--attention", "eager"], None, ["1 document, N tokens"]),
     (["docs/a.md", "--dtype", "bfloat16", "--device", "cpu"], None, ["1 document, N tokens"]),
@@ -246,7 +220,7 @@ def test_where_the_question_comes_from(inside: Path) -> None:
 
 def test_control_tokens_in_a_document_are_text(inside: Path) -> None:
     told = json.loads(run_here("ask", QUESTION, "eot.txt", "--json").stdout)
-    assert told["answer"] == ANSWER.strip() and told["prompt_tokens"] > 60 * 4 * 3  # as control tokens they were 60 * 4
+    assert told["answer"] == ANSWER.strip() and told["prompt_tokens"] > 60 * 4 * 3  # as control tokens, 60 * 4
 
 
 def test_json_is_one_whole_object(inside: Path) -> None:
@@ -287,8 +261,8 @@ def test_devices_that_are_not_there(inside: Path, device: str, part: str) -> Non
     check_refused(run_here("ask", QUESTION, "docs/a.md", "--device", device), 2, f"--device {device}: ", part)
 
 
-def test_broken_checkpoints(inside: Path, variant: Callable[..., Path]) -> None:
-    folder = variant()
+def test_broken_checkpoints(inside: Path, tmp_path: Path) -> None:
+    folder = changed_checkpoint(tmp_path)
     weights = (folder / "model.safetensors").read_bytes()
 
     def refused(*parts: str) -> None:
@@ -307,14 +281,14 @@ def test_broken_checkpoints(inside: Path, variant: Callable[..., Path]) -> None:
     refused("tokenizer.json: no such file")
 
 
-def test_a_base_model_gets_plain_text(inside: Path, variant: Callable[..., Path]) -> None:
-    folder = variant(without="chat_template.jinja")
+def test_a_base_model_gets_plain_text(inside: Path, tmp_path: Path) -> None:
+    folder = changed_checkpoint(tmp_path, without="chat_template.jinja")
     result = run_here("ask", QUESTION, "docs/a.md", "--max-new-tokens", "1", "--model", str(folder))
     assert result.code == 0 and "no chat template" in result.stderr.splitlines()[0]
 
 
-def test_a_prompt_that_is_too_long(inside: Path, variant: Callable[..., Path]) -> None:
-    short = str(variant(max_position_embeddings=256))
+def test_a_prompt_that_is_too_long(inside: Path, tmp_path: Path) -> None:
+    short = str(changed_checkpoint(tmp_path, max_position_embeddings=256))
     result = run_here("ask", QUESTION, "docs", "long.txt", "longer.txt", "--model", short, "--quiet")
     check_refused(result, 4, "the model's 256 positions", "leave out some of the largest documents: longer.txt (")
     names = re.findall(r"[\w/.]+(?= \([\d,]+ tokens\))", result.stderr)
@@ -324,9 +298,10 @@ def test_a_prompt_that_is_too_long(inside: Path, variant: Callable[..., Path]) -
     check_refused(result, 2, "--max-new-tokens 256: the prompt's", "tokens leave", "of the model's 256 positions")
 
 
-def test_one_unbroken_line_of_millions(inside: Path, tmp_path: Path, variant: Callable[..., Path]) -> None:
+def test_one_unbroken_line_of_millions(inside: Path, tmp_path: Path) -> None:
     line = text_file(tmp_path / "line.txt", "xyzzyplugh" * 300_000)
-    result = run_here("ask", QUESTION, str(line), "--model", str(variant(max_position_embeddings=512)))
+    short = changed_checkpoint(tmp_path, max_position_embeddings=512)
+    result = run_here("ask", QUESTION, str(line), "--model", str(short))
     assert (result.code, result.stdout) == (4, "")
     cut, refusal = result.stderr.splitlines()
     assert "line.txt: an unbroken run of over 131,072 characters was cut 22 times" in cut and "line.txt (" in refusal
@@ -338,11 +313,11 @@ def test_too_little_memory(inside: Path, monkeypatch: pytest.MonkeyPatch) -> Non
                   "--dtype bfloat16", "--prefill-chunk-size")
 
 
-def test_weights_that_are_not_numbers(inside: Path, variant: Callable[..., Path]) -> None:
+def test_weights_that_are_not_numbers(inside: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = variant()
+    folder = changed_checkpoint(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -355,8 +330,8 @@ def test_the_answer_is_cut_only_with_a_word(inside: Path) -> None:
     assert result.stderr.endswith("l4ctx: the answer was cut at 3 tokens; --max-new-tokens allows more\n")
 
 
-def test_draws_are_repeatable(inside: Path, variant: Callable[..., Path]) -> None:
-    folder = variant()
+def test_draws_are_repeatable(inside: Path, tmp_path: Path) -> None:
+    folder = changed_checkpoint(tmp_path)
     config = {"eos_token_id": [], "do_sample": True, "temperature": 50.0}
     (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
 
@@ -398,17 +373,13 @@ def test_a_full_disk_is_named(inside: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bug(*_: object, **__: object) -> array[int]:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr("l4ctx.prompt.build_prompt", bug)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
+    monkeypatch.setattr("l4ctx.ask.available_memory", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run_here("ask", QUESTION, "docs/a.md")
 
 
 def test_every_error_with_an_exit_code_exists() -> None:
-    names = [name for name in cli._exit_code.__code__.co_consts if isinstance(name, tuple)]
-    for name in max(names, key=len):
+    for name in cli.CODE_OF_ERROR:
         module, _, error = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), error), Exception), name
 
@@ -418,9 +389,11 @@ def test_progress_without_a_terminal_and_its_width(inside: Path, monkeypatch: py
     result = run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32")
     line = r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s, \d+ MiB in memory$"
     assert re.search(line, result.stderr, re.MULTILINE) and not CONTROLS.search(result.stderr)
+    assert run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32", "--quiet").stderr == ""
     step = PrefillProgress(10_485_759, 10_485_760, 40_000.0)
     config = TextConfig.from_folder(TINY)
     for width, parts in ((20, 1), (50, 2), (66, 3)):
         line = terminal._line(step, terminal.TimeLeft(config, step.total), width)
         assert line.startswith("10,485,759 of 10,485,760 tokens") and len(line.split(", ")) == parts, line
+    left = terminal.TimeLeft(config, 1_000_000)
     assert left(1_000_000, 9.0) == 0 and left(500_000, 9.0) > 9.0  # the second half costs more than the first

@@ -176,6 +176,7 @@ def test_ties_go_to_the_lowest_id() -> None:
     assert {choose(logits, Sampling(temperature=t, top_k=1), generator) for t in (0.0, 1.0)} == {1}
     pairs = {choose(logits, Sampling(temperature=1.0, top_k=2), generator) for _ in range(60)}
     assert pairs == {1, 3}
+    assert choose(torch.zeros(50_000), Sampling(temperature=1.0, top_k=1), generator) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

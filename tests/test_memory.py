@@ -299,7 +299,7 @@ def test_cgroup_version_2(tmp_path: Path) -> None:
     group(root / "a", "max", 900, inactive_file=1)
     group(root, 5000, 4999, inactive_file=0)
     group(root / "c", 1, 0)  # somebody else's
-    (tmp_path / "memory.max").write_text("7")  # above the root
+    group(tmp_path, 7, 0)  # above the root
     assert cgroup(tmp_path, "0::/a/b\n") == [1, 650]
     assert cgroup(tmp_path, "0::/a\n") == cgroup(tmp_path, "0::/\n") == [1]
     assert cgroup(tmp_path, "0::/not/mounted/here\n") == [1]  # as in a container that sees its own group as the root

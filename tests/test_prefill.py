@@ -146,7 +146,7 @@ def test_of_the_last_layer_only_keys_and_values_are_computed(toys: Toys, name: s
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick", "top_3", "nope_first", "moe_none", "moe_listed"])
-@pytest.mark.parametrize("size", [5, 16, 100])
+@pytest.mark.parametrize("size", [5, 16])
 def test_operations_equal_the_closed_form(toys: Toys, name: str, size: int) -> None:
     """The products that PyTorch's own counter sees are those of `reading_operations`, for every part of a run."""
     model = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32)
@@ -160,14 +160,14 @@ def test_operations_equal_the_closed_form(toys: Toys, name: str, size: int) -> N
         assert not {"aten.addmm", "aten.bmm"} & set(counts)
 
 
-@pytest.mark.parametrize("size", [5, CHUNK, 3 * CHUNK])
+@pytest.mark.parametrize("size", [5, 3 * CHUNK])
 def test_what_is_held_during_a_step_does_not_grow_with_the_length(toys: Toys, size: int) -> None:
-    """Beside the cache: the peak of storages, and the largest one, over 60 steps and over the first 6.
+    """Beside the cache: the peak of storages, and the largest one, over some 40 steps and over the first 4.
 
     One token over and over, so that routing is the same everywhere.
     """
     model = load_checkpoint(toys("maverick", 0.02).folder, dtype=torch.float32)
-    length = 60 * max(size, CHUNK)
+    length = 40 * max(size, CHUNK)
     cache = HybridKVCache(model.config, length=length)  # one block: it is there after the first token
     list(prefill(model, cache, [3]))
     peaks, largest = [], []

@@ -1,0 +1,141 @@
+"""The sample checkpoint: its published form, and that it finds facts; and the README's commands."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache.hybrid import HybridKVCache
+from l4ctx.documents import Document
+from l4ctx.generate import GenerationConfig, generate
+from l4ctx.prefill import as_batch, prefill
+from l4ctx.prompt import ChatTemplate, build_prompt
+from l4ctx.tokenizer import Tokenizer
+from model.checkpoint import load_checkpoint, text_tensors
+from model.config import TextConfig, parameter_count
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "samples" / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def _samples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "samples"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(TINY)
+
+
+def own_sources() -> str:
+    """Text that the training has not seen: this repository's own code."""
+    return "\n".join(file.read_text(encoding="utf-8") for folder in ("l4ctx", "model", "cache")
+                     for file in sorted((ROOT / folder).glob("*.py")))
+
+
+def test_the_checkpoint_has_the_published_form() -> None:
+    config = TextConfig.from_folder(TINY)
+    assert config.max_position_embeddings == 10485760
+    assert config.use_qk_norm and config.attn_temperature_tuning and len(config.moe_layers) == config.num_hidden_layers
+    assert 0 < config.num_nope_layers < config.num_rope_layers
+    elements = {name: torch.Size(tensor.shape).numel() for name, tensor in text_tensors(TINY).items()}
+    assert sum(elements.values()) == parameter_count(config)
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
+    names = {file.name for file in TINY.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja"}
+
+
+def test_the_tokenizer_has_the_llama_4_pattern_with_single_digits(tokenizer: Tokenizer) -> None:
+    split = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]["pretokenizers"][0]
+    real = ROOT.parent / "shared" / "llama4-tokenizer" / "tokenizer.json"
+    if real.exists():
+        theirs = json.loads(real.read_text(encoding="utf-8"))["pre_tokenizer"]["pretokenizers"][0]
+        assert split["pattern"]["Regex"] == theirs["pattern"]["Regex"].replace(r"\p{N}{1,3}", r"\p{N}")
+    assert len(tokenizer.encode_data("48213").ids) == 5
+    for token in ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|image|>", "<|patch|>"):
+        assert tokenizer.special_id(token) is not None
+
+
+def test_logits_equal_those_of_transformers(tokenizer: Tokenizer) -> None:
+    """Trained weights over several attention chunks of real text, read in pieces."""
+    from transformers import Llama4ForCausalLM
+
+    model = load_checkpoint(TINY, dtype=torch.float32)
+    length = 2 * model.config.attention_chunk_size + 137
+    ids = as_batch(tokenizer.encode_data(own_sources()).ids[:length], model.device)
+    assert ids.shape[1] == length
+    with torch.inference_mode():
+        theirs = Llama4ForCausalLM.from_pretrained(TINY, dtype=torch.float32)(ids, use_cache=False).logits
+    cache = HybridKVCache(model.config, length=length)
+    for step in range(0, length, 300):
+        ours = model(ids[:, step:step + 300], cache)
+        assert ours is not None
+        expected = theirs[:, step:step + 300]
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()  # the oracle's phases are float32
+
+
+def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
+    from tiny_model import TinyForTraining, simulated_temperature
+
+    model = load_checkpoint(TINY, dtype=torch.float32)
+    twin = TinyForTraining(model.config.vocab_size)
+    twin.load_state_dict(model.state_dict())
+    chunk = model.config.attention_chunk_size
+    ids = as_batch(tokenizer.encode_data(own_sources()).ids[:2 * chunk], model.device)
+    with torch.inference_mode():
+        hidden = twin(ids, chunk, torch.zeros(ids.shape), simulated_temperature(torch.tensor([float(ids.shape[1])])))
+        theirs = twin.lm_head(hidden)
+    ours = model(ids)
+    assert ours is not None
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
+    from lookup_task import draw_entities, fact, question, random_code
+
+    rng = random.Random(4)
+    codes = {entity: random_code(rng) for entity in draw_entities(rng, 10, evaluation=True)}
+    lines = own_sources().splitlines()
+    for entity, code in codes.items():
+        lines.insert(rng.randrange(len(lines)), fact(entity, code))
+    text = "\n".join(lines)
+    model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
+    stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
+    right = 0
+    prompts = [build_prompt(tokenizer, template, [Document("a.py", "", text)], question(entity)) for entity in codes]
+    read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
+    end = prompts[0].spans[-1].stop
+    for _ in prefill(model, read, prompts[0].ids[:end]):
+        pass
+    for prompt, code in zip(prompts, codes.values(), strict=True):
+        cache = read.fork()
+        for _ in prefill(model, cache, prompt.ids[end:-1]):
+            pass
+        answer = tokenizer.decode(generate(model, cache, prompt.ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
+        right += re.findall(r"\d+", answer) == [code]
+    assert right >= 9
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    readme, script = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text()
+    blocks = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)
+    commands = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    ran = {line.replace(" -q ", " ") for line in script.splitlines()}
+    for command in commands:
+        if command.startswith("pip install") or command == "pytest" or ("samples/tiny" in command and "ask" in command):
+            assert command in ran, f"the README's {command!r} is not what .ci/run runs"
+
+
+def test_readme_names_files_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"(?:samples|l4ctx|model|cache)/[\w/]+\.(?:py|md)", readme):
+        assert (ROOT / name).exists(), name
+    assert sys.version_info >= (3, 11)
