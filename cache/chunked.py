@@ -1,6 +1,7 @@
 """The cache of one RoPE layer: keys and values of the current attention chunk, and nothing older.
 
-At a multiple of the attention chunk the window is empty. Knows nothing of other layers.
+At a multiple of the attention chunk the window is empty. Knows nothing of other layers. The committed offset, which the
+caller gives, is the only truth: what a forward that failed has left behind is told apart by it and dropped.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ class ChunkedKVCache:
         self.window = window
         self.chunk_size = chunk_size
         self._new: Block | None = None  # tokens of the current forward, when they do not fit into the window
-        self._first = self._stop = 0  # positions of the first kept token and behind the last
+        self._tail: tuple[int, Block] | None = None  # the last chunk's share of them and its start, not yet committed
+        self._first = self._stop = 0  # positions of the first visible token and behind the last
 
     def append(self, offset: int, keys: Tensor, values: Tensor) -> None:
         """Tokens (B, H_kv, T, D) at `offset`. Within the current chunk they go straight into the window."""
+        self._new = None
+        self.settle(offset)
         used = offset % self.chunk_size
         tokens = keys.shape[2]
         self._first, self._stop = offset - used, offset + tokens
         if used + tokens <= self.chunk_size:
             self.window.keys[:, :, used:used + tokens] = keys
             self.window.values[:, :, used:used + tokens] = values
-            self._new = None
         else:
             self._new = Block(keys, values)
 
@@ -44,24 +47,40 @@ class ChunkedKVCache:
             yield KVSegment(*self.window.first(offset - self._first), self._first)
         yield KVSegment(*self._new, offset)
 
-    def commit(self) -> None:
-        """Keeps of the new tokens those of the chunk that the next one falls into."""
-        rest = self._stop % self.chunk_size
-        if self._new is not None and rest:
-            self.window.keys[:, :, :rest] = self._new.keys[:, :, -rest:]
-            self.window.values[:, :, :rest] = self._new.values[:, :, -rest:]
-        self._new = None
-        self._first = self._stop - rest
+    def finish(self) -> None:
+        """This layer's attention is over: of a long forward's tokens only those of the last chunk are kept.
 
-    def fork(self) -> ChunkedKVCache:
-        forked = ChunkedKVCache(Block(self.window.keys.clone(), self.window.values.clone()), self.chunk_size)
-        forked._first, forked._stop = self._first, self._stop
+        They wait beside the window while that still holds tokens which a repetition of the forward would need.
+        """
+        if self._new is None:
+            return
+        new, self._new = self._new, None
+        offset, rest = self._stop - new.keys.shape[2], self._stop % self.chunk_size
+        if rest == 0:
+            return
+        tail = Block(*(x[:, :, -rest:] for x in new))
+        if offset % self.chunk_size == 0:
+            self.window.first(rest).copy_from(tail)
+        else:
+            self._tail = self._stop - rest, Block(*(x.clone() for x in tail))
+
+    def settle(self, offset: int) -> None:
+        """Puts the tail of the last forward into the window if it was committed, and drops it if it was not."""
+        self.finish()
+        if self._tail is not None:
+            start, tail = self._tail
+            if offset == start + tail.keys.shape[2]:
+                self.window.first(tail.keys.shape[2]).copy_from(tail)
+            self._tail = None
+
+    def fork(self, offset: int) -> ChunkedKVCache:
+        """A copy that has committed `offset` tokens."""
+        self.settle(offset)
+        forked = ChunkedKVCache(Block(*(torch.empty_like(x) for x in self.window)), self.chunk_size)
+        used = offset % self.chunk_size
+        forked.window.first(used).copy_from(self.window.first(used))
         return forked
 
     @property
     def nbytes(self) -> int:
-        return self.window.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.window.keys.device
+        return self.window.nbytes + (self._tail[1].nbytes if self._tail else 0)

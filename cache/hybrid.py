@@ -42,6 +42,9 @@ class HybridKVCache:
         expected = (self.batch_size, self.config.num_key_value_heads, tokens, self.config.head_dim)
         assert keys.shape == values.shape == expected, (keys.shape, values.shape, expected)
         assert self.offset + tokens <= self.length, f"{self.offset} + {tokens} tokens in a cache made for {self.length}"
+        before = self.layers[layer - 1]
+        if isinstance(before, ChunkedKVCache):
+            before.finish()  # layers come in turn, so that at most one holds a whole forward's tokens
         self.layers[layer].append(self.offset, keys, values)
 
     def segments(self, layer: int, queries: range) -> Iterator[KVSegment]:
@@ -52,15 +55,15 @@ class HybridKVCache:
         return cache.segments(len(queries) * self.batch_size)
 
     def advance(self, num_tokens: int) -> None:
-        """Commits the new tokens of all layers."""
-        for cache in self.layers:
-            cache.commit()
+        """Commits the new tokens of all layers: by the offset alone, so that an interruption finds all or nothing."""
         self.offset += num_tokens
+        for cache in self.layers:
+            cache.settle(self.offset)
 
     def fork(self) -> HybridKVCache:
         """An independent continuation: sealed blocks are shared, windows and open blocks copied."""
         forked = copy.copy(self)
-        forked.layers = [cache.fork() for cache in self.layers]
+        forked.layers = [cache.fork(self.offset) for cache in self.layers]
         return forked
 
     def held(self) -> KVBytes:

@@ -1,7 +1,7 @@
 """The cache of one NoPE layer: all keys and values, in blocks of fixed size that are never copied as it grows.
 
 The last block is open and lies where the model computes. Once full it is sealed: immutable, moved to host memory,
-shared by forks. Knows nothing of other layers.
+shared by forks. Knows nothing of other layers. The committed offset, which the caller gives, is the only truth.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class OffloadedKVCache:
 
     def append(self, offset: int, keys: Tensor, values: Tensor) -> None:
         """Tokens (B, H_kv, T, D) at `offset`, into the open block and as many further ones as they need."""
+        self.settle(offset)
         done, tokens = 0, keys.shape[2]
         while done < tokens:
             number, used = divmod(offset + done, self.block_tokens)
@@ -52,21 +53,22 @@ class OffloadedKVCache:
             if start >= self._stop:  # a block left over from a forward that did not finish
                 break
 
-    def commit(self) -> None:
-        """Seals the blocks that are full."""
-        while (self.num_sealed + 1) * self.block_tokens <= self._stop:
+    def settle(self, offset: int) -> None:
+        """Seals the blocks that are full of committed tokens."""
+        while (self.num_sealed + 1) * self.block_tokens <= offset:
             self.blocks[self.num_sealed] = to_host(self.blocks[self.num_sealed])
             self.num_sealed += 1
 
-    def fork(self) -> OffloadedKVCache:
-        """Shares the sealed blocks and copies what is in the open one."""
+    def fork(self, offset: int) -> OffloadedKVCache:
+        """A copy that has committed `offset` tokens: shares the sealed blocks and copies what is in the open one."""
+        self.settle(offset)
         forked = OffloadedKVCache(self.block_tokens, self._new_block, self.device)
         forked.blocks = self.blocks[:self.num_sealed]
-        forked.num_sealed, forked._stop = self.num_sealed, self._stop
+        forked.num_sealed = self.num_sealed
         start = self.num_sealed * self.block_tokens
-        if self._stop > start:
+        if offset > start:
             open_block = self._new_block(start)
-            open_block.first(self._stop - start).copy_from(self.blocks[self.num_sealed].first(self._stop - start))
+            open_block.first(offset - start).copy_from(self.blocks[self.num_sealed].first(offset - start))
             forked.blocks.append(open_block)
         return forked
 

@@ -110,7 +110,7 @@ class Run:
             raise RequestError(f"standard input has no text to read: {self.skipped[0].reason} "
                                "(name a file or folder; to ask without documents, add < /dev/null)")
         if self.request.paths:
-            self._documents.require_any()
+            self._documents.require_any(self.request.paths)
         self._note_if_a_path(self.request.question)
         for entry in self.skipped[:SKIPPED_LINES]:
             self.note(f"skipped {entry.source}: {entry.reason}")
@@ -162,7 +162,8 @@ class Run:
             prompt_tokens=len(self.prompt.ids), max_new_tokens=self.max_new_tokens, itemsize=self._dtype.itemsize,
             prefill_chunk_size=self.request.prefill_chunk_size)
         largest = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)[:2]
-        self.plan.check(available, [(span.source, span.stop - span.start) for span in largest], len(self.prompt.ids))
+        self.plan.check(available, [(span.source, span.stop - span.start) for span in largest], len(self.prompt.ids),
+                        on_accelerator=self._free_on_accelerator())
 
     def load_model(self) -> None:
         """Maps or converts the weights, and makes an empty cache. Raises CheckpointError."""
@@ -180,7 +181,7 @@ class Run:
         """Reads all of the prompt but its last token."""
         from l4ctx.prefill import prefill
 
-        steps = prefill(self.model, self.cache, self.prompt.ids[:-1],
+        steps = prefill(self.model, self.cache, memoryview(self.prompt.ids)[:-1],
                         prefill_chunk_size=self.request.prefill_chunk_size)
         for step in steps:
             self.timings["prefill"] = Timing(step.seconds, step.done)
@@ -245,6 +246,11 @@ class Run:
         self._stored = checked_tensors(self.request.model, self.config)
         self.generation = GenerationConfig.from_folder(self.request.model)
         self.sampling = self._sampling()
+
+    def _free_on_accelerator(self) -> int | None:
+        import torch
+
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
 
     def _sampling(self) -> Sampling:
         from l4ctx.generate import Sampling

@@ -32,7 +32,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
     "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
     "l4ctx.memory.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
-    "l4ctx.generate.GenerationError": MODEL,
+    "l4ctx.generate.GenerationConfigError": CHECKPOINT, "l4ctx.generate.GenerationError": MODEL,
 }
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,

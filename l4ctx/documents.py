@@ -72,14 +72,17 @@ class DocumentSet:
         while self.documents:
             yield self.documents.pop()
 
-    def require_any(self) -> None:
-        """Raise DocumentError where nothing was read, naming the first reasons."""
+    def require_any(self, paths: Iterable[str]) -> None:
+        """Raise DocumentError where nothing was read from `paths`, naming them and the first reasons."""
         if self.documents:
             return
         reasons = [f"{entry.source}: {entry.reason}" for entry in self.skipped]
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         found = f"left out {'; '.join(reasons[:3])}{more}" if reasons else "nothing is there"
-        raise DocumentError(f"found no text to read: {found} (name a hidden or ignored file itself to read it)")
+        left_out = any(word in reason for reason in reasons for word in ("hidden", "ignored"))
+        hint = " (name a hidden or ignored file itself to read it)" if left_out else ""
+        where = ", ".join(printable(path) for path in paths)
+        raise DocumentError(f"found no text to read in {where}: {found}{hint}")
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None) -> DocumentSet:

@@ -6,8 +6,9 @@ Knows nothing of text: detokenization is the tokenizer's, printing the CLI's.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,11 @@ StopReason = Literal["stop", "length"]
 
 
 class GenerationError(Exception):
-    """Decoding that cannot go on, or a generation_config.json that cannot be used."""
+    """Decoding that cannot go on."""
+
+
+class GenerationConfigError(Exception):
+    """A generation_config.json that cannot be used; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +49,40 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> GenerationConfig:
-        """Stop tokens come from config.json where there is no generation_config.json. Raises GenerationError."""
-        raw = _json_object(folder / "generation_config.json")
-        config = _json_object(folder / "config.json")
-        of_config = config.get("eos_token_id", _object(config.get("text_config")).get("eos_token_id"))
-        stop = raw.get("eos_token_id", of_config)
-        ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        """Stop tokens come from config.json where generation_config.json has none. Raises GenerationConfigError."""
+        file = folder / "generation_config.json"
+        raw, config = _json_object(file), _json_object(folder / "config.json")
+        text_config = config.get("text_config")
+        places = (raw, config, text_config if isinstance(text_config, dict) else {})
+        stop: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+        ids = stop if isinstance(stop, list) else [stop]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise GenerationError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
-        try:
-            sampling = Sampling() if not raw.get("do_sample", "temperature" in raw) else Sampling(
-                temperature=float(raw.get("temperature") or 1.0), top_p=float(raw.get("top_p") or 1.0),
-                top_k=int(raw.get("top_k") or 0))
-        except (TypeError, ValueError) as error:
-            raise GenerationError(f"{folder / 'generation_config.json'}: {error}") from None
-        return cls(frozenset(ids), sampling)
-
-    def with_seed(self, seed: int | None) -> GenerationConfig:
-        return replace(self, sampling=replace(self.sampling, seed=seed))
+            raise GenerationConfigError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
+        if not raw.get("do_sample", raw.get("temperature") is not None):
+            return cls(frozenset(ids))
+        return cls(frozenset(ids), Sampling(
+            temperature=_number(file, raw, "temperature", 1.0, math.inf), top_p=_number(file, raw, "top_p", 1.0, 1.0),
+            top_k=int(_number(file, raw, "top_k", 0, 2.0**31))))
 
 
 def _json_object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return _object(json.loads(file.read_text(encoding="utf-8")))
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise GenerationError(f"{file}: cannot be read as JSON ({error})") from None
+        raise GenerationConfigError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise GenerationConfigError(f"{file}: the top level is not an object")
+    return raw
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest: float) -> float:
+    value = raw.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest or value == math.inf:
+        raise GenerationConfigError(f"{file}: {name} {value!r} is not a number from 0 to {largest:g}")
+    return value
 
 
 def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_tokens: int,
@@ -106,7 +114,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.temperature == 0:
         return int(logits.argmax())
     order = logits.argsort(descending=True, stable=True)
-    scaled = logits[order].double() / sampling.temperature
+    ranked = logits[order].double()
+    scaled = (ranked - ranked[0]) / sampling.temperature  # the largest is 0 at any temperature
     if sampling.top_k > 0:
         scaled = scaled[:sampling.top_k]
     probabilities = scaled.softmax(-1)

@@ -5,7 +5,9 @@ Plans are made before weights are loaded, from closed forms; they import no torc
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -36,6 +38,7 @@ class MemoryPlan:
     token_ids: int
     activations: int
     unbounded_cache: int  # keys and values if every layer kept all of them
+    itemsize: int  # of keys, values and activations
 
     @classmethod
     def of(cls, config: TextConfig, *, weights: int, weights_are_mapped: bool, prompt_tokens: int, max_new_tokens: int,
@@ -50,22 +53,42 @@ class MemoryPlan:
             token_ids=TOKEN_ID_BYTES * prompt_tokens,
             activations=activation_bytes(config, min(prefill_chunk_size, prompt_tokens), itemsize),
             unbounded_cache=sizes.unbounded_bytes(config, length, itemsize),
+            itemsize=itemsize,
         )
 
     @property
     def needed(self) -> int:
-        """Bytes that must be free: everything but mapped weights."""
+        """Bytes that must be free where the model computes on the CPU: everything but mapped weights."""
         weights = 0 if self.weights_are_mapped else self.weights
         return weights + self.rope_windows + self.nope_keys_values + self.token_ids + self.activations
 
-    def check(self, available: int | None, largest: Iterable[tuple[str, int]], prompt_tokens: int) -> None:
-        """Raises MemoryPlanError if the run cannot fit; `largest` are documents with their tokens."""
-        if available is None or self.needed + MARGIN_BYTES <= available:
-            return
+    @property
+    def needed_on_accelerator(self) -> int:
+        """Bytes of an accelerator's memory, where NoPE keys and values lie in host memory."""
+        return self.weights + self.rope_windows + self.activations
+
+    def check(self, available: int | None, largest: Iterable[tuple[str, int]], prompt_tokens: int, *,
+              on_accelerator: int | None = None) -> None:
+        """Raises MemoryPlanError if the run cannot fit into `available` bytes of host memory (None: not known).
+
+        With `on_accelerator` bytes free on one, weights, windows and activations go there. `largest` are documents
+        with their tokens.
+        """
         remedies = [f"leave out {source} ({tokens / prompt_tokens:.0%} of the tokens)" for source, tokens in largest]
-        remedies += ["--dtype bfloat16 halves keys and values", "a smaller --prefill-chunk-size"]
+        if self.itemsize > 2:
+            remedies.append("--dtype bfloat16 halves keys and values")
+        if on_accelerator is None:
+            self._check_one("memory", self.needed, available, [*remedies, "a smaller --prefill-chunk-size"])
+            return
+        self._check_one("memory", self.nope_keys_values + self.token_ids, available, remedies)
+        self._check_one("accelerator memory", self.needed_on_accelerator, on_accelerator,
+                        ["a smaller --prefill-chunk-size", "--device cpu"])
+
+    def _check_one(self, tier: str, needed: int, available: int | None, remedies: list[str]) -> None:
+        if available is None or needed + MARGIN_BYTES <= available:
+            return
         raise MemoryPlanError(
-            f"this run needs {human_bytes(self.needed + MARGIN_BYTES)} of memory and {human_bytes(available)} are free "
+            f"this run needs {human_bytes(needed + MARGIN_BYTES)} of {tier} and {human_bytes(available)} are free "
             f"(keys and values {human_bytes(self.nope_keys_values + self.rope_windows)}, weights "
             f"{human_bytes(0 if self.weights_are_mapped else self.weights)}, activations "
             f"{human_bytes(self.activations)}); what helps: {'; '.join(remedies)}")
@@ -190,6 +213,17 @@ def _left_in_group(limit_file: Path, usage_file: Path, stat_file: Path) -> int |
         return None
     droppable = int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
     return max(0, limit - usage + droppable)
+
+
+def give_back_free_memory() -> None:
+    """Returns what was freed to the system, where the allocator would keep it: glibc only, elsewhere nothing.
+
+    The activations of a prefill chunk come and go in pieces of all sizes; without this the allocator keeps a share of
+    them that differs from run to run.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def human_bytes(count: float) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
+from l4ctx.memory import give_back_free_memory
 from model.transformer import Transformer
 
 DEFAULT_PREFILL_CHUNK_SIZE = 8192
@@ -57,10 +58,15 @@ def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
     grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size)
     for positions in grid:
         model(as_batch(ids[positions.start - base:positions.stop - base], model.device), cache, logits="none")
+        give_back_free_memory()
         yield PrefillProgress(positions.stop - base, len(ids), time.perf_counter() - began)
 
 
 def as_batch(ids: Sequence[int], device: torch.device) -> Tensor:
     """One row of token ids, (1, T) int64."""
-    row = torch.frombuffer(ids, dtype=torch.int32) if isinstance(ids, array) else torch.as_tensor(ids)
+    if isinstance(ids, array | memoryview):
+        assert ids.itemsize == 4, "token ids lie in 32-bit arrays"
+        row = torch.frombuffer(ids, dtype=torch.int32)
+    else:
+        row = torch.as_tensor(ids)
     return row.to(device=device, dtype=torch.int64)[None]

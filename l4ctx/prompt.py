@@ -168,9 +168,10 @@ def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: i
     largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
     names = ", ".join(f"{_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
     remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
+    answer = f" and the answer may have {max_new_tokens:,}" if max_new_tokens > 1 else ""
     raise PromptLengthError(
-        f"the prompt has {len(prompt.ids):,} tokens and the answer may have {max_new_tokens:,}: {over:,} more than "
-        f"the model's {max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
+        f"the prompt has {len(prompt.ids):,} tokens{answer}: {over:,} more than the model's "
+        f"{max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
     )
 
 

@@ -92,7 +92,7 @@ class TextConfig:
         file = folder / "config.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{folder}: no config.json there; a checkpoint folder is expected") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
@@ -339,15 +339,16 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
 def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
     """What one forward of `tokens` tokens holds at most besides weights and cache, in bytes; an upper estimate.
 
-    The larger of attention (projections, rotation and output in float32) and of a feed-forward whose tokens all fall
-    to one expert; each beside residual stream and its norm.
+    The larger of attention (residual stream, its norm, projections; output and a segment's share of it being merged in
+    float32) and of a feed-forward whose tokens all fall to one expert.
     """
     c, q, kv = config.hidden_size, _query_size(config), _kv_size(config)
-    attention = (q + 2 * kv) * itemsize + 3 * max(q, kv) * 4 + q * itemsize
+    merging = 5 * max(q, kv) * 4 + 28 * config.num_attention_heads + 4 * config.head_dim
+    attention = (2 * c + q + 2 * kv) * itemsize + merging
     copies = config.num_experts_per_tok if config.moe_layers else 0
-    widest = max(config.intermediate_size * max(1, copies), config.intermediate_size_mlp)
-    feed_forward = (2 * copies * c + c + 3 * widest) * itemsize
-    return tokens * (2 * c * itemsize + max(attention, feed_forward)) + config.vocab_size * 4
+    dense = config.intermediate_size_mlp if len(config.moe_layers) < config.num_hidden_layers else 0
+    feed_forward = (5 * c + 2 * copies * c + 3 * max(config.intermediate_size * copies, dense)) * itemsize
+    return tokens * max(attention, feed_forward) + config.vocab_size * 4
 
 
 def _query_size(config: TextConfig) -> int:

@@ -345,7 +345,7 @@ def test_one_layer_alone() -> None:
             shown = torch.cat([torch.stack(segment[:2]) for segment in segments], 3).squeeze()
             assert torch.equal(shown, torch.stack((positions, -positions)).squeeze())
         for layer in (store, window):
-            layer.commit()
+            layer.settle(stop)
     assert (len(store.blocks), store.num_sealed, store.nbytes(on_host=True), window.nbytes) == (4, 3, 4 * 96, 32)
     assert store.nbytes(on_host=False) == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from toy_checkpoints import VOCABULARY, Toys
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from l4ctx.generate import GenerationConfig, GenerationError, Sampling, choose, generate
+from l4ctx.generate import GenerationConfig, GenerationConfigError, GenerationError, Sampling, choose, generate
 from l4ctx.prefill import prefill
 from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
@@ -229,6 +229,7 @@ def folder(tmp_path: Path) -> WriteJson:
     (None, {"text_config": None}, set()),
     ({"eos_token_id": 0}, None, {0}),
     (None, None, set()),
+    ({"eos_token_id": None}, {"eos_token_id": 9}, {9}),
 ])
 def test_stop_tokens(folder: WriteJson, generation: Any, config: Any, expected: set[int]) -> None:
     assert GenerationConfig.from_folder(folder(generation, config)).stop_tokens == frozenset(expected)
@@ -244,12 +245,13 @@ def test_stop_tokens(folder: WriteJson, generation: Any, config: Any, expected: 
     ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, Sampling()),
     ({"temperature": 0.6}, Sampling(0.6)),
     ({"temperature": 1}, Sampling(1.0)),
+    ({"temperature": 0.0}, Sampling()),
+    ({"do_sample": True, "temperature": 0.5, "top_p": 0.0}, Sampling(0.5, 0.0, 0)),
 ])
 def test_the_authors_sampling(folder: WriteJson, generation: Any, expected: Sampling) -> None:
     read = GenerationConfig.from_folder(folder(generation, {"eos_token_id": 1}))
     assert read.sampling == expected
-    seeded = read.with_seed(12)
-    assert (seeded.sampling.seed, seeded.stop_tokens, read.sampling.seed) == (12, frozenset({1}), None)
+    assert read.stop_tokens == {1}
 
 
 @pytest.mark.parametrize(("generation", "config", "named"), [
@@ -259,17 +261,19 @@ def test_the_authors_sampling(folder: WriteJson, generation: Any, expected: Samp
     ({"eos_token_id": {"a": 1}}, {}, "eos_token_id"),
     ({"do_sample": True, "temperature": "warm"}, {}, "generation_config.json"),
     ({"do_sample": True, "top_k": [4]}, {}, "generation_config.json"),
+    ({"do_sample": True, "temperature": float("nan")}, {}, "temperature"), ([1], {}, "not an object"),
+    ({"do_sample": True, "temperature": -1}, {}, "temperature"), ({"do_sample": True, "top_p": 1.5}, {}, "top_p"),
 ])
 def test_what_cannot_be_used_is_named(folder: WriteJson, generation: Any, config: Any, named: str) -> None:
     path = folder(generation, config)
-    with pytest.raises(GenerationError) as error:
+    with pytest.raises(GenerationConfigError) as error:
         GenerationConfig.from_folder(path)
     assert named in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_bytes(b'{"eos_token_id": "\xff"}')
-    with pytest.raises(GenerationError, match=r"generation_config\.json: cannot be read as JSON"):
+    with pytest.raises(GenerationConfigError, match=r"generation_config\.json: cannot be read as JSON"):
         GenerationConfig.from_folder(tmp_path)
 
 

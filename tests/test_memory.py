@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def test_what_must_be_free() -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 def test_check_refuses_what_does_not_fit_and_says_what_helps(mapped: bool) -> None:
     planned = MemoryPlan(weights=3 * 2**30, weights_are_mapped=mapped, rope_windows=100 * MIB,
-                         nope_keys_values=5 * 2**30, token_ids=20 * MIB, activations=31 * MIB, unbounded_cache=0)
+                         nope_keys_values=5 * 2**30, token_ids=20 * MIB, activations=31 * MIB, unbounded_cache=0,
+                         itemsize=4)
     needed = (5 * 1024 + 151 + (0 if mapped else 3 * 1024)) * MIB
     assert planned.needed == needed
     documents = [("src/big file.txt", 750), ("notes.md", 204)]
@@ -191,6 +193,22 @@ def test_check_refuses_what_does_not_fit_and_says_what_helps(mapped: bool) -> No
     assert "--dtype" in message and "--prefill-chunk-size" in message and "\n" not in message
     with pytest.raises(MemoryPlanError, match=r"and 0 B are free .*what helps: --dtype"):
         planned.check(0, [], 0)
+    with pytest.raises(MemoryPlanError) as error:
+        replace(planned, itemsize=2).check(0, [], 0)
+    assert "--dtype" not in str(error.value)
+
+
+def test_check_with_an_accelerator_asks_for_each_memory_apart() -> None:
+    """Weights, windows and activations there; keys and values of the NoPE layers, and ids, in host memory."""
+    planned = MemoryPlan(weights=3 * 2**30, weights_are_mapped=False, rope_windows=100 * MIB,
+                         nope_keys_values=5 * 2**30, token_ids=20 * MIB, activations=31 * MIB, unbounded_cache=0,
+                         itemsize=2)
+    host, device = (5 * 1024 + 20) * MIB + MARGIN_BYTES, (3 * 1024 + 131) * MIB + MARGIN_BYTES
+    planned.check(host, [], 1, on_accelerator=device)
+    with pytest.raises(MemoryPlanError, match=r"5\.3 GiB of memory and"):
+        planned.check(host - 1, [], 1, on_accelerator=device)
+    with pytest.raises(MemoryPlanError, match=r"3\.4 GiB of accelerator memory and .*--device cpu"):
+        planned.check(host, [], 1, on_accelerator=device - 1)
 
 
 def test_plans_import_no_torch() -> None:
