@@ -309,8 +309,8 @@ def test_one_unbroken_line_of_millions(inside: Path, tmp_path: Path) -> None:
 
 def test_too_little_memory(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l4ctx.ask.available_memory", lambda: 2**20)
-    check_refused(run_here("ask", QUESTION, "docs", "--quiet"), 5, "1.0 MiB are free", "leave out docs/a.md (",
-                  "--dtype bfloat16", "--prefill-chunk-size")
+    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--dtype", "float32"), 5, "1.0 MiB are free",
+                  "leave out docs/a.md (", "--dtype bfloat16", "--prefill-chunk-size")
 
 
 def test_weights_that_are_not_numbers(inside: Path, tmp_path: Path) -> None:
