@@ -84,7 +84,7 @@ def find(ids: array[int], part: array[int]) -> int:
     """Position of the only occurrence of `part` in `ids`."""
     haystack, needle = ids.tobytes(), part.tobytes()
     at = haystack.find(needle)
-    while at % ids.itemsize:
+    while at >= 0 and at % ids.itemsize:
         at = haystack.find(needle, at + 1)
     assert at >= 0, "a planted fact is not in the prompt"
     return at // ids.itemsize

@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "no_rope_layers": [1, 1, 1, 0],
-    "attention_chunk_size": 1024,
+    "attention_chunk_size": 2048,
     "attn_temperature_tuning": True,
     "attn_scale": 0.1,
     "floor_scale": 8192,
