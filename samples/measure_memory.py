@@ -16,13 +16,35 @@ import tempfile
 from pathlib import Path
 
 import torch
-from evaluate_tiny import make_document
 
 from cache.sizes import bytes_per_token
+from evaluate_tiny import make_document
+from l4ctx.documents import Document
 from l4ctx.memory import TOKEN_ID_BYTES
+from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import fact, question
 from model.config import TextConfig
+
+ENTITY, CODE = "amber falcon", "48213"
+
+
+def fitted(tokenizer: Tokenizer, template: ChatTemplate | None, text: str, tokens: int) -> str:
+    """`text` cut or padded so that its prompt has exactly `tokens` tokens.
+
+    Lengths that fill the last prefill chunk alike are compared at the same moment of their last step.
+    """
+    def count(document: str) -> int:
+        return len(build_prompt(tokenizer, template, [Document("text.txt", "", document)], question(ENTITY)).ids)
+
+    lines = text.splitlines(keepends=True)
+    over = count(text) - tokens
+    while over > -20:
+        over -= max(1, len(tokenizer.encode_data(lines.pop()).ids) - 1)
+    text = "".join(lines) + "a"
+    text += " a" * (tokens - count(text))
+    assert count(text) == tokens
+    return text
 
 
 def main() -> None:
@@ -32,14 +54,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    tokenizer = Tokenizer.from_folder(args.model)
+    tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     points = []
     with tempfile.TemporaryDirectory() as scratch:
         for tokens in args.tokens:
-            file = Path(scratch) / f"{tokens}.txt"
-            codes = {"amber falcon": "48213"}
-            file.write_text(make_document(tokenizer, codes, tokens - 64, args.text, random.Random(0)))
-            command = ["l4ctx", "ask", question("amber falcon"), str(file), "--model", str(args.model), "--json",
+            file = Path(scratch) / "text.txt"
+            codes = {ENTITY: CODE, "silver heron": "90657"}
+            text = make_document(tokenizer, codes, tokens, args.text, random.Random(0))
+            file.write_text(fitted(tokenizer, template, text, tokens))
+            command = ["l4ctx", "ask", question(ENTITY), str(file), "--model", str(args.model), "--json",
                        "--dtype", args.dtype, "--quiet"]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             memory, prefill = result["memory"], result["timings"]["prefill"]
@@ -48,7 +71,7 @@ def main() -> None:
                   f"{memory['process_peak']['file_backed'] / 2**20:,.1f} MiB file-backed; keys and values "
                   f"{(memory['nope_host'] + memory['rope_windows']) / 2**20:,.1f} MiB; prefill "
                   f"{prefill['tokens_per_second']:,.0f} tokens/s; {result['answer']!r}"
-                  f"{'' if result['answer'] == fact('amber falcon', '48213') else ' (wrong)'}", flush=True)
+                  f"{'' if result['answer'] == fact(ENTITY, CODE) else ' (wrong)'}", flush=True)
     (first, low), (last, high) = points[0], points[-1]
     itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
     expected = bytes_per_token(TextConfig.from_folder(args.model), itemsize) + TOKEN_ID_BYTES
