@@ -92,9 +92,9 @@ def main() -> None:
             make_checkpoint(folder)
         rows: dict[str, list[float]] = {}
         for _ in range(args.pairs):
-            for who, dtype, size in (("l4ctx", "float32", args.prefill_chunk_size), ("transformers", "float32", 4096),
-                                     ("l4ctx", "bfloat16", args.prefill_chunk_size), ("transformers", "bfloat16", 4096)):
-                rows.setdefault(f"{who} {dtype}", []).append(run_apart(folder, args.tokens, who, dtype, size)[0])
+            for dtype in ("float32", "bfloat16"):
+                for who, size in (("l4ctx", args.prefill_chunk_size), ("transformers", 4096)):
+                    rows.setdefault(f"{who} {dtype}", []).append(run_apart(folder, args.tokens, who, dtype, size)[0])
     for name, seconds in rows.items():
         print(f"{name}: median {args.tokens / statistics.median(seconds):,.0f} tokens/s of {len(seconds)} runs")
     ours, theirs = ([min(pair) for pair in zip(rows[f"{who} float32"], rows[f"{who} bfloat16"], strict=True)]
