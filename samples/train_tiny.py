@@ -1,6 +1,6 @@
 """Trains `samples/tiny`: a small Llama 4 that finds facts in long, arbitrary text and answers questions about them.
 
-    python samples/train_tiny.py --output samples/tiny --minutes 75
+    python samples/train_tiny.py --output samples/tiny --minutes 100 --attention-chunk-size 2048
 
 Filler is taken from the folders named by --text (default: Python's own library and installed packages, but not
 torch, which is kept for evaluation). The curriculum goes up a level whenever enough answer tokens are right.
@@ -172,7 +172,6 @@ class SequenceMaker:
             previous = cut
         ids += filler[previous:] + self.footer
         return ids, spans
-
 
     def repetition(self, filler: list[int], length: int) -> list[int]:
         """`length` tokens of one thing over and over: a control token spelled out, a word, a few tokens of filler."""
