@@ -7,6 +7,7 @@ shards before text is tokenized, memory before weights are loaded. Prints nothin
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -239,6 +240,7 @@ class Run:
 
     def _check_checkpoint(self) -> None:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
         from l4ctx.generate import GenerationConfig
         from model.checkpoint import checked_tensors
 

@@ -9,11 +9,13 @@ exactly, so no kernel needs a mask in memory. Knows nothing of layers or keys an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Tile(NamedTuple):
@@ -60,6 +62,8 @@ class AttentionMask:
 
     def block_mask(self, queries: range, keys: range, block_size: tuple[int, int], device: torch.device) -> BlockMask:
         """flex_attention's block mask over `queries` x `keys`, indices counted from their starts, in closed form."""
+        from torch.nn.attention.flex_attention import BlockMask  # here: it imports the compiler, half a second
+
         q_block, kv_block = block_size
         q_first = queries.start + q_block * torch.arange(-(-len(queries) // q_block))[:, None]
         k_first = keys.start + kv_block * torch.arange(-(-len(keys) // kv_block))
