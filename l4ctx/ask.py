@@ -123,7 +123,8 @@ class Run:
     def make_prompt(self) -> None:
         """Checks the shards, then tokenizes.
 
-        Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError and GenerationError.
+        Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError and
+        GenerationConfigError.
         """
         from l4ctx.prompt import ChatTemplate, build_prompt, check_length
         from l4ctx.tokenizer import Tokenizer

@@ -51,7 +51,8 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     folder = Path(path)
     config = TextConfig.from_folder(folder)
     model = _on_meta_device(config, attention)
-    stored = checked_tensors(folder, config)
+    stored = text_tensors(folder)
+    _check_tensors(folder, model, stored)
     if dtype == "auto":
         dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
