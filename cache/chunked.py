@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cache.tiers import Block
+from cache.blocks import Block
 from model.backends import KVSegment
 
 
@@ -72,6 +72,10 @@ class ChunkedKVCache:
             if offset == start + tail.keys.shape[2]:
                 self.window.first(tail.keys.shape[2]).copy_from(tail)
             self._tail = None
+
+    def restore(self, used: Block) -> None:
+        """Starts with these tokens of the current attention chunk."""
+        self.window.first(used.keys.shape[2]).copy_from(used)
 
     def fork(self, offset: int) -> ChunkedKVCache:
         """A copy that has committed `offset` tokens."""

@@ -1,21 +1,23 @@
 """The cache of a whole model: a bounded window for each RoPE layer, a growing store for each NoPE layer.
 
-It is the `KVCache` of model/attention.py. Knows nothing of what is computed with the keys and values.
+It is the `KVCache` of model/attention.py. Knows nothing of what is computed with the keys and values, nor of what a
+saved context is: it writes rows of sealed blocks into the store that it is given.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cache import sizes
+from cache.blocks import Block, empty_block
 from cache.chunked import ChunkedKVCache
+from cache.disk import UnitFile
 from cache.offloaded import OffloadedKVCache
-from cache.sizes import KVBytes
-from cache.tiers import Block, empty_block
+from cache.sizes import KVBytes, Residency, StoreLayout
+from cache.tiers import RowStore, SealedBlock, Tiers, unit_name
 from model.backends import KVSegment
 from model.config import TextConfig
 
@@ -23,18 +25,26 @@ from model.config import TextConfig
 class HybridKVCache:
     """Keys and values of a run of at most `length` tokens (default: max_position_embeddings) in `batch_size` rows.
 
-    `dtype` and `device` are those the model computes in. Sealed NoPE blocks lie in host memory, which is pinned when
-    `device` is an accelerator.
+    `dtype` and `device` are those the model computes in; sealed NoPE blocks are stored in `kv_dtype` (one of
+    cache.sizes.KV_DTYPES) and lie where `residency` says. What memory does not hold is written to `rows`.
     """
 
     def __init__(self, config: TextConfig, *, length: int | None = None, batch_size: int = 1,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kv_dtype: str = "auto",
+                 residency: Residency | None = None, rows: RowStore | None = None,
+                 layout: StoreLayout | None = None) -> None:
         self.config = config
         self.offset = 0
         self.length = config.max_position_embeddings if length is None else length
         self.batch_size, self.dtype, self.device = batch_size, dtype, torch.device(device)
+        self.layout = layout or StoreLayout.of(config, length=self.length, dtype=str(dtype).removeprefix("torch."),
+                                               kv_dtype=kv_dtype, batch_size=batch_size)
+        self.residency = residency or Residency(on_accelerator=self.device.type == "cuda")
+        self.rows = rows
+        self.tiers = Tiers(self.layout, self.device)
+        self._placed = 0  # sealed rows of which each lies where it should
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
-            self._new_layer(config.uses_rope(layer)) for layer in range(config.num_hidden_layers)]
+            self._new_layer(layer) for layer in range(config.num_hidden_layers)]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values (B, H_kv, T, D) of new tokens at `offset`; `segments` shows them at once."""
@@ -52,42 +62,130 @@ class HybridKVCache:
         cache = self.layers[layer]
         if isinstance(cache, ChunkedKVCache):
             return cache.segments()
-        return cache.segments(len(queries) * self.batch_size)
+        return cache.segments(len(queries) * self.batch_size, self.residency)
 
     def advance(self, num_tokens: int) -> None:
-        """Commits the new tokens of all layers: by the offset alone, so that an interruption finds all or nothing."""
+        """Commits the new tokens of all layers: by the offset alone, so that an interruption finds all or nothing.
+
+        Then sealed rows move to their tiers. Raises what `rows` raises when a row cannot be written; the tokens are
+        committed then, and the next call tries again.
+        """
         self.offset += num_tokens
         for cache in self.layers:
             cache.settle(self.offset)
+        self._place()
 
     def fork(self) -> HybridKVCache:
-        """An independent continuation: sealed blocks are shared, windows and open blocks copied."""
+        """An independent continuation: sealed blocks are shared, windows and open blocks copied.
+
+        It writes nothing into a saved context; what it seals stays in memory unless there is a scratch file.
+        """
         forked = copy.copy(self)
         forked.layers = [cache.fork(self.offset) for cache in self.layers]
+        if self.rows is not None and self.rows.is_durable:
+            forked.rows = None
         return forked
 
     def held(self) -> KVBytes:
         """Bytes that are allocated now. The host tier of a model that computes on the CPU is its only one."""
         windows = [cache for cache in self.layers if isinstance(cache, ChunkedKVCache)]
-        stores = [cache for cache in self.layers if isinstance(cache, OffloadedKVCache)]
+        on_disk = sum(1 for store in self.stores for block in store.sealed if block.file is not None)
         return KVBytes(sum(cache.nbytes for cache in windows),
-                       nope_device=sum(cache.nbytes(on_host=False) for cache in stores),
-                       nope_host=sum(cache.nbytes(on_host=True) for cache in stores))
+                       nope_device=sum(cache.nbytes(on_host=False) for cache in self.stores),
+                       nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
+                       nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
+                       buffers=self.tiers.buffer_bytes)
 
     def predicted(self, tokens: int) -> int:
-        """Bytes that will be allocated after `tokens` tokens, in closed form."""
-        sizing = (self.dtype.itemsize, self.batch_size)
-        return (sizes.window_bytes(self.config, self.length, *sizing)
-                + sizes.nope_bytes(self.config, tokens, self.length, *sizing))
+        """Bytes of memory that will be allocated after `tokens` tokens, in closed form."""
+        return self.layout.held(tokens, self.residency).total
 
-    def _new_layer(self, uses_rope: bool) -> ChunkedKVCache | OffloadedKVCache:
+    @property
+    def stores(self) -> list[OffloadedKVCache]:
+        return [cache for cache in self.layers if isinstance(cache, OffloadedKVCache)]
+
+    def restore(self, offset: int, files: Sequence[UnitFile], *, tail: Mapping[int, Block] | None = None,
+                partial: UnitFile | None = None) -> None:
+        """Starts with `offset` tokens whose sealed blocks are in `files`, a row each.
+
+        What is behind them comes from `tail`, by layer: keys and values of the open block's tokens of a NoPE layer and
+        of the current chunk's tokens of a RoPE layer, (B, H_kv, at least as many, D); or, at a multiple of the
+        attention chunk, from the first tokens of the block in `partial`. Raises cache.disk.DiskError.
+        """
+        assert self.offset == 0 and len(files) == offset // self.layout.block_tokens, (self.offset, len(files), offset)
+        size, start = self.layout.segment_tokens, len(files) * self.layout.block_tokens
+        assert partial is None or offset % self.config.attention_chunk_size == 0, offset
+        for layer, cache in enumerate(self.layers):
+            if isinstance(cache, ChunkedKVCache):
+                if used := offset % self.config.attention_chunk_size:
+                    assert tail is not None, "no windows"
+                    cache.restore(tail[layer].first(used))
+                continue
+            empty = [None] * self.layout.segments_per_block
+            cache.restore(offset, [SealedBlock(layer, empty, file) for file in files])
+            from_file = SealedBlock(layer, empty, partial)
+            for position in range(start, offset, size):
+                used, number = min(size, offset - position), position // size
+                if partial is not None:
+                    source = self.tiers.load(from_file, number % self.layout.segments_per_block).first(used)
+                else:
+                    assert tail is not None, "no open block"
+                    here = slice(position - start, position - start + used)
+                    source = Block(*(x[:, :, here] for x in tail[layer]))
+                cache.segment(number).first(used).copy_from(source)
+        self.offset = offset
+        self._place()
+
+    def tail(self) -> dict[int, Block]:
+        """What `restore` needs beside the sealed blocks: per layer the tokens behind them, on the host, contiguous."""
+        tails = {}
+        for layer, cache in enumerate(self.layers):
+            cache.settle(self.offset)
+            if isinstance(cache, ChunkedKVCache):
+                parts = [cache.window.first(self.offset % self.config.attention_chunk_size)]
+            else:
+                size, start = self.layout.segment_tokens, len(cache.sealed) * self.layout.block_tokens
+                parts = [cache.segment(p // size).first(self.offset - p) for p in range(start, self.offset, size)]
+            if parts:
+                keys, values = (torch.cat([part[n] for part in parts], 2).cpu().contiguous() for n in range(2))
+                tails[layer] = Block(keys, values)
+        return tails
+
+    def _place(self) -> None:
+        """Puts every sealed row into its tier; can be interrupted anywhere and repeated."""
+        stores = self.stores
+        sealed = min((len(store.sealed) for store in stores), default=0)
+        if sealed == self._placed:
+            return
+        if self.rows is not None and self.rows.is_durable:
+            for row in range(sealed):
+                self._write(row)
+        device, _, disk = self.residency.split(sealed)
+        for row in range(sealed - device):
+            for store in stores:
+                if row >= disk:
+                    store.sealed[row].move(self.tiers.to_host)
+            if row < disk and any(store.sealed[row].is_in_memory for store in stores):
+                self._write(row)
+                for store in stores:
+                    if store.sealed[row].file is not None:
+                        store.sealed[row].drop_from_memory()
+        self.tiers.prepare(reads=disk > 0, has_sealed=sealed > 0)
+        self._placed = sealed
+
+    def _write(self, row: int) -> None:
+        """Gives a row a place on disk if it has none, and if there is a disk."""
+        blocks = [store.sealed[row] for store in self.stores]
+        if self.rows is None or all(block.file is not None for block in blocks):
+            return
+        units = {unit_name(block.layer, number): self.tiers.to_host(packed).tensors
+                 for block in blocks for number, packed in enumerate(block.segments) if packed is not None}
+        file = self.rows.write(row, units)
+        for block in blocks:
+            block.file = file
+
+    def _new_layer(self, layer: int) -> ChunkedKVCache | OffloadedKVCache:
+        if not self.config.uses_rope(layer):
+            return OffloadedKVCache(layer, self.tiers, self.length)
         chunk_size = self.config.attention_chunk_size
-        if uses_rope:
-            return ChunkedKVCache(self._new_block(min(chunk_size, self.length)), chunk_size)
-        tokens = sizes.block_tokens(self.config, self.dtype.itemsize, self.batch_size)
-        length, new_block = self.length, self._new_block
-        return OffloadedKVCache(tokens, lambda start: new_block(min(tokens, length - start)), self.device)
-
-    def _new_block(self, tokens: int) -> Block:
-        return empty_block(self.batch_size, self.config.num_key_value_heads, tokens, self.config.head_dim,
-                           self.dtype, self.device)
+        return ChunkedKVCache(empty_block(self.layout, min(chunk_size, self.length), self.device), chunk_size)

@@ -1,77 +1,93 @@
-"""The cache of one NoPE layer: all keys and values, in blocks of fixed size that are never copied as it grows.
+"""The cache of one NoPE layer: all keys and values, in segments of fixed size that are never copied as it grows.
 
-The last block is open and lies where the model computes. Once full it is sealed: immutable, moved to host memory,
-shared by forks. Knows nothing of other layers. The committed offset, which the caller gives, is the only truth.
+The last segments are open and lie where the model computes. A block of them that is full of committed tokens is sealed:
+immutable, shared by forks, free to move between tiers. Knows nothing of other layers. The committed offset, which the
+caller gives, is the only truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from cache.tiers import Block, staged, to_host
+from cache.blocks import Block, empty_block
+from cache.sizes import Residency
+from cache.tiers import SealedBlock, Tiers
 from model.backends import KVSegment
 
 
 class OffloadedKVCache:
-    """`new_block(start)` allocates the block whose first token is at position `start`."""
+    """Block i begins at position i * block_tokens, segment i at i * segment_tokens."""
 
-    def __init__(self, block_tokens: int, new_block: Callable[[int], Block], device: torch.device) -> None:
-        self.block_tokens = block_tokens
-        self.device = device
-        self.blocks: list[Block] = []  # block i begins at position i * block_tokens
-        self.num_sealed = 0
-        self._new_block = new_block
+    def __init__(self, layer: int, tiers: Tiers, length: int) -> None:
+        self.layer, self.tiers, self.length = layer, tiers, length
+        self.sealed: list[SealedBlock] = []
+        self.open: dict[int, Block] = {}  # by number of the segment
         self._stop = 0  # position behind the last token, new ones included
 
     def append(self, offset: int, keys: Tensor, values: Tensor) -> None:
-        """Tokens (B, H_kv, T, D) at `offset`, into the open block and as many further ones as they need."""
+        """Tokens (B, H_kv, T, D) at `offset`, into the open segment and as many further ones as they need."""
         self.settle(offset)
-        done, tokens = 0, keys.shape[2]
-        while done < tokens:
-            number, used = divmod(offset + done, self.block_tokens)
-            if number == len(self.blocks):
-                self.blocks.append(self._new_block(number * self.block_tokens))
-            block = self.blocks[number]
-            count = min(tokens - done, block.keys.shape[2] - used)
-            block.keys[:, :, used:used + count] = keys[:, :, done:done + count]
-            block.values[:, :, used:used + count] = values[:, :, done:done + count]
-            done += count
-        self._stop = offset + tokens
+        size = self.tiers.layout.segment_tokens
+        stop = offset + keys.shape[2]
+        assert stop <= self.length, (stop, self.length)
+        position = offset
+        while position < stop:
+            number, used = divmod(position, size)
+            segment = self.segment(number)
+            count = min(stop - position, size - used)
+            source = slice(position - offset, position - offset + count)
+            segment.keys[:, :, used:used + count] = keys[:, :, source]
+            segment.values[:, :, used:used + count] = values[:, :, source]
+            position += count
+        self._stop = stop
 
-    def segments(self, num_queries: int) -> Iterator[KVSegment]:
-        """One segment a block, oldest first."""
-        start = 0
-        for block in staged(self.blocks[:self.num_sealed], self.device, num_queries):
+    def segments(self, num_queries: int, residency: Residency) -> Iterator[KVSegment]:
+        """All that was appended, oldest first; each segment is valid until the next is asked for."""
+        size, start = self.tiers.layout.segment_tokens, 0
+        for block in self.tiers.stream(self.sealed, residency, num_queries):
             yield KVSegment(*block, start)
-            start += self.block_tokens
-        for block in self.blocks[self.num_sealed:]:
-            yield KVSegment(*block.first(self._stop - start), start)
-            start += self.block_tokens
-            if start >= self._stop:  # a block left over from a forward that did not finish
-                break
+            start += size
+        while start < self._stop:  # segments behind that are left over from a forward that did not finish
+            yield KVSegment(*self.open[start // size].first(self._stop - start), start)
+            start += size
 
     def settle(self, offset: int) -> None:
         """Seals the blocks that are full of committed tokens."""
-        while (self.num_sealed + 1) * self.block_tokens <= offset:
-            self.blocks[self.num_sealed] = to_host(self.blocks[self.num_sealed])
-            self.num_sealed += 1
+        per_block = self.tiers.layout.segments_per_block
+        while (len(self.sealed) + 1) * self.tiers.layout.block_tokens <= offset:
+            first = len(self.sealed) * per_block
+            self.sealed.append(self.tiers.seal(self.layer, [self.open[first + n] for n in range(per_block)]))
+        for number in [number for number in self.open if number < len(self.sealed) * per_block]:
+            del self.open[number]
+
+    def restore(self, offset: int, sealed: list[SealedBlock]) -> None:
+        """Starts with `offset` tokens: these sealed blocks, and open segments that the caller fills."""
+        assert not self.sealed and not self.open, "not empty"
+        self.sealed, self._stop = sealed, offset
 
     def fork(self, offset: int) -> OffloadedKVCache:
-        """A copy that has committed `offset` tokens: shares the sealed blocks and copies what is in the open one."""
+        """A copy that has committed `offset` tokens: shares the sealed blocks and copies what is open."""
         self.settle(offset)
-        forked = OffloadedKVCache(self.block_tokens, self._new_block, self.device)
-        forked.blocks = self.blocks[:self.num_sealed]
-        forked.num_sealed = self.num_sealed
-        start = self.num_sealed * self.block_tokens
-        if offset > start:
-            open_block = self._new_block(start)
-            open_block.first(offset - start).copy_from(self.blocks[self.num_sealed].first(offset - start))
-            forked.blocks.append(open_block)
+        forked = OffloadedKVCache(self.layer, self.tiers, self.length)
+        forked.sealed = list(self.sealed)
+        size, start = self.tiers.layout.segment_tokens, len(self.sealed) * self.tiers.layout.block_tokens
+        for position in range(start, offset, size):
+            number, used = position // size, min(size, offset - position)
+            forked.segment(number).first(used).copy_from(self.open[number].first(used))
+        forked._stop = offset
         return forked
 
     def nbytes(self, *, on_host: bool) -> int:
-        """Bytes of the blocks in host memory, or of those on an accelerator."""
-        return sum(block.nbytes for block in self.blocks if block.is_on_host == on_host)
+        """Bytes in host memory, or on an accelerator."""
+        opened = sum(block.nbytes for block in self.open.values() if (block.keys.device.type == "cpu") == on_host)
+        return opened + sum(block.nbytes(on_host=on_host) for block in self.sealed)
+
+    def segment(self, number: int) -> Block:
+        """The open segment of this number, made if need be; not larger than what is left of the run."""
+        if number not in self.open:
+            size = self.tiers.layout.segment_tokens
+            self.open[number] = empty_block(self.tiers.layout, min(size, self.length - number * size),
+                                            self.tiers.device)
+        return self.open[number]

@@ -1,16 +1,23 @@
-"""Tiers of memory that a block of keys and values can lie in: device and (pinned) host.
+"""Where a NoPE layer's sealed blocks lie, device, host memory or disk, and how they reach attention.
 
-Moves blocks between tiers and hands them to attention in order, each next one on its way while the last is in use.
-Knows nothing of layers or positions. What needs an accelerator has not been run on one yet.
+The newest are kept nearest: `Residency` says how many. Segments on disk are read ahead on a background thread into
+reused buffers; to an accelerator each next one travels while the last is in use. Results do not depend on the tier.
+Knows nothing of offsets or of which layers a model has. What needs an accelerator has not been run on one yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from cache.blocks import Block, empty_block
+from cache.disk import UnitFile, Units, as_bytes
+from cache.sizes import READ_BUFFERS, Residency, StoreLayout
+from cache.storage import Packed, pack, packed_from_bytes, unpack
 
 MAX_TRAVELLING_QUERIES = 16
 """With at most so many queries they go to a host block, and attention is computed there: fewer bytes travel."""
@@ -19,63 +26,176 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Block(NamedTuple):
-    """Keys and values of consecutive tokens in one layer, each (B, H_kv, S, D), head-major."""
+class RowStore(Protocol):
+    """Where rows of sealed blocks are written: a scratch file, or a saved context."""
 
-    keys: Tensor
-    values: Tensor
+    is_durable: bool
+    """Whether every row is to be written as soon as it is sealed."""
+
+    def write(self, row: int, units: Units) -> UnitFile:
+        """Writes a row, a unit for each segment of each layer, named by `unit_name`."""
+        ...
+
+
+def unit_name(layer: int, segment: int) -> str:
+    return f"{layer}.{segment}"
+
+
+class SealedBlock:
+    """An immutable block of one NoPE layer: its segments in memory, in a file, or both. Shared by forks."""
+
+    def __init__(self, layer: int, segments: Sequence[Packed | None], file: UnitFile | None = None) -> None:
+        self.layer = layer
+        self.segments = list(segments)
+        self.file = file
 
     @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def is_in_memory(self) -> bool:
+        return any(segment is not None for segment in self.segments)
+
+    def nbytes(self, *, on_host: bool) -> int:
+        """Bytes in host memory, or on an accelerator."""
+        return sum(packed.nbytes for packed in self.segments
+                   if packed is not None and (packed.keys.device.type == "cpu") == on_host)
+
+    def move(self, place: Callable[[Packed], Packed]) -> None:
+        for number, packed in enumerate(self.segments):
+            if packed is not None:
+                self.segments[number] = place(packed)
+
+    def drop_from_memory(self) -> None:
+        assert self.file is not None, "the only copy"
+        self.segments = [None] * len(self.segments)
+
+
+class Loan(NamedTuple):
+    """A sealed segment to be fetched, and whether it is to stay in memory once it is there."""
+
+    block: SealedBlock
+    number: int
+    is_kept: bool
+
+
+class Tiers:
+    """What the layers and forks of a cache share: the layout, the buffers, and the thread that reads ahead."""
+
+    def __init__(self, layout: StoreLayout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self._pins = device.type == "cuda"
+        self._read_buffers: list[Tensor] = []
+        self._unpacked: dict[torch.device, Block] = {}
+        self._reader: ThreadPoolExecutor | None = None
+
+    def seal(self, layer: int, segments: Iterable[Block]) -> SealedBlock:
+        """Packs the open segments of a full block, where they are."""
+        return SealedBlock(layer, [pack(segment, self.layout) for segment in segments])
+
+    def to_host(self, packed: Packed) -> Packed:
+        """The segment in host memory, pinned if it comes from an accelerator."""
+        if packed.keys.device.type == "cpu":
+            return packed
+        return packed.to(lambda x: torch.empty_like(x, device="cpu", pin_memory=self._pins).copy_(x))
+
+    def prepare(self, *, reads: bool, has_sealed: bool) -> None:
+        """Allocates the buffers that the layout's closed form counts, before they are needed."""
+        if reads and not self._read_buffers:
+            size = self.layout.sealed_segment_bytes
+            self._read_buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pins)
+                                  for _ in range(READ_BUFFERS)]
+        if has_sealed and self.layout.is_packed:
+            self._unpack_buffer(self.device)
 
     @property
-    def is_on_host(self) -> bool:
-        return self.keys.device.type == "cpu"
+    def buffer_bytes(self) -> int:
+        return sum(x.nbytes for x in self._read_buffers) + sum(block.nbytes for block in self._unpacked.values())
 
-    def first(self, tokens: int) -> Block:
-        """A view of the first tokens."""
-        return Block(self.keys[:, :, :tokens], self.values[:, :, :tokens])
+    def stream(self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int) -> Iterator[Block]:
+        """The blocks' segments, oldest first, in the compute dtype, where they are to be attended; each is valid until
+        the next is asked for. Blocks that memory is meant to hold stay there once read."""
+        _, _, on_disk = residency.split(len(blocks))
+        loans = (Loan(block, number, row >= on_disk) for row, block in enumerate(blocks)
+                 for number in range(len(block.segments)))
+        fetched = self._fetched(loans)
+        if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:
+            fetched = self._on_device(fetched)
+        for packed in fetched:
+            device = packed.keys.device
+            yield unpack(packed, self.layout, self._unpack_buffer(device)) if self.layout.is_packed else Block(
+                packed.keys, packed.values)
 
-    def copy_from(self, other: Block) -> None:
-        self.keys.copy_(other.keys)
-        self.values.copy_(other.values)
+    def load(self, block: SealedBlock, number: int) -> Block:
+        """One segment in the compute dtype, in memory of its own."""
+        packed = block.segments[number]
+        if packed is None:
+            packed = self._read(block, number, self._room())
+        if not self.layout.is_packed:
+            return Block(packed.keys, packed.values)
+        return unpack(packed, self.layout, self._segment(packed.keys.device))
 
+    def _fetched(self, loans: Iterable[Loan]) -> Iterator[Packed]:
+        """Packed segments in memory; those on disk are read one ahead, in the background."""
+        reads = 0
 
-def empty_block(batch_size: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype,
-                device: torch.device, *, pinned: bool = False) -> Block:
-    shape = (batch_size, heads, tokens, head_dim)
-    return Block(*(torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) for _ in range(2)))
+        def begin(loan: Loan) -> Packed | Future[Packed]:
+            nonlocal reads
+            packed = loan.block.segments[loan.number]
+            if packed is not None:
+                return packed
+            if loan.is_kept:
+                return self._in_background(self._keep, loan.block, loan.number)
+            self.prepare(reads=True, has_sealed=False)
+            buffer = self._read_buffers[reads % READ_BUFFERS]
+            reads += 1
+            return self._in_background(self._read, loan.block, loan.number, buffer)
 
+        for begun in ahead(loans, begin):
+            yield begun.result() if isinstance(begun, Future) else begun
 
-def to_host(block: Block) -> Block:
-    """The block in host memory, pinned if it comes from an accelerator; unchanged if it is there already."""
-    if block.is_on_host:
-        return block
-    b, heads, tokens, head_dim = block.keys.shape
-    host = empty_block(b, heads, tokens, head_dim, block.keys.dtype, torch.device("cpu"), pinned=True)
-    host.copy_from(block)
-    return host
+    def _in_background(self, work: Callable[[SealedBlock, int, Tensor], Packed], block: SealedBlock, number: int,
+                       buffer: Tensor | None = None) -> Future[Packed]:
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        return self._reader.submit(work, block, number, self._room() if buffer is None else buffer)
 
+    def _read(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
+        assert block.file is not None, "neither in memory nor on disk"
+        block.file.read(unit_name(block.layer, number), as_bytes(buffer))
+        return packed_from_bytes(buffer, self.layout)
 
-def staged(blocks: Iterable[Block], device: torch.device, num_queries: int) -> Iterator[Block]:
-    """The blocks where they are to be attended to: on `device`, or on the host for few queries."""
-    if device.type == "cpu" or num_queries <= MAX_TRAVELLING_QUERIES:
-        yield from blocks
-        return
-    stream = torch.cuda.Stream(device)
+    def _keep(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
+        packed = self._read(block, number, buffer)
+        block.segments[number] = packed
+        return packed
 
-    def load(block: Block) -> tuple[Block, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            copies = Block(*(x.to(device, non_blocking=True) for x in block))
-        return copies, stream.record_event()
+    def _room(self) -> Tensor:
+        """Memory for a packed segment that stays."""
+        return torch.empty(self.layout.sealed_segment_bytes, dtype=torch.uint8, pin_memory=self._pins)
 
-    for copies, arrived in ahead(blocks, load):
-        current = torch.cuda.current_stream(device)
-        current.wait_event(arrived)
-        for x in copies:
-            x.record_stream(current)  # its memory is not given away while attention still reads it
-        yield copies
+    def _segment(self, device: torch.device) -> Block:
+        return empty_block(self.layout, self.layout.segment_tokens, device)
+
+    def _unpack_buffer(self, device: torch.device) -> Block:
+        if device not in self._unpacked:
+            self._unpacked[device] = self._segment(device)
+        return self._unpacked[device]
+
+    def _on_device(self, fetched: Iterator[Packed]) -> Iterator[Packed]:
+        """The segments on the accelerator: each next one is on its way while attention reads the last."""
+        stream = torch.cuda.Stream(self.device)
+
+        def send(packed: Packed) -> tuple[Packed, torch.cuda.Event]:
+            with torch.cuda.stream(stream):
+                copies = packed.to(lambda x: x.to(self.device, non_blocking=True))
+            arrived = stream.record_event()
+            arrived.synchronize()  # the buffer that it came from is read into next
+            return copies, arrived
+
+        for copies, arrived in ahead(fetched, send):
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            for _, x in copies.tensors:
+                x.record_stream(current)  # its memory is not given away while attention still reads it
+            yield copies
 
 
 def ahead(items: Iterable[T], load: Callable[[T], U]) -> Iterator[U]:

@@ -1,61 +1,40 @@
-"""One question over documents, from request to answer, in steps that the CLI walks through and renders.
+"""One reading of documents, and perhaps one question over them, in steps that the CLI walks through and renders.
 
-The steps are ordered so that what can be refused is refused early: arguments and documents before torch is imported,
-shards before text is tokenized, memory before weights are loaded. Prints nothing and exits nowhere.
+The steps are ordered so that what can be refused is refused early: arguments, contexts and documents before torch is
+imported, shards before text is tokenized, memory before weights are loaded. Prints nothing and exits nowhere.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from l4ctx.context_use import ContextUse
 from l4ctx.documents import DocumentSet, Skipped, read_documents
-from l4ctx.memory import TOKEN_ID_BYTES, MemoryPlan, MemoryReport, PeakSampler, available_memory, process_memory
+from l4ctx.memory import MemoryReport, PeakSampler, ProcessMemory, available_memory, process_memory
+from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room
+from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, RequestError
 from model.config import TextConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.generate import GenerationConfig, Sampling
     from l4ctx.prefill import PrefillProgress
-    from l4ctx.prompt import Prompt
+    from l4ctx.prompt import Prompt, Span
     from l4ctx.tokenizer import Tokenizer
     from model.checkpoint import StoredTensor
     from model.transformer import Transformer
 
-DEFAULT_MAX_NEW_TOKENS = 1024
 SKIPPED_LINES = 12
-
-
-class RequestError(Exception):
-    """A request that cannot be carried out: a device that this machine lacks, standard input without text."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for. None, where it is allowed, means the default that only the checkpoint can tell."""
-
-    model: Path
-    question: str
-    paths: list[str]
-    stdin: BinaryIO | None = None
-    system: str | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    sample: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    attention: str = "sdpa"
-    prefill_chunk_size: int = 8192
 
 
 @dataclass
@@ -82,8 +61,10 @@ class Run:
     skipped: list[Skipped] = field(default_factory=list)
 
     config: TextConfig = field(init=False)
+    contexts: ContextUse = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     prompt: Prompt = field(init=False)
+    prompt_tokens: int = field(init=False)
     max_new_tokens: int = field(init=False)
     generation: GenerationConfig = field(init=False)
     sampling: Sampling = field(init=False)
@@ -92,9 +73,12 @@ class Run:
     cache: HybridKVCache = field(init=False)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
+    _made_with: dict[str, str] = field(init=False, default_factory=dict)
     _device: torch.device = field(init=False)
     _dtype: torch.dtype = field(init=False)
+    _scratch: Scratch | None = field(init=False, default=None)
     _sampler: PeakSampler = field(init=False)
+    _before: ProcessMemory | None = field(init=False, default=None)  # weights and cache are made
 
     @contextmanager
     def sampling_memory(self) -> Iterator[None]:
@@ -103,8 +87,14 @@ class Run:
             yield
 
     def read_documents(self) -> None:
-        """Reads the configuration and the documents. Raises ConfigError, DocumentError and RequestError."""
+        """Reads the configuration, what a saved context was made with, and the documents.
+
+        Raises ConfigError, ContextError, DocumentError and RequestError.
+        """
         self.config = TextConfig.from_folder(self.request.model)
+        self.contexts = ContextUse(self.request)
+        if self.request.kv_dir is not None and not self.request.kv_dir.is_dir():
+            raise RequestError(f"--kv-dir {self.request.kv_dir}: no such folder; make it, or name another one")
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin)
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
@@ -112,7 +102,8 @@ class Run:
                                "(name a file or folder; to ask without documents, add < /dev/null)")
         if self.request.paths:
             self._documents.require_any(self.request.paths)
-        self._note_if_a_path(self.request.question)
+        if self.request.question is not None:
+            self._note_if_a_path(self.request.question)
         for entry in self.skipped[:SKIPPED_LINES]:
             self.note(f"skipped {entry.source}: {entry.reason}")
         if len(self.skipped) > SKIPPED_LINES:
@@ -123,7 +114,7 @@ class Run:
     def make_prompt(self) -> None:
         """Checks the shards, then tokenizes.
 
-        Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError and
+        Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError, ContextError and
         GenerationConfigError.
         """
         from l4ctx.prompt import ChatTemplate, build_prompt, check_length
@@ -132,62 +123,104 @@ class Run:
         began = time.perf_counter()
         self._check_checkpoint()
         self.tokenizer = Tokenizer.from_folder(self.request.model)
-        template = ChatTemplate.from_folder(self.request.model)
+        template = ChatTemplate.from_folder(self.request.model, date=self.contexts.date)
         self.timings["load"].seconds += time.perf_counter() - began
         if template is None:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
-        self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question,
+        self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
                                    system=self.request.system)
+        self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
             self.note(text)
-        room = self.config.max_position_embeddings - len(self.prompt.ids)
+        room = self.config.max_position_embeddings - self.prompt_tokens
         self.max_new_tokens = self.request.max_new_tokens or max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
+        if self.request.question is None:
+            self.max_new_tokens = 0
         if 0 < room < self.max_new_tokens:
-            raise RequestError(f"--max-new-tokens {self.max_new_tokens}: the prompt's {len(self.prompt.ids):,} tokens "
+            raise RequestError(f"--max-new-tokens {self.max_new_tokens}: the prompt's {self.prompt_tokens:,} tokens "
                                f"leave {room:,} of the model's {self.config.max_position_embeddings:,} positions")
-        check_length(self.prompt, self.max_new_tokens, self.config.max_position_embeddings)
+        check_length(self.prompt, self.max_new_tokens, self.config.max_position_embeddings, self.prompt_tokens)
         if self.prompt.spans:
             self.note(f"{len(self.prompt.spans)} document{'s' * (len(self.prompt.spans) > 1)}, "
                       f"{len(self.prompt.ids):,} tokens")
 
     def plan_memory(self) -> None:
-        """Predicts every owner's bytes. Raises MemoryPlanError when they are more than is free."""
+        """Predicts every owner's bytes, and opens a context that is written to.
+
+        Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
+        """
         numbers = sum(tensor.num_bytes for tensor in self._stored.values())
         stored_itemsize = self._stored_dtype().itemsize
-        available = available_memory()
-        self._dtype = self._wanted_dtype(numbers // stored_itemsize * 4, available)
-        self.plan = MemoryPlan.of(
-            self.config, weights=numbers // stored_itemsize * self._dtype.itemsize,
-            weights_are_mapped=self._device.type == "cpu" and self._dtype == self._stored_dtype(),
-            prompt_tokens=len(self.prompt.ids), max_new_tokens=self.max_new_tokens, itemsize=self._dtype.itemsize,
-            prefill_chunk_size=self.request.prefill_chunk_size)
-        largest = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)[:2]
-        self.plan.check(available, [(span.source, span.stop - span.start) for span in largest], len(self.prompt.ids),
-                        on_accelerator=self._free_on_accelerator())
+        self._before = process_memory()
+        free = available_memory()
+        self._dtype = self._wanted_dtype(numbers // stored_itemsize * 4, free)
+        dtype = str(self._dtype).removeprefix("torch.")
+        room = self._room(free)
+        job = Job(self.config, prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens,
+                  weights=numbers // stored_itemsize * self._dtype.itemsize,
+                  weights_are_mapped=self._device.type == "cpu" and self._dtype == self._stored_dtype(),
+                  dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
+                  prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
+                  is_saved=self.request.save_context is not None,
+                  largest=self._largest(), saved_layout=self.contexts.layout(
+                      self.config, self.prompt_tokens + self.max_new_tokens, dtype))
+        self.plan = MemoryPlan.of(job, room)
+        if self.request.save_context is not None and self.request.save_context.exists():
+            room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
+        self.plan.check(room)
+        for text in self.plan.notes:
+            self.note(text)
+        self.contexts.begin(self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size,
+                            self.contexts.choice("attention") or "sdpa")
+        for text in self.contexts.notes:
+            self.note(text)
+        self._check_unsaved_rows()
 
     def load_model(self) -> None:
-        """Maps or converts the weights, and makes an empty cache. Raises CheckpointError."""
+        """Maps or converts the weights, and makes a cache with what need not be read.
+
+        Raises CheckpointError, ContextError and cache.disk.DiskFullError.
+        """
+        from cache.disk import Scratch
         from cache.hybrid import HybridKVCache
         from model.checkpoint import load_checkpoint
 
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self._dtype, device=self._device,
-                                     attention=self.request.attention)
-        self.cache = HybridKVCache(self.config, length=len(self.prompt.ids) + self.max_new_tokens,
-                                   dtype=self._dtype, device=self._device)
+                                     attention=self.contexts.choice("attention") or "sdpa")
+        if self.request.kv_dir is not None:
+            self._scratch = Scratch(self.request.kv_dir)
+        self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self._dtype,
+                                   device=self._device, layout=self.plan.layout, residency=self.plan.residency,
+                                   rows=self.contexts.writer or self._scratch)
+        self.contexts.restore(self.cache)
         self.timings["load"].seconds += time.perf_counter() - began
 
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Reads all of the prompt but its last token."""
+        """Reads all of the prompt that is not there yet but its last token; keeps the documents, if that is asked for.
+
+        Raises ContextError and cache.disk.DiskFullError.
+        """
+        if self.contexts.writer is not None:
+            yield from self._read(self.prompt.documents_stop)
+            if not self.contexts.writer.tip.is_complete:
+                self.contexts.writer.finish(self.cache)
+            self.cache.rows = self._scratch
+        if self.request.question is not None:
+            yield from self._read(self.prompt_tokens - 1)
+
+    def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.prefill import prefill
 
-        steps = prefill(self.model, self.cache, memoryview(self.prompt.ids)[:-1],
-                        prefill_chunk_size=self.request.prefill_chunk_size)
-        for step in steps:
-            self.timings["prefill"] = Timing(step.seconds, step.done)
-            yield step
+        first = self.prompt_tokens - len(self.prompt.ids)  # position of the prompt's first own token
+        ids = memoryview(self.prompt.ids)[self.cache.offset - first:stop - first]
+        before = self.timings["prefill"]
+        with self.contexts.naming_the_mend():
+            for step in prefill(self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size):
+                self.timings["prefill"] = Timing(before.seconds + step.seconds, before.tokens + step.done)
+                yield step
 
     def decode(self) -> Iterator[str]:
         """The answer in pieces of text, as they are known. Raises GenerationError."""
@@ -200,7 +233,8 @@ class Run:
                           stop_tokens=self.generation.stop_tokens, sampling=self.sampling)
         while True:
             try:
-                piece = decoder.push(next(tokens))
+                with self.contexts.naming_the_mend():
+                    piece = decoder.push(next(tokens))
             except StopIteration as end:
                 self.stop_reason = end.value
                 break
@@ -214,6 +248,14 @@ class Run:
         self.timings["decode"] = Timing(time.perf_counter() - began, self.generated_tokens)
         yield rest
 
+    def kept(self) -> str:
+        """What an interruption now leaves."""
+        return self.contexts.kept() if hasattr(self, "contexts") else "nothing is kept"
+
+    def close(self) -> None:
+        if hasattr(self, "contexts"):
+            self.contexts.close()
+
     def memory_report(self) -> MemoryReport:
         import torch
 
@@ -222,18 +264,20 @@ class Run:
         return MemoryReport(
             predicted=self.plan, weights=sum(p.nbytes for p in self.model.parameters()),
             rope_windows=held.rope_windows, nope_device=held.nope_device, nope_host=held.nope_host,
-            token_ids=TOKEN_ID_BYTES * len(self.prompt.ids), process=process_memory(),
+            nope_disk=held.nope_disk, buffers=held.buffers, token_ids=memoryview(self.prompt.ids).nbytes,
+            process_before=self._before, process=process_memory(),
             process_peak=self._sampler.peak,
             accelerator_peak=torch.cuda.max_memory_allocated(self._device) if on_gpu else None)
 
     def as_dict(self) -> dict[str, Any]:
         """The object that --json prints; bytes, seconds and tokens are plain numbers."""
         return {
-            "answer": self.answer,
-            "stop_reason": self.stop_reason,
-            "prompt_tokens": len(self.prompt.ids),
-            "generated_tokens": self.generated_tokens,
-            "documents": [{"path": span.source, "tokens": span.stop - span.start} for span in self.prompt.spans],
+            **({} if self.request.question is None else {
+                "answer": self.answer, "stop_reason": self.stop_reason, "generated_tokens": self.generated_tokens}),
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.contexts.reused,
+            "context": str(self.contexts.folder) if self.contexts.folder else None,
+            "documents": [{"path": span.source, "tokens": span.stop - span.start} for span in self._spans()],
             "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
             "memory": self.memory_report().as_dict(),
@@ -249,6 +293,57 @@ class Run:
         self._stored = checked_tensors(self.request.model, self.config)
         self.generation = GenerationConfig.from_folder(self.request.model)
         self.sampling = self._sampling()
+        if self.contexts.folder is not None:
+            from l4ctx.fingerprint import fingerprint
+
+            self._made_with = fingerprint(self.request.model, self.config, self._stored)
+            self.contexts.check(self._made_with, self.config)
+
+    def _keep_what_is_asked(self) -> None:
+        """Where the documents are in a context, the question alone; where nothing is asked, the documents alone."""
+        stop = self.prompt.documents_stop
+        if self.request.question is None:
+            del self.prompt.ids[stop:]
+        if self.contexts.reader is not None and not self.request.paths:
+            del self.prompt.ids[:stop]
+            self.prompt.documents_stop = 0
+            self.prompt_tokens = self.contexts.reader.state.tokens + len(self.prompt.ids)
+        else:
+            self.prompt_tokens = len(self.prompt.ids)
+
+    def _spans(self) -> list[Span]:
+        if self.contexts.reader is not None and not self.request.paths:
+            return self.contexts.documents()
+        return self.prompt.spans
+
+    def _largest(self) -> list[tuple[str, int]]:
+        spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)[:2]
+        return [(span.source, span.stop - span.start) for span in spans]
+
+    def _room(self, free: int | None) -> Room:
+        """What the machine has, within what the user allows; blocks of a context are on disk already."""
+        asked = self.request
+        if asked.kv_device_memory is not None and self._device.type != "cuda":
+            raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
+                               "--kv-host-memory limits that")
+        folder = asked.save_context or asked.kv_dir
+        disk = None
+        if folder is not None:
+            there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+            disk = shutil.disk_usage(there).free
+        return Room(host=free, accelerator=self._free_on_accelerator(), kv_device=asked.kv_device_memory,
+                    kv_host=asked.kv_host_memory, disk=disk,
+                    disk_folder=str(folder or asked.context) if folder or asked.context else None)
+
+    def _check_unsaved_rows(self) -> None:
+        """Blocks that are read anew beside a context that is only answered from have no place on disk."""
+        host, layout = self.plan.residency.host_rows, self.plan.layout
+        if self.contexts.reader is None or self.request.kv_dir is not None or host is None:
+            return
+        new = layout.sealed_rows(self.prompt_tokens + self.max_new_tokens) - self.contexts.reused // layout.block_tokens
+        if new > host + self.plan.residency.device_rows:
+            raise MemoryPlanError("what these documents have beyond the context does not fit into memory; add "
+                                  "--kv-dir, or read them into the context with l4ctx prefill")
 
     def _free_on_accelerator(self) -> int | None:
         import torch
@@ -275,8 +370,9 @@ class Run:
         """float32 on a CPU where it costs little: its matrix products are faster there, and exact."""
         import torch
 
-        if self.request.dtype != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.request.dtype]
+        chosen = self.contexts.choice("dtype")
+        if chosen != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[chosen]
         if self._device.type == "cpu" and (available is None or bytes_in_float32 < available / 4):
             return torch.float32
         return self._stored_dtype()

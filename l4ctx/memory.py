@@ -1,6 +1,6 @@
-"""Where every byte goes: what a run will need (MemoryPlan), what it holds and held (MemoryReport), what is free.
+"""What the process holds (MemoryReport, ProcessMemory), what is free on this machine, and how bytes are written.
 
-Plans are made before weights are loaded, from closed forms; they import no torch. Knows nothing of terminals.
+Knows nothing of models; plans are made in `l4ctx.plan`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,89 +9,13 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cache import sizes
-from model.config import TextConfig, activation_bytes
-
-TOKEN_ID_BYTES = 4
-MARGIN_BYTES = 256 * 2**20
-"""Left free by a plan: the interpreter, its libraries, and what the allocator does not give back."""
-
-
-class MemoryPlanError(Exception):
-    """A run that cannot fit into memory; the message says what it needs, what is free, and what would help."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Predicted bytes of one run by owner."""
-
-    weights: int
-    weights_are_mapped: bool  # pages of the checkpoint's own files, which the system can drop and read again
-    rope_windows: int
-    nope_keys_values: int
-    token_ids: int
-    activations: int
-    unbounded_cache: int  # keys and values if every layer kept all of them
-    itemsize: int  # of keys, values and activations
-
-    @classmethod
-    def of(cls, config: TextConfig, *, weights: int, weights_are_mapped: bool, prompt_tokens: int, max_new_tokens: int,
-           itemsize: int, prefill_chunk_size: int) -> MemoryPlan:
-        """`itemsize` is that of keys, values and activations, in bytes."""
-        length = prompt_tokens + max_new_tokens
-        return cls(
-            weights=weights,
-            weights_are_mapped=weights_are_mapped,
-            rope_windows=sizes.window_bytes(config, length, itemsize),
-            nope_keys_values=sizes.nope_bytes(config, length, length, itemsize),
-            token_ids=TOKEN_ID_BYTES * prompt_tokens,
-            activations=activation_bytes(config, min(prefill_chunk_size, prompt_tokens), itemsize),
-            unbounded_cache=sizes.unbounded_bytes(config, length, itemsize),
-            itemsize=itemsize,
-        )
-
-    @property
-    def needed(self) -> int:
-        """Bytes that must be free where the model computes on the CPU: everything but mapped weights."""
-        weights = 0 if self.weights_are_mapped else self.weights
-        return weights + self.rope_windows + self.nope_keys_values + self.token_ids + self.activations
-
-    @property
-    def needed_on_accelerator(self) -> int:
-        """Bytes of an accelerator's memory, where NoPE keys and values lie in host memory."""
-        return self.weights + self.rope_windows + self.activations
-
-    def check(self, available: int | None, largest: Iterable[tuple[str, int]], prompt_tokens: int, *,
-              on_accelerator: int | None = None) -> None:
-        """Raises MemoryPlanError if the run cannot fit into `available` bytes of host memory (None: not known).
-
-        With `on_accelerator` bytes free on one, weights, windows and activations go there. `largest` are documents
-        with their tokens.
-        """
-        remedies = [f"leave out {source} ({tokens / prompt_tokens:.0%} of the tokens)" for source, tokens in largest]
-        if self.itemsize > 2:
-            remedies.append("--dtype bfloat16 halves keys and values")
-        if on_accelerator is None:
-            self._check_one("memory", self.needed, available, [*remedies, "a smaller --prefill-chunk-size"])
-            return
-        self._check_one("memory", self.nope_keys_values + self.token_ids, available, remedies)
-        self._check_one("accelerator memory", self.needed_on_accelerator, on_accelerator,
-                        ["a smaller --prefill-chunk-size", "--device cpu"])
-
-    def _check_one(self, tier: str, needed: int, available: int | None, remedies: list[str]) -> None:
-        if available is None or needed + MARGIN_BYTES <= available:
-            return
-        raise MemoryPlanError(
-            f"this run needs {human_bytes(needed + MARGIN_BYTES)} of {tier} and {human_bytes(available)} are free "
-            f"(keys and values {human_bytes(self.nope_keys_values + self.rope_windows)}, weights "
-            f"{human_bytes(0 if self.weights_are_mapped else self.weights)}, activations "
-            f"{human_bytes(self.activations)}); what helps: {'; '.join(remedies)}")
+if TYPE_CHECKING:
+    from l4ctx.plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -111,13 +35,20 @@ class MemoryReport:
     rope_windows: int
     nope_device: int
     nope_host: int
+    nope_disk: int
+    buffers: int
     token_ids: int
+    process_before: ProcessMemory | None  # before weights and cache were made
     process: ProcessMemory | None
     process_peak: ProcessMemory | None
     accelerator_peak: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"predicted": self.predicted.as_dict(),
+                         "process_before": self.process_before and asdict(self.process_before),
+                         "process": self.process and asdict(self.process),
+                         "process_peak": self.process_peak and asdict(self.process_peak)}
 
 
 def process_memory() -> ProcessMemory | None:

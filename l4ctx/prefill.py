@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
+from cache.sizes import KVBytes
 from l4ctx.memory import give_back_free_memory
 from model.transformer import Transformer
 
@@ -23,29 +24,45 @@ DEFAULT_PREFILL_CHUNK_SIZE = 8192
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """`done` of `total` tokens are in the cache, `seconds` after the start of this prefill."""
+    """`done` of this prefill's `total` tokens are in the cache, `seconds` after it began."""
 
+    start: int  # absolute position of its first token: those before were in the cache already
     done: int
     total: int
     seconds: float
+    step: range  # absolute positions of the step just finished
+    step_seconds: float
+    held: KVBytes | None  # after that step
 
 
-def prefill_grid(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int) -> Iterator[range]:
+def prefill_grid(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int,
+                 block_tokens: int | None = None) -> Iterator[range]:
     """Positions start .. stop - 1 cut on an absolute grid, so that any run over the same tokens takes the same steps.
 
-    Prefill chunks at least as long as an attention chunk are cut at multiples of a whole number of those; shorter
-    ones are counted from each attention chunk's start and none crosses a boundary.
+    Prefill chunks at least as long as an attention chunk are whole numbers of those; shorter ones are counted from each
+    attention chunk's start and none crosses a boundary. At multiples of `grid_period` there is always a cut.
     """
     assert prefill_chunk_size > 0
-    if prefill_chunk_size >= attention_chunk_size:
-        step = period = prefill_chunk_size // attention_chunk_size * attention_chunk_size
-    else:
-        step, period = prefill_chunk_size, attention_chunk_size
+    period = grid_period(prefill_chunk_size, attention_chunk_size, block_tokens)
+    step = min(prefill_chunk_size, period)
+    if step >= attention_chunk_size:
+        step = step // attention_chunk_size * attention_chunk_size
     while start < stop:
         begin = start // period * period
         cut = min(begin + ((start - begin) // step + 1) * step, begin + period, stop)
         yield range(start, cut)
         start = cut
+
+
+def grid_period(prefill_chunk_size: int, attention_chunk_size: int, block_tokens: int | None = None) -> int:
+    """Tokens after which the grid repeats: with blocks (of whole attention chunks) their boundaries are cuts of it, but
+    for prefill chunks that are longer, which are whole blocks; so a run can go on where its blocks end."""
+    if prefill_chunk_size < attention_chunk_size:
+        return attention_chunk_size
+    if block_tokens is None or prefill_chunk_size >= block_tokens:
+        unit = block_tokens or attention_chunk_size
+        return prefill_chunk_size // unit * unit
+    return block_tokens
 
 
 def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
@@ -55,11 +72,15 @@ def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
     A step that does not finish leaves the cache where the last yielded progress says.
     """
     began, base = time.perf_counter(), cache.offset
-    grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size)
+    grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size,
+                        cache.layout.block_tokens)
     for positions in grid:
+        step_began = time.perf_counter()
         model(as_batch(ids[positions.start - base:positions.stop - base], model.device), cache, logits="none")
         give_back_free_memory()
-        yield PrefillProgress(positions.stop - base, len(ids), time.perf_counter() - began)
+        now = time.perf_counter()
+        yield PrefillProgress(start=base, done=positions.stop - base, total=len(ids), seconds=now - began,
+                              step=positions, step_seconds=now - step_began, held=cache.held())
 
 
 def as_batch(ids: Sequence[int], device: torch.device) -> Tensor:

@@ -41,6 +41,7 @@ class Span:
     source: str
     start: int
     stop: int
+    sha256: str = ""  # of the document's bytes, in hex
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Prompt:
     """Token ids (4 bytes each), what lies where, and what was done that the user should know (one line each)."""
 
     ids: array[int] = field(default_factory=lambda: array("i"))
+    documents_stop: int = 0  # where what depends on the documents alone ends, and the question begins
     spans: list[Span] = field(default_factory=list)
     forced_cuts: list[ForcedCut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -63,13 +65,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A checkpoint's Jinja chat template, untrusted, and the special tokens that it may name."""
+    """A checkpoint's Jinja chat template, untrusted, the special tokens that it may name, and the date it is told."""
 
     source: str
     special_tokens: dict[str, str] = field(default_factory=dict)
+    date: datetime.datetime | None = None  # None: now
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> ChatTemplate | None:
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None
+    ) -> ChatTemplate | None:
         """The chat template of a checkpoint folder; None for a base model, which has none.
 
         Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
@@ -79,11 +84,11 @@ class ChatTemplate:
         try:
             tokens = special_tokens(folder)
             if (folder / "chat_template.jinja").is_file():
-                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens)
+                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens, date)
             for name in ("tokenizer_config.json", "chat_template.json"):
                 source = read_json(folder / name).get("chat_template")
                 if source is not None:
-                    return cls(_default_template(source, folder / name), tokens)
+                    return cls(_default_template(source, folder / name), tokens, date)
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"{folder / 'chat_template.jinja'}: cannot be read: {_one_line(error)}") from None
         except TokenizerError as error:
@@ -115,7 +120,7 @@ class ChatTemplate:
         messages: list[dict[str, Any]] = []
         for role, marker in markers.items():
             messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
-        text = _render(self.source, self.special_tokens, messages)
+        text = _render(self.source, self.special_tokens, messages, self.date)
         for role, marker in markers.items():
             part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # as code, instead of its text
             if text.count(marker) != 1 or part_shown:
@@ -160,9 +165,13 @@ def build_prompt(
     return prompt
 
 
-def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int) -> None:
-    """Raise PromptLengthError where prompt and answer need more positions than the model has. Nothing is cut off."""
-    over = len(prompt.ids) + max_new_tokens - max_position_embeddings
+def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
+    """Raise PromptLengthError where prompt and answer need more positions than the model has. Nothing is cut off.
+
+    `tokens` is the whole prompt's length where its first part lies in a saved context.
+    """
+    tokens = len(prompt.ids) if tokens is None else tokens
+    over = tokens + max_new_tokens - max_position_embeddings
     if over <= 0:
         return
     largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
@@ -170,7 +179,7 @@ def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: i
     remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
     answer = f" and the answer may have {max_new_tokens:,}" if max_new_tokens > 1 else ""
     raise PromptLengthError(
-        f"the prompt has {len(prompt.ids):,} tokens{answer}: {over:,} more than the model's "
+        f"the prompt has {tokens:,} tokens{answer}: {over:,} more than the model's "
         f"{max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
     )
 
@@ -188,6 +197,7 @@ def _add_user_content(
         _add_document(prompt, tokenizer, document, progress and _offset_by(done, progress))
         del document  # its text, before the next one is made
         done += length
+    prompt.documents_stop = len(prompt.ids)
     tokenizer.encode_data(question.strip(), into=prompt.ids)
 
 
@@ -204,7 +214,7 @@ def _add_document(prompt: Prompt, tokenizer: Tokenizer, document: Document, prog
         into=prompt.ids,
         progress=report,
     )
-    prompt.spans.append(Span(document.source, start, len(prompt.ids)))
+    prompt.spans.append(Span(document.source, start, len(prompt.ids), document.sha256))
     prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in encoded.forced_cuts]
     if encoded.forced_cuts:
         prompt.notes.append(_forced_cuts_note(document.source, encoded.forced_cuts))
@@ -237,7 +247,9 @@ def _default_template(source: object, file: Path) -> str:
     return source
 
 
-def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]]) -> str:
+def _render(
+    source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None
+) -> str:
     """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -246,7 +258,7 @@ def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]])
         raise TemplateError(str(message))
 
     def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
+        return (date or datetime.datetime.now()).strftime(form)
 
     extensions = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)

@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from l4ctx.memory import MemoryReport, human_bytes, process_memory
-from model.config import TextConfig, reading_operations
+from l4ctx.progress import CostModel
+from model.config import TextConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from cache.sizes import KVBytes
     from l4ctx.prefill import PrefillProgress
 
 PLAIN_LINE_SECONDS = 30.0
@@ -71,55 +73,71 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-class TimeLeft:
-    """Seconds left by the operations that are still to be done, at the rate of those done: attention is quadratic."""
-
-    def __init__(self, config: TextConfig, total: int) -> None:
-        self._config, self._total = config, total
-
-    def __call__(self, done: int, seconds: float) -> float:
-        spent = reading_operations(self._config, 0, done).total
-        left = reading_operations(self._config, done, self._total).total
-        return seconds * left / spent
-
-
 def show_reading(steps: Iterable[PrefillProgress], config: TextConfig, console: Console) -> Iterator[PrefillProgress]:
     """Passes the steps on and draws them: a live line on a terminal, else a plain one every so often."""
+    observed = _observed(steps, config)
     if console.is_interactive:
-        yield from _live(steps, config, console)
+        yield from _live(observed, console)
         return
     shown = time.monotonic()
-    for step in steps:
+    for step, cost in observed:
         yield step
         if time.monotonic() - shown > PLAIN_LINE_SECONDS and step.done < step.total:
-            console.print(f"l4ctx: read {_line(step, TimeLeft(config, step.total))}", highlight=False, soft_wrap=True)
+            console.print(f"l4ctx: read {_line(step, cost)}", highlight=False, soft_wrap=True)
             shown = time.monotonic()
 
 
-def _live(steps: Iterable[PrefillProgress], config: TextConfig, console: Console) -> Iterator[PrefillProgress]:
+def _observed(steps: Iterable[PrefillProgress], config: TextConfig) -> Iterator[tuple[PrefillProgress, CostModel]]:
+    """Each step with the one cost model that has seen it and all before it."""
+    cost: CostModel | None = None
+    for step in steps:
+        cost = cost or CostModel(config, step.start, step.start + step.total)
+        cost.observe(step.step.start, step.step.stop, step.step_seconds)
+        yield step, cost
+
+
+def _live(observed: Iterable[tuple[PrefillProgress, CostModel]], console: Console) -> Iterator[PrefillProgress]:
     from rich.progress import BarColumn, Progress, TextColumn
 
-    bar_width = 24 if console.width >= 120 else 10
+    bar_width = 24 if console.width >= 160 else 10
     with Progress(TextColumn("reading"), BarColumn(bar_width), TextColumn("{task.description}"),
                   console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
-        for step in steps:
-            line = _line(step, TimeLeft(config, step.total), console.width - len("reading") - bar_width - 3)
+        for step, cost in observed:
+            line = _line(step, cost, console.width - len("reading") - bar_width - 3)
             bar.update(task, total=step.total, completed=step.done, description=line)
             yield step
 
 
-def _line(step: PrefillProgress, time_left: TimeLeft, width: int | None = None) -> str:
+def _line(step: PrefillProgress, cost: CostModel, width: int | None = None) -> str:
     """As much as fits into `width` columns, what matters most first."""
-    memory = process_memory()
-    parts = [f"{step.done:,} of {step.total:,} tokens",
-             f"{human_seconds(time_left(step.done, step.seconds))} left",
-             f"{step.done / step.seconds:,.0f} tokens/s"]
-    if memory:
-        parts.append(f"{human_bytes(memory.anonymous)} in memory")
-    while width is not None and len(parts) > 1 and len(", ".join(parts)) > width:
-        parts.pop()
-    return ", ".join(parts)
+    rates, memory = cost.rates, process_memory()
+    tiers = ", ".join(f"{tier} {human_bytes(count)}" for tier, count in _tiers(step.held).items() if count)
+    line, *rest = (
+        f"{step.done:,} of {step.total:,} tokens",
+        f", {human_seconds(cost.seconds_left)} left",
+        f", {_rate(rates.now)} tokens/s",
+        f" (average {_rate(rates.average)})",
+        f"; KV: {tiers}" if tiers else "",
+        f"; process: {human_bytes(memory.anonymous)}" if memory else "",
+    )
+    for part in rest:
+        if width is not None and len(line) + len(part) > width:
+            break
+        line += part
+    return line
+
+
+def _tiers(held: KVBytes | None) -> dict[str, int]:
+    """Bytes of keys and values by where they are. RoPE windows lie where the newest NoPE blocks do."""
+    if held is None:
+        return {}
+    accelerator = held.nope_device + held.rope_windows if held.nope_device else 0
+    return {"accelerator": accelerator, "memory": held.total - accelerator, "disk": held.nope_disk}
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def memory_table(report: MemoryReport) -> Table:

@@ -39,6 +39,7 @@ class StoredTensor:
     dtype: str  # as safetensors spells it: F32, BF16, ...
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int  # of its first byte in the file
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu",
@@ -165,7 +166,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for name, dtype, shape, begin, stop in entries:
         if dtype in DTYPES and (min(shape, default=1) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != stop - begin):
             raise CheckpointError(f"{file}: tensor {name}: shape {list(shape)} in {dtype} is not {stop - begin} bytes")
-        tensors[name] = StoredTensor(file, name, dtype, shape, stop - begin)
+        tensors[name] = StoredTensor(file, name, dtype, shape, stop - begin, 8 + length + begin)
     return tensors
 
 

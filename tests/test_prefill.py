@@ -81,12 +81,15 @@ def test_progress_ends_at_the_total(scout: Transformer, size: int) -> None:
         progress = []
         for state in prefill(scout, cache, ids[0, start:stop].tolist(), prefill_chunk_size=size):
             assert cache.offset == start + state.done  # committed when it is reported
+            assert state.held == cache.held()
             progress.append(state)
-        assert [state.done for state in progress] == [
-            step.stop - start for step in prefill_grid(start, stop, size, CHUNK)]
-        assert {state.total for state in progress} == {stop - start} and progress[-1].done == stop - start
+        assert [state.step for state in progress] == list(prefill_grid(start, stop, size, CHUNK))
+        assert [state.start + state.done for state in progress] == [state.step.stop for state in progress]
+        assert {(state.start, state.total) for state in progress} == {(start, stop - start)}
+        assert progress[-1].done == stop - start
         seconds = [0.0, *(state.seconds for state in progress)]
-        assert seconds == sorted(seconds)
+        assert all(0 < state.step_seconds <= state.seconds - before
+                   for state, before in zip(progress, seconds, strict=False))
     assert (scout(ids[:, 60:], cache) - scout(ids)[:, 60:]).abs().max() < 1e-5 * scout(ids).abs().max()
 
 

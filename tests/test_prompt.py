@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import weakref
 from collections.abc import Iterator
@@ -224,6 +225,36 @@ def test_a_template_that_drops_the_system_prompt_is_refused() -> None:
 )
 def test_what_templates_do(source: str, parts: list[str]) -> None:
     assert ChatTemplate(source).split(system=False) == parts
+
+
+DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }}|{{ messages[0].content }}"
+FILES_WITH_DATE = {
+    "chat_template.jinja": DATED,
+    "tokenizer_config.json": json.dumps({"chat_template": DATED}),
+    "chat_template.json": json.dumps({"chat_template": [{"name": "default", "template": DATED}]}),
+}
+
+
+@pytest.mark.parametrize("file", FILES_WITH_DATE)
+def test_a_pinned_date_is_what_a_template_shows(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(FILES_WITH_DATE[file])
+    pinned = datetime.datetime(2024, 2, 29, 7, 8, 9)
+    renderings = [ChatTemplate.from_folder(tmp_path, date=pinned) for _ in range(2)]
+    assert renderings[0] == renderings[1]
+    for found in renderings:
+        assert found is not None and found.date == pinned
+        assert found.split(system=False) == ["29 Feb 2024 07:08:09|", "user", ""]
+    other = ChatTemplate.from_folder(tmp_path, date=pinned.replace(second=10))
+    assert other is not None and other.split(system=False)[0] == "29 Feb 2024 07:08:10|"
+
+
+def test_without_a_pinned_date_it_is_now(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(DATED)
+    found = ChatTemplate.from_folder(tmp_path)
+    assert found is not None and found.date is None
+    before = datetime.datetime.now().replace(microsecond=0)
+    shown = found.split(system=False)[0]
+    assert before <= datetime.datetime.strptime(shown, "%d %b %Y %H:%M:%S|") <= datetime.datetime.now()
 
 
 def test_a_template_without_bos_gets_none(tmp_path: Path) -> None:

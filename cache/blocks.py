@@ -1,0 +1,36 @@
+"""Keys and values of consecutive tokens in one layer. Knows nothing of tiers, storage types or positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache.sizes import StoreLayout
+
+
+class Block(NamedTuple):
+    """Keys and values of consecutive tokens in one layer, each (B, H_kv, S, D), head-major, in the compute dtype."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def first(self, tokens: int) -> Block:
+        """A view of the first tokens."""
+        return Block(self.keys[:, :, :tokens], self.values[:, :, :tokens])
+
+    def copy_from(self, other: Block) -> None:
+        self.keys.copy_(other.keys)
+        self.values.copy_(other.values)
+
+
+def empty_block(layout: StoreLayout, tokens: int, device: torch.device) -> Block:
+    config = layout.config
+    shape = (layout.batch_size, config.num_key_value_heads, tokens, config.head_dim)
+    dtype = getattr(torch, layout.dtype)
+    return Block(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))

@@ -1,0 +1,235 @@
+"""Tensors in files: written once, read by positioned reads into reused buffers, verified the first time.
+
+A file is in safetensors form. Its tensors are grouped into units, the tensors of one read: consecutive bytes with one
+CRC-32, kept in the header's metadata together with the unit's place. Files are never mapped: a mapped file that is cut
+short kills the process. Knows nothing of layers, blocks or contexts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 16 * 2**20
+ALIGNMENT = 64
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+               torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Units = Mapping[str, Sequence[tuple[str, Tensor]]]
+"""Tensors by name in each unit, in the order in which they lie in the file."""
+
+
+class DiskError(Exception):
+    """A file of ours that is missing, damaged or cannot be read; the message names it and what is wrong."""
+
+
+class DiskFullError(Exception):
+    """A write for which there is no room, or that failed; the message names the folder."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where a unit lies: bytes from the end of the header, its length, its CRC-32."""
+
+    offset: int
+    nbytes: int
+    crc32: int
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, to be read or written in place."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.shape, tensor.stride(), tensor.device)
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base: int = 0) -> tuple[str, int]:
+    """Writes a safetensors file at `base` of an open file; returns the header's SHA-256 (hex) and the bytes written.
+
+    Raises OSError. What was there before is not read again: a torn write is told by the header's digest.
+    """
+    header: dict[str, Any] = {}
+    places: dict[str, list[int]] = {}
+    payload: list[memoryview] = []
+    offset = 0
+    for unit, tensors in units.items():
+        begin, crc = offset, 0
+        for name, tensor in tensors:
+            content = as_bytes(tensor.contiguous())
+            header[f"{unit}.{name}"] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
+                                        "data_offsets": [offset, offset + len(content)]}
+            payload.append(content)
+            crc = zlib.crc32(content, crc)
+            offset += len(content)
+        places[unit] = [begin, offset - begin, crc]
+    header["__metadata__"] = {**metadata, "units": json.dumps(places, separators=(",", ":"))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    position = base
+    for content in [memoryview(head), *payload]:
+        while content:
+            written = os.pwrite(descriptor, content, position)
+            position, content = position + written, content[written:]
+    return hashlib.sha256(head).hexdigest(), position - base
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fills the buffer; returns how many bytes there were."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+class UnitFile:
+    """A file of units, by path or, for a scratch file, by an open descriptor and the place in it.
+
+    With `header_sha256` the header must be the one that was written. Safe to use from several threads.
+    """
+
+    def __init__(self, source: Path | int, *, header_sha256: str | None, base: int = 0) -> None:
+        self.source = source
+        self._header_sha256, self._base = header_sha256, base
+        self._units: dict[str, Unit] | None = None
+        self._metadata: dict[str, str] = {}
+        self._data = 0  # where the first unit begins
+        self._verified: set[str] = set()
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """Raises DiskError when the header is missing, damaged or another one."""
+        if self._units is None:
+            with self._opened() as descriptor:
+                self._read_header(descriptor)
+        assert self._units is not None
+        return self._units
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What `write_units` was given. Raises DiskError."""
+        assert self.units is not None
+        return self._metadata
+
+    def read(self, name: str, into: memoryview) -> None:
+        """Fills `into`, which is as long as the unit; the first time its checksum is compared. Raises DiskError."""
+        with self._opened() as descriptor:
+            if self._units is None:
+                self._read_header(descriptor)
+            assert self._units is not None
+            unit = self._units.get(name)
+            if unit is None or unit.nbytes != len(into):
+                found = "missing" if unit is None else f"{unit.nbytes:,} bytes long"
+                raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
+            try:
+                done = _read_exactly(descriptor, into, self._data + unit.offset)
+            except OSError as error:
+                raise DiskError(f"{self.source}: cannot be read: {error.strerror}") from None
+        if done < len(into):
+            raise DiskError(f"{self.source}: cut short: {name} ends after {done:,} of {len(into):,} bytes")
+        if name not in self._verified:
+            if zlib.crc32(into) != unit.crc32:
+                raise DiskError(f"{self.source}: damaged: the checksum of {name} does not match")
+            self._verified.add(name)
+
+    def check_size(self) -> None:
+        """Raises DiskError unless header and length are as written: a check that reads no unit."""
+        units = self.units.values()
+        with self._opened() as descriptor:
+            size = os.fstat(descriptor).st_size
+        expected = self._data + max((unit.offset + unit.nbytes for unit in units), default=0)
+        if isinstance(self.source, Path) and size != expected:
+            raise DiskError(f"{self.source}: {'cut short' if size < expected else 'too long'}: "
+                            f"{size:,} bytes instead of {expected:,}")
+
+    def verify(self) -> int:
+        """Reads everything; returns the number of bytes. Raises DiskError at the first damage."""
+        self.check_size()
+        buffer = bytearray(max((unit.nbytes for unit in self.units.values()), default=0))
+        for name, unit in self.units.items():
+            self.read(name, memoryview(buffer)[:unit.nbytes])
+        return sum(unit.nbytes for unit in self.units.values())
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if isinstance(self.source, int):
+            yield self.source
+            return
+        try:
+            descriptor = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            what = "missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
+            raise DiskError(f"{self.source}: {what}") from None
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _read_header(self, descriptor: int) -> None:
+        length = bytearray(8)
+        try:
+            done = _read_exactly(descriptor, memoryview(length), self._base)
+            size = int.from_bytes(length, "little")
+            if done < 8 or size > MAX_HEADER_BYTES:
+                raise DiskError(f"{self.source}: damaged: it does not begin with a header")
+            text = bytearray(size)
+            done = _read_exactly(descriptor, memoryview(text), self._base + 8)
+        except OSError as error:
+            raise DiskError(f"{self.source}: cannot be read: {error.strerror}") from None
+        digest = hashlib.sha256(length + text).hexdigest()
+        if done < size or (self._header_sha256 is not None and digest != self._header_sha256):
+            raise DiskError(f"{self.source}: damaged, or another file: its header is not the one that was written")
+        try:
+            metadata = dict(json.loads(text)["__metadata__"])
+            places = json.loads(metadata.pop("units"))
+            units = {str(name): Unit(*(int(number) for number in place)) for name, place in places.items()}
+            if any(unit.offset < 0 or unit.nbytes < 0 for unit in units.values()):
+                raise ValueError("a negative length")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DiskError(f"{self.source}: not a file of ours ({type(error).__name__}: {error})") from None
+        self._data = self._base + 8 + size
+        self._metadata, self._units = metadata, units
+
+
+class Scratch:
+    """Rows of blocks in a file without a name in `folder`, which is gone when the process ends, however it ends."""
+
+    is_durable = False  # rows are written when memory is needed, not when they are sealed
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DiskFullError when no file can be made there."""
+        self.folder = folder
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, prefix="l4ctx-")  # noqa: SIM115 (lives as long as the run)
+        except OSError as error:
+            raise DiskFullError(f"{folder}: no file can be made there: {error.strerror}") from None
+        self._end = 0
+
+    def write(self, row: int, units: Units) -> UnitFile:
+        """Raises DiskFullError."""
+        try:
+            digest, size = write_units(self._file.fileno(), units, {"block": str(row)}, self._end)
+        except OSError as error:
+            raise DiskFullError(f"{self.folder}: keys and values cannot be written: {error.strerror}; "
+                                "free some space there, or name another folder with --kv-dir") from None
+        file = UnitFile(self._file.fileno(), header_sha256=digest, base=self._end)
+        self._end += -(-size // 4096) * 4096
+        return file

@@ -1,0 +1,169 @@
+"""What one run does with saved contexts: nothing, answer from one, or keep in one what it reads.
+
+Compares what they were made with, and finds what need not be read again. What is in a context's folder is left to
+`l4ctx.context`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.sizes import StoreLayout
+from l4ctx.manifest import ContextError, Recipe
+from l4ctx.prompt import Prompt, Span
+from l4ctx.request import Request, RequestError
+from model.config import TextConfig
+
+if TYPE_CHECKING:
+    from cache.hybrid import HybridKVCache
+    from l4ctx.context import ContextReader, ContextWriter
+
+CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
+
+
+class ContextUse:
+    """Made before documents are read, so that what cannot be used is refused at once."""
+
+    def __init__(self, request: Request) -> None:
+        """Raises ContextError."""
+        self.request = request
+        self.recipe: Recipe | None = None  # of the context that is there
+        self.reader: ContextReader | None = None
+        self.writer: ContextWriter | None = None
+        self.reused = 0  # tokens that need not be read
+        self.notes: list[str] = []
+        if request.context is not None:
+            from l4ctx.context import ContextReader
+
+            self.reader = ContextReader(request.context)
+            self.recipe = self.reader.context.recipe
+        elif request.save_context is not None:
+            from l4ctx.context import saved_recipe
+
+            self.recipe = saved_recipe(request.save_context)
+        self._check_choices()
+
+    @property
+    def folder(self) -> Path | None:
+        return self.request.context or self.request.save_context
+
+    @property
+    def date(self) -> datetime.datetime:
+        """What the chat template is told: the day of the first reading, so that what follows matches it."""
+        return self.recipe.pinned_date if self.recipe else datetime.datetime.now().replace(microsecond=0)
+
+    def choice(self, name: str) -> Any:
+        """An option as the user gave it, else as the context has it; None or "auto" where neither says."""
+        given = getattr(self.request, name)
+        return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
+
+    def _check_choices(self) -> None:
+        """Options that a context fixes may be given, but not differ; an answer may be computed in another dtype."""
+        if self.recipe is None or self.folder is None:
+            return
+        fixed = CHOICES if self.request.save_context else ("kv_dtype",)
+        given = {name: getattr(self.request, name) for name in fixed}
+        self.recipe.check(self.folder, {name: value for name, value in given.items() if value not in (None, "auto")})
+
+    def check(self, made_with: dict[str, str], config: TextConfig) -> None:
+        """Raises ContextError for a context of another checkpoint; `made_with` is this one's `fingerprint`."""
+        if self.folder is None:
+            return
+        if config.rope_parameters.rope_type == "longrope":
+            raise RequestError("saved contexts cannot be used with rope_type longrope, whose table depends on the "
+                               "length of the whole run")
+        if self.recipe is not None:
+            self.recipe.check(self.folder, made_with)
+
+    def layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout:
+        """The store's layout: that of the context, whatever is computed in."""
+        kv_dtype = self.choice("kv_dtype")
+        if self.recipe is None:
+            return StoreLayout.of(config, length=length, dtype=dtype, kv_dtype=kv_dtype)
+        saved = StoreLayout.of(config, length=length, dtype=self.recipe.dtype, kv_dtype=self.recipe.kv_dtype)
+        assert self.folder is not None
+        self.recipe.check(self.folder, {"block_tokens": saved.block_tokens, "segment_tokens": saved.segment_tokens})
+        return saved.computed_in(dtype)
+
+    def begin(self, prompt: Prompt, made_with: dict[str, str], layout: StoreLayout, prefill_chunk_size: int,
+              attention: str) -> None:
+        """Finds what need not be read, and for writing, makes or opens the context.
+
+        Raises ContextError and cache.disk.DiskFullError.
+        """
+        if self.reader is not None:
+            self._begin_reading(self.reader, prompt, layout)
+        elif self.request.save_context is not None:
+            recipe = self.recipe or Recipe(
+                **made_with, dtype=layout.dtype, kv_dtype=layout.kv_dtype, attention=attention,
+                prefill_chunk_size=prefill_chunk_size, block_tokens=layout.block_tokens,
+                segment_tokens=layout.segment_tokens, date=self.date.isoformat())
+            self._begin_writing(self.request.save_context, recipe, prompt, layout)
+
+    def _begin_reading(self, reader: ContextReader, prompt: Prompt, layout: StoreLayout) -> None:
+        from l4ctx.context import reusable
+
+        if not self.request.paths:
+            self.reused = reader.state.tokens
+            return
+        with self.naming_the_mend():
+            reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state])
+        self.reused = reuse.tokens
+        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}")
+
+    def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
+        from l4ctx.context import ContextWriter
+
+        writer = self.writer = ContextWriter(folder, recipe)
+        damage = writer.drop_damaged(verify=self.request.verify)
+        self.notes += [f"{text}; it is read anew from there" for text in damage]
+        with self.naming_the_mend():
+            self.reused = writer.begin(memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, layout,
+                                       system=bool((self.request.system or "").strip()))
+        if self.reused:
+            self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
+
+    def documents(self) -> list[Span]:
+        """Those of a context that is answered from without reading any. Raises ContextError."""
+        assert self.reader is not None
+        with self.naming_the_mend():
+            return self.reader.context.documents(self.reader.state)
+
+    def restore(self, cache: HybridKVCache) -> None:
+        """Fills an empty cache with what need not be read. Raises ContextError."""
+        with self.naming_the_mend():
+            if self.reader is not None and self.reused:
+                self.reader.context.restore(self.reader.state, cache, self.reused)
+            elif self.writer is not None and self.reused:
+                self.writer.restore(cache, self.reused)
+
+    @contextmanager
+    def naming_the_mend(self) -> Iterator[None]:
+        """Damage in a context's file ends as an error that says what can be done."""
+        from cache.disk import DiskError
+
+        try:
+            yield
+        except DiskError as error:
+            raise ContextError(f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill with "
+                               f"the same documents, -o {self.folder} and --verify keeps what is before it") from None
+
+    def kept(self) -> str:
+        """What an interruption leaves."""
+        if self.writer is None or not self.writer.context.states:
+            return "nothing is kept"
+        self.writer.close()  # what is on its way to the disk counts, too
+        tip = self.writer.tip
+        if tip.is_complete:
+            return f"all {tip.tokens:,} tokens of the documents are kept in {self.writer.folder}"
+        return (f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.writer.folder}; the same command "
+                "goes on from there")
+
+    def close(self) -> None:
+        for used in (self.reader, self.writer):
+            if used is not None:
+                used.close()

@@ -1,0 +1,95 @@
+"""How a command ends: every error that a user can cause is one line on stderr and an exit code.
+
+Part of the command line, as is writing to stdout. Heavy modules are imported where they are needed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+EXIT_CODES = """\
+Exit codes: 0 an answer, 1 the answer could not be written, 2 bad arguments or input, 3 the checkpoint cannot be
+used, 4 the prompt is too long for the model, 5 it does not fit into memory or on the disk, 6 the model failed,
+7 the saved context cannot be used, 130 interrupted, 141 the output was closed.
+"""
+OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, CONTEXT, INTERRUPTED, CLOSED = 1, 2, 3, 4, 5, 6, 7, 130, 141
+CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
+    "l4ctx.exits.OutputError": OUTPUT,
+    "l4ctx.exits.UsageError": INPUT, "l4ctx.documents.DocumentError": INPUT, "l4ctx.request.RequestError": INPUT,
+    "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
+    "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
+    "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
+    "l4ctx.manifest.ContextError": CONTEXT, "cache.disk.DiskError": CONTEXT, "cache.disk.DiskFullError": MEMORY,
+    "l4ctx.plan.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
+    "l4ctx.generate.GenerationConfigError": CHECKPOINT, "l4ctx.generate.GenerationError": MODEL,
+}
+
+
+class UsageError(Exception):
+    """Arguments that do not go together."""
+
+
+class OutputError(Exception):
+    """An answer that cannot be written, as on a full disk."""
+
+
+@dataclass
+class Interruption:
+    """What to say when Ctrl-C comes: what is kept, as far as it is known by then."""
+
+    kept: Callable[[], str] = lambda: "nothing is kept"
+
+
+@contextmanager
+def errors_as_exit_codes() -> Iterator[Interruption]:
+    """What a user can cause becomes one line on stderr and an exit code; anything else keeps its traceback."""
+    interruption = Interruption()
+    try:
+        yield interruption
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback
+        _fail(f"interrupted; {interruption.kept()}", INTERRUPTED)
+    except BrokenPipeError:
+        leave(CLOSED)
+    except Exception as error:
+        code = CODE_OF_ERROR.get(f"{type(error).__module__}.{type(error).__qualname__}")
+        if code is None:
+            raise
+        _fail(str(error) or "out of memory", code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from l4ctx.terminal import without_controls
+
+    with suppress(OSError):
+        sys.stderr.write(f"l4ctx: {without_controls(' '.join(message.splitlines()))}\n")
+        sys.stderr.flush()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits without the interpreter's own complaint about a closed stdout."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def write(text: str) -> None:
+    """To stdout at once; what the stream's encoding lacks is escaped. Raises BrokenPipeError and OutputError."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the answer cannot be written: {error.strerror}") from None

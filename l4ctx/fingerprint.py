@@ -1,0 +1,138 @@
+"""What a saved context was made with: a digest of the configuration, weights, tokenizer and chat template.
+
+Two checkpoints with equal digests read a text into the same keys and values, as far as a cheap look can tell: weights
+are sampled, not read. To compare precision, device or the date in a template, and to say what to do about a
+difference, is left to the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4ctx.prompt import ChatTemplate
+from l4ctx.tokenizer import TokenizerError, read_json, special_tokens
+
+if TYPE_CHECKING:
+    from model.checkpoint import StoredTensor
+    from model.config import TextConfig
+
+FIELDS = ("config", "weights", "tokenizer", "template")
+SAMPLE_BYTES = 4096
+
+
+def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
+    """The SHA-256, in hex, of each of FIELDS, for a checkpoint folder whose text model is `config` and `stored`.
+
+    config: every field but `torch_dtype`, as JSON with sorted keys; 8 and 8.0 are the same.
+
+    weights: for every tensor of the text model, sorted by name: name, stored dtype, shape, and three samples of
+    SAMPLE_BYTES: the first bytes, the last, and those in the middle; all bytes where they are no more than three
+    samples. How tensors lie in shards makes no difference. Not seen is a change that leaves every sample as it was: of
+    a few weights elsewhere in a large tensor, say of one expert. What training, merging or another conversion does
+    to a tensor reaches all parts of it.
+
+    tokenizer: the bytes of `tokenizer.json`, and the token that begins a prompt without a template (or none).
+
+    template: the chat template's source and its special tokens, or that there is none.
+
+    Raises CheckpointError, TokenizerError and PromptError.
+    """
+    return {"config": _of_config(config), "weights": _of_weights(stored), "tokenizer": _of_tokenizer(folder),
+            "template": _of_template(folder)}
+
+
+def differing(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of what differs or is missing in either: FIELDS in their order, then unknown ones sorted."""
+    names = [*FIELDS, *sorted((saved.keys() | now.keys()) - set(FIELDS))]
+    return [name for name in names if name not in saved or name not in now or saved[name] != now[name]]
+
+
+def _of_config(config: TextConfig) -> str:
+    fields = dataclasses.asdict(config)
+    del fields["torch_dtype"]
+    return _digest(_json(_with_plain_numbers(fields)))
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """Equal configurations may hold 8 or 8.0: whole numbers become integers."""
+    if isinstance(value, dict):
+        return {name: _with_plain_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_plain_numbers(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _of_weights(stored: dict[str, StoredTensor]) -> str:
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append(name)
+    digests: dict[str, str] = {}
+    for file, names in by_file.items():
+        in_order = sorted(names, key=lambda name: stored[name].offset)
+        digests.update(zip(in_order, _of_tensors(file, {name: stored[name] for name in in_order}), strict=True))
+    return _digest(*(digests[name].encode("ascii") for name in sorted(digests)))
+
+
+def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
+    """One digest for each of some tensors of one shard. Raises CheckpointError."""
+    from model.checkpoint import CheckpointError  # here: it imports torch
+
+    digests = []
+    try:
+        with file.open("rb", buffering=0) as shard:
+            for name, tensor in tensors.items():
+                parts = [_json([name, tensor.dtype, tensor.shape]), b"\n"]
+                for start, stop in _samples(tensor.num_bytes):
+                    shard.seek(tensor.offset + start)
+                    parts.append(shard.read(stop - start))
+                    if len(parts[-1]) != stop - start:
+                        raise CheckpointError(f"{file}: truncated: it ends inside tensor {tensor.name}; "
+                                              "download it again")
+                digests.append(_digest(*parts))
+    except (OSError, ValueError, OverflowError) as error:  # the latter two: offsets that no file has
+        raise CheckpointError(f"{file}: its tensors cannot be read ({error})") from None
+    return digests
+
+
+def _samples(num_bytes: int) -> list[tuple[int, int]]:
+    """Where the samples of a tensor lie in it: start and stop of each."""
+    if num_bytes <= 3 * SAMPLE_BYTES:
+        return [(0, num_bytes)]
+    middle, last = (num_bytes - SAMPLE_BYTES) // 2, num_bytes - SAMPLE_BYTES
+    return [(start, start + SAMPLE_BYTES) for start in (0, middle, last)]
+
+
+def _of_tokenizer(folder: Path) -> str:
+    """Reads what Tokenizer.from_folder reads. Raises TokenizerError."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(f"{file}: no such file")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{file}: cannot be read ({error.strerror})") from None
+    has_bos = read_json(folder / "tokenizer_config.json").get("add_bos_token") is not False
+    bos_token = special_tokens(folder).get("bos_token", "<|begin_of_text|>") if has_bos else None
+    return _digest(_json(bos_token), b"\n", content)
+
+
+def _of_template(folder: Path) -> str:
+    """Raises PromptError."""
+    template = ChatTemplate.from_folder(folder)
+    if template is None:
+        return _digest(b"none")
+    return _digest(_json({"source": template.source, "special_tokens": template.special_tokens}))
+
+
+def _json(value: Any) -> bytes:
+    """One line of JSON that is the same for equal values; ASCII, so that lone surrogates do no harm."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()

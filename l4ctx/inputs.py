@@ -1,0 +1,80 @@
+"""What comes in by the command line and standard input: the question, the paths, and a pipe's content.
+
+Part of the command line; reads the question, leaves documents to `l4ctx.documents`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from l4ctx.exits import UsageError
+from l4ctx.request import Request
+
+
+def inputs(question: str | None, question_file: Path | None, paths: list[str], *,
+            reads_pipe: bool) -> tuple[str, list[str], Any]:
+    """The question, the paths to read, and standard input unless the question was read from it."""
+    stdin = sys.stdin.buffer if sys.stdin is not None else None
+    if question == "-" or question_file == Path("-"):
+        if "-" in paths:
+            raise UsageError("- (standard input) cannot be both the question and a document")
+        if stdin is None:
+            raise UsageError("the question: - stands for standard input, but that is closed")
+        return _question_text(stdin.read, "standard input"), paths, None
+    if question_file is not None:
+        question = _question_text(question_file.read_bytes, str(question_file))
+    elif question is None:
+        raise UsageError("no question: l4ctx ask QUESTION [PATH]..., or --question-file FILE")
+    elif not question.strip():
+        raise UsageError("the question is empty")
+    if reads_pipe and not paths and stdin is not None and is_piped(stdin.fileno()):
+        paths = ["-"]
+    return question, paths, stdin
+
+
+def _question_text(read: Callable[[], bytes], name: str) -> str:
+    try:
+        text = read().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{name}: the question cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UsageError(f"{name}: the question is not UTF-8 text")
+    if not text.strip():
+        raise UsageError(f"{name}: the question is empty")
+    return text
+
+
+def is_piped(descriptor: int) -> bool:
+    """Whether standard input is a pipe, a socket or a file: something a person has put there."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def warn_of_forgotten_pipe(request: Request, note: Callable[[str], None]) -> None:
+    """With paths, standard input is read only where - stands; data that waits there was probably meant to be read."""
+    if "-" in request.paths or request.stdin is None or not request.paths:
+        return
+    descriptor = request.stdin.fileno()
+    try:
+        waiting = is_piped(descriptor) and (os.fstat(descriptor).st_size > 0 or _pipe_bytes(descriptor) > 0)
+    except OSError:
+        return
+    if waiting:
+        note("standard input holds data that is not read; add - to the paths to read it")
+
+
+def _pipe_bytes(descriptor: int) -> int:
+    """Bytes waiting in a pipe; 0 where the system cannot tell."""
+    try:
+        import fcntl
+        import termios
+    except ImportError:
+        return 0
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)

@@ -1,0 +1,174 @@
+"""An append-only journal: JSON objects, one a line, each chained to the one before, on the disk when `append` returns.
+
+A line is 16 hex digits, a space and compact JSON text. The digits are the first of SHA-256 over the digits of the line
+before (16 zeros before the first line) and the text. So whatever is changed, moved, repeated or missing between other
+lines is noticed, and what a crash left half written is dropped. Not noticed are whole lines missing at the end, and
+forgery: the digits are no signature. Locking, and what the records mean, are left to the caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+_DIGITS = 16
+_START = b"0" * _DIGITS
+
+
+class JournalError(Exception):
+    """A journal that is damaged; the message names the file, the line and what is wrong."""
+
+
+class _Content(NamedTuple):
+    """What a journal's whole lines hold."""
+
+    records: list[dict[str, Any]]
+    length: int  # of the whole lines, in bytes
+    digits: bytes  # of the last one
+
+
+class Journal:
+    """A journal open for its one writer, made by `open`; `records` are those that it holds."""
+
+    def __init__(self, descriptor: int, content: _Content) -> None:
+        self.records = content.records
+        self._descriptor = descriptor
+        self._end = content.length, content.digits  # one attribute, so that an interrupt cannot come in between
+        self._is_clean = True  # nothing lies behind the end
+
+    @classmethod
+    def read(cls, file: Path) -> list[dict[str, Any]]:
+        """All whole records; a last line without its end, or NULs there, as a crash leaves them, are dropped.
+
+        Raises JournalError for any other damage, and OSError where the file cannot be read.
+        """
+        descriptor = _opened(file, os.O_RDONLY)
+        try:
+            return _checked(file, _read(file, descriptor)).records
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def open(cls, file: Path) -> Journal:
+        """Opens a journal to append to it; it is made where there is none, and what a crash left is cut off.
+
+        Raises JournalError, without having changed anything, and OSError.
+        """
+        descriptor = _opened(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            data = _read(file, descriptor)
+            journal = cls(descriptor, _checked(file, data))
+            if not data:  # it is new, or was made by a process that got no further
+                _sync_folder(file.parent)
+            elif journal._end[0] < len(data):
+                journal._cut_off()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return journal
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record; when this returns, it is on the disk.
+
+        Raises OSError where it cannot be written: then the journal is as it was, and a later call may succeed.
+        """
+        if not self._is_clean:
+            self._cut_off()
+        length, digits = self._end
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode("ascii")
+        copy = _parsed(text)  # what `read` will give
+        digits = _chained(digits, text)
+        line = digits + b" " + text + b"\n"
+        self._is_clean = False
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of a journal line's {len(line)} bytes could be written")
+            os.fsync(self._descriptor)
+        except BaseException:
+            with suppress(OSError):  # the next call tries again, and reports it
+                self._cut_off()
+            raise
+        self._end = length + len(line), digits
+        self._is_clean = True
+        self.records.append(copy)
+
+    def close(self) -> None:
+        """Ends the writing; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _cut_off(self) -> None:
+        """Removes whatever lies behind the last whole line."""
+        os.ftruncate(self._descriptor, self._end[0])
+        os.fsync(self._descriptor)
+        self._is_clean = True
+
+
+def _opened(file: Path, flags: int) -> int:
+    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):  # a pipe in its place must not block us
+        flags |= getattr(os, name, 0)
+    return os.open(file, flags, 0o666)
+
+
+def _read(file: Path, descriptor: int) -> bytes:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise JournalError(f"{file}: not a regular file")
+    with open(descriptor, "rb", closefd=False) as stream:
+        return stream.read()
+
+
+def _checked(file: Path, data: bytes) -> _Content:
+    """The content of a journal of the bytes `data`. Raises JournalError."""
+    lines = data.split(b"\n")
+    torn = lines.pop()
+    records = []
+    digits = _START
+    for number, line in enumerate(lines, start=1):
+        text = line[_DIGITS + 1 :]
+        digits = _chained(digits, text)
+        if line[: _DIGITS + 1] != digits + b" ":
+            raise JournalError(f"{file}: line {number}: it is damaged or does not belong after the line before "
+                               "(its checksum does not fit)")
+        try:
+            records.append(_parsed(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise JournalError(f"{file}: line {number}: not a JSON object ({error})") from None
+    return _Content(records, len(data) - len(torn), digits)
+
+
+def _chained(digits: bytes, text: bytes) -> bytes:
+    """A line's digits, from those of the line before and its own text."""
+    return hashlib.sha256(digits + text).hexdigest()[:_DIGITS].encode("ascii")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A record. Raises ValueError, TypeError and RecursionError."""
+    record = _DECODER.decode(str(text, "utf-8"))
+    if not isinstance(record, dict):
+        raise TypeError(f"it is a {type(record).__name__}")
+    return record
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last, where a system lets one (Windows does not)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,135 @@
+"""What a saved context was made with: written once when it is made, compared before it is used, never changed.
+
+Knows nothing of what the context holds. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT, VERSION = "l4ctx context", 1
+FILE = "manifest.json"
+MAX_BYTES = 2**20
+
+
+class ContextError(Exception):
+    """A saved context that cannot be used, or must not be touched; the message names it, the reason and the mend."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the bytes of a context follow from, but its documents.
+
+    The first four are the SHA-256 fingerprints of `l4ctx.fingerprint`. `dtype` is what was computed in, `kv_dtype` what
+    sealed blocks are stored in; sizes in tokens. `date` is what the chat template was told, in ISO form.
+    """
+
+    config: str
+    weights: str
+    tokenizer: str
+    template: str
+    dtype: str
+    kv_dtype: str
+    attention: str
+    prefill_chunk_size: int
+    block_tokens: int
+    segment_tokens: int
+    date: str
+
+    @property
+    def pinned_date(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.date)
+
+    def check(self, folder: Path, wanted: dict[str, Any], names: Iterable[str] | None = None) -> None:
+        """Raises ContextError for the first of `names` (default: all that are wanted) that is not as wanted."""
+        for name in wanted if names is None else names:
+            mine, other = getattr(self, name), wanted[name]
+            if mine == other:
+                continue
+            option = {"dtype": "--dtype", "kv_dtype": "--kv-dtype", "attention": "--attention",
+                      "prefill_chunk_size": "--prefill-chunk-size"}.get(name)
+            if option:
+                raise ContextError(f"{folder}: made with {option} {mine}, not {other}; give that, or another folder")
+            what = {"block_tokens": "block size", "segment_tokens": "segment size", "config": "configuration",
+                    "template": "chat template"}.get(name, name)
+            raise ContextError(f"{folder}: made with another {what} than this checkpoint's ({name} differs); it is "
+                               "left as it is: use the checkpoint that it was made with, or another folder")
+
+
+def write_manifest(folder: Path, recipe: Recipe) -> None:
+    """Puts the manifest there whole or not at all. Raises OSError."""
+    content = {"format": FORMAT, "version": VERSION, "made_with": asdict(recipe)}
+    write_atomically(folder / FILE, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Puts a small file there whole or not at all, in place of the one of its name. Raises OSError."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def read_manifest(folder: Path) -> Recipe:
+    """Raises ContextError for what is no context of this version, or damaged."""
+    file = folder / FILE
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        what = "no such folder" if not folder.exists() else f"not a saved context: it has no {FILE}"
+        raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
+    except OSError as error:
+        raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        content = json.loads(text)
+        said = content.pop("sha256")
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        if content["version"] != VERSION:
+            raise ContextError(f"{file}: version {content['version']!r} of the format is not known here; "
+                               f"{VERSION} is: use the l4ctx that made it, or make it anew")
+        if _digest(content) != said:
+            raise ValueError("its checksum does not match")
+        made = content["made_with"]
+        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
+        datetime.datetime.fromisoformat(recipe.date)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
+                           "trusted without it: make the context anew") from None
+    return recipe
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    expected = int if kind == "int" else str
+    if isinstance(value, bool) or not isinstance(value, expected):
+        raise TypeError(f"{value!r} is not of type {expected.__name__}")
+    return value
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of new files in a folder durable, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

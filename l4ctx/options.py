@@ -1,0 +1,38 @@
+"""The options that several commands share, as a person reads them in `--help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path | None, typer.Option(
+    "--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder.", show_default=False)]
+Paths = Annotated[list[str] | None, typer.Argument(
+    metavar="PATH", help="Files and folders to read, in this order; - stands for standard input. Without "
+    "a path, what is piped in is the document.", show_default=False)]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+Dtype = Annotated[str, typer.Option(
+    metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; "
+    "on a CPU float32, if those weights take less than a quarter of the free memory.")]
+KVDtype = Annotated[str, typer.Option(
+    "--kv-dtype", metavar="auto|float32|bfloat16|float16|fp8|int8", help="Type to store keys and values of older text "
+    "in. auto: the type computed in; int8 takes about half of bfloat16.")]
+KVDeviceMemory = Annotated[str | None, typer.Option(
+    "--kv-device-memory", metavar="SIZE", help="GPU memory for keys and values of the NoPE layers, such as 8GiB; "
+    "what is free unless told.")]
+KVHostMemory = Annotated[str | None, typer.Option(
+    "--kv-host-memory", metavar="SIZE", help="Host memory for them, such as 8GiB; what is free unless told.")]
+KVDir = Annotated[Path | None, typer.Option(
+    "--kv-dir", metavar="DIR", help="Folder on a fast disk for what memory does not hold; nothing is left there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+Attention = Annotated[str | None, typer.Option(
+    metavar="sdpa|eager", help="Attention kernels: PyTorch's fused ones (sdpa), or the slow reference.",
+    show_default=False)]
+PrefillChunkSize = Annotated[int | None, typer.Option(
+    min=1, help="Tokens read at a time; fewer need less memory for activations. 8192, or fewer if those do not fit.",
+    show_default=False)]
+MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]

@@ -1,0 +1,403 @@
+"""What a run needs, by owner and tier: planned from closed forms before weights are loaded, and refused if too much.
+
+Chooses tiers and the prefill chunk size, and computes what would help where that is not enough. Imports no torch, so
+that plans are quick. What is free, and what the process holds, is measured in `l4ctx.memory`; the bytes of keys and
+values are those of `cache.sizes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from cache import sizes
+from cache.sizes import KVBytes, Residency, StoreLayout
+from l4ctx.memory import human_bytes
+from model.config import TextConfig, activation_bytes
+
+TOKEN_ID_BYTES = 4
+MARGIN_BYTES = 256 * 2**20
+"""Left free by a plan: the interpreter, its libraries, and what the allocator does not give back."""
+
+FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 320
+"""Disk space that a row takes beside its keys and values: its header, and what is lost at the end of a page."""
+
+PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
+"""Tried in this order where the user names none; more tokens at a time are faster and need more for activations."""
+
+KV_HOST_LIMIT = "--kv-host-memory"
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class MemoryPlanError(Exception):
+    """A run that cannot fit; the message says what it needs, what is free, and what would help."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be used. None: not known, or not limited by the user."""
+
+    host: int | None = None  # free now
+    accelerator: int | None = None  # free now, on the one that computes; None without one
+    kv_device: int | None = None  # --kv-device-memory
+    kv_host: int | None = None  # --kv-host-memory
+    disk: int | None = None  # free where sealed blocks can be written
+    disk_folder: str | None = None  # None: there is no such place
+
+    @property
+    def has_disk(self) -> bool:
+        return self.disk_folder is not None
+
+    @property
+    def without_disk(self) -> Room:
+        return replace(self, disk=None, disk_folder=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be read and answered, and with what. Sizes in tokens and bytes; dtypes by name."""
+
+    config: TextConfig
+    prompt_tokens: int
+    max_new_tokens: int
+    weights: int
+    weights_are_mapped: bool  # pages of the checkpoint's own files, which the system can drop and read again
+    dtype: str
+    kv_dtype: str = "auto"
+    stored_dtype: str | None = None  # the checkpoint's own, whose weights a CPU can map; None: not known
+    prefill_chunk_size: int | None = None  # None: the largest of PREFILL_CHUNK_SIZES that fits
+    is_saved: bool = False  # every sealed block is written to disk
+    on_disk_already: int = 0  # bytes of them that a saved context has
+    largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
+    saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.max_new_tokens
+
+    @cached_property
+    def layout(self) -> StoreLayout:
+        if self.saved_layout is not None:
+            return replace(self.saved_layout, length=self.length)
+        return StoreLayout.of(self.config, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
+
+    def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
+        """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
+        itemsize, before = sizes.KV_DTYPES[dtype], sizes.KV_DTYPES[self.dtype]
+        return replace(self, dtype=dtype, weights=self.weights * itemsize // before,
+                       weights_are_mapped=dtype == self.stored_dtype and not on_accelerator)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes of one run by owner and tier, and what was chosen so that they fit."""
+
+    job: Job
+    layout: StoreLayout
+    residency: Residency
+    prefill_chunk_size: int
+    end: KVBytes  # keys and values at the end of the run
+    peak: KVBytes  # at the most, by tier
+    activations: int
+    notes: tuple[str, ...] = ()  # what a user should know, one line each
+
+    @classmethod
+    def of(cls, job: Job, room: Room = Room()) -> MemoryPlan:
+        """Chooses tiers, and the prefill chunk size if the user did not, for this room; `check` says if it fits."""
+        plans: list[MemoryPlan] = []
+        for size in (job.prefill_chunk_size,) if job.prefill_chunk_size else PREFILL_CHUNK_SIZES:
+            plans.append(cls._with(job, room, size))
+            if not plans[-1].missing(room):
+                break
+        else:
+            plans.append(plans[0])  # to be refused, in the terms that a user knows
+        return replace(plans[-1], notes=tuple(plans[-1]._notes(room)))
+
+    @classmethod
+    def _with(cls, job: Job, room: Room, prefill_chunk_size: int) -> MemoryPlan:
+        layout, on_accelerator = job.layout, room.accelerator is not None
+        step, rows = min(prefill_chunk_size, job.prompt_tokens), layout.sealed_rows(job.length)
+        nothing = KVBytes(0, 0, 0)
+        plan = cls(job, layout, Residency(on_accelerator=on_accelerator), prefill_chunk_size, nothing, nothing,
+                   activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]))
+        device_rows = 0
+        if room.accelerator is not None:
+            left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
+            device_rows = min(rows, _rows_within(layout, left or 0, step, is_open_here=True, is_read_here=False))
+        plan = plan._placed(Residency(None, device_rows, on_accelerator), step)
+        budget = plan.host_budget(room)
+        if room.has_disk and budget is not None and plan.host_keys_values > budget:
+            fitting = _rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
+            plan = plan._placed(Residency(fitting, device_rows, on_accelerator), step)
+        return plan
+
+    def _placed(self, residency: Residency, step: int) -> MemoryPlan:
+        job = self.job
+        end = self.layout.held(job.length, residency, all_on_disk=job.is_saved)
+        peak = self.layout.peak(job.length, step, residency, all_on_disk=job.is_saved)
+        return replace(self, residency=residency, end=end, peak=peak)
+
+    @property
+    def weights(self) -> int:
+        return self.job.weights
+
+    @property
+    def weights_are_mapped(self) -> bool:
+        return self.job.weights_are_mapped
+
+    @property
+    def token_ids(self) -> int:
+        return TOKEN_ID_BYTES * self.job.prompt_tokens
+
+    @property
+    def unbounded_cache(self) -> int:
+        """Keys and values if every layer kept all of them."""
+        return sizes.unbounded_bytes(self.job.config, self.job.length, sizes.KV_DTYPES[self.job.dtype])
+
+    @property
+    def host_keys_values(self) -> int:
+        """Host memory for NoPE keys and values and the buffers that serve them, at the most."""
+        return self.peak.nope_host + self.peak.buffers
+
+    def host_budget(self, room: Room) -> int | None:
+        """Bytes that `host_keys_values` may be; None where nothing limits them."""
+        return _least(room.kv_host, None if room.host is None else room.host - self._beside_on_host - MARGIN_BYTES)
+
+    @property
+    def _beside_on_accelerator(self) -> int:
+        """Bytes of an accelerator's memory beside NoPE keys and values."""
+        return self.weights + self.layout.window_bytes + self.activations
+
+    @property
+    def _beside_on_host(self) -> int:
+        """Bytes of host memory beside NoPE keys and values: everything but mapped weights."""
+        if self.residency.on_accelerator:
+            return self.token_ids
+        weights = 0 if self.weights_are_mapped else self.weights
+        return weights + self.layout.window_bytes + self.token_ids + self.activations
+
+    @property
+    def needed(self) -> int:
+        """Bytes of host memory, at the most."""
+        return self._beside_on_host + self.host_keys_values
+
+    @property
+    def needed_on_accelerator(self) -> int:
+        return self._beside_on_accelerator + self.peak.nope_device if self.residency.on_accelerator else 0
+
+    @property
+    def needed_on_disk(self) -> int:
+        """Bytes still to be written: sealed blocks with their files' headers, and what a saved context has beside."""
+        layout = self.layout
+        rows = self.end.nope_disk // layout.row_bytes if self.end.nope_disk else 0
+        tensors = self.job.config.num_nope_layers * layout.segments_per_block * (4 if layout.scale_bytes else 2)
+        total = self.end.nope_disk + rows * (FILE_BYTES + FILE_BYTES_A_TENSOR * tensors)
+        if self.job.is_saved:
+            total += self.token_ids + layout.window_bytes + layout.open_bytes(layout.block_tokens)
+        return max(0, total - self.job.on_disk_already)
+
+    def missing(self, room: Room) -> dict[str, tuple[int, int]]:
+        """The tiers that do not suffice, with bytes needed and bytes there."""
+        found = {}
+        if room.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > room.accelerator:
+            found["accelerator memory"] = (self.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
+        if room.host is not None and self.needed + MARGIN_BYTES > room.host:
+            found["memory"] = (self.needed + MARGIN_BYTES, room.host)
+        if room.kv_host is not None and not room.has_disk and self.host_keys_values > room.kv_host:
+            found[KV_HOST_LIMIT] = (self.host_keys_values, room.kv_host)
+        if room.disk is not None and self.needed_on_disk > room.disk:
+            found[f"disk space in {room.disk_folder}"] = (self.needed_on_disk, room.disk)
+        return found
+
+    def check(self, room: Room) -> None:
+        """Raises MemoryPlanError if the run cannot fit."""
+        missing = self.missing(room)
+        if not missing:
+            return
+        short = "; ".join(f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
+                          f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
+                          for tier, (needed, there) in missing.items())
+        what_helps = "; ".join(self.remedies(room)) or "nothing but a larger machine"
+        raise MemoryPlanError(
+            f"this run needs {short} (keys and values {human_bytes(self.peak.rope_windows + self.peak.nope)}, weights "
+            f"{human_bytes(0 if self.weights_are_mapped else self.weights)}, activations "
+            f"{human_bytes(self.activations)}); what helps: {what_helps}")
+
+    def remedies(self, room: Room) -> list[str]:
+        """What a user can do: first what is enough by itself, then the rest; the cheapest of each first."""
+        short, enough, partial = self._short(room), [], []
+        if not short:
+            return []
+        for option in _options(self, room):
+            left = MemoryPlan.of(option.job, option.room)._short(option.room)
+            if left == 0:
+                enough.append(f"{option.action} makes it fit{option.detail}")
+            elif left < short:
+                partial.append(f"{option.action} saves {human_bytes(short - left)}{option.detail}, not enough alone")
+        if len(partial) > 1 and not enough and (actions := _together(self, room)):
+            enough.append(f"{' and '.join(actions)} make it fit")
+        return enough + partial + self._shorter(room)
+
+    def _shorter(self, room: Room) -> list[str]:
+        """Documents to leave out, and how many tokens would fit."""
+        total, fitting = self.job.prompt_tokens, tokens_that_fit(self.job, room)
+        if not 0 < fitting < total:
+            return []
+        found, documents = [], sorted(self.job.largest, key=lambda document: document[1])
+        left_out = next(([document] for document in documents if document[1] >= total - fitting), documents[:-4:-1])
+        tokens = sum(tokens for _, tokens in left_out)
+        share = f"{tokens / total:.0%}".replace("%", " %")
+        if share not in ("0 %", "100 %"):
+            hint = "" if tokens >= total - fitting else ", not enough alone"
+            found.append(f"leave out {' and '.join(name for name, _ in left_out)}, {share} of the tokens{hint}")
+        return [*found, f"fewer tokens: {fitting:,} of these {total:,} fit"]
+
+    def _short(self, room: Room) -> int:
+        """Bytes that are missing, of all tiers together; a limit within host memory is not one more tier."""
+        short = {tier: needed - there for tier, (needed, there) in self.missing(room).items()}
+        in_host_memory = max(short.pop("memory", 0), short.pop(KV_HOST_LIMIT, 0))
+        return in_host_memory + sum(short.values())
+
+    def _notes(self, room: Room) -> Iterator[str]:
+        if room.kv_host is not None and room.has_disk and self.host_keys_values > room.kv_host:
+            yield (f"--kv-host-memory {human_bytes(room.kv_host)} is exceeded: open blocks and read buffers take "
+                   f"{human_bytes(self.host_keys_values)} in any case")
+        if room.kv_device is not None and self.peak.nope_device > room.kv_device:
+            yield (f"--kv-device-memory {human_bytes(room.kv_device)} is exceeded: open blocks take "
+                   f"{human_bytes(self.peak.nope_device)} in any case")
+        if self.weights_are_mapped and room.host is not None and self.weights > room.host:
+            yield (f"the weights ({human_bytes(self.weights)}) are more than the memory that is free: the run reads "
+                   "them from the checkpoint's files again and again, which no prediction of time takes into account")
+        chosen = self.job.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
+        if self.prefill_chunk_size < chosen:
+            yield f"{self.prefill_chunk_size} tokens are read at a time, so that the activations fit"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for --json; keys and values are those at the end of the run."""
+        end, layout = self.end, self.layout
+        numbers = {name: getattr(self, name) for name in (
+            "weights", "weights_are_mapped", "token_ids", "activations", "needed", "needed_on_accelerator",
+            "needed_on_disk", "unbounded_cache", "prefill_chunk_size")}
+        device, host, _ = self.residency.split(layout.sealed_rows(self.job.length))
+        return {"tokens": self.job.length, **numbers, "rope_windows": end.rope_windows, "nope_device": end.nope_device,
+                "nope_host": end.nope_host, "nope_disk": end.nope_disk, "buffers": end.buffers, "dtype": self.job.dtype,
+                "kv_dtype": layout.kv_dtype, "block_tokens": layout.block_tokens, "host_rows": host,
+                "device_rows": device}
+
+
+class _Option(NamedTuple):
+    """Something that a user could do: how it is said, what more to say, and what job and room there are then."""
+
+    action: str
+    detail: str
+    job: Job
+    room: Room
+
+
+def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
+    """From the cheapest, in effort and in loss of quality, to the dearest."""
+    job, on_accelerator = plan.job, room.accelerator is not None
+    if room.disk is not None and (lacking := plan.needed_on_disk - room.disk) > 0:
+        yield _Option(f"{human_bytes(lacking)} more free in {room.disk_folder}, or a folder on a larger disk,", "", job,
+                      replace(room, disk=None))
+    if room.kv_host is not None:
+        unlimited = replace(room, kv_host=None)
+        without = MemoryPlan.of(job, unlimited)
+        if "memory" not in without.missing(unlimited):
+            yield _Option(f"--kv-host-memory {-(-without.host_keys_values // 2**20)}MiB", "", job, unlimited)
+    if not room.has_disk:
+        there = replace(room, disk_folder="DIR")
+        on_disk = human_bytes(MemoryPlan.of(job, there).needed_on_disk)
+        yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", job, there)
+    for size in PREFILL_CHUNK_SIZES if job.prefill_chunk_size else ():
+        smaller = replace(job, prefill_chunk_size=size)
+        if size < plan.prefill_chunk_size and (size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(
+                smaller, room).missing(room)):
+            yield _Option(f"--prefill-chunk-size {size}", "", smaller, room)
+            break
+    yield from _other_dtypes(plan, room)
+    if on_accelerator:
+        yield _Option("--device cpu", "", job.in_dtype(job.dtype, on_accelerator=False),
+                      replace(room, accelerator=None, kv_device=None))
+
+
+def _other_dtypes(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
+    """Of keys and values, and of everything. A saved context has settled both."""
+    job = plan.job
+    if job.saved_layout is not None:
+        return
+    for dtype in ("bfloat16", "int8"):
+        other = replace(job, kv_dtype=dtype)
+        factor = plan.layout.row_bytes / other.layout.row_bytes if plan.layout.row_bytes else 1.0
+        if factor > 1:
+            yield _Option(f"--kv-dtype {dtype}", f" (keys and values {factor:.1f} times smaller)", other, room)
+        if dtype == "bfloat16":
+            for computed in dict.fromkeys(("bfloat16", job.stored_dtype)):
+                if computed is not None and computed != job.dtype:
+                    yield _Option(f"--dtype {computed}", "",
+                                  job.in_dtype(computed, on_accelerator=room.accelerator is not None), room)
+
+
+def _together(plan: MemoryPlan, room: Room) -> list[str]:
+    """Options that are enough only if combined, the cheapest ones that help; none if they are not enough either."""
+    actions: list[str] = []
+    while short := plan._short(room):
+        for action, _, job, there in _options(plan, room):
+            better = MemoryPlan.of(job, there)
+            if better._short(there) < short:
+                actions.append(action)
+                plan, room = better, there
+                break
+        else:
+            return []
+    return actions
+
+
+def tokens_that_fit(job: Job, room: Room) -> int:
+    """The longest prompt that fits, in tokens: 0 if none does, at most what the model has positions for."""
+    fitting, too_many = 0, job.config.max_position_embeddings - job.max_new_tokens + 1
+    while too_many - fitting > 1:
+        tokens = (fitting + too_many) // 2
+        shorter = replace(job, prompt_tokens=tokens)
+        if MemoryPlan.of(shorter, room).missing(room):
+            too_many = tokens
+        else:
+            fitting = tokens
+    return fitting
+
+
+def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
+    """What "auto" means: the checkpoint's own dtype, but float32 on a CPU where it costs little: its matrix products
+    are faster there, and exact."""
+    if asked != "auto":
+        return asked
+    if not on_accelerator and (available is None or 4 * parameters < available / 4):
+        return "float32"
+    return stored
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '8GiB', '500MB', '1.5G' or '4096': KiB and bare K are 1024, KB is 1000. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if found is None or found.group(2, 3) == ("", "ib"):
+        raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 4096 (bytes)")
+    number, unit, suffix = found.groups()
+    factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
+    return int(Fraction(number.rstrip(".")) * factor)
+
+
+def _rows_within(layout: StoreLayout, budget: int, step: int, *, is_open_here: bool, is_read_here: bool) -> int:
+    if layout.row_bytes == 0:  # no NoPE layer
+        return 0
+    return layout.rows_within(budget, step, is_open_here=is_open_here, is_read_here=is_read_here)
+
+
+def _least(*limits: int | None) -> int | None:
+    """The smallest of those that are known, but not less than 0; None if none is."""
+    known = [limit for limit in limits if limit is not None]
+    return max(0, min(known)) if known else None

@@ -1,0 +1,41 @@
+"""What the user asks for: everything that the command line says, before anything is read. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+class RequestError(Exception):
+    """A request that cannot be carried out: a device that this machine lacks, standard input without text."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """None, where it is allowed, means the default that only the checkpoint, or a saved context, can tell."""
+
+    model: Path
+    paths: list[str]
+    question: str | None = None  # None: nothing is asked, documents are read and kept
+    stdin: BinaryIO | None = None
+    system: str | None = None
+    context: Path | None = None  # to answer from
+    save_context: Path | None = None  # to keep what is read in
+    verify: bool = False  # read all of a context that is gone on with
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    sample: bool = False
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    kv_device_memory: int | None = None  # bytes
+    kv_host_memory: int | None = None
+    kv_dir: Path | None = None
+    device: str = "auto"
+    attention: str | None = None
+    prefill_chunk_size: int | None = None
