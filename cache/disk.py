@@ -203,7 +203,7 @@ class UnitFile:
             units = {str(name): Unit(*(int(number) for number in place)) for name, place in places.items()}
             if any(unit.offset < 0 or unit.nbytes < 0 for unit in units.values()):
                 raise ValueError("a negative length")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise DiskError(f"{self.source}: not a file of ours ({type(error).__name__}: {error})") from None
         self._data = self._base + 8 + size
         self._metadata, self._units = metadata, units
@@ -222,6 +222,10 @@ class Scratch:
         except OSError as error:
             raise DiskFullError(f"{folder}: no file can be made there: {error.strerror}") from None
         self._end = 0
+
+    def close(self) -> None:
+        """Gives the space back at once; nothing that was written can be read any more."""
+        self._file.close()
 
     def write(self, row: int, units: Units) -> UnitFile:
         """Raises DiskFullError."""

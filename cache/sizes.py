@@ -20,8 +20,8 @@ MIN_BLOCK_BYTES = 16 * 2**20
 MIN_SEGMENT_BYTES, MIN_SEGMENT_TOKENS = 4 * 2**20, 8192
 """A segment is not smaller (but for a whole block): fewer, larger reads, and fewer partial results to merge."""
 
-READ_BUFFERS = 2
-"""Segments in flight from disk: one in use, the next one on its way."""
+READ_BUFFERS = 3
+"""Segments in flight from disk: one in use, the next two on their way."""
 
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 """Storage types of sealed blocks, with bytes an element."""
@@ -183,19 +183,22 @@ class StoreLayout:
         rows = self.sealed_rows(tokens)
         if rows == 0:
             return end
-        stepped = max(1, -(-step_tokens // self.block_tokens))  # blocks that are open before a step's are sealed
-        before = self.held((rows - min(rows, stepped)) * self.block_tokens, residency)
-        full = min(rows, stepped) * self.config.num_nope_layers * self.block_tokens * self.token_bytes
+        stepped = min(rows, max(1, -(-step_tokens // self.block_tokens)))  # open before the last step's are sealed
+        sealed_before = (rows - stepped) * self.block_tokens
+        before = self.held(sealed_before, residency)
+        behind = tokens % self.block_tokens if step_tokens > self.block_tokens else 0
+        full = min(self.open_bytes(stepped * self.block_tokens + behind),
+                   self.config.num_nope_layers * (self.length - sealed_before) * self.token_bytes)
         device, host = (full, 0) if residency.on_accelerator else (0, full)
         return KVBytes(end.rope_windows, max(end.nope_device, before.nope_device + device),
                        max(end.nope_host, before.nope_host + host), end.nope_disk, end.buffers)
 
     def rows_within(self, budget: int, step_tokens: int, *, is_open_here: bool, is_read_here: bool) -> int:
         """Sealed rows that fit into `budget` bytes of one tier beside its open blocks and its read buffers."""
-        open_tokens = min(self.length, max(self.block_tokens, -(-step_tokens // self.block_tokens) * self.block_tokens))
-        taken = self.open_bytes(open_tokens) if is_open_here else 0
+        blocks = max(1, -(-step_tokens // self.block_tokens)) + (step_tokens > self.block_tokens)
+        taken = self.open_bytes(min(self.length, blocks * self.block_tokens)) if is_open_here else 0
         taken += self.buffer_bytes(1, 1) if is_read_here else 0
-        return max(0, (budget - taken) // self.row_bytes)
+        return max(0, (budget - taken) // self.row_bytes) if self.row_bytes else 0
 
 
 def layer_bytes_per_token(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:

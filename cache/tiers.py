@@ -7,8 +7,9 @@ Knows nothing of offsets or of which layers a model has. What needs an accelerat
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -84,7 +85,8 @@ class Tiers:
         self._pins = device.type == "cuda"
         self._read_buffers: list[Tensor] = []
         self._unpacked: dict[torch.device, Block] = {}
-        self._reader: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._pending: list[Future[Packed]] = []
 
     def seal(self, layer: int, segments: Iterable[Block]) -> SealedBlock:
         """Packs the open segments of a full block, where they are."""
@@ -133,7 +135,9 @@ class Tiers:
         return unpack(packed, self.layout, self._segment(packed.keys.device))
 
     def _fetched(self, loans: Iterable[Loan]) -> Iterator[Packed]:
-        """Packed segments in memory; those on disk are read one ahead, in the background."""
+        """Packed segments in memory; those on disk are read ahead, in the background. One stream at a time."""
+        wait(self._pending)  # of a stream that was given up: its reads write into the buffers
+        self._pending.clear()
         reads = 0
 
         def begin(loan: Loan) -> Packed | Future[Packed]:
@@ -148,14 +152,20 @@ class Tiers:
             reads += 1
             return self._in_background(self._read, loan.block, loan.number, buffer)
 
-        for begun in ahead(loans, begin):
-            yield begun.result() if isinstance(begun, Future) else begun
+        for begun in ahead(loans, begin, READ_BUFFERS - 1):
+            if isinstance(begun, Future):
+                self._pending.remove(begun)
+                yield begun.result()
+            else:
+                yield begun
 
     def _in_background(self, work: Callable[[SealedBlock, int, Tensor], Packed], block: SealedBlock, number: int,
                        buffer: Tensor | None = None) -> Future[Packed]:
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        return self._reader.submit(work, block, number, self._room() if buffer is None else buffer)
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(max_workers=READ_BUFFERS - 1, thread_name_prefix="read-ahead")
+        begun = self._readers.submit(work, block, number, self._room() if buffer is None else buffer)
+        self._pending.append(begun)
+        return begun
 
     def _read(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
         assert block.file is not None, "neither in memory nor on disk"
@@ -198,15 +208,11 @@ class Tiers:
             yield copies
 
 
-def ahead(items: Iterable[T], load: Callable[[T], U]) -> Iterator[U]:
-    """load(item) for each item in order, each next one begun before the last is handed out."""
-    iterator = iter(items)
-    try:
-        loaded = load(next(iterator))
-    except StopIteration:
-        return
-    for item in iterator:
-        following = load(item)
-        yield loaded
-        loaded = following
-    yield loaded
+def ahead(items: Iterable[T], load: Callable[[T], U], depth: int = 1) -> Iterator[U]:
+    """load(item) for each item in order, the `depth` next ones begun before one is handed out."""
+    begun: deque[U] = deque()
+    for item in items:
+        begun.append(load(item))
+        if len(begun) > depth:
+            yield begun.popleft()
+    yield from begun

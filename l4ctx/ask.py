@@ -164,8 +164,8 @@ class Run:
                   dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
                   prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
                   is_saved=self.request.save_context is not None,
-                  largest=self._largest(), saved_layout=self.contexts.layout(
-                      self.config, self.prompt_tokens + self.max_new_tokens, dtype))
+                  stored_dtype=str(self._stored_dtype()).removeprefix("torch."), largest=self._largest(),
+                  saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype))
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -253,8 +253,11 @@ class Run:
         return self.contexts.kept() if hasattr(self, "contexts") else "nothing is kept"
 
     def close(self) -> None:
+        """Lets saved contexts go, and gives back the space of a scratch file."""
         if hasattr(self, "contexts"):
             self.contexts.close()
+        if self._scratch is not None:
+            self._scratch.close()
 
     def memory_report(self) -> MemoryReport:
         import torch
@@ -317,7 +320,7 @@ class Run:
         return self.prompt.spans
 
     def _largest(self) -> list[tuple[str, int]]:
-        spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)[:2]
+        spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)
         return [(span.source, span.stop - span.start) for span in spans]
 
     def _room(self, free: int | None) -> Room:

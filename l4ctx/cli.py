@@ -16,11 +16,24 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from l4ctx import options
-from l4ctx.exits import EXIT_CODES, INTERRUPTED, Interruption, UsageError, errors_as_exit_codes, leave, write
+from l4ctx.exits import (
+    EXIT_CODES,
+    INTERRUPTED,
+    MEMORY,
+    TOO_LONG,
+    Interruption,
+    UsageError,
+    errors_as_exit_codes,
+    leave,
+    write,
+)
 from l4ctx.inputs import inputs, is_piped, warn_of_forgotten_pipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from l4ctx.ask import Run
+    from l4ctx.planning import PlanRequest
     from l4ctx.request import Request
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
@@ -174,17 +187,128 @@ def prefill(
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
-def _run(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
-    """Carries the request out; prints the answer as it comes, then what there is to report."""
-    from l4ctx.ask import Run
-    from l4ctx.terminal import memory_table, show_reading, show_waiting, stderr_console, without_controls
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    path: Annotated[str | None, typer.Argument(
+        metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not headers and lengths alone.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show what a checkpoint or a saved context holds, and what is damaged in it. Changes nothing.
+
+    l4ctx inspect CONTEXT --verify
+
+    Ends with exit code 3 for a damaged checkpoint, and with 7 for a damaged context.
+    """
+    with errors_as_exit_codes() as interruption:
+        interruption.kept = lambda: "nothing was changed"
+        _inspect(path, verify=verify, json=json)
+
+
+def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
+    if path is None:
+        raise UsageError("nothing to inspect: l4ctx inspect MODEL|CONTEXT")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: there is nowhere to write to")
+    from l4ctx.inspection import exit_code, inspect_folder
+    from l4ctx.listing import listing
+    from l4ctx.terminal import stderr_console
 
     console = stderr_console()
+    with console.status("reading every byte", spinner="line") if verify and console.is_interactive else nullcontext():
+        report = inspect_folder(path, verify=verify)
+    import json as json_module
+
+    write(json_module.dumps(report) + "\n" if json else listing(report))
+    leave(exit_code(report))
+
+
+@app.command(epilog=EXIT_CODES)
+def plan(
+    paths: options.Paths = None,
+    tokens: Annotated[int | None, typer.Option(
+        min=1, metavar="N", help="Plan for so many tokens, without any document.", show_default=False)] = None,
+    model: options.Model = None,
+    max_new_tokens: Annotated[int | None, typer.Option(
+        min=0, help="Length of an answer, in tokens.", show_default=False)] = None,
+    rate: Annotated[float | None, typer.Option(
+        min=0.001, metavar="TOKENS/S", help="Reading speed at the beginning of a text, to predict the time by.",
+        show_default=False)] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast this machine is instead.")] = False,
+    dtype: options.Dtype = "auto",
+    kv_dtype: options.KVDtype = "auto",
+    kv_device_memory: options.KVDeviceMemory = None,
+    kv_host_memory: options.KVHostMemory = None,
+    kv_dir: options.KVDir = None,
+    device: options.Device = "auto",
+    prefill_chunk_size: options.PrefillChunkSize = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what reading documents would take: tokens, memory and disk by owner, time. Loads no weights.
+
+    l4ctx plan docs/ report.md --model DIR
+
+    l4ctx plan --tokens 10000000 --kv-dir /fast/disk --model DIR
+
+    Ends with exit code 5 when it would not fit.
+    """
+    def request() -> PlanRequest:
+        from l4ctx.planning import PlanRequest
+
+        _check_choices(dtype, kv_dtype, None)
+        stdin = sys.stdin.buffer if sys.stdin is not None else None
+        documents = paths or []
+        if tokens is None and not documents and stdin is not None and is_piped(stdin.fileno()):
+            documents = ["-"]
+        if (tokens is None) == (not documents):
+            raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
+        if rate is not None and measure:
+            raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
+        return PlanRequest(model=_model(model), paths=documents, stdin=stdin, tokens=tokens, dtype=dtype,
+                           kv_dtype=kv_dtype, device=device,
+                           kv_device_memory=_size("--kv-device-memory", kv_device_memory),
+                           kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
+                           prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,
+                           measure=measure)
+
+    with errors_as_exit_codes():
+        leave(_plan(request(), json=json, quiet=quiet))
+
+
+def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
+    """Shows the plan; returns the exit code."""
+    from l4ctx.planning import make_plan, plan_table
+    from l4ctx.terminal import rendered, stderr_console
+
+    report = make_plan(request, _notes(stderr_console(), quiet=quiet))
+    if json:
+        import json as json_module
+
+        write(json_module.dumps(report.as_dict()) + "\n")
+    else:
+        write(rendered(plan_table(report)))
+    return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY
+
+
+def _notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
+    """Where notes go: one line each on stderr, or nowhere."""
+    from l4ctx.terminal import without_controls
 
     def note(text: str) -> None:
         if not quiet:
             console.print(without_controls(f"l4ctx: {text}"), markup=False, highlight=False, soft_wrap=True)
 
+    return note
+
+
+def _run(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
+    """Carries the request out; prints the answer as it comes, then what there is to report."""
+    from l4ctx.ask import Run
+    from l4ctx.terminal import memory_table, show_reading, show_waiting, stderr_console
+
+    console = stderr_console()
+    note = _notes(console, quiet=quiet)
     run = Run(request, note)
     interruption.kept = run.kept
     with run.sampling_memory(), closing(run):

@@ -32,7 +32,15 @@ from cache.disk import NO_SPACE, DiskError, DiskFullError, UnitFile, Units, as_b
 from cache.sizes import StoreLayout
 from l4ctx.journal import Journal, JournalError
 from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import ContextError, Recipe, read_manifest, sync_folder, write_atomically, write_manifest
+from l4ctx.manifest import (
+    ContextError,
+    Recipe,
+    read_manifest,
+    read_small,
+    sync_folder,
+    write_atomically,
+    write_manifest,
+)
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, replay
@@ -61,25 +69,30 @@ def saved_recipe(folder: Path) -> Recipe | None:
 class Context:
     """A context as its journal describes it now. Raises ContextError for one that cannot be trusted."""
 
-    def __init__(self, folder: Path, recipe: Recipe, records: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, head: tuple[int, str] | None,
+                 records: list[dict[str, Any]]) -> None:
         self.folder, self.recipe = folder, recipe
         if (folder / BLOCKS).is_symlink():
             raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
         self.states = replay(folder / JOURNAL, records, recipe.block_tokens)
-        _check_head(folder, records)
+        _check_head(folder, head, records)
         tip = self.states[-1:]
         self.usable = tip + [state for state in (self.complete,) if state is not None and state not in tip]
         """The newest state, and the newest that is complete: those whose files are kept."""
 
     @classmethod
     def read(cls, folder: Path) -> Context:
-        recipe = read_manifest(folder)
+        """As it is now, perhaps beside a writer: the head is read first, so that the journal is not older."""
+        recipe, head = read_manifest(folder), _read_head(folder)
         try:
-            return cls(folder, recipe, Journal.read(folder / JOURNAL))
+            records = Journal.read(folder / JOURNAL)
         except FileNotFoundError:
-            return cls(folder, recipe, [])
-        except (OSError, JournalError) as error:
+            records = []
+        except OSError as error:
+            raise ContextError(f"{folder / JOURNAL}: cannot be read: {error.strerror}") from None
+        except JournalError as error:
             raise ContextError(f"{error}; make the context anew") from None
+        return cls(folder, recipe, head or _read_head(folder), records)
 
     @property
     def complete(self) -> State | None:
@@ -102,8 +115,12 @@ class Context:
 
     def ids(self, state: State) -> array[int]:
         """The documents' token ids. Raises DiskError."""
-        ids = array("i", bytes(4 * state.tokens))
-        self.file(state.ids).read("ids", memoryview(ids).cast("B"))
+        file = self.file(state.ids)
+        unit = file.units.get("ids")
+        if unit is None or unit.nbytes != 4 * state.tokens:
+            raise DiskError(f"{file.source}: it does not hold {state.tokens:,} token ids")
+        ids = array("i", bytes(unit.nbytes))
+        file.read("ids", memoryview(ids).cast("B"))
         return ids
 
     def documents(self, state: State) -> list[Span]:
@@ -116,7 +133,7 @@ class Context:
         try:
             return [Span(str(entry["source"]), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
                     for entry in json.loads(text)]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise DiskError(f"{file.source}: its list of documents cannot be read ({error})") from None
 
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
@@ -213,12 +230,12 @@ def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Seq
 
 
 class ContextReader:
-    """A complete context for asking; many at a time, beside one writer. Close it, or use it as a context manager."""
+    """A complete context for asking; many at a time, beside one writer. To be closed."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ContextError."""
         # before the journal is read: what it names then stays
-        self._lock = _lock(folder / READERS_LOCK, exclusive=False, wait=True)
+        self._lock = readers_lock(folder)
         try:
             self.context = Context.read(folder)
             state = self.context.complete
@@ -266,9 +283,9 @@ class ContextWriter:
                     (folder / BLOCKS).mkdir(exist_ok=True)
                     (folder / READERS_LOCK).touch()
                     write_manifest(folder, recipe)
-                recipe.check(folder, asdict(read_manifest(folder)))  # made by another process meanwhile
+                read_manifest(folder).check(folder, asdict(recipe))  # it may have been made meanwhile
                 self._journal = Journal.open(folder / JOURNAL)
-            self.context = Context(folder, recipe, self._journal.records)
+            self.context = Context(folder, recipe, _read_head(folder), self._journal.records)
             self._renew_head()
         except JournalError as error:
             self.close()
@@ -466,22 +483,30 @@ def _as_disk_full(folder: Path, writer: ContextWriter | None = None) -> Iterator
     except OSError as error:
         kept = f"{writer.kept:,} tokens are kept" if writer is not None else "nothing of this was kept"
         remedy = "free some space" if error.errno in NO_SPACE else "see to that"
-        raise DiskFullError(f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same command again") from None
+        raise DiskFullError(f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same "
+                            "command again") from None
 
 
-def _check_head(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Raises ContextError where the journal lacks the end of the newest complete state."""
+def _read_head(folder: Path) -> tuple[int, str] | None:
+    """The number of the record that ends the newest complete state, and its digest. Raises ContextError."""
     file = folder / HEAD
     try:
-        head = json.loads(file.read_text(encoding="utf-8"))
-        number, expected = int(head["records"]), head["end"]
+        head = json.loads(read_small(file))
+        return int(head["records"]), str(head["end"])
     except FileNotFoundError:
-        if any(record.get("type") == "end" for record in records[:-1]):
-            raise ContextError(f"{file}: missing, so that it cannot be told whether the journal is whole; "
-                               "make the context anew") from None
-        return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); make the context anew") from None
+
+
+def _check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[str, Any]]) -> None:
+    """Raises ContextError where the journal lacks the end of the newest complete state."""
+    if head is None:
+        if any(record.get("type") == "end" for record in records[:-1]):
+            raise ContextError(f"{folder / HEAD}: missing, so that it cannot be told whether the journal is whole; "
+                               "make the context anew")
+        return
+    number, expected = head
     if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
         raise ContextError(f"{folder / JOURNAL}: cut short: it has {len(records)} records, and number {number} should "
                            "be the end of the newest state; make the context anew")
@@ -496,7 +521,8 @@ def _lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = Fal
     import fcntl
 
     try:
-        descriptor = os.open(path, (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY) | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError:
         if create:
             raise
@@ -507,6 +533,11 @@ def _lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = Fal
         os.close(descriptor)
         return None
     return descriptor
+
+
+def readers_lock(folder: Path) -> int | None:
+    """Keeps files from being deleted until the descriptor is closed; None where it cannot be had."""
+    return _lock(folder / READERS_LOCK, exclusive=False, wait=True)
 
 
 def _writer_lock(folder: Path) -> int:

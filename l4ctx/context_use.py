@@ -79,13 +79,11 @@ class ContextUse:
         if self.recipe is not None:
             self.recipe.check(self.folder, made_with)
 
-    def layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout:
-        """The store's layout: that of the context, whatever is computed in."""
-        kv_dtype = self.choice("kv_dtype")
-        if self.recipe is None:
-            return StoreLayout.of(config, length=length, dtype=dtype, kv_dtype=kv_dtype)
+    def saved_layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout | None:
+        """The store's layout as the context that is there has it, whatever is computed in. Raises ContextError."""
+        if self.recipe is None or self.folder is None:
+            return None
         saved = StoreLayout.of(config, length=length, dtype=self.recipe.dtype, kv_dtype=self.recipe.kv_dtype)
-        assert self.folder is not None
         self.recipe.check(self.folder, {"block_tokens": saved.block_tokens, "segment_tokens": saved.segment_tokens})
         return saved.computed_in(dtype)
 
@@ -149,8 +147,8 @@ class ContextUse:
         try:
             yield
         except DiskError as error:
-            raise ContextError(f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill with "
-                               f"the same documents, -o {self.folder} and --verify keeps what is before it") from None
+            raise ContextError(f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill "
+                               "with the same documents, the same -o and --verify keeps what is before it") from None
 
     def kept(self) -> str:
         """What an interruption leaves."""

@@ -6,13 +6,17 @@ Knows nothing of what the context holds. Imports no torch.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from cache.sizes import KV_DTYPES, QUANTIZED
 
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
@@ -25,7 +29,7 @@ class ContextError(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the bytes of a context follow from, but its documents.
+    """Everything that the bytes of a context follow from, but its documents. Raises ValueError for what makes no sense.
 
     The first four are the SHA-256 fingerprints of `l4ctx.fingerprint`. `dtype` is what was computed in, `kv_dtype` what
     sealed blocks are stored in; sizes in tokens. `date` is what the chat template was told, in ISO form.
@@ -42,6 +46,17 @@ class Recipe:
     block_tokens: int
     segment_tokens: int
     date: str
+
+    def __post_init__(self) -> None:
+        """A manifest is untrusted; what it says is used as sizes and names."""
+        for name in ("prefill_chunk_size", "block_tokens", "segment_tokens"):
+            if not 0 < getattr(self, name) < 2**40:
+                raise ValueError(f"{name} {getattr(self, name)!r}")
+        for name, known in (("dtype", KV_DTYPES.keys() - set(QUANTIZED)), ("kv_dtype", KV_DTYPES.keys()),
+                            ("attention", {"sdpa", "eager"})):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}")
+        datetime.datetime.fromisoformat(self.date)
 
     @property
     def pinned_date(self) -> datetime.datetime:
@@ -87,8 +102,7 @@ def read_manifest(folder: Path) -> Recipe:
     """Raises ContextError for what is no context of this version, or damaged."""
     file = folder / FILE
     try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
+        text = read_small(file)
     except FileNotFoundError:
         what = "no such folder" if not folder.exists() else f"not a saved context: it has no {FILE}"
         raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
@@ -106,11 +120,19 @@ def read_manifest(folder: Path) -> Recipe:
             raise ValueError("its checksum does not match")
         made = content["made_with"]
         recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
-        datetime.datetime.fromisoformat(recipe.date)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
                            "trusted without it: make the context anew") from None
     return recipe
+
+
+def read_small(file: Path) -> bytes:
+    """The bytes of a regular file, MAX_BYTES at most; a link, or a pipe in its place, is an OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return stream.read(MAX_BYTES)
 
 
 def _typed(value: Any, kind: Any) -> Any:

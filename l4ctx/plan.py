@@ -23,11 +23,14 @@ TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20
 """Left free by a plan: the interpreter, its libraries, and what the allocator does not give back."""
 
-FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 320
+FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
 """Disk space that a row takes beside its keys and values: its header, and what is lost at the end of a page."""
 
 PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 """Tried in this order where the user names none; more tokens at a time are faster and need more for activations."""
+
+WORTH_SAYING = 0.98
+"""What leaves more than this share of the lack, and so does not help by itself or with others, is not named."""
 
 KV_HOST_LIMIT = "--kv-host-memory"
 
@@ -237,7 +240,7 @@ class MemoryPlan:
             left = MemoryPlan.of(option.job, option.room)._short(option.room)
             if left == 0:
                 enough.append(f"{option.action} makes it fit{option.detail}")
-            elif left < short:
+            elif left < WORTH_SAYING * short:
                 partial.append(f"{option.action} saves {human_bytes(short - left)}{option.detail}, not enough alone")
         if len(partial) > 1 and not enough and (actions := _together(self, room)):
             enough.append(f"{' and '.join(actions)} make it fit")
@@ -349,7 +352,7 @@ def _together(plan: MemoryPlan, room: Room) -> list[str]:
     while short := plan._short(room):
         for action, _, job, there in _options(plan, room):
             better = MemoryPlan.of(job, there)
-            if better._short(there) < short:
+            if better._short(there) < WORTH_SAYING * short:
                 actions.append(action)
                 plan, room = better, there
                 break

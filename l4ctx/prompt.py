@@ -240,7 +240,7 @@ def _forced_cuts_note(source: str, offsets: tuple[int, ...]) -> str:
 def _default_template(source: object, file: Path) -> str:
     """The template itself of what a JSON file holds as `chat_template`."""
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     if not isinstance(source, str):
         raise PromptError(f"{file}: chat_template is neither a text nor a list with one named default")

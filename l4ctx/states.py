@@ -97,7 +97,9 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
                 tip, index = states[-1], _count(record["index"])
                 if tip.has_ended or index > len(tip.blocks):
                     raise ValueError(f"block {index} after {len(tip.blocks)}")
-                tip.blocks[index:] = [_stored(record, "block")]
+                if index < len(tip.blocks):  # read anew from there, after damage
+                    tip.forget(index, block_tokens)
+                tip.blocks.append(_stored(record, "block"))
             elif record["type"] == "end":
                 tip = states[-1]
                 if len(tip.blocks) != tip.tokens // block_tokens:

@@ -17,7 +17,7 @@ from l4ctx.progress import CostModel
 from model.config import TextConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from cache.sizes import KVBytes
@@ -56,6 +56,16 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(file=cast(TextIO, _Unfailing(sys.stderr)))
+
+
+def rendered(content: RenderableType) -> str:
+    """What standard output is to show: styled and as wide as it is if it is a terminal, else plain."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    with console.capture() as captured:
+        console.print(content)
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def show_waiting(console: Console) -> AbstractContextManager[object]:
@@ -141,31 +151,33 @@ def _rate(rate: float) -> str:
 
 
 def memory_table(report: MemoryReport) -> Table:
-    """The memory report for people: a row an owner, bytes predicted, held at the end, and at the peak."""
+    """The memory report for people, a row an owner: bytes predicted for the end, at the most, held, and at the peak."""
     from rich.table import Table
 
-    plan = report.predicted
+    plan, end, most = report.predicted, report.predicted.end, report.predicted.peak
     table = Table(box=None, pad_edge=False, title="memory", title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("predicted", "held", "peak"):
+    for name in ("predicted", "at most", "held", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def row(name: str, *values: int | None) -> None:
-        table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
+        if any(values):
+            table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
 
-    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights, report.weights)
-    row("RoPE windows", plan.rope_windows, report.rope_windows)
-    row("NoPE keys and values, host memory", plan.nope_keys_values, report.nope_host)
-    if report.nope_device:
-        row("NoPE keys and values, accelerator", None, report.nope_device)
-    row("token ids", plan.token_ids, report.token_ids)
-    row("activations, at most", plan.activations)
+    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights",
+        plan.weights, None, report.weights)
+    row("RoPE windows", end.rope_windows, most.rope_windows, report.rope_windows)
+    row("NoPE keys and values, accelerator", end.nope_device, most.nope_device, report.nope_device)
+    row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)
+    row("NoPE keys and values, disk", end.nope_disk, most.nope_disk, report.nope_disk)
+    row("read buffers", end.buffers, most.buffers, report.buffers)
+    row("token ids", plan.token_ids, None, report.token_ids)
+    row("activations", None, plan.activations)
     if report.process and report.process_peak:
-        row("process, anonymous", None, report.process.anonymous, report.process_peak.anonymous)
-        row("process, file-backed", None, report.process.file_backed, report.process_peak.file_backed)
-    if report.accelerator_peak is not None:
-        row("accelerator", None, None, report.accelerator_peak)
-    kept = report.rope_windows + report.nope_device + report.nope_host
-    row("keys and values in all", plan.rope_windows + plan.nope_keys_values, kept)
+        row("process, anonymous", None, None, report.process.anonymous, report.process_peak.anonymous)
+        row("process, file-backed", None, None, report.process.file_backed, report.process_peak.file_backed)
+    row("accelerator", None, None, None, report.accelerator_peak)
+    held = report.rope_windows + report.nope_device + report.nope_host + report.buffers
+    row("keys and values in memory", end.total, None, held)
     row("  an unbounded cache would take", plan.unbounded_cache)
     return table

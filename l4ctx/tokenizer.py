@@ -207,7 +207,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: cannot be read as JSON: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{file}: holds no JSON object")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
+MAX_LAYERS = 10_000
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -151,7 +152,7 @@ class _Reader:
     def integer(self, name: str, default: int) -> int:
         value = self.fields.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise ConfigError(f"{name}: {value!r} is not a positive integer")
         return value
 
@@ -271,6 +272,8 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
                           f"num_key_value_heads ({config.num_key_value_heads})")
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers: {config.num_hidden_layers} is more than {MAX_LAYERS}")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim: {config.head_dim} is odd, so it cannot be rotated in pairs")
     if config.num_experts_per_tok > config.num_local_experts:

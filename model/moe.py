@@ -36,17 +36,22 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(e, i, c))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x (N, C) sorted by expert, `counts[e]` rows for expert e: (N, C). One product per expert that has rows."""
+        """x (N + padding, C) sorted by expert, `counts[e]` rows for expert e, N in all: (N, C).
+
+        One product per expert that has rows, of a number of rows that is rounded up by at most `padding`: those further
+        rows are the next expert's, which then overwrites what was made of them.
+        """
+        granularity = len(x) - sum(counts) + 1
         out = torch.empty_like(x)
         start = 0
         for e, count in enumerate(counts):
             if count == 0:
                 continue
-            rows = slice(start, start + count)
+            rows = slice(start, start + -(-count // granularity) * granularity)
             gate, up = (x[rows] @ self.gate_up_proj[e]).chunk(2, dim=-1)
             torch.mm(F.silu(gate).mul_(up), self.down_proj[e], out=out[rows])
             start += count
-        return out
+        return out[:start]
 
 
 class MoE(nn.Module):
@@ -66,7 +71,10 @@ class MoE(nn.Module):
         scores = logits.float().sigmoid().to(x.dtype).flatten()
         order = experts.flatten().argsort(stable=True)  # (N * k,), routed copies sorted by expert
         counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
-        routed = self.experts(tokens[order // self.top_k] * scores[order, None], counts)
+        padding = _granularity(x, len(order), len(counts)) - 1
+        rows = tokens[torch.cat([order // self.top_k, order.new_zeros(padding)])]
+        rows[:len(order)] *= scores[order, None]
+        routed = self.experts(rows, counts)
         out = self.shared_expert(tokens)
         if self.top_k == 1:
             out[order] += routed
@@ -75,3 +83,14 @@ class MoE(nn.Module):
             by_token[order] = routed
             out += by_token.view(-1, self.top_k, out.shape[-1]).sum(1)
         return out.view_as(x)
+
+
+def _granularity(x: Tensor, routed: int, num_experts: int) -> int:
+    """The number of rows that products are rounded up to, so that they come in few shapes: a power of two.
+
+    On a CPU, 16-bit products of every new shape leave some 0.2 MiB behind in the library for good (torch 2.13), which
+    over a million tokens is gigabytes. At a sixteenth of an expert's mean share the work grows by a thirty-second.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return 1
+    return 1 << (max(1, routed // (16 * num_experts)).bit_length() - 1)

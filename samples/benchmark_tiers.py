@@ -2,9 +2,9 @@
 
     python samples/benchmark_tiers.py --tokens 524288 --share 8 --rounds 3
 
-A random model with two NoPE layers (hidden 32, one head of 16, bfloat16) reads random tokens, so that every step attends
-to all that came before. Each run is a process of its own, in turn: one without limits, one with a host budget of a share
-of the keys and values and the rest in a scratch file. Compares the bytes of all sealed blocks, times, and memory.
+A random model with two NoPE layers (hidden 32, one head of 16, bfloat16) reads random tokens, so that every step
+attends to all that came before. Each run is a process of its own, in turn: one without limits, one with a host budget
+of a share of the keys and values and the rest in a scratch file. Compares bytes of sealed blocks, times and memory.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def main() -> None:
         equal = host["digests"] == disk["digests"]
         print(f"round {number + 1}: {args.tokens:,} tokens, {human_bytes(host['sealed'])} sealed; all in memory "
               f"{host['seconds']:.1f} s; budget {human_bytes(disk['budget'])}, {human_bytes(disk['on_disk'])} on disk: "
-              f"{disk['seconds']:.1f} s ({ratios[-1]:.2f} times); block bytes {'equal' if equal else 'DIFFER'}; anonymous "
-              f"memory above the model {human_bytes(disk['anonymous_above'])} "
+              f"{disk['seconds']:.1f} s ({ratios[-1]:.2f} times); block bytes {'equal' if equal else 'DIFFER'}; "
+              f"anonymous memory above the model {human_bytes(disk['anonymous_above'])} "
               f"({human_bytes(host['anonymous_above'])} with all in memory)", flush=True)
         if not equal:
             raise SystemExit(1)

@@ -1,13 +1,18 @@
 """The ways to compute the logits of a whole sequence through `HybridKVCache`, in the shape of paths.py's PATHS.
 
-All of them use the smallest blocks there are, so that even toy runs seal some and leave one open.
+All of them use the smallest blocks there are, so that even toy runs seal some and leave one open. Those of CACHED_PATHS
+keep everything in memory; those of STORED_PATHS do not, and take the same steps as one that does.
 """
 
 from __future__ import annotations
 
+import os
+import pathlib
 import random
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,19 +20,34 @@ import torch
 from torch import Tensor
 
 from cache import sizes
+from cache.disk import Scratch, UnitFile, Units, write_units
 from cache.hybrid import HybridKVCache
+from cache.sizes import Residency, StoreLayout
 from l4ctx.prefill import prefill_grid
+from model.config import TextConfig
 from model.transformer import Transformer
 
 Path = Callable[[Transformer, Tensor], Tensor]
 
 
-def new_cache(model: Transformer, ids: Tensor, *, block_chunks: int = 1) -> HybridKVCache:
-    """For the whole of `ids` (B, T), with NoPE blocks of `block_chunks` attention chunks."""
-    config, itemsize, batch_size = model.config, model.dtype.itemsize, ids.shape[0]
-    chunk_bytes = config.attention_chunk_size * sizes.layer_bytes_per_token(config, itemsize, batch_size)
-    with mock.patch.object(sizes, "MIN_BLOCK_BYTES", block_chunks * chunk_bytes):
-        return HybridKVCache(config, length=ids.shape[1], batch_size=batch_size, dtype=model.dtype)
+def small_layout(config: TextConfig, *, length: int, dtype: str = "float32", kv_dtype: str = "auto",
+                 batch_size: int = 1, block_chunks: int = 1, segment_chunks: int | None = None) -> StoreLayout:
+    """NoPE blocks of so many attention chunks, in segments of so many (default: one segment)."""
+    chunk = config.attention_chunk_size
+    chunk_bytes = chunk * sizes.layer_bytes_per_token(config, sizes.KV_DTYPES[dtype], batch_size)
+    with mock.patch.multiple(sizes, MIN_BLOCK_BYTES=block_chunks * chunk_bytes, MIN_SEGMENT_BYTES=1,
+                             MIN_SEGMENT_TOKENS=(segment_chunks or block_chunks) * chunk):
+        return StoreLayout.of(config, length=length, dtype=dtype, kv_dtype=kv_dtype, batch_size=batch_size)
+
+
+def new_cache(model: Transformer, ids: Tensor, *, block_chunks: int = 1, segment_chunks: int | None = None,
+              **where: Any) -> HybridKVCache:
+    """For the whole of `ids` (B, T); `where` its blocks lie."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    layout = small_layout(model.config, length=ids.shape[1], dtype=dtype, batch_size=ids.shape[0],
+                          block_chunks=block_chunks, segment_chunks=segment_chunks)
+    return HybridKVCache(model.config, length=ids.shape[1], batch_size=ids.shape[0], dtype=model.dtype, layout=layout,
+                         **where)
 
 
 def feed(model: Transformer, cache: HybridKVCache, ids: Tensor, cuts: Iterable[int]) -> Tensor:
@@ -41,8 +61,9 @@ def feed(model: Transformer, cache: HybridKVCache, ids: Tensor, cuts: Iterable[i
     return torch.cat(pieces, dim=1)
 
 
-def grid_cuts(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int) -> list[int]:
-    return [step.stop for step in prefill_grid(start, stop, prefill_chunk_size, attention_chunk_size)]
+def grid_cuts(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int,
+              block_tokens: int | None = None) -> list[int]:
+    return [step.stop for step in prefill_grid(start, stop, prefill_chunk_size, attention_chunk_size, block_tokens)]
 
 
 def random_cuts(start: int, stop: int, seed: int, largest: int) -> list[int]:
@@ -65,20 +86,23 @@ def token_by_token(model: Transformer, ids: Tensor) -> Tensor:
     return feed(model, new_cache(model, ids, block_chunks=2), ids, range(1, ids.shape[1] + 1))
 
 
-def irregular(model: Transformer, ids: Tensor) -> Tensor:
-    """Pieces of up to three attention chunks that keep to no grid."""
-    largest = 3 * model.config.attention_chunk_size
-    return feed(model, new_cache(model, ids, block_chunks=2), ids, random_cuts(0, ids.shape[1], 5, largest))
+def irregular(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
+    """Pieces of up to three attention chunks that keep to no grid, and blocks of two segments."""
+    return feed(model, new_cache(model, ids, block_chunks=2, segment_chunks=1, **where), ids, irregular_cuts(model, ids))
+
+
+def irregular_cuts(model: Transformer, ids: Tensor) -> list[int]:
+    return random_cuts(0, ids.shape[1], 5, 3 * model.config.attention_chunk_size)
 
 
 def one_piece(model: Transformer, ids: Tensor) -> Tensor:
     return feed(model, new_cache(model, ids), ids, [ids.shape[1]])
 
 
-def forked(model: Transformer, ids: Tensor) -> Tensor:
+def forked(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
     """Forks of forks, at a boundary, inside a chunk and inside a block; each is misled by other tokens first."""
     chunk, stop = model.config.attention_chunk_size, ids.shape[1]
-    pieces, cache = [], new_cache(model, ids, block_chunks=2)
+    pieces, cache = [], new_cache(model, ids, block_chunks=2, segment_chunks=1, **where)
     for cut in (*(c for c in (chunk, chunk + 3, 2 * chunk, 3 * chunk - 2) if c < stop), stop):
         sibling = cache.fork()
         pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
@@ -87,11 +111,11 @@ def forked(model: Transformer, ids: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def continued_by_the_fork(model: Transformer, ids: Tensor) -> Tensor:
+def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
     """The fork of a fork goes on while the caches that it came from read something else."""
     chunk, stop = model.config.attention_chunk_size, ids.shape[1]
     first, second = sorted({min(chunk + 2, stop - 1), min(2 * chunk + 1, stop - 1), stop - 1})[:2]
-    cache = new_cache(model, ids)
+    cache = new_cache(model, ids, **where)
     pieces = [model(ids[:, :first], cache, logits="all")]
     fork = cache.fork()
     pieces.append(model(ids[:, first:second], fork, logits="all"))
@@ -116,9 +140,9 @@ def failing(model: Transformer, layer: int, error: type[BaseException] = Runtime
         handle.remove()
 
 
-def repeated_after_failures(model: Transformer, ids: Tensor) -> Tensor:
+def repeated_after_failures(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
     """Every step fails first, in another layer each time, with other and more tokens than when it is repeated."""
-    pieces, cache = [], new_cache(model, ids)
+    pieces, cache = [], new_cache(model, ids, **where)
     layers, chunk = model.config.num_hidden_layers, model.config.attention_chunk_size
     for number, cut in enumerate(random_cuts(0, ids.shape[1], 11, 2 * chunk)):
         for stop in (ids.shape[1], cut):
@@ -126,6 +150,99 @@ def repeated_after_failures(model: Transformer, ids: Tensor) -> Tensor:
                 model(ids[:, cache.offset:stop].flip(1), cache)
         pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
     return torch.cat(pieces, dim=1)
+
+
+def chunk_by_chunk(model: Transformer, ids: Tensor) -> Tensor:
+    """One attention chunk a step, and blocks of four in two segments: most chunks end inside a block."""
+    return feed(model, blocks_of_four(model, ids), ids, chunk_cuts(model, ids))
+
+
+def blocks_of_four(model: Transformer, ids: Tensor, **where: Any) -> HybridKVCache:
+    return new_cache(model, ids, block_chunks=4, segment_chunks=2, **where)
+
+
+def chunk_cuts(model: Transformer, ids: Tensor) -> list[int]:
+    chunk = model.config.attention_chunk_size
+    return grid_cuts(0, ids.shape[1], chunk, chunk)
+
+
+class SavedRows:
+    """A durable store, as a saved context is: each row a file. `written` are the rows in the order of their writing."""
+
+    is_durable = True
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.written: list[int] = []
+        self.files: list[UnitFile] = []
+
+    def write(self, row: int, units: Units) -> UnitFile:
+        path = self.folder / f"{row:06d}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            digest, _ = write_units(descriptor, units, {"block": str(row)})
+        finally:
+            os.close(descriptor)
+        self.written.append(row)
+        self.files.append(UnitFile(path, header_sha256=digest))
+        return self.files[-1]
+
+    def reopened(self, rows: int | None = None) -> list[UnitFile]:
+        """The first `rows` as another process finds them: nothing is known of them but what their headers are."""
+        return [UnitFile(file.source, header_sha256=file._header_sha256) for file in self.files[:rows]]
+
+
+@contextmanager
+def scratch() -> Iterator[Scratch]:
+    rows = Scratch(pathlib.Path(tempfile.gettempdir()))
+    try:
+        yield rows
+    finally:
+        rows._file.close()
+
+
+def on_disk(path: Callable[..., Tensor], host_rows: int) -> Path:
+    """The path with all but the newest `host_rows` blocks of each NoPE layer in a scratch file."""
+    def stored(model: Transformer, ids: Tensor) -> Tensor:
+        with scratch() as rows:
+            return path(model, ids, residency=Residency(host_rows=host_rows), rows=rows)
+    return stored
+
+
+def restored_after_every_piece(model: Transformer, ids: Tensor) -> Tensor:
+    """`irregular`, each piece fed to a new cache that is restored from what was saved of the one before."""
+    pieces = []
+    with tempfile.TemporaryDirectory() as folder:
+        saved = SavedRows(pathlib.Path(folder))
+        cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, rows=saved)
+        for number, cut in enumerate(irregular_cuts(model, ids)):
+            pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
+            tail = cache.tail()
+            if cut < ids.shape[1]:
+                with failing(model, model.config.num_hidden_layers - 1):
+                    model(ids[:, cut:].flip(1), cache)  # writes other tokens behind those that are kept
+            cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, rows=saved,
+                              residency=Residency(host_rows=(None, 0, 1)[number % 3]))
+            cache.restore(cut, saved.reopened(), tail=tail)
+    return torch.cat(pieces, dim=1)
+
+
+def restored_inside_blocks(model: Transformer, ids: Tensor) -> Tensor:
+    """`chunk_by_chunk`, each chunk for which there is a whole block fed to a cache that takes a part of it."""
+    pieces: list[Tensor] = []
+    chunk = model.config.attention_chunk_size
+    with tempfile.TemporaryDirectory() as folder:
+        saved = SavedRows(pathlib.Path(folder))
+        whole = blocks_of_four(model, ids, rows=saved)
+        *_, end = chunk_cuts(model, ids)
+        logits = feed(model, whole, ids, chunk_cuts(model, ids))
+        sealed = len(saved.files) * whole.layout.block_tokens
+        for cut in range(0, sealed, chunk):
+            rows = cut // whole.layout.block_tokens
+            cache = blocks_of_four(model, ids)
+            cache.restore(cut, saved.reopened(rows), partial=saved.reopened()[rows])
+            pieces.append(model(ids[:, cut:cut + chunk], cache, logits="all"))
+    return torch.cat([*pieces, logits[:, sealed:end]], dim=1)
 
 
 CACHED_PATHS: dict[str, Path] = {
@@ -139,4 +256,15 @@ CACHED_PATHS: dict[str, Path] = {
     "forked": forked,
     "continued by the fork of a fork": continued_by_the_fork,
     "repeated after failures": repeated_after_failures,
+    "chunk by chunk in blocks of four": chunk_by_chunk,
+}
+
+STORED_PATHS: dict[str, tuple[Path, Path]] = {  # with the path that takes the same steps in memory
+    "all blocks on disk": (on_disk(irregular, 0), irregular),
+    "the newest block in memory": (on_disk(irregular, 1), irregular),
+    "forked, on disk": (on_disk(forked, 0), forked),
+    "continued by the fork of a fork, on disk": (on_disk(continued_by_the_fork, 0), continued_by_the_fork),
+    "repeated after failures, on disk": (on_disk(repeated_after_failures, 0), repeated_after_failures),
+    "restored after every piece": (restored_after_every_piece, irregular),
+    "restored inside blocks": (restored_inside_blocks, chunk_by_chunk),
 }

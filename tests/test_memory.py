@@ -1,19 +1,22 @@
-"""Plans against what toy runs hold, control groups against fake folders, and the sampler against an allocation."""
+"""Activations against their estimate, what is free against fakes, the sampler against an allocation, the table."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
-from array import array
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,18 +26,19 @@ from cache import sizes
 from cache.hybrid import HybridKVCache
 from l4ctx import memory
 from l4ctx.memory import (
-    MARGIN_BYTES,
-    MemoryPlan,
-    MemoryPlanError,
     MemoryReport,
     PeakSampler,
     ProcessMemory,
     _cgroup_available,
+    available_disk,
     available_memory,
+    available_on_gpu,
     human_bytes,
     process_memory,
 )
+from l4ctx.plan import Job, MemoryPlan, Room
 from l4ctx.prefill import prefill
+from l4ctx.terminal import memory_table
 from model.config import TextConfig, activation_bytes
 from model.transformer import Transformer
 
@@ -132,86 +136,7 @@ def test_activations_are_bounded_by_their_estimate(name: str, chunks: float, dty
     assert estimate / 6 <= peak <= estimate, f"{peak / estimate:.2f} of the estimate"
 
 
-def plan(**changes: Any) -> MemoryPlan:
-    arguments = {"weights": 1000, "weights_are_mapped": False, "prompt_tokens": 150, "max_new_tokens": 21,
-                 "itemsize": 4, "prefill_chunk_size": 48}
-    return MemoryPlan.of(config(), **(arguments | changes))
-
-
-@pytest.mark.parametrize("block_chunks", [1, 2, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prompt_tokens", [5, 63, 128, 150])
-def test_the_plan_is_what_a_run_holds_at_its_end(monkeypatch: pytest.MonkeyPatch, prompt_tokens: int,
-                                                 dtype: torch.dtype, block_chunks: int) -> None:
-    of, itemsize = config(), dtype.itemsize
-    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", block_chunks * 64 * 2 * 2 * 16 * itemsize)
-    planned = plan(prompt_tokens=prompt_tokens, itemsize=itemsize)
-    ids = array("i", [7] * prompt_tokens)
-    length = prompt_tokens + 21
-    cache = HybridKVCache(of, length=length, dtype=dtype)
-    model = random_model(of, dtype)
-    for _ in prefill(model, cache, ids, prefill_chunk_size=48):
-        assert cache.held().rope_windows == planned.rope_windows
-        assert cache.held().nope <= planned.nope_keys_values
-    for _ in range(21):
-        model(torch.tensor([[3]]), cache, logits="last")
-    held = cache.held()
-    assert (held.rope_windows, held.nope) == (planned.rope_windows, planned.nope_keys_values)
-    per_token = 2 * 2 * 16 * itemsize  # keys and values, 2 heads of 16
-    assert planned.rope_windows == 2 * min(64, length) * per_token
-    assert planned.nope_keys_values == 2 * length * per_token
-    assert planned.unbounded_cache == 4 * length * per_token
-    assert planned.token_ids == ids.itemsize * len(ids)
-
-
-def test_what_must_be_free() -> None:
-    loaded, mapped = plan(weights=10**9), plan(weights=10**9, weights_are_mapped=True)
-    assert loaded.needed - mapped.needed == 10**9 == loaded.weights == mapped.weights
-    assert mapped.needed == (mapped.rope_windows + mapped.nope_keys_values + mapped.token_ids + mapped.activations)
-    assert mapped.activations == activation_bytes(config(), 48, 4)
-    assert plan(prefill_chunk_size=10**6).activations == activation_bytes(config(), 150, 4)  # never beyond the prompt
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_check_refuses_what_does_not_fit_and_says_what_helps(mapped: bool) -> None:
-    planned = MemoryPlan(weights=3 * 2**30, weights_are_mapped=mapped, rope_windows=100 * MIB,
-                         nope_keys_values=5 * 2**30, token_ids=20 * MIB, activations=31 * MIB, unbounded_cache=0,
-                         itemsize=4)
-    needed = (5 * 1024 + 151 + (0 if mapped else 3 * 1024)) * MIB
-    assert planned.needed == needed
-    documents = [("src/big file.txt", 750), ("notes.md", 204)]
-    planned.check(None, documents, 1000)  # what is free is not known
-    planned.check(needed + MARGIN_BYTES, documents, 1000)
-    with pytest.raises(MemoryPlanError) as error:
-        planned.check(needed + MARGIN_BYTES - 1, documents, 1000)
-    message = str(error.value)
-    total = "5.4 GiB" if mapped else "8.4 GiB"
-    assert f"needs {total} of memory and {total} are free" in message  # one byte is missing
-    assert "keys and values 5.1 GiB" in message and "activations 31.0 MiB" in message
-    assert f"weights {'0 B' if mapped else '3.0 GiB'}" in message
-    assert "leave out src/big file.txt (75% of the tokens); leave out notes.md (20% of the tokens)" in message
-    assert "--dtype" in message and "--prefill-chunk-size" in message and "\n" not in message
-    with pytest.raises(MemoryPlanError, match=r"and 0 B are free .*what helps: --dtype"):
-        planned.check(0, [], 0)
-    with pytest.raises(MemoryPlanError) as error:
-        replace(planned, itemsize=2).check(0, [], 0)
-    assert "--dtype" not in str(error.value)
-
-
-def test_check_with_an_accelerator_asks_for_each_memory_apart() -> None:
-    """Weights, windows and activations there; keys and values of the NoPE layers, and ids, in host memory."""
-    planned = MemoryPlan(weights=3 * 2**30, weights_are_mapped=False, rope_windows=100 * MIB,
-                         nope_keys_values=5 * 2**30, token_ids=20 * MIB, activations=31 * MIB, unbounded_cache=0,
-                         itemsize=2)
-    host, device = (5 * 1024 + 20) * MIB + MARGIN_BYTES, (3 * 1024 + 131) * MIB + MARGIN_BYTES
-    planned.check(host, [], 1, on_accelerator=device)
-    with pytest.raises(MemoryPlanError, match=r"5\.3 GiB of memory and"):
-        planned.check(host - 1, [], 1, on_accelerator=device)
-    with pytest.raises(MemoryPlanError, match=r"3\.4 GiB of accelerator memory and .*--device cpu"):
-        planned.check(host, [], 1, on_accelerator=device - 1)
-
-
-def test_plans_import_no_torch() -> None:
+def test_imports_no_torch() -> None:
     code = "import sys, l4ctx.memory; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
@@ -353,11 +278,132 @@ def test_available_memory_is_the_least(monkeypatch: pytest.MonkeyPatch, machine:
     assert available_memory() == expected
 
 
+def test_available_disk_is_that_of_the_nearest_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usage(folder: Path) -> Any:
+        asked.append(folder)
+        return shutil._ntuple_diskusage(7, 4, 3)
+
+    monkeypatch.setattr(memory.shutil, "disk_usage", usage)
+    monkeypatch.chdir(tmp_path)
+    assert available_disk(tmp_path) == available_disk(tmp_path / "new" / "folder") == available_disk(Path("new")) == 3
+    assert asked == [tmp_path] * 3
+
+    def fails(folder: Path) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(memory.shutil, "disk_usage", fails)
+    assert available_disk(tmp_path) is None
+
+
+class FakeNVML:
+    """The driver's library with GPUs by index and by UUID, and the bytes that are free on each."""
+
+    def __init__(self, free: dict[int | bytes, int], *, broken: bool = False) -> None:
+        self.free, self.broken = free, broken
+        self.shut_down = 0
+
+    def nvmlInit_v2(self) -> int:
+        return 9 if self.broken else 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:
+        return self.nvmlDeviceGetHandleByUUID(index.value, handle)
+
+    def nvmlDeviceGetHandleByUUID(self, name: int | bytes, handle: Any) -> int:
+        if name not in self.free:
+            return 6
+        handle._obj.value = list(self.free).index(name) + 1
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, found: Any) -> int:
+        assert handle.value is not None and ctypes.sizeof(found._obj) == 24
+        found._obj.total, found._obj.free, found._obj.used = 99, list(self.free.values())[handle.value - 1], 1
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.shut_down += 1
+        return 0
+
+
+@pytest.mark.parametrize(("visible", "index", "expected"), [
+    (None, 0, 10), (None, 1, 11), (None, 2, None), ("1,0", 0, 11), ("1, 0", 1, 10), ("1", 1, None), ("", 0, None),
+    ("GPU-abc", 0, 12), ("GPU-xyz", 0, None), ("-1", 0, None)])
+def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int,
+                              expected: int | None) -> None:
+    driver = FakeNVML({0: 10, 1: 11, b"GPU-abc": 12})
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert available_on_gpu(index) == expected
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    assert available_on_gpu() is None
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: FakeNVML({0: 1}, broken=True))
+    assert available_on_gpu() is None
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())  # an old one, without these functions
+    assert available_on_gpu() is None
+
+
+def report(**changes: Any) -> MemoryReport:
+    job = Job(config(), prompt_tokens=150, max_new_tokens=21, weights=1000, weights_are_mapped=False, dtype="float32")
+    fields = {"predicted": MemoryPlan.of(job), "weights": 1 * MIB, "rope_windows": 2 * MIB, "nope_device": 3 * MIB,
+              "nope_host": 4 * MIB, "nope_disk": 5 * MIB, "buffers": 6 * MIB, "token_ids": 7 * MIB,
+              "process_before": ProcessMemory(8 * MIB, 9 * MIB), "process": ProcessMemory(10 * MIB, 11 * MIB),
+              "process_peak": ProcessMemory(12 * MIB, 13 * MIB), "accelerator_peak": 14 * MIB}
+    return MemoryReport(**(fields | changes))
+
+
 def test_the_report_becomes_plain_numbers() -> None:
-    report = MemoryReport(predicted=plan(), weights=1, rope_windows=2, nope_device=3, nope_host=4, token_ids=5,
-                          process=ProcessMemory(6, 7), process_peak=None, accelerator_peak=None)
-    fields = json.loads(json.dumps(report.as_dict()))
-    assert fields["predicted"]["nope_keys_values"] == plan().nope_keys_values
-    assert fields["process"] == {"anonymous": 6, "file_backed": 7} and fields["process_peak"] is None
-    assert [fields[name] for name in ("weights", "rope_windows", "nope_device", "nope_host", "token_ids")] == [
-        1, 2, 3, 4, 5]
+    whole = report(process_peak=None)
+    fields = json.loads(json.dumps(whole.as_dict()))
+    assert list(fields) == list(MemoryReport.__dataclass_fields__)
+    assert fields["predicted"] == whole.predicted.as_dict()
+    assert fields["process_before"] == {"anonymous": 8 * MIB, "file_backed": 9 * MIB}
+    assert fields["process"] == {"anonymous": 10 * MIB, "file_backed": 11 * MIB} and fields["process_peak"] is None
+    assert [fields[name] // MIB for name in ("weights", "rope_windows", "nope_device", "nope_host", "nope_disk",
+                                             "buffers", "token_ids", "accelerator_peak")] == [1, 2, 3, 4, 5, 6, 7, 14]
+
+
+def table(of: MemoryReport) -> dict[str, list[str]]:
+    """The memory table's rows as a person reads them, by name."""
+    text = io.StringIO()
+    Console(file=text, width=120).print(memory_table(of))
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.getvalue().splitlines()]
+    return {name: values for name, *values in rows}
+
+
+def test_the_table_shows_what_is_there() -> None:
+    rows = table(report())
+    host = human_bytes(report().predicted.end.nope_host)
+    assert rows["NoPE keys and values, host memory"] == [host, host, "4.0 MiB"]
+    assert rows["NoPE keys and values, accelerator"] == ["0 B", "0 B", "3.0 MiB"]
+    assert rows["NoPE keys and values, disk"] == ["0 B", "0 B", "5.0 MiB"]
+    assert rows["read buffers"] == ["0 B", "0 B", "6.0 MiB"]
+    assert rows["process, anonymous"] == ["10.0 MiB", "12.0 MiB"] and rows["accelerator"] == ["14.0 MiB"]
+    assert rows["keys and values in memory"][-1] == "15.0 MiB"
+    plain = table(report(nope_device=0, nope_disk=0, buffers=0, process=None, accelerator_peak=None))
+    assert not {name for name in plain if "disk" in name or "accelerator" in name or "process" in name}
+    assert "read buffers" not in plain
+
+
+def test_the_table_shows_what_was_planned_for_disk() -> None:
+    """Predicted at the end and at the most, then what is held."""
+    of = config(num_hidden_layers=2, attention_chunk_size=8192, head_dim=128)
+    job = Job(of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32")
+    budget = (16 + 1 + 16 * sizes.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
+    plan = MemoryPlan.of(job, Room(kv_host=budget, disk_folder="x"))
+    rows = table(report(predicted=plan, nope_device=0, nope_host=plan.end.nope_host, nope_disk=plan.end.nope_disk,
+                        buffers=plan.end.buffers))
+    assert rows["NoPE keys and values, host memory"] == ["21.2 MiB", "32.0 MiB", "21.2 MiB"]
+    assert rows["NoPE keys and values, disk"] == ["96.0 MiB", "96.0 MiB", "96.0 MiB"]
+    assert rows["read buffers"] == [human_bytes(16 * sizes.READ_BUFFERS * MIB)] * 3
+    assert "weights, mapped from the checkpoint" in rows

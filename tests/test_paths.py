@@ -1,14 +1,31 @@
-"""Every path through the cache gives the logits of `transformers`' full forward; equal grids give equal bits."""
+"""Every path through the cache gives the logits of `transformers`' full forward; equal grids give equal bits, wherever
+the blocks lie."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from cached_paths import CACHED_PATHS, failing, feed, forked, grid_cuts, new_cache, on_the_grid
+from cached_paths import (
+    CACHED_PATHS,
+    STORED_PATHS,
+    SavedRows,
+    failing,
+    feed,
+    forked,
+    grid_cuts,
+    new_cache,
+    on_the_grid,
+    scratch,
+)
 from torch import Tensor
 from toy_checkpoints import CHUNK, KINDS, Toys
 
 from cache import sizes
+from cache.disk import UnitFile
+from cache.offloaded import OffloadedKVCache
+from cache.sizes import Residency
 from l4ctx.prefill import prefill
 from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
@@ -34,13 +51,71 @@ def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(("name", "std", "backend", "dtype"), [
+    *((name, 0.25, "sdpa", torch.float32) for name in ("scout", "top_2", "nope_first", "nope_only_last", "one_kv_head")),
+    ("maverick", 0.02, "eager", torch.float32), ("bfloat16", 0.25, "sdpa", torch.bfloat16)])
+def test_where_blocks_lie_changes_no_bit(toys: Toys, name: str, std: float, backend: str, dtype: torch.dtype) -> None:
+    """On disk, promoted, restored: the logits of the path that takes the same steps in memory, and `transformers`'."""
+    toy = toys(name, std)
+    model = load_checkpoint(toy.folder, dtype=dtype, attention=backend)
+    cases = ((1, 61), (2, 33)) if name == "scout" else ((1, 61),)
+    for ids, expected in (toy.case(*case) for case in cases):
+        wrong = {}
+        for path_name, (stored, in_memory) in STORED_PATHS.items():
+            logits, straight = stored(model, ids), in_memory(model, ids)
+            difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+            if not torch.equal(logits, straight) or (dtype == torch.float32 and not difference <= TOLERANCE):
+                wrong[path_name] = difference
+        assert not wrong
+
+
+@pytest.mark.parametrize("name", STORED_PATHS)
+def test_the_stored_paths_read_from_disk(scout: Transformer, toys: Toys, name: str,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = [], UnitFile.read
+    monkeypatch.setattr(UnitFile, "read", lambda self, unit, into: (read.append(unit), original(self, unit, into)))
+    stored, in_memory = STORED_PATHS[name]
+    in_memory(scout, toys("scout", 0.25).case(1, 61)[0])
+    assert not read
+    stored(scout, toys("scout", 0.25).case(1, 61)[0])
+    nope_layers = [layer for layer in range(8) if not scout.config.uses_rope(layer)]
+    assert {int(unit.split(".")[0]) for unit in read} == set(nope_layers) and len(read) >= 8
+
+
+@pytest.mark.parametrize("offset", [1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK, 60])
+def test_a_restored_run_takes_the_steps_that_were_left(toys: Toys, scout: Transformer, tmp_path: Path,
+                                                       offset: int) -> None:
+    """A prefill that stopped anywhere goes on in another cache, with the tail as it was in a file: equal bits."""
+    ids, _ = toys("scout", 0.25).case(1, 61)
+    tokens = ids[0, :-1].tolist()
+    straight = new_cache(scout, ids, block_chunks=2, segment_chunks=1)
+    saved = SavedRows(tmp_path)
+    stopped = new_cache(scout, ids, block_chunks=2, segment_chunks=1, rows=saved)
+    for part in (tokens[:offset], tokens[offset:]):
+        list(prefill(scout, straight, part, prefill_chunk_size=CHUNK - 2))
+    list(prefill(scout, stopped, tokens[:offset], prefill_chunk_size=CHUNK - 2))
+    tail = stopped.tail()
+    assert all(x.is_contiguous() and x.device.type == "cpu" for block in tail.values() for x in block)
+    with scratch() as rows:
+        for where in ({}, {"residency": Residency(host_rows=0), "rows": rows}, {"rows": saved}):
+            resumed = new_cache(scout, ids, block_chunks=2, segment_chunks=1, **where)
+            resumed.restore(offset, saved.reopened(offset // (2 * CHUNK)), tail=tail)
+            assert resumed.offset == offset
+            list(prefill(scout, resumed, tokens[offset:], prefill_chunk_size=CHUNK - 2))
+            assert torch.equal(scout(ids[:, -1:], resumed), scout(ids[:, -1:], straight.fork()))
+    assert saved.written == list(range(61 // (2 * CHUNK)))
+
+
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])
 def test_short_sequences(toys: Toys, length: int) -> None:
     toy = toys("maverick", 0.25)
     model = load_checkpoint(toy.folder, dtype=torch.float32)
     ids, expected = toy.case(3, length)
-    for name in ("token by token", "irregular pieces", "one piece", "forked", "repeated after failures"):
-        assert (CACHED_PATHS[name](model, ids) - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+    paths = {name: CACHED_PATHS[name] for name in
+             ("token by token", "irregular pieces", "one piece", "forked", "repeated after failures")}
+    paths |= {name: stored for name, (stored, _) in STORED_PATHS.items() if "continued" not in name}
+    for name, path in paths.items():
+        assert (path(model, ids) - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -110,28 +185,33 @@ def test_prefill_resumed_after_a_failure_gives_equal_bits(toys: Toys, scout: Tra
 
 def test_the_size_of_blocks_changes_nothing_but_rounding(toys: Toys, scout: Transformer) -> None:
     ids, expected = toys("scout", 0.25).case(1, 61)
-    for block_chunks, blocks in ((1, 9), (2, 5), (4, 3), (100, 1)):
-        cache = new_cache(scout, ids, block_chunks=block_chunks)
+    for block_chunks, segment_chunks, sealed, opened in (
+            (1, 1, 8, 1), (2, 1, 4, 1), (2, 2, 4, 1), (4, 1, 2, 1), (4, 2, 2, 1), (4, 4, 2, 1), (6, 2, 1, 2),
+            (100, 1, 0, 9), (100, 100, 0, 1)):
+        cache = new_cache(scout, ids, block_chunks=block_chunks, segment_chunks=segment_chunks)
         logits = feed(scout, cache, ids, grid_cuts(0, 61, CHUNK - 2, CHUNK))
-        nope_layer = cache.layers[scout.config.no_rope_layers.index(0)]
-        assert len(nope_layer.blocks) == blocks
+        for store in cache.stores:
+            assert (len(store.sealed), len(store.open)) == (sealed, opened)
+            assert {len(block.segments) for block in store.sealed} <= {block_chunks // segment_chunks}
         assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 def test_the_paths_seal_blocks_and_share_them(toys: Toys, scout: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths above are worth something: with the toy's sizes they do seal and share several blocks."""
     ids, _ = toys("scout", 0.25).case(1, 61)
-    sealed = []
-    original = type(new_cache(scout, ids)).fork
+    sealed, kept = [], []
+    original = OffloadedKVCache.fork
 
-    def fork(cache):  # type: ignore[no-untyped-def]
-        sealed.append(max(getattr(layer, "num_sealed", 0) for layer in cache.layers))
-        return original(cache)
+    def fork(store: OffloadedKVCache, offset: int) -> OffloadedKVCache:
+        made = original(store, offset)
+        kept.append([a is b for a, b in zip(store.sealed, made.sealed, strict=True)])
+        sealed.append(len(store.sealed))
+        return made
 
-    monkeypatch.setattr("cache.hybrid.HybridKVCache.fork", fork)
+    monkeypatch.setattr(OffloadedKVCache, "fork", fork)
     forked(scout, ids)
-    assert max(sealed) >= 3 and min(sealed) == 0
-    assert sizes.MIN_BLOCK_BYTES == 16 * 2**20  # `new_cache` has put it back
+    assert max(sealed) >= 3 and min(sealed) == 0 and all(all(shared) for shared in kept)
+    assert sizes.MIN_BLOCK_BYTES == 16 * 2**20 and sizes.MIN_SEGMENT_TOKENS == 8192  # `new_cache` has put them back
 
 
 def test_batch_rows_do_not_mix(toys: Toys, scout: Transformer) -> None:

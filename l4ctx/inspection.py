@@ -1,0 +1,326 @@
+"""What a checkpoint folder or a saved context holds, and what is damaged in it: one report, for people and as JSON.
+
+Changes nothing. All that is read is untrusted: a part that cannot be read becomes a line of damage, and the rest is
+still shown. Prints nothing and exits nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from l4ctx.exits import CHECKPOINT, CODE_OF_ERROR, CONTEXT, UsageError
+from l4ctx.manifest import FILE as MANIFEST
+from l4ctx.manifest import FORMAT, VERSION, read_manifest
+from model.config import ConfigError, TextConfig, parameter_count
+
+if TYPE_CHECKING:
+    from l4ctx.context import Context
+    from l4ctx.prompt import Span
+    from l4ctx.states import State
+    from model.checkpoint import StoredTensor
+
+CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
+READ_WHOLE = (CONFIG, INDEX, SHARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "chat_template.jinja", "chat_template.json", "generation_config.json", MANIFEST, "head.json")
+"""Names under which a pipe or a device would be read without end."""
+
+PIECE_BYTES = 16 * 2**20
+BF16_BYTES = 2
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Report = dict[str, Any]
+
+
+def inspect_folder(path: str, *, verify: bool) -> Report:
+    """What is in a checkpoint or a context, as the object that --json prints; `verify` reads every byte.
+
+    Raises UsageError for a path that is neither.
+    """
+    folder = Path(path)
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such folder" if path else "the path is empty") from None
+    except NotADirectoryError:
+        raise UsageError(f"{path}: a file; the folder of a checkpoint or of a saved context is expected") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    if CONFIG not in names and MANIFEST not in names:
+        raise UsageError(f"{path}: neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}")
+    is_model = CONFIG in names
+    report: Report = {"kind": "model" if is_model else "context", "path": path, "verified": verify, "damage": []}
+    for name in READ_WHOLE:
+        if (folder / name).exists() and not (folder / name).is_file():
+            _add_damage(report, folder / name, "not a regular file")
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    if not report["damage"]:
+        (_inspect_model if is_model else _inspect_context)(folder, report, verify)
+    return report
+
+
+def exit_code(report: Report) -> int:
+    if not report["damage"]:
+        return 0
+    return CHECKPOINT if report["kind"] == "model" else CONTEXT
+
+
+def _add_damage(report: Report, file: Path, what: str) -> None:
+    report["damage"].append({"file": str(file), "what": f"{file}: {what}"})
+
+
+def _attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What `work` returns, or None and a line of damage: untrusted files can be broken in any way."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:
+        if f"{type(error).__module__}.{type(error).__qualname__}" in CODE_OF_ERROR and str(error):
+            report["damage"].append({"file": str(file), "what": str(error)})
+        else:
+            _add_damage(report, file, f"cannot be used ({type(error).__name__}: {error})")
+        return None
+
+
+# Checkpoints
+
+
+def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
+    from l4ctx.generate import GenerationConfig
+    from l4ctx.prompt import ChatTemplate
+    from l4ctx.tokenizer import Tokenizer, read_json
+    from model.checkpoint import checked_tensors
+
+    raw = _attempt(report, folder / CONFIG, read_json, folder / CONFIG)
+    config = None if raw is None else _attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
+    shown = config or _without_quantization(raw or {})
+    names = (raw or {}).get("architectures")
+    report["architecture"] = ", ".join(map(str, names)) if isinstance(names, list) else None
+    report["config"] = shown and _config_fields(shown)
+
+    before = len(report["damage"])
+    shards = _attempt(report, folder / INDEX, _shards, folder)
+    report["weights"] = None if shards is None else _weights(report, shards, verify)
+    if shards and config and len(report["damage"]) == before:
+        _attempt(report, folder, checked_tensors, folder, config)
+
+    tokenizer = None
+    if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
+        tokenizer = _attempt(report, folder / "tokenizer.json", Tokenizer.from_folder, folder)
+    report["tokenizer_vocabulary"] = tokenizer and tokenizer.vocab_size
+    if tokenizer and shown and tokenizer.vocab_size > shown.vocab_size:
+        _add_damage(report, folder / "tokenizer.json", f"it has {tokenizer.vocab_size:,} tokens, the model only "
+                                                       f"{shown.vocab_size:,} (vocab_size)")
+    before = len(report["damage"])
+    template = _attempt(report, folder, ChatTemplate.from_folder, folder)
+    report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
+    if template is not None:
+        _attempt(report, folder, template.split, system=False)
+    generation = None  # it looks into config.json, too
+    if raw is not None:
+        generation = _attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
+    report["stop_tokens"] = generation and sorted(generation.stop_tokens)
+
+
+def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
+    """The rest of a configuration that is refused for its quantization."""
+    plain = {name: value for name, value in raw.items() if name != "quantization_config"}
+    text = raw.get("text_config")
+    if isinstance(text, dict):
+        plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
+    try:
+        return TextConfig.from_dict(plain) if plain != raw else None
+    except ConfigError:
+        return None
+
+
+def _config_fields(config: TextConfig) -> Report:
+    from cache.sizes import bytes_per_token, layer_bytes_per_token
+
+    window = config.attention_chunk_size * layer_bytes_per_token(config, BF16_BYTES)
+    fields = asdict(config)
+    del fields["torch_dtype"]  # not checked, not used: what is stored counts
+    return fields | {
+        "parameters": parameter_count(config), "num_rope_layers": config.num_rope_layers,
+        "num_nope_layers": config.num_nope_layers, "kv_bytes_per_token_bf16": bytes_per_token(config, BF16_BYTES),
+        "window_bytes_bf16": config.num_rope_layers * window}
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Raises CheckpointError."""
+    from model.checkpoint import _weight_map
+
+    if os.path.lexists(folder / INDEX):  # a link to nothing is damage
+        return [folder / name for name in sorted(set(_weight_map(folder / INDEX).values()))]
+    return [folder / SHARD] if os.path.lexists(folder / SHARD) else []
+
+
+def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
+    from model.checkpoint import DTYPES
+
+    dtypes: Counter[str] = Counter()  # tensors of the text model
+    sums: Counter[str] = Counter()
+    for shard in shards:
+        tensors = _attempt(report, shard, _header, shard)
+        sums["readable_shards"] += tensors is not None
+        for tensor in tensors or ():
+            owner = "ignored_" if _is_ignored(tensor) else ""
+            sums[f"{owner}tensors"] += 1
+            sums[f"{owner}bytes"] += tensor.num_bytes
+            if not owner:
+                dtypes[tensor.dtype] += 1
+                if tensor.dtype in DTYPES:
+                    sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
+        if verify and tensors:
+            _attempt(report, shard, _check_numbers, report, shard, tensors)
+    names = ("readable_shards", "parameters", "tensors", "bytes", "ignored_tensors", "ignored_bytes")
+    return {"shards": len(shards), "dtypes": dict(dtypes)} | {name: sums[name] for name in names}
+
+
+def _is_ignored(tensor: StoredTensor) -> bool:
+    from model.checkpoint import IGNORED_PREFIXES
+
+    name = tensor.name.removeprefix("language_model.")
+    return name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq")
+
+
+def _header(shard: Path) -> list[StoredTensor]:
+    """A shard's tensors, in the order in which they lie in it. Raises CheckpointError and SafetensorError."""
+    from safetensors import safe_open
+
+    from model.checkpoint import CheckpointError, read_header
+
+    if not shard.is_file():
+        raise CheckpointError(f"{shard}: missing shard; download it again")
+    tensors = read_header(shard)
+    with safe_open(shard, framework="pt"):  # it refuses overlaps, gaps, and places outside the file
+        return sorted(tensors.values(), key=lambda tensor: tensor.offset)
+
+
+def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> None:
+    """Reads the tensors, a piece at a time, and names those that hold NaN or infinities. Raises OSError."""
+    import torch
+
+    from model.checkpoint import DTYPES
+
+    buffer = bytearray(PIECE_BYTES)
+    with shard.open("rb") as stream:
+        for tensor in tensors:
+            dtype = DTYPES.get(tensor.dtype, torch.uint8)
+            nans = infinities = 0
+            stream.seek(tensor.offset)
+            for start in range(0, tensor.num_bytes, PIECE_BYTES):
+                size = min(PIECE_BYTES, tensor.num_bytes - start)
+                if stream.readinto(memoryview(buffer)[:size]) != size:
+                    _add_damage(report, shard, f"cut short inside tensor {tensor.name}; download it again")
+                    return
+                piece = torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize)
+                if not piece.isfinite().all():
+                    nans += int(piece.isnan().sum())
+                    infinities += int(piece.isinf().sum())
+            if nans or infinities:
+                _add_damage(report, shard, f"tensor {tensor.name} holds {nans:,} NaN and {infinities:,} infinities; "
+                                           "download it again")
+
+
+# Saved contexts
+
+
+def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
+    from l4ctx.context import Context
+
+    with _reading(folder):
+        recipe = _attempt(report, folder / MANIFEST, read_manifest, folder)
+        report |= {"format": FORMAT, "version": VERSION if recipe else None, "made_with": recipe and asdict(recipe),
+                   "states": [], "bytes": None}
+        context = None if recipe is None else _attempt(report, folder, Context.read, folder)
+        if context is None:
+            return
+        report["bytes"] = _bytes_on_disk(context)
+        bad: set[str] = set()
+        for stored in dict.fromkeys(stored for state in context.usable for stored in state.needs):
+            file = context.file(stored)
+            before = len(report["damage"])
+            _attempt(report, folder / stored.name, file.verify if verify else file.check_size)
+            if len(report["damage"]) > before:
+                bad.add(stored.name)
+        report["states"] = [_state(report, context, state, bad) for state in context.usable]
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Within it no file that the journal names is deleted, where the folder lets us say so."""
+    from l4ctx.context import READERS_LOCK, readers_lock
+
+    file = folder / READERS_LOCK
+    lock = readers_lock(folder) if file.is_file() else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _state(report: Report, context: Context, state: State, bad: set[str]) -> Report:
+    """One set of documents; `bad` are the names of damaged files, to which those found here are added."""
+    spans = None
+    if state.ids.name not in bad:
+        spans = _attempt(report, context.folder / state.ids.name, _documents, context, state)
+        bad |= {state.ids.name} if spans is None else set()
+    return {"is_newest": state is context.states[-1], "is_complete": state.is_complete, "tokens": state.tokens,
+            "kept_tokens": state.kept(context.recipe.block_tokens), "sealed_blocks": len(state.blocks),
+            "has_system_prompt": state.system,
+            "documents": spans and [{"path": span.source, "tokens": span.stop - span.start, "sha256": span.sha256}
+                                    for span in spans],
+            "damaged": [stored.name for stored in state.needs if stored.name in bad],
+            "can_keep_tokens": _can_keep(state, context.recipe.block_tokens, bad)}
+
+
+def _documents(context: Context, state: State) -> list[Span]:
+    """Raises DiskError, also where token ids and documents are not those of the state."""
+    from cache.disk import DiskError
+
+    file = context.file(state.ids)
+    ids = file.units.get("ids")
+    if ids is None or ids.nbytes != 4 * state.tokens:
+        raise DiskError(f"{file.source}: damaged: it does not hold {state.tokens:,} token ids")
+    spans = context.documents(state)
+    if any(not 0 <= span.start <= span.stop <= state.tokens for span in spans):
+        raise DiskError(f"{file.source}: damaged: a document lies outside the {state.tokens:,} tokens")
+    return spans
+
+
+def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
+    """Tokens that `l4ctx prefill --verify` need not read anew: those before the first damaged block."""
+    if state.ids.name in bad:
+        return 0
+    if not any(stored.name in bad for stored in state.needs):
+        return state.kept(block_tokens)
+    return block_tokens * next((n for n, block in enumerate(state.blocks) if block.name in bad), len(state.blocks))
+
+
+def _bytes_on_disk(context: Context) -> dict[str, int]:
+    """By what the files hold; `unused` is what no state needs, a file that is being written among it."""
+    from l4ctx.context import BLOCKS
+    from l4ctx.states import is_ours
+
+    needed = {stored.name for state in context.usable for stored in state.needs}
+    sizes = dict.fromkeys(("blocks", "token_ids", "tails", "unused", "other"), 0)
+    for prefix in ("", f"{BLOCKS}/"):
+        with suppress(OSError), os.scandir(context.folder / prefix) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                kind = _kind(name) if name in needed else "unused" if is_ours(name) else "other"
+                with suppress(FileNotFoundError):  # a writer may be at work
+                    sizes[kind] += entry.stat(follow_symlinks=False).st_size * entry.is_file(follow_symlinks=False)
+    return sizes
+
+
+def _kind(name: str) -> str:
+    return "token_ids" if name.startswith("tokens-") else "tails" if name.startswith("tail-") else "blocks"

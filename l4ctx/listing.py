@@ -1,0 +1,128 @@
+"""What `l4ctx inspect` found, as plain, aligned lines for people. Looks at nothing itself."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from l4ctx.inspection import Report
+from l4ctx.memory import human_bytes
+from l4ctx.terminal import without_controls
+
+SHOWN_LINES = 20
+LABEL_COLUMNS = 17
+
+
+def listing(report: Report) -> str:
+    """The report as plain, aligned lines."""
+    kind, lines = ("a checkpoint", _model_lines) if report["kind"] == "model" else ("a saved context", _context_lines)
+    version = f", version {report['version']} of the format" if report.get("version") else ""
+    text = [f"{report['path']}: {kind}{version}"]
+    text += [f"{label:{LABEL_COLUMNS}}{value}" for label, value in [*lines(report), *_damage_lines(report)]]
+    return "".join(f"{_clean(line)}\n" for line in text)
+
+
+def _clean(line: str) -> str:
+    return without_controls(" ".join(line.splitlines())).replace("\t", " ").rstrip()
+
+
+Line = tuple[str, str]
+
+
+def _model_lines(report: Report) -> Iterator[Line]:
+    config, weights = report.get("config"), report.get("weights")
+    if report.get("architecture"):
+        yield "architecture", report["architecture"]
+    if config:
+        stored = f", {weights['parameters']:,} are stored" if weights and weights["shards"] else ""
+        yield "parameters", f"{config['parameters']:,} by the configuration{stored}"
+    if weights and not weights["shards"]:
+        yield "weights", "no weights there"
+    elif weights:
+        dtypes = "".join(f", {count:,} tensors in {dtype}" for dtype, count in weights["dtypes"].items())
+        shards = f"{weights['shards']:,} shard{'s' * (weights['shards'] > 1)}"
+        if weights["readable_shards"] < weights["shards"]:
+            shards = f"{weights['readable_shards']:,} of {shards}"
+        yield "weights", f"{human_bytes(weights['bytes'])} in {shards}{dtypes}"
+        if weights["ignored_tensors"]:
+            vision = f"{weights['ignored_tensors']:,} tensors, {human_bytes(weights['ignored_bytes'])}"
+            yield "", f"not used (vision): {vision}"
+    if config:
+        yield from _config_lines(config)
+    if report.get("tokenizer_vocabulary"):
+        yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens"
+    if "chat_template" in report:
+        yield "chat template", {True: "yes", False: "no", None: "cannot be read"}[report["chat_template"]]
+    if report.get("stop_tokens") is not None:
+        yield "stop tokens", ", ".join(map(str, report["stop_tokens"])) or "none"
+
+
+def _config_lines(config: Report) -> Iterator[Line]:
+    total, rope, nope = config["num_hidden_layers"], config["num_rope_layers"], config["num_nope_layers"]
+    moe = len(config["moe_layers"])
+    yield "layers", f"{total}: {rope} RoPE, {nope} NoPE; {moe} with experts (MoE)"
+    if moe:
+        yield "experts", f"{config['num_local_experts']} in each MoE layer, {config['num_experts_per_tok']} a token"
+    yield "hidden size", f"{config['hidden_size']:,}"
+    yield "heads", (f"{config['num_attention_heads']} of size {config['head_dim']}; "
+                    f"{config['num_key_value_heads']} for keys and values")
+    yield "attention", (f"chunks of {config['attention_chunk_size']:,} tokens; "
+                        f"{config['max_position_embeddings']:,} positions; temperature tuning "
+                        f"{'on' if config['attn_temperature_tuning'] else 'off'}")
+    yield "rope", f"{config['rope_parameters']['rope_type']}, theta {config['rope_parameters']['rope_theta']:,.0f}"
+    yield "vocabulary", f"{config['vocab_size']:,}"
+    yield "keys and values", (f"{human_bytes(config['kv_bytes_per_token_bf16'])} a token in bfloat16, and windows of "
+                              f"{human_bytes(config['window_bytes_bf16'])}")
+
+
+def _context_lines(report: Report) -> Iterator[Line]:
+    from l4ctx.fingerprint import FIELDS
+
+    made, sizes = report.get("made_with"), report.get("bytes")
+    if made:
+        yield "made with", (f"{made['dtype']}, blocks in {made['kv_dtype']}, attention {made['attention']}, prefill "
+                            f"chunks of {made['prefill_chunk_size']:,}")
+        yield "", f"blocks of {made['block_tokens']:,} tokens in segments of {made['segment_tokens']:,}"
+        yield "date", made["date"]
+        yield "checkpoint", ", ".join(f"{name} {made[name][:12]}" for name in FIELDS)
+    if sizes:
+        parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(count)}" for name, count in sizes.items())
+        yield "on disk", f"{human_bytes(sum(sizes.values()))}: {parts}"
+    for state in report.get("states", ()):
+        yield from _state_lines(state)
+    if sizes and not report["states"]:
+        yield "documents", "none yet: the l4ctx prefill command that made the context goes on"
+
+
+def _state_lines(state: Report) -> Iterator[Line]:
+    documents, tokens = state["documents"], f"{state['tokens']:,} tokens"
+    done = f"{tokens}, complete" if state["is_complete"] else (
+        f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on")
+    blocks = f"{'a system prompt, ' * state['has_system_prompt']}{state['sealed_blocks']:,} sealed blocks"
+    yield "documents" if state["is_newest"] else "before that", f"{done} ({blocks})"
+    for document in (documents or ())[:SHOWN_LINES]:
+        yield "", f"{document['tokens']:>11,} tokens  {document['sha256'][:12]:12}  {document['path']}"
+    if documents and len(documents) > SHOWN_LINES:
+        yield "", f"and {len(documents) - SHOWN_LINES:,} more (--json lists them all)"
+    if documents is None:
+        yield "", "which documents these are cannot be read"
+
+
+def _damage_lines(report: Report) -> Iterator[Line]:
+    damage = [entry["what"] for entry in report["damage"]]
+    if not damage:
+        yield "damage", "none, every byte was read" if report["verified"] else (
+            "none in headers and lengths (--verify reads every byte)")
+    for number, what in enumerate(damage[:SHOWN_LINES]):
+        yield "damage" if number == 0 else "", what
+    if len(damage) > SHOWN_LINES:
+        yield "", f"and {len(damage) - SHOWN_LINES:,} more (--json lists them all)"
+    if any(what.endswith("make the context anew") for what in damage):
+        yield "to keep", "nothing can be kept"
+    for state in report.get("states", ()):
+        if state["damaged"]:
+            tokens = state["can_keep_tokens"]
+            kept = f"the first {tokens:,} tokens" if tokens else "no tokens"
+            yield "to keep" if state["is_newest"] else "before that", (
+                f"{kept} can be kept: l4ctx prefill --verify with the same documents and "
+                f"-o {shlex.quote(report['path'])} reads the rest anew")

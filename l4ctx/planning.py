@@ -1,0 +1,394 @@
+"""What `l4ctx plan` finds out without loading weights: tokens, bytes by owner and tier, what fits here, and the time.
+
+For a number of tokens nothing but config.json is read, and torch is not imported; for documents they are read and
+tokenized as `ask` does it. Plans themselves are made in `l4ctx.plan`; nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from cache.sizes import KV_DTYPES
+from l4ctx.memory import available_disk, available_memory, available_on_gpu, human_bytes
+from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, computing_dtype, tokens_that_fit
+from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError
+from model.config import Operations, TextConfig, parameter_count, reading_operations
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from l4ctx.documents import Skipped
+
+Note = Callable[[str], None]
+SHOWN_DOCUMENTS = 20
+MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
+
+
+class Speed(NamedTuple):
+    """Operations a second, of matrix products and of attention."""
+
+    linear: float
+    attention: float
+
+    def seconds(self, operations: Operations) -> float:
+        attention = operations.chunked_attention + operations.full_attention
+        return operations.linear / self.linear + attention / self.attention
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Documents to read, or a number of tokens. Sizes in tokens and bytes; None: not limited, or as `ask` has it."""
+
+    model: Path
+    paths: Sequence[str] = ()
+    stdin: BinaryIO | None = None
+    tokens: int | None = None
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    device: str = "auto"
+    kv_device_memory: int | None = None
+    kv_host_memory: int | None = None
+    kv_dir: Path | None = None
+    prefill_chunk_size: int | None = None
+    max_new_tokens: int | None = None
+    rate: float | None = None  # tokens a second at the start of a reading
+    measure: bool = False  # find out how fast this machine is
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The plan, and what a person wants to know about it."""
+
+    plan: MemoryPlan
+    room: Room
+    missing: dict[str, tuple[int, int]]  # bytes needed and there, by tier
+    documents: list[tuple[str, int]]  # with their tokens, wrapping included; none for a number of tokens
+    skipped: list[Skipped]
+    notes: list[str]
+    tokens_in_memory: int  # the longest prompt that fits
+    tokens_with_disk: int | None  # None: no disk is given
+    speed: Speed | None
+    seconds: float | None  # to read the prompt; None: no rate is known
+    read_from_disk: int  # bytes, in all steps of the prefill together
+
+    @property
+    def exceeds_positions(self) -> bool:
+        return self.plan.job.length > self.plan.job.config.max_position_embeddings
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing and not self.exceeds_positions
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for --json."""
+        job = self.plan.job
+        return {
+            "fits": self.fits,
+            "prompt_tokens": job.prompt_tokens,
+            "max_new_tokens": job.max_new_tokens,
+            "max_position_embeddings": job.config.max_position_embeddings,
+            "exceeds_positions": self.exceeds_positions,
+            "documents": [{"path": source, "tokens": tokens} for source, tokens in self.documents],
+            "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
+            "plan": self.plan.as_dict(),
+            "room": asdict(self.room),
+            "missing": {tier: {"needed": needed, "there": there} for tier, (needed, there) in self.missing.items()},
+            "remedies": self.plan.remedies(self.room),
+            "notes": self.notes,
+            "tokens_in_memory": self.tokens_in_memory,
+            "tokens_with_disk": self.tokens_with_disk,
+            "read_from_disk": self.read_from_disk,
+            "operations_per_second": self.speed and self.speed._asdict(),
+            "seconds": self.seconds,
+        }
+
+
+def make_plan(request: PlanRequest, note: Note) -> PlanReport:
+    """The plan for what is requested; `note` is told what a user should know.
+
+    Raises RequestError, ConfigError, and for documents also DocumentError, TokenizerError and PromptError.
+    """
+    if (request.tokens is None) == (not request.paths):
+        raise RequestError("a plan is made for documents or for --tokens N: give one of them")
+    config = TextConfig.from_folder(request.model)
+    notes: list[str] = []
+
+    def noted(text: str) -> None:
+        notes.append(text)
+        note(text)
+
+    documents: list[tuple[str, int]] = []
+    skipped: list[Skipped] = []
+    if request.tokens is not None:
+        prompt_tokens, parameters, stored = request.tokens, parameter_count(config), _stored_dtype(config, noted)
+    else:
+        parameters, stored = _stored_weights(request, config, noted)
+        prompt_tokens, documents, skipped = _tokenized(request, noted)
+    if prompt_tokens < 1:
+        raise RequestError(f"--tokens: {prompt_tokens} is not a positive number")
+    room = _room(request)
+    on_accelerator = room.accelerator is not None
+    dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
+    job = Job(config, prompt_tokens=prompt_tokens, max_new_tokens=_max_new_tokens(request, config, prompt_tokens),
+              weights=parameters * KV_DTYPES[dtype], weights_are_mapped=dtype == stored and not on_accelerator,
+              dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored,
+              prefill_chunk_size=request.prefill_chunk_size, largest=documents)
+    plan = MemoryPlan.of(job, room)
+    for text in plan.notes:
+        noted(text)
+    speed = _speed(request, plan, on_accelerator)
+    return PlanReport(
+        plan, room, plan.missing(room), documents, skipped, notes,
+        tokens_in_memory=tokens_that_fit(job, room.without_disk),
+        tokens_with_disk=tokens_that_fit(job, room) if room.has_disk else None,
+        speed=speed, seconds=speed and speed.seconds(reading_operations(config, 0, prompt_tokens)),
+        read_from_disk=_read_from_disk(plan))
+
+
+def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int) -> int:
+    """As `ask` has it for documents; a number of tokens is taken as it is, and nothing added unless asked for."""
+    if request.max_new_tokens is not None or request.tokens is not None:
+        return request.max_new_tokens or 0
+    return max(1, min(DEFAULT_MAX_NEW_TOKENS, config.max_position_embeddings - prompt_tokens))
+
+
+def _stored_dtype(config: TextConfig, note: Note) -> str:
+    """That of the checkpoint, as its config.json says."""
+    if config.torch_dtype in ("float32", "bfloat16", "float16"):
+        return config.torch_dtype
+    note(f"config.json says {'no dtype' if config.torch_dtype is None else repr(config.torch_dtype)}; "
+         "bfloat16 is taken for the weights")
+    return "bfloat16"
+
+
+def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tuple[int, str]:
+    """How many weights the checkpoint has, and their dtype, by the shards' headers; without shards, by config.json."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    from model.checkpoint import DTYPES, CheckpointError, checked_tensors
+
+    try:
+        stored = checked_tensors(request.model, config)
+    except CheckpointError as error:
+        note(f"{error}; the weights are counted by config.json")
+        return parameter_count(config), _stored_dtype(config, note)
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
+    return sum(math.prod(tensor.shape) for tensor in stored.values()), str(dtype).removeprefix("torch.")
+
+
+def _tokenized(request: PlanRequest, note: Note) -> tuple[int, list[tuple[str, int]], list[Skipped]]:
+    """Tokens of the prompt of an empty question, those of each document, and what was left out."""
+    from l4ctx.documents import read_documents
+    from l4ctx.prompt import ChatTemplate, build_prompt
+    from l4ctx.tokenizer import Tokenizer
+
+    found = read_documents(request.paths, stdin=request.stdin)
+    found.require_any(request.paths)
+    for text in found.notes:
+        note(text)
+    tokenizer = Tokenizer.from_folder(request.model)
+    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "")
+    for text in prompt.notes:
+        note(text)
+    return len(prompt.ids), [(span.source, span.stop - span.start) for span in prompt.spans], found.skipped
+
+
+def _room(request: PlanRequest) -> Room:
+    """What the machine has, within what the user allows."""
+    accelerator = _accelerator(request.device, quick=request.tokens is not None)
+    if request.kv_device_memory is not None and accelerator is None:
+        raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
+                           "--kv-host-memory limits that")
+    folder = request.kv_dir
+    return Room(host=available_memory(), accelerator=accelerator, kv_device=request.kv_device_memory,
+                kv_host=request.kv_host_memory, disk=None if folder is None else available_disk(folder),
+                disk_folder=None if folder is None else str(folder))
+
+
+def _accelerator(device: str, *, quick: bool) -> int | None:
+    """Bytes free on the GPU that `ask` would use; None for the CPU. `quick`: without torch, if that can be known."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise RequestError(f"--device {device}: no such device; auto, cpu and cuda are")
+    if kind == "cpu":
+        return None
+    if quick and (kind == "auto" or available_on_gpu(int(index or 0)) is not None):
+        return available_on_gpu(int(index or 0)) if _torch_may_use_gpus() else None
+    import torch
+
+    if torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count():
+        return torch.cuda.mem_get_info(int(index or 0))[0]
+    if kind == "cuda":
+        raise RequestError(f"--device {device}: cannot be used here (torch finds no such GPU)")
+    return None
+
+
+def _torch_may_use_gpus() -> bool:
+    """Builds of torch that cannot say so in their version."""
+    try:
+        return not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
+
+
+def _speed(request: PlanRequest, plan: MemoryPlan, on_accelerator: bool) -> Speed | None:
+    step = min(plan.prefill_chunk_size, plan.job.prompt_tokens)
+    if request.rate is not None:
+        if not 0 < request.rate < math.inf:
+            raise RequestError(f"--rate: {request.rate} is not a positive number of tokens a second")
+        per_token = reading_operations(plan.job.config, 0, step).total / step
+        return Speed(request.rate * per_token, request.rate * per_token)
+    if not request.measure:
+        return None
+    device = request.device if request.device != "auto" else "cuda" if on_accelerator else "cpu"
+    return measured_speed(plan.job.config, plan.job.dtype, device, step)
+
+
+def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> Speed:
+    """By an expert's feed-forward on its share of `tokens`, and attention to a segment: in less than a second."""
+    import torch
+    from torch.nn.functional import silu
+
+    from model.backends import KVSegment, attend, sdpa
+    from model.masks import AttentionMask
+
+    made = {"dtype": getattr(torch, dtype), "device": device}
+    share = -(-tokens * config.num_experts_per_tok // config.num_local_experts) if config.moe_layers else tokens
+    rows, c = min(share, MEASURED_ROWS), config.hidden_size
+    width = max(1, min(config.intermediate_size, MEASURED_ELEMENTS // c))
+    x, up, down = (torch.ones(shape, **made) for shape in ((rows, c), (c, 2 * width), (width, c)))
+
+    def feed_forward() -> Any:
+        a, b = (x @ up).chunk(2, dim=-1)
+        return silu(a).mul_(b) @ down
+
+    h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    queries = torch.ones(1, h, MEASURED_ROWS, d, **made)
+    keys = torch.ones(1, h_kv, 2 * MEASURED_ROWS, d, **made)
+    positions, segment = range(keys.shape[2], keys.shape[2] + MEASURED_ROWS), KVSegment(keys, keys, 0)
+    per_pair = 4 * h * d
+
+    def seconds(work: Callable[[], Any]) -> float:
+        """Of one call, in the best of as many as fit into the time."""
+        best, began = math.inf, time.perf_counter()
+        while best == math.inf or time.perf_counter() - began < MEASURED_SECONDS:
+            start = time.perf_counter()
+            work()
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    with torch.inference_mode():
+        linear = 6 * rows * c * width / seconds(feed_forward)
+        attention = per_pair * MEASURED_ROWS * keys.shape[2] / seconds(
+            lambda: attend(queries, positions, [segment], AttentionMask(None), sdpa))
+    return Speed(linear, attention)
+
+
+def _read_from_disk(plan: MemoryPlan) -> int:
+    """Bytes of blocks that are on disk alone, read in every step of the prefill again, but for the last layer."""
+    layout, step, config = plan.layout, min(plan.prefill_chunk_size, plan.job.prompt_tokens), plan.job.config
+    if not plan.end.nope_disk:
+        return 0
+    reading = config.num_nope_layers - (not config.uses_rope(config.num_hidden_layers - 1))
+    sealed = (layout.sealed_rows(start) for start in range(0, plan.job.prompt_tokens, step))
+    return layout.row_bytes * reading // config.num_nope_layers * sum(plan.residency.split(rows)[2] for rows in sealed)
+
+
+def plan_table(report: PlanReport) -> RenderableType:
+    """The report for people: documents with their tokens, bytes by owner and tier, and what follows from them."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from l4ctx.terminal import without_controls
+
+    plan, end, most, room, job = report.plan, report.plan.end, report.plan.peak, report.room, report.plan.job
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold",
+                     show_header=any(columns))
+        made.add_column("", overflow="fold")
+        for name in columns:
+            made.add_column(name, justify="right", no_wrap=True)
+        return made
+
+    parts: list[RenderableType] = []
+    if report.documents:
+        documents = table("documents", "tokens", "share")
+        shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
+        for source, tokens in [document for document in report.documents if document in shown]:
+            documents.add_row(Text(without_controls(source)), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
+        if len(shown) < len(report.documents):
+            rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
+            documents.add_row(f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}",
+                              f"{rest / job.prompt_tokens:.0%}")
+        parts.append(documents)
+
+    memory = table("memory", "at the end", "at most", "free")
+
+    def row(name: str, *values: int | None) -> None:
+        if any(values):
+            memory.add_row(name, *("" if value is None else human_bytes(value) for value in values))
+
+    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights)
+    row("RoPE windows", end.rope_windows, most.rope_windows)
+    row("NoPE keys and values, accelerator", end.nope_device, most.nope_device)
+    row("NoPE keys and values, host memory", end.nope_host, most.nope_host)
+    row("NoPE keys and values, disk", end.nope_disk, most.nope_disk)
+    row("read buffers", end.buffers, most.buffers)
+    row("token ids", plan.token_ids)
+    row("activations", None, plan.activations)
+    if room.accelerator is not None:
+        row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
+    row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, room.host)
+    if room.has_disk:
+        row("disk in all", None, plan.needed_on_disk, room.disk)
+    row("  an unbounded cache would take", plan.unbounded_cache)
+    parts.append(memory)
+
+    facts = table("run")
+    facts.add_column("")
+    answer = f" and {job.max_new_tokens:,} of the answer" if job.max_new_tokens else ""
+    positions = f"the model has {job.config.max_position_embeddings:,} positions"
+    facts.add_row("tokens", f"{job.prompt_tokens:,}{answer}; {positions}")
+    facts.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {job.dtype}")
+    facts.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
+    disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
+    facts.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
+    if report.read_from_disk:
+        facts.add_row("reads from disk", f"{human_bytes(report.read_from_disk)} in all steps together")
+    if report.seconds is not None:
+        facts.add_row("reading takes", f"about {_human_time(report.seconds)}")
+    facts.add_row("fits here", "yes" if report.fits else "no")
+    for tier, (needed, there) in report.missing.items():
+        facts.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
+    if report.exceeds_positions:
+        facts.add_row("", f"more tokens than the model has positions: {job.length:,}")
+    for number, remedy in enumerate(plan.remedies(room)):
+        facts.add_row("what helps" if number == 0 else "", Text(without_controls(remedy)))
+    return Group(*(part for each in parts for part in (each, "")), facts)
+
+
+def _human_time(seconds: float) -> str:
+    from l4ctx.terminal import human_seconds
+
+    return human_seconds(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+
+
+def _tiers(plan: MemoryPlan) -> str:
+    """Blocks of the NoPE layers by tier, the newest first."""
+    split = plan.residency.split(plan.layout.sealed_rows(plan.job.length))
+    names = ("on the accelerator", "in host memory", "on disk")
+    tokens = [rows * plan.layout.block_tokens for rows in split]
+    parts = [f"{count:,} tokens {name}" for count, name in zip(tokens, names, strict=True) if count]
+    return ", ".join(parts) or "all in memory, less than a block"

@@ -1,0 +1,240 @@
+"""Readings into a context that end anywhere: killed, without power, interrupted, or because the disk is full.
+
+Each time readers have a whole set of documents or none, and the next run ends with the bytes and the answer of one that
+nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from context_toys import (
+    BLOCK,
+    CHUNK,
+    Kind,
+    answer,
+    block_digests,
+    block_files,
+    changed,
+    keep,
+    tokens,
+)
+
+from cache.disk import DiskFullError
+from l4ctx.context import Context
+from l4ctx.manifest import ContextError
+
+ROOT = Path(__file__).resolve().parent.parent
+KIND = Kind(prefill_chunk_size=BLOCK)
+IDS = tokens(2 * BLOCK + CHUNK + 3)
+OTHER_IDS = changed(IDS, BLOCK + CHUNK + 2)
+
+OsFunction = Callable[..., Any]
+Failure = Callable[[int, str, OsFunction, tuple[Any, ...]], Any]
+
+
+def test_killed_at_random_moments() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "samples" / "kill_prefill.py"), "--kills", "30", "--seed", "7"],
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"30 kills in \d+ trials: .*; 0 mismatches \(.*\)\n", done.stdout)
+
+
+class PowerCut(BaseException):
+    """Nothing is done any more."""
+
+
+class FileCalls:
+    """What is done to files in a folder, by number of the call; from `number` on `failure` takes the place of it.
+
+    `failure` gets how many calls after that one it is, the function's name, the function and its arguments.
+    """
+
+    def __init__(self, folder: Path, number: int, failure: Failure) -> None:
+        self.folder, self.number, self.failure = folder, number, failure
+        self.count = 0
+        self._lock = threading.RLock()
+        self._unsynced: dict[Path, int] = {}  # files, and their length when they last were on the disk
+        self._names: dict[Path, bytes | None] = {}  # that were made or given away since, and what they named before
+
+    def replacement(self, name: str, function: OsFunction) -> OsFunction:
+        def call(*arguments: Any, **named: Any) -> Any:
+            path = Path(os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int) else arguments[0])
+            if self.folder not in path.parents and (path, name) != (self.folder, "fsync"):
+                return function(*arguments, **named)
+            if name == "open" and not arguments[1] & os.O_CREAT:
+                return function(*arguments, **named)
+            with self._lock:
+                self.count += 1
+                if self.count > self.number:
+                    return self.failure(self.count - self.number - 1, name, function, arguments)
+                self._note(name, path, arguments)
+                return function(*arguments, **named)
+        return call
+
+    def _note(self, name: str, path: Path, arguments: tuple[Any, ...]) -> None:
+        """What a loss of power could undo, before it is done."""
+        if name == "fsync":
+            for synced in ([path] if path.is_file() else [p for p in self._names if p.parent == path]):
+                (self._unsynced if path.is_file() else self._names).pop(synced, None)
+        elif name in ("write", "pwrite"):
+            self._unsynced.setdefault(path, path.stat().st_size)
+        elif name == "replace":
+            target = Path(arguments[1])
+            self._names[target] = target.read_bytes() if target.exists() else None
+        elif name == "unlink" or not path.exists():
+            self._names[path] = path.read_bytes() if path.exists() else None
+
+    def lose_power(self, chance: random.Random) -> None:
+        """Of all that was not synced some is lost."""
+        for path, length in self._unsynced.items():
+            if path.exists() and chance.random() < 0.7:
+                content = path.read_bytes()
+                kept = chance.randint(length, len(content))
+                path.write_bytes(content[:kept] + bytes(len(content) - kept) * chance.randrange(2))
+        for path, content in self._names.items():
+            if chance.random() < 0.5:
+                if content is not None:
+                    path.write_bytes(content)
+                elif path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def patched(calls: FileCalls) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "write", "pwrite", "fsync", "ftruncate", "replace", "unlink", "mkdir"):
+            patch.setattr(os, name, calls.replacement(name, getattr(os, name)))
+        yield
+
+
+def power_cut(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    raise PowerCut
+
+
+def interrupt(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    if later == 0:
+        raise KeyboardInterrupt
+    return function(*arguments)
+
+
+def interrupt_after(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    result = function(*arguments)
+    if later == 0:
+        raise KeyboardInterrupt
+    return result
+
+
+def disk_full(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    if name in ("open", "write", "pwrite", "mkdir"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return function(*arguments)
+
+
+def disk_full_after_a_part(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    if later == 0 and name in ("write", "pwrite"):
+        descriptor, content, *position = arguments
+        return function(descriptor, content[:len(content) // 2], *position)
+    return disk_full(later, name, function, arguments)
+
+
+def full_for_a_moment(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    return disk_full(later, name, function, arguments) if later == 0 else function(*arguments)
+
+
+def sync_fails(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
+    if name == "fsync":
+        raise OSError(errno.EIO, "Input/output error")
+    return function(*arguments)
+
+
+FAILURES = {"power cut": (power_cut, PowerCut), "interrupt": (interrupt, KeyboardInterrupt),
+            "interrupt after": (interrupt_after, KeyboardInterrupt), "disk full": (disk_full, DiskFullError),
+            "disk full after a part": (disk_full_after_a_part, DiskFullError),
+            "full for a moment": (full_for_a_moment, DiskFullError), "sync fails": (sync_fails, DiskFullError)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A context, and the same once its documents were changed."""
+    top = tmp_path_factory.mktemp("whole")
+    keep(top / "new", IDS, KIND)
+    shutil.copytree(top / "new", top / "change")
+    keep(top / "change", OTHER_IDS, KIND)
+    return {name: top / name for name in ("new", "change")}
+
+
+@pytest.mark.parametrize("what", ["new", "change"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_last_that_is_done_to_a_file(tmp_path: Path, whole: dict[str, Path], what: str, failure: str) -> None:
+    """Whichever of a run's calls it is: each of them in turn."""
+    act, error = FAILURES[failure]
+    ids = IDS if what == "new" else OTHER_IDS
+    failed = 0
+    for number in itertools.count():
+        folder = tmp_path / f"{number}" / "context"
+        folder.mkdir(parents=True)
+        if what == "change":
+            shutil.copytree(whole["new"], folder, dirs_exist_ok=True)
+        calls = FileCalls(folder, number, act)
+        said = None
+        try:
+            with patched(calls):
+                keep(folder, ids, KIND)
+        except error as caught:
+            said = str(caught)
+            failed += 1
+        if calls.count <= number:
+            break
+        if failure == "power cut":
+            calls.lose_power(random.Random(number))
+        check_readers(folder, [whole["new"]] if what == "new" else [whole["new"], whole["change"]])
+        start = keep(folder, ids, KIND)
+        if error is DiskFullError and said is not None:
+            check_message(folder, said, start if what == "new" else None)
+        assert block_digests(folder) == block_digests(whole[what]), number
+        assert torch.equal(answer(folder, KIND), answer(whole[what], KIND)), number
+        assert keep(folder, ids, KIND, verify=True) == len(ids)
+        if failure != "power cut":
+            assert not [path for path in folder.iterdir() if path.name.startswith(".")], number
+    assert failed > 20 and len(block_files(folder)) == 2
+
+
+def check_readers(folder: Path, wholes: list[Path]) -> None:
+    """They have the newest whole set of documents, if there is any."""
+    try:
+        complete = sum(state.is_complete for state in Context.read(folder).states)
+    except ContextError:
+        complete = 0
+    assert complete or len(wholes) == 1
+    if complete:
+        assert torch.equal(answer(folder, KIND), answer(wholes[complete - 1], KIND))
+    else:
+        with pytest.raises(ContextError, match=r"no manifest|nothing was read|reading was interrupted"):
+            answer(folder, KIND)
+
+
+def check_message(folder: Path, said: str, kept: int | None) -> None:
+    """One line that says which folder, why, what is kept, and what to do."""
+    why = r"No space left on device|Input/output error|only \d+ of a journal line's \d+ bytes could be written"
+    match = re.fullmatch(rf"{re.escape(str(folder))}: cannot be written: ({why}); "
+                         r"(nothing of this was|[\d,]+ tokens are) kept: (free some space|see to that).* again", said)
+    assert match, said
+    if kept is not None:
+        assert match[2] in ([f"{kept} tokens are"] if kept else ["nothing of this was", "0 tokens are"]), (said, kept)
