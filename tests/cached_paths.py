@@ -88,7 +88,8 @@ def token_by_token(model: Transformer, ids: Tensor) -> Tensor:
 
 def irregular(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
     """Pieces of up to three attention chunks that keep to no grid, and blocks of two segments."""
-    return feed(model, new_cache(model, ids, block_chunks=2, segment_chunks=1, **where), ids, irregular_cuts(model, ids))
+    cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, **where)
+    return feed(model, cache, ids, irregular_cuts(model, ids))
 
 
 def irregular_cuts(model: Transformer, ids: Tensor) -> list[int]:
@@ -198,7 +199,7 @@ def scratch() -> Iterator[Scratch]:
     try:
         yield rows
     finally:
-        rows._file.close()
+        rows.close()
 
 
 def on_disk(path: Callable[..., Tensor], host_rows: int) -> Path:

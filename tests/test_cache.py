@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cached_paths import small_layout
 from torch import Tensor
 
 from cache import sizes
+from cache.blocks import empty_block
 from cache.chunked import ChunkedKVCache
 from cache.hybrid import HybridKVCache
 from cache.offloaded import OffloadedKVCache
-from cache.tiers import Block, ahead, empty_block, staged, to_host
+from cache.sizes import Residency, StoreLayout
+from cache.tiers import Tiers
 from model.config import TextConfig
 
 CHUNK, HEADS, HEAD_DIM = 7, 2, 10
@@ -30,23 +33,18 @@ ROPE_LAYERS, NOPE_LAYERS = 3, 2
 LAYERS = range(5)
 LLAMA4 = Path(__file__).resolve().parents[2] / "shared" / "llama4"
 
-Make = Callable[..., HybridKVCache]
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Caches with NoPE blocks of `block_chunks` attention chunks."""
-    def make_cache(*, block_chunks: int = 2, batch_size: int = 1, dtype: torch.dtype = torch.float32,
-                   **kwargs: Any) -> HybridKVCache:
-        chunk_bytes = CHUNK * 2 * batch_size * HEADS * HEAD_DIM * dtype.itemsize
-        monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", block_chunks * chunk_bytes)
-        return HybridKVCache(CONFIG, batch_size=batch_size, dtype=dtype, **kwargs)
-    return make_cache
+def make(*, block_chunks: int = 2, segment_chunks: int = 1, batch_size: int = 1, dtype: torch.dtype = torch.float32,
+         kv_dtype: str = "auto", length: int = CONFIG.max_position_embeddings, **where: Any) -> HybridKVCache:
+    """A cache with NoPE blocks of `block_chunks` attention chunks, in segments of `segment_chunks`."""
+    layout = small_layout(CONFIG, length=length, dtype=str(dtype).removeprefix("torch."), kv_dtype=kv_dtype,
+                          batch_size=batch_size, block_chunks=block_chunks, segment_chunks=segment_chunks)
+    assert layout.block_tokens == block_chunks * CHUNK and layout.segment_tokens == segment_chunks * CHUNK
+    return HybridKVCache(CONFIG, batch_size=batch_size, dtype=dtype, length=length, layout=layout, **where)
 
 
 @dataclass
@@ -97,25 +95,24 @@ def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True
         assert cache.offset == offset + tokens
 
 
-def stores(cache: HybridKVCache) -> list[OffloadedKVCache]:
-    return [layer for layer in cache.layers if isinstance(layer, OffloadedKVCache)]
-
-
-def addresses(cache: HybridKVCache, *, sealed: bool = False) -> list[tuple[int, int]]:
-    return [(block.keys.data_ptr(), block.values.data_ptr())
-            for store in stores(cache) for block in store.blocks[:store.num_sealed if sealed else None]]
+def addresses(store: OffloadedKVCache) -> list[int]:
+    """Where the keys of its segments lie, sealed ones first."""
+    sealed = [packed.keys for block in store.sealed for packed in block.segments if packed is not None]
+    return [keys.data_ptr() for keys in (*sealed, *(block.keys for _, block in sorted(store.open.items())))]
 
 
 def storage_bytes(value: object, seen: dict[int, int] | None = None) -> int:
-    """Bytes of all tensors' storages that can be reached from an object's attributes, each counted once."""
+    """Bytes of all tensors' storages that can be reached from an object of the cache, each counted once."""
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     elif isinstance(value, list | tuple):
         for item in value:
             storage_bytes(item, seen)
-    elif hasattr(value, "__dict__"):
-        storage_bytes(list(vars(value).values()), seen)
+    elif isinstance(value, dict):
+        storage_bytes(list(value.values()), seen)
+    elif type(value).__module__.startswith("cache."):
+        storage_bytes(vars(value), seen)
     return sum(seen.values())
 
 
@@ -127,28 +124,31 @@ def pieces(seed: int, total: int, largest: int = 3 * CHUNK) -> Iterator[int]:
         yield tokens
 
 
-@pytest.mark.parametrize("block_chunks", [1, 2, 3])
+@pytest.mark.parametrize(("block_chunks", "segment_chunks"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2)])
 @pytest.mark.parametrize("seed", range(6))
-def test_segments_equal_a_naive_store(make: Make, seed: int, block_chunks: int) -> None:
+def test_segments_equal_a_naive_store(seed: int, block_chunks: int, segment_chunks: int) -> None:
     """The closed form, what it says it holds, and its storages agree after every step, up to the last token."""
     batch_size, dtype = (1, 2)[seed % 2], (torch.float32, torch.bfloat16)[seed // 2 % 2]
     length = 99 + seed
-    cache = make(block_chunks=block_chunks, batch_size=batch_size, dtype=dtype, length=length)
+    cache = make(block_chunks=block_chunks, segment_chunks=segment_chunks, batch_size=batch_size, dtype=dtype,
+                 length=length)
     naive = Naive.of(cache)
     per_token = 2 * batch_size * HEADS * HEAD_DIM * dtype.itemsize
-    block = block_chunks * CHUNK
+    segment = segment_chunks * CHUNK
     for tokens in pieces(seed, length):
         step(cache, naive, tokens)
         held = cache.held()
         assert held.rope_windows == ROPE_LAYERS * CHUNK * per_token
-        assert held.nope_host == held.nope == NOPE_LAYERS * min(-(-cache.offset // block) * block, length) * per_token
+        filled = min(-(-cache.offset // segment) * segment, length)
+        assert held.nope_host == held.nope == NOPE_LAYERS * filled * per_token
         assert held.total == cache.predicted(cache.offset) == storage_bytes(cache)
+        assert held == cache.layout.held(cache.offset) and held.nope_disk == held.buffers == held.nope_device == 0
     assert cache.offset == length
 
 
 @pytest.mark.parametrize("length", [1, 3, CHUNK, CHUNK + 1, 3 * CHUNK, 20, 256])
-def test_nothing_is_allocated_beyond_the_length(make: Make, length: int) -> None:
-    cache = make(block_chunks=2, length=length)
+def test_nothing_is_allocated_beyond_the_length(length: int) -> None:
+    cache = make(block_chunks=2, segment_chunks=2, length=length)
     naive = Naive.of(cache)
     per_token = 2 * HEADS * HEAD_DIM * 4
     assert cache.held().total == cache.predicted(0) == ROPE_LAYERS * min(CHUNK, length) * per_token
@@ -160,12 +160,12 @@ def test_nothing_is_allocated_beyond_the_length(make: Make, length: int) -> None
         cache.append(0, *random_keys_values(cache, 1))
 
 
-def test_the_default_length_is_the_models(make: Make) -> None:
-    assert make().length == CONFIG.max_position_embeddings
+def test_the_default_length_is_the_models() -> None:
+    assert HybridKVCache(CONFIG).length == CONFIG.max_position_embeddings
 
 
 @pytest.mark.parametrize("shape", [(2, HEADS, 3, HEAD_DIM), (1, 6, 3, HEAD_DIM), (1, HEADS, 3, 9), (1, 3, HEADS, 10)])
-def test_wrong_shapes_are_refused(make: Make, shape: tuple[int, ...]) -> None:
+def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError):
         make().append(0, torch.zeros(shape), torch.zeros(shape))
     with pytest.raises(AssertionError):
@@ -173,7 +173,7 @@ def test_wrong_shapes_are_refused(make: Make, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, CHUNK - 3, CHUNK, 2 * CHUNK + 3, 4 * CHUNK])
-def test_the_appended_tensors_are_not_kept(make: Make, tokens: int) -> None:
+def test_the_appended_tensors_are_not_kept(tokens: int) -> None:
     """Not at all where they fit into the window; never once committed, or all of a forward's tokens would be held."""
     cache, alive = make(length=100), []
     step(cache, Naive.of(cache), 3)
@@ -190,7 +190,7 @@ def test_the_appended_tensors_are_not_kept(make: Make, tokens: int) -> None:
     assert storage_bytes(cache) == cache.predicted(3 + tokens)
 
 
-def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older(make: Make) -> None:
+def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older() -> None:
     cache = make(length=100)
     naive = Naive.of(cache)
     for tokens, start in ((CHUNK, 0), (2, CHUNK), (CHUNK - 2, CHUNK), (1, 2 * CHUNK), (2 * CHUNK, 2 * CHUNK)):
@@ -199,34 +199,38 @@ def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older(make: Make) -> 
         step(cache, naive, tokens)
 
 
-def test_what_is_stored_is_never_copied_as_it_grows(make: Make) -> None:
-    cache = make(block_chunks=2, length=150)
+@pytest.mark.parametrize("segment_chunks", [1, 2])
+def test_what_is_stored_is_never_copied_as_it_grows(segment_chunks: int) -> None:
+    """A segment stays where it is, open and sealed, and a further one is made only when it is needed."""
+    cache = make(block_chunks=2, segment_chunks=segment_chunks, length=150)
     naive = Naive.of(cache)
-    known: list[list[tuple[int, int]]] = [[] for _ in stores(cache)]
+    known: list[list[int]] = [[] for _ in cache.stores]
     for tokens in pieces(3, 150):
         step(cache, naive, tokens)
-        for number, store in enumerate(stores(cache)):
-            here = [(block.keys.data_ptr(), block.values.data_ptr()) for block in store.blocks]
-            assert here[:len(known[number])] == known[number]  # the open block stays where it is, too
+        for number, store in enumerate(cache.stores):
+            here = addresses(store)
+            assert here[:len(known[number])] == known[number]
             known[number] = here
-            assert store.num_sealed == cache.offset // (2 * CHUNK)
-    assert [len(blocks) for blocks in known] == [11] * NOPE_LAYERS
-    assert len({address for blocks in known for address in blocks}) == 11 * NOPE_LAYERS
+            assert len(store.sealed) == cache.offset // (2 * CHUNK)
+            assert len(here) == -(-cache.offset // (segment_chunks * CHUNK))
+    assert len({address for blocks in known for address in blocks}) == -(-150 // (segment_chunks * CHUNK)) * NOPE_LAYERS
 
 
-def test_sealed_blocks_are_never_written_again(make: Make) -> None:
-    cache = make(block_chunks=1, length=100)
+def test_sealed_blocks_are_never_written_again() -> None:
+    cache = make(block_chunks=2, length=130)
     naive = Naive.of(cache)
-    step(cache, naive, 3 * CHUNK + 2)
-    blocks = [tensor for store in stores(cache) for block in store.blocks[:3] for tensor in block]
-    versions = [tensor._version for tensor in blocks]
+    step(cache, naive, 6 * CHUNK + 2)
+    segments = [tensor for store in cache.stores for block in store.sealed for packed in block.segments
+                if packed is not None for _, tensor in packed.tensors]
+    assert len(segments) == NOPE_LAYERS * 6 * 2
+    versions = [tensor._version for tensor in segments]
     for tokens in pieces(1, 60):
         step(cache, naive, tokens)
-    assert [tensor._version for tensor in blocks] == versions
+    assert [tensor._version for tensor in segments] == versions
 
 
 @pytest.mark.parametrize("first", [1, CHUNK, CHUNK + 3, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK, 5 * CHUNK - 1])
-def test_fork_shares_what_is_sealed_and_copies_the_rest(make: Make, first: int) -> None:
+def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
     """At a boundary of chunk or block and inside; the fork, its own fork and the parent go on in turns."""
     cache = make(block_chunks=2, length=120, batch_size=2)
     naive = Naive.of(cache)
@@ -235,10 +239,10 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(make: Make, first: int) 
     fork, fork_naive = cache.fork(), naive.fork()
     assert fork.offset == cache.offset and fork.length == cache.length
     assert fork.held() == cache.held()
-    assert addresses(fork, sealed=True) == addresses(cache, sealed=True)
-    assert len(addresses(fork, sealed=True)) == NOPE_LAYERS * (first // (2 * CHUNK))
-    shared = {address for pair in addresses(cache, sealed=True) for address in pair}
-    own, copied = storage_addresses(cache) - shared, storage_addresses(fork) - shared
+    assert sealed(fork) == sealed(cache) and len(sealed(fork)) == NOPE_LAYERS * (first // (2 * CHUNK))
+    shared: dict[int, int] = {}
+    storage_bytes([store.sealed for store in cache.stores], shared)
+    own, copied = storage_addresses(cache) - set(shared), storage_addresses(fork) - set(shared)
     assert len(own) == len(copied) and not own & copied
 
     step(fork, fork_naive, 3)
@@ -248,8 +252,13 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(make: Make, first: int) 
         for run, kept in runs:
             step(run, kept, tokens)
     assert [run.offset for run, _ in runs] == [first + 60, first + 63, first + 63]
-    assert addresses(cache, sealed=True)[:first // (2 * CHUNK)] == addresses(second, sealed=True)[:first // (2 * CHUNK)]
+    blocks = [[store.sealed[:first // (2 * CHUNK)] for store in run.stores] for run, _ in runs]
+    assert blocks[0] == blocks[1] == blocks[2]
     assert all(run.held().total == run.predicted(run.offset) for run, _ in runs)
+
+
+def sealed(cache: HybridKVCache) -> list[object]:
+    return [block for store in cache.stores for block in store.sealed]
 
 
 def storage_addresses(cache: HybridKVCache) -> set[int]:
@@ -258,7 +267,7 @@ def storage_addresses(cache: HybridKVCache) -> set[int]:
     return set(seen)
 
 
-def test_the_fork_of_an_empty_cache(make: Make) -> None:
+def test_the_fork_of_an_empty_cache() -> None:
     cache = make(length=40)
     fork = cache.fork()
     for run in (fork, cache):
@@ -269,7 +278,7 @@ def test_the_fork_of_an_empty_cache(make: Make) -> None:
 
 @pytest.mark.parametrize("stopped_after", LAYERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_an_unfinished_step_leaves_nothing_behind(make: Make, seed: int, stopped_after: int) -> None:
+def test_an_unfinished_step_leaves_nothing_behind(seed: int, stopped_after: int) -> None:
     """Longer and shorter tries that never advance, then the step itself, then a fork: all as if nothing had been."""
     cache = make(block_chunks=1, length=120)
     naive = Naive.of(cache)
@@ -288,7 +297,7 @@ def test_an_unfinished_step_leaves_nothing_behind(make: Make, seed: int, stopped
     assert cache.held().total == cache.predicted(120) == storage_bytes(cache)
 
 
-def test_queries_that_are_only_the_last_ones(make: Make) -> None:
+def test_queries_that_are_only_the_last_ones() -> None:
     """`segments` is asked for fewer queries than were appended: all keys that they may see are still shown."""
     cache = make(length=100)
     step(cache, Naive.of(cache), 2 * CHUNK + 3)
@@ -310,11 +319,11 @@ def test_scout_in_bfloat16() -> None:
     scout = llama4("scout")
     assert sizes.layer_bytes_per_token(scout, 2) == 4 * 1024
     assert sizes.bytes_per_token(scout, 2) == 48 * 1024
-    assert sizes.window_bytes(scout, scout.max_position_embeddings, 2) == 1.125 * 2**30
-    assert sizes.window_bytes(scout, 4096, 2) == 1.125 * 2**29
-    assert sizes.nope_bytes(scout, 2**20, 2**20, 2) == 48 * 2**30
     assert sizes.unbounded_bytes(scout, 2**20, 2) == 192 * 2**30
-    assert sizes.block_tokens(scout, 2) == 8192  # 32 MiB
+    layout = StoreLayout.of(scout, length=2**20, dtype="bfloat16")
+    assert layout.window_bytes == 1.125 * 2**30 and layout.held(2**20).total == (48 + 1.125) * 2**30
+    assert StoreLayout.of(scout, length=4096, dtype="bfloat16").window_bytes == 1.125 * 2**29
+    assert (layout.block_tokens, layout.segment_tokens, layout.row_bytes) == (8192, 8192, 12 * 32 * 2**20)
     held = HybridKVCache(scout, dtype=torch.bfloat16, device="meta").held()
     assert held.rope_windows == held.total == 1.125 * 2**30
 
@@ -322,78 +331,75 @@ def test_scout_in_bfloat16() -> None:
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_blocks_are_whole_chunks_of_at_least_16_mib(name: str) -> None:
     released = llama4(name)
-    for chunk in (7, 512, 2731, 4096, 8192):
+    for chunk in (7, 512, 2731, 4096, 8192, 100_000):
         for itemsize, batch_size in ((2, 1), (4, 1), (2, 3)):
             config = replace(released, attention_chunk_size=chunk)
             tokens = sizes.block_tokens(config, itemsize, batch_size)
             per_token = sizes.layer_bytes_per_token(config, itemsize, batch_size)
             assert tokens % chunk == 0 and tokens * per_token >= 16 * 2**20
             assert (tokens - chunk) * per_token < 16 * 2**20
+            segment = sizes.segment_tokens(config, itemsize, batch_size)
+            large_enough = [n for n in range(chunk, tokens + 1, chunk)
+                            if tokens % n == 0 and n >= 8192 and n * per_token >= 4 * 2**20]
+            assert segment == min(large_enough, default=tokens)
+
+
+def test_the_cuts_depend_on_the_model_and_the_dtype_alone() -> None:
+    """So that what was saved fits any run: neither length nor storage type moves them."""
+    for dtype in ("float32", "bfloat16"):
+        layouts = [StoreLayout.of(CONFIG, length=length, dtype=dtype, kv_dtype=kv_dtype)
+                   for length in (1, 1000, 10**7) for kv_dtype in ("auto", *sizes.KV_DTYPES)]
+        assert len({(layout.block_tokens, layout.segment_tokens) for layout in layouts}) == 1
+        other = layouts[0].computed_in("float16")
+        assert (other.dtype, other.kv_dtype, other.block_tokens) == ("float16", dtype, layouts[0].block_tokens)
+        assert other.is_packed and not layouts[0].is_packed
+
+
+@pytest.mark.parametrize("device_rows", [0, 1, 3, 100])
+@pytest.mark.parametrize("host_rows", [None, 0, 1, 2, 100])
+def test_every_row_has_one_place(host_rows: int | None, device_rows: int) -> None:
+    residency = Residency(host_rows, device_rows, on_accelerator=True)
+    for count in range(9):
+        places = ["device" if age < device_rows else "host" if host_rows is None or age < device_rows + host_rows
+                  else "disk" for age in range(count)]  # the newest first
+        assert residency.split(count) == tuple(places.count(place) for place in ("device", "host", "disk"))
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_what_fits_into_a_budget(kv_dtype: str) -> None:
+    """`rows_within` against `peak` of the residency that it gives: within the budget, and not much less than it."""
+    chance = random.Random(0)
+    for _ in range(300):
+        layout = small_layout(CONFIG, length=60 * CHUNK, kv_dtype=kv_dtype, block_chunks=chance.choice((1, 2, 4)),
+                              segment_chunks=1)
+        used = chance.randint(30 * CHUNK, 60 * CHUNK)
+        prefill_chunk_size = chance.choice((1, 5, CHUNK, 2 * CHUNK, 3 * CHUNK, 8 * CHUNK))
+        budget = chance.randint(0, layout.held(used).nope)
+        rows = layout.rows_within(budget, prefill_chunk_size, is_open_here=True, is_read_here=True)
+        peak = layout.peak(used, prefill_chunk_size, Residency(rows))
+        assert rows == 0 or peak.nope_host + peak.buffers <= budget
+        more = layout.peak(used, prefill_chunk_size, Residency(rows + 1))
+        if more.nope_disk:  # or everything fits
+            assert more.nope_host + more.buffers + layout.open_bytes(layout.block_tokens) > budget
+        assert layout.rows_within(budget, 1, is_open_here=False, is_read_here=False) == budget // layout.row_bytes
 
 
 def test_one_layer_alone() -> None:
-    """The layers' classes by themselves, without HybridKVCache: block 12 and chunk 4, positions as values."""
-    store = OffloadedKVCache(12, lambda start: empty_block(1, 1, 12, 1, torch.float32, torch.device("cpu")),
-                             torch.device("cpu"))
-    window = ChunkedKVCache(empty_block(1, 1, 4, 1, torch.float32, torch.device("cpu")), 4)
+    """The layers' classes by themselves, without HybridKVCache: block 12, segment 4, chunk 4, positions as values."""
+    config = replace(CONFIG, num_key_value_heads=1, head_dim=1, attention_chunk_size=4)
+    layout = StoreLayout(config, 40, "float32", "float32", 1, 12, 4)
+    cpu = torch.device("cpu")
+    store = OffloadedKVCache(1, Tiers(layout, cpu), 40)
+    window = ChunkedKVCache(empty_block(layout, 4, cpu), 4)
     for start, stop, in_window in ((0, 3, 0), (3, 4, 0), (4, 30, 4), (30, 31, 28), (31, 36, 28), (36, 40, 36)):
         new = torch.arange(start, stop, dtype=torch.float32).view(1, 1, -1, 1)
         for layer in (store, window):
             layer.append(start, new, -new)
-        for segments, first in ((store.segments(1), 0), (window.segments(), in_window)):
+        for segments, first in ((store.segments(1, Residency()), 0), (window.segments(), in_window)):
             positions = torch.arange(first, stop, dtype=torch.float32)
             shown = torch.cat([torch.stack(segment[:2]) for segment in segments], 3).squeeze()
             assert torch.equal(shown, torch.stack((positions, -positions)).squeeze())
         for layer in (store, window):
             layer.settle(stop)
-    assert (len(store.blocks), store.num_sealed, store.nbytes(on_host=True), window.nbytes) == (4, 3, 4 * 96, 32)
+    assert (len(store.sealed), list(store.open), store.nbytes(on_host=True), window.nbytes) == (3, [9], 10 * 32, 32)
     assert store.nbytes(on_host=False) == 0
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_ahead_is_in_order_and_one_item_ahead(count: int) -> None:
-    events: list[str] = []
-
-    def source() -> Iterator[int]:
-        for item in range(count):
-            events.append(f"take {item}")
-            yield item
-
-    loaded = ahead(source(), lambda item: events.append(f"load {item}") or item * 10)
-    assert events == []  # nothing is begun before it is asked for
-    for number, item in enumerate(loaded):
-        assert item == number * 10
-        assert events.count(f"load {number}") == 1
-        known = min(number + 2, count)  # this one and the next, no more
-        assert events == [f"{what} {i}" for i in range(known) for what in ("take", "load")]
-    assert len(events) == 2 * count
-
-
-def test_ahead_hands_an_error_on_before_it_would_be_used() -> None:
-    def load(item: int) -> int:
-        if item == 2:
-            raise OSError("disk")
-        return item
-
-    loaded = ahead(range(4), load)
-    assert next(loaded) == 0
-    with pytest.raises(OSError, match="disk"):
-        next(loaded)  # 1 is here, but 2, which is begun first, fails
-
-
-def test_blocks_on_the_cpu_stay_where_they_are() -> None:
-    blocks = [empty_block(1, 1, 3, 2, torch.float32, torch.device("cpu")) for _ in range(3)]
-    taken: list[Block] = []
-
-    def source() -> Iterator[Block]:
-        for block in blocks:
-            taken.append(block)
-            yield block
-    for queries in (1, 16, 17, 10_000):
-        taken.clear()
-        passed = staged(source(), torch.device("cpu"), queries)
-        assert next(passed) is blocks[0] and len(taken) == 1
-        assert [block is other for block, other in zip(passed, blocks[1:], strict=True)] == [True, True]
-    assert to_host(blocks[0]) is blocks[0]
-    assert blocks[0].nbytes == 2 * 3 * 2 * 4 and blocks[0].is_on_host
-    assert blocks[0].first(2).keys.data_ptr() == blocks[0].keys.data_ptr()

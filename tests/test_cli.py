@@ -33,8 +33,8 @@ from cli_runner import (
     write_what_is_read,
 )
 
-from l4ctx import cli, terminal
-from l4ctx.memory import MemoryPlan, MemoryReport
+from l4ctx import exits, terminal
+from l4ctx.memory import MemoryReport
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_help_and_version() -> None:
     top, ask, version, nothing = (run_process(*line.split()) for line in ("--help", "ask -h", "--version", ""))
     assert [each.code for each in (top, ask, version, nothing)] == [0, 0, 0, 2]
     assert (top.stderr, ask.stderr, version.stderr) == ("", "", "")
-    assert "ask" in top.stdout and " ".join(cli.EXIT_CODES.split()) in " ".join(top.stdout.split())
+    assert "ask" in top.stdout and " ".join(exits.EXIT_CODES.split()) in " ".join(top.stdout.split())
     assert "Usage: l4ctx ask [OPTIONS] [QUESTION] [PATH]..." in ask.stdout and "--memory-report" in ask.stdout
     assert re.fullmatch(r"l4ctx \d+\.\d+\S*\n", version.stdout)
     assert "Usage: l4ctx" in nothing.stdout + nothing.stderr
@@ -377,7 +377,7 @@ def test_a_bug_keeps_its_traceback(inside: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_error_with_an_exit_code_exists() -> None:
-    for name in cli.CODE_OF_ERROR:
+    for name in exits.CODE_OF_ERROR:
         module, _, error = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), error), Exception), name
 

@@ -281,7 +281,7 @@ def use_of(folder: Path, name: str, value: Any) -> None:
     use = ContextUse(Request(Path("model"), ["a.txt"], save_context=folder, **{name: value} if name in CHOICES else {}))
     made_with = {field: value if field == name else getattr(Kind().recipe, field) for field in FIELDS}
     use.check(made_with, CONFIG)
-    use.layout(CONFIG, 1000, "float32")
+    use.saved_layout(CONFIG, 1000, "float32")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "head.json", "blocks/map.dat", "journal", "tail-0.txt"])

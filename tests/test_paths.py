@@ -52,7 +52,8 @@ def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "std", "backend", "dtype"), [
-    *((name, 0.25, "sdpa", torch.float32) for name in ("scout", "top_2", "nope_first", "nope_only_last", "one_kv_head")),
+    *((name, 0.25, "sdpa", torch.float32) for name in
+      ("scout", "top_2", "nope_first", "nope_only_last", "one_kv_head")),
     ("maverick", 0.02, "eager", torch.float32), ("bfloat16", 0.25, "sdpa", torch.bfloat16)])
 def test_where_blocks_lie_changes_no_bit(toys: Toys, name: str, std: float, backend: str, dtype: torch.dtype) -> None:
     """On disk, promoted, restored: the logits of the path that takes the same steps in memory, and `transformers`'."""
