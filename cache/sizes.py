@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from model.config import TextConfig
 
@@ -104,7 +105,7 @@ class StoreLayout:
         """Whether sealed blocks are stored otherwise than computed with, so that each is unpacked when it is read."""
         return self.kv_dtype != self.dtype
 
-    @property
+    @cached_property
     def group_tokens(self) -> int:
         """Consecutive tokens that share the scales of a quantized type: the largest divisor of a segment up to 64."""
         return max(n for n in range(1, MAX_GROUP_TOKENS + 1) if self.segment_tokens % n == 0)

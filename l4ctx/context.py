@@ -10,40 +10,30 @@
 
 Files are named at random and never written again, and a file counts once the journal names it. So a reader, which goes
 by the journal as it was when it came, is not disturbed, and what a crash leaves behind is either whole or unknown.
+Reading is here, and what can be reused; writing is in `l4ctx.context_writer`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from array import array
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cache.blocks import Block
-from cache.disk import NO_SPACE, DiskError, DiskFullError, UnitFile, Units, as_bytes, write_units
+from cache.disk import DiskError, UnitFile, as_bytes
 from cache.sizes import StoreLayout
 from l4ctx.journal import Journal, JournalError
 from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import (
-    ContextError,
-    Recipe,
-    read_manifest,
-    read_small,
-    sync_folder,
-    write_atomically,
-    write_manifest,
-)
+from l4ctx.manifest import ContextError, Recipe, read_manifest, read_small
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
-from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, replay
+from l4ctx.states import State, Stored, digest, replay
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
@@ -57,7 +47,11 @@ def saved_recipe(folder: Path) -> Recipe | None:
         return read_manifest(folder) if folder.exists() else None
     if not folder.is_dir():
         raise ContextError(f"{folder}: a file, not a folder; name a folder for the context")
-    ours = {JOURNAL, WRITER_LOCK, READERS_LOCK, BLOCKS}
+    ours = {WRITER_LOCK, READERS_LOCK}
+    if (folder / BLOCKS).is_symlink():
+        raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
+    if (folder / BLOCKS).is_dir() and not any((folder / BLOCKS).iterdir()):
+        ours.add(BLOCKS)
     others = sorted(entry.name for entry in folder.iterdir()
                     if entry.name not in ours and not entry.name.startswith(f".{MANIFEST}."))
     if others:
@@ -83,7 +77,7 @@ class Context:
     @classmethod
     def read(cls, folder: Path) -> Context:
         """As it is now, perhaps beside a writer: the head is read first, so that the journal is not older."""
-        recipe, head = read_manifest(folder), _read_head(folder)
+        recipe, head = read_manifest(folder), read_head(folder)
         try:
             records = Journal.read(folder / JOURNAL)
         except FileNotFoundError:
@@ -92,7 +86,9 @@ class Context:
             raise ContextError(f"{folder / JOURNAL}: cannot be read: {error.strerror}") from None
         except JournalError as error:
             raise ContextError(f"{error}; make the context anew") from None
-        return cls(folder, recipe, head or _read_head(folder), records)
+        if head is None and any(record.get("type") == "end" for record in records):
+            head = read_head(folder)  # made meanwhile
+        return cls(folder, recipe, head, records)
 
     @property
     def complete(self) -> State | None:
@@ -218,9 +214,10 @@ def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Seq
         prefix = common_prefix(context.ids(state), ids)
         tokens = min(prefix, kept)
         if not (state.is_complete and tokens == state.tokens):
-            is_in_block = tokens // layout.block_tokens < len(state.blocks)
-            tokens -= tokens % (layout.block_tokens if layout.is_packed and is_in_block
-                                else layout.config.attention_chunk_size)
+            chunk = layout.config.attention_chunk_size
+            step = max(layout.block_tokens, grid_period(context.recipe.prefill_chunk_size, chunk, layout.block_tokens))
+            is_sealed = len(state.blocks) * layout.block_tokens > tokens - tokens % step
+            tokens -= tokens % (step if layout.is_packed and is_sealed else chunk)
         is_same = prefix == state.tokens == len(ids)
         if tokens > best.tokens or is_same:
             best = Reuse(state, tokens, is_same)
@@ -259,235 +256,7 @@ def _not_ready(context: Context) -> str:
     return f"{context.folder}: {done}; the command that made it (l4ctx prefill PATH... -o) goes on from there"
 
 
-class ContextWriter:
-    """The one writer of a context: a `cache.tiers.RowStore` that keeps every sealed row at once.
-
-    Writing goes through the system's cache at once, and to the disk in the background, one row behind; the journal
-    names a row when it is there.
-    """
-
-    is_durable = True
-
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        """Makes the context, or opens it as it is. Raises ContextError, also when somebody else writes to it."""
-        self.folder = folder
-        self._pending: Future[None] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="context-writer")
-        self._journal: Journal | None = None
-        self._lock: int | None = None
-        try:
-            with _as_disk_full(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _writer_lock(folder)
-                if saved_recipe(folder) is None:
-                    (folder / BLOCKS).mkdir(exist_ok=True)
-                    (folder / READERS_LOCK).touch()
-                    write_manifest(folder, recipe)
-                read_manifest(folder).check(folder, asdict(recipe))  # it may have been made meanwhile
-                self._journal = Journal.open(folder / JOURNAL)
-            self.context = Context(folder, recipe, _read_head(folder), self._journal.records)
-            self._renew_head()
-        except JournalError as error:
-            self.close()
-            raise ContextError(f"{error}; make the context anew") from None
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def tip(self) -> State:
-        return self.context.states[-1]
-
-    @property
-    def kept(self) -> int:
-        """Tokens that are safe on disk now."""
-        return self.tip.kept(self.context.recipe.block_tokens) if self.context.states else 0
-
-    def drop_damaged(self, *, verify: bool) -> list[str]:
-        """Forgets what is not as it was written and all that follows it; says what. `verify` reads everything, else
-        headers and lengths are looked at."""
-        found: dict[str, str] = {}
-        for state in self.context.usable:
-            damaged = self.context.damage(state, verify=verify)
-            if damaged:
-                sound = next((n for n, block in enumerate(state.blocks) if block.name in damaged), len(state.blocks))
-                state.forget(0 if state.ids.name in damaged else sound, self.context.recipe.block_tokens)
-            found |= damaged
-        return list(found.values())
-
-    def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool) -> int:
-        """Starts to read `ids`, or goes on with it; returns how many of them need not be read.
-
-        Raises DiskError and DiskFullError.
-        """
-        reuse = reusable(self.context, ids, layout, self.context.usable)
-        base = reuse.state
-        if base is not None and reuse.is_same and base is self.tip:
-            if base.is_complete:
-                return base.tokens
-            if not base.has_ended:
-                return self._go_on(base, layout)
-        start = reuse.tokens - reuse.tokens % layout.config.attention_chunk_size
-        state = State(len(ids), start, self._write_ids(ids, documents), system)
-        number = None
-        if base is not None:
-            number = self.context.states.index(base)
-            state.blocks = base.blocks[:start // layout.block_tokens]
-            state.partial = self.context.source(base, start)
-        with _as_disk_full(self.folder):
-            self._append(state.begin_record(number))
-        self.context.states.append(state)
-        self._delete_unused()
-        return start
-
-    def _go_on(self, state: State, layout: StoreLayout) -> int:
-        """Where an interrupted state goes on: at a cut of the driver's grid, so that it takes the very same steps."""
-        period = grid_period(self.context.recipe.prefill_chunk_size, layout.config.attention_chunk_size,
-                             layout.block_tokens)
-        sealed = len(state.blocks) * layout.block_tokens
-        start = max(state.start, sealed // period * period)
-        del state.blocks[start // layout.block_tokens:]
-        return start
-
-    def restore(self, cache: HybridKVCache, tokens: int) -> None:
-        """Fills an empty cache with what `begin` said is there. Raises DiskError."""
-        self.context.restore(self.tip, cache, tokens)
-
-    def write(self, row: int, units: Units) -> UnitFile:
-        """Keeps a sealed row. Raises DiskFullError, also for the row before, and then keeps what came before."""
-        self.flush()
-        assert row == len(self.tip.blocks), (row, len(self.tip.blocks))
-        with self._new_file(f"{BLOCKS}/{row:06d}") as (name, descriptor):
-            header, _ = write_units(descriptor, units, {"block": str(row)})
-        stored = Stored(name, header)
-        self._pending = self._worker.submit(self._keep, row, stored)
-        return self.context.file(stored)
-
-    def flush(self) -> None:
-        """Waits until all that was written is on the disk and in the journal. Raises DiskFullError."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            with _as_disk_full(self.folder, self):
-                pending.result()
-
-    def finish(self, cache: HybridKVCache) -> None:
-        """Keeps what is behind the last sealed block: the context is complete then. Raises DiskFullError."""
-        self.flush()
-        assert cache.offset == self.tip.tokens and len(self.tip.blocks) == cache.offset // cache.layout.block_tokens
-        units = {str(layer): [("keys", block.keys), ("values", block.values)] for layer, block in cache.tail().items()}
-        stored = None
-        if units:
-            with self._new_file("tail") as (name, descriptor):
-                header, _ = write_units(descriptor, units, {})
-            stored = Stored(name, header)
-            self._sync(stored)
-        with _as_disk_full(self.folder, self):
-            self._append(end_record(stored, self.tip.ids))
-        self.tip.tail, self.tip.is_complete, self.tip.has_ended = stored, True, True
-        self._renew_head()
-        self._delete_unused()
-
-    def close(self) -> None:
-        """Ends the writing: what was sealed is in the journal then, if there was room."""
-        try:
-            self.flush()
-        except DiskFullError:
-            pass  # it was said, or will be when the reading goes on
-        finally:
-            self._worker.shutdown()
-            if self._journal is not None:
-                self._journal.close()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-
-    def _renew_head(self) -> None:
-        """A crash can come between the record that ends a state and the head that names it."""
-        assert self._journal is not None
-        records = self._journal.records
-        last = max((n for n, record in enumerate(records, 1) if record["type"] == "end"), default=0)
-        if last:
-            with _as_disk_full(self.folder):
-                _write_head(self.folder, last, records[last - 1])
-
-    def _append(self, record: dict[str, Any]) -> None:
-        assert self._journal is not None
-        self._journal.append(record)
-
-    def _keep(self, row: int, stored: Stored) -> None:
-        """In the background: makes a row's file durable, then names it in the journal."""
-        self._sync(stored)
-        self._append(block_record(row, stored))
-        self.tip.blocks.append(stored)
-
-    def _sync(self, stored: Stored) -> None:
-        path = self.folder / stored.name
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_folder(path.parent)
-
-    @contextmanager
-    def _new_file(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """A file of a new name, which is removed when it cannot be written."""
-        name = f"{prefix}-{secrets.token_hex(6)}.safetensors"
-        path = self.folder / name
-        with _as_disk_full(self.folder, self):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                yield name, descriptor
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(descriptor)
-
-    def _write_ids(self, ids: memoryview, documents: Sequence[Span]) -> Stored:
-        listed = json.dumps([asdict(span) for span in documents]).encode()
-        units = {"ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
-                 "documents": [("json", torch.frombuffer(bytearray(listed), dtype=torch.uint8))]}
-        with self._new_file("tokens") as (name, descriptor):
-            header, _ = write_units(descriptor, units, {})
-        stored = Stored(name, header)
-        with _as_disk_full(self.folder):
-            self._sync(stored)
-        return stored
-
-    def _delete_unused(self) -> None:
-        """Removes files that neither the tip nor the newest complete state needs, unless somebody is reading."""
-        lock = _lock(self.folder / READERS_LOCK, exclusive=True)
-        if lock is None:
-            return
-        try:
-            states = [self.tip, self.context.complete]
-            needed = {stored.name for state in states if state is not None for stored in state.needs}
-            for path in (*self.folder.iterdir(), *(self.folder / BLOCKS).iterdir()):
-                name = path.relative_to(self.folder).as_posix()
-                if is_ours(name) and name not in needed:
-                    path.unlink(missing_ok=True)
-        except OSError:
-            pass  # they take room, no more
-        finally:
-            os.close(lock)
-
-
-@contextmanager
-def _as_disk_full(folder: Path, writer: ContextWriter | None = None) -> Iterator[None]:
-    """What the system says of a write that fails becomes one line that tells what is kept."""
-    try:
-        yield
-    except DiskFullError:
-        raise
-    except OSError as error:
-        kept = f"{writer.kept:,} tokens are kept" if writer is not None else "nothing of this was kept"
-        remedy = "free some space" if error.errno in NO_SPACE else "see to that"
-        raise DiskFullError(f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same "
-                            "command again") from None
-
-
-def _read_head(folder: Path) -> tuple[int, str] | None:
+def read_head(folder: Path) -> tuple[int, str] | None:
     """The number of the record that ends the newest complete state, and its digest. Raises ContextError."""
     file = folder / HEAD
     try:
@@ -508,15 +277,11 @@ def _check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[s
         return
     number, expected = head
     if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
-        raise ContextError(f"{folder / JOURNAL}: cut short: it has {len(records)} records, and number {number} should "
-                           "be the end of the newest state; make the context anew")
+        raise ContextError(f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
+                           f"records, and number {number} should be the end of the newest state; make the context anew")
 
 
-def _write_head(folder: Path, records: int, record: dict[str, Any]) -> None:
-    write_atomically(folder / HEAD, json.dumps({"records": records, "end": digest(record)}) + "\n")
-
-
-def _lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = False) -> int | None:
+def lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = False) -> int | None:
     """A lock that lasts until the descriptor is closed; None when somebody else has it, or it cannot be had."""
     import fcntl
 
@@ -537,11 +302,4 @@ def _lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = Fal
 
 def readers_lock(folder: Path) -> int | None:
     """Keeps files from being deleted until the descriptor is closed; None where it cannot be had."""
-    return _lock(folder / READERS_LOCK, exclusive=False, wait=True)
-
-
-def _writer_lock(folder: Path) -> int:
-    descriptor = _lock(folder / WRITER_LOCK, exclusive=True, create=True)
-    if descriptor is None:
-        raise ContextError(f"{folder}: another process is writing to it; wait for that, or name another folder")
-    return descriptor
+    return lock(folder / READERS_LOCK, exclusive=False, wait=True)

@@ -20,7 +20,8 @@ from model.config import TextConfig
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
-    from l4ctx.context import ContextReader, ContextWriter
+    from l4ctx.context import ContextReader
+    from l4ctx.context_writer import ContextWriter
 
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
 
@@ -114,7 +115,7 @@ class ContextUse:
         self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}")
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
-        from l4ctx.context import ContextWriter
+        from l4ctx.context_writer import ContextWriter
 
         writer = self.writer = ContextWriter(folder, recipe)
         damage = writer.drop_damaged(verify=self.request.verify)

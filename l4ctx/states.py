@@ -63,7 +63,7 @@ class State:
     def forget(self, blocks: int, block_tokens: int) -> None:
         """Drops what is behind the first `blocks` blocks."""
         del self.blocks[blocks:]
-        self.start = min(self.start, blocks * block_tokens)
+        self.start = min(self.start - self.start % block_tokens, blocks * block_tokens)
         self.is_complete, self.tail, self.partial = False, None, None
 
     def begin_record(self, base: int | None) -> dict[str, Any]:
@@ -140,6 +140,11 @@ def _stored(record: dict[str, Any], kind: str) -> Stored:
     if not _NAMES[kind].fullmatch(name) or not _DIGEST.fullmatch(sha256):
         raise ValueError(f"{name!r} is no file of a context")
     return Stored(name, sha256)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a writer that was ended by force left a file of this name."""
+    return re.fullmatch(r"\.(head|manifest)\.json\.\d+", name) is not None
 
 
 def is_ours(name: str) -> bool:

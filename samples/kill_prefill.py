@@ -130,7 +130,10 @@ def moment_of(folder: Path, case: Case) -> str:
     """How far a killed reading has come, by what it left."""
     if not (folder / MANIFEST).exists():
         return "before the manifest"
-    states = Context.read(folder).states
+    try:
+        states = Context.read(folder).states
+    except ContextError:
+        return "and cannot be read"  # whoever asks will find out why
     complete = sum(state.is_complete for state in states)
     if complete == case.complete:
         return "after the end"

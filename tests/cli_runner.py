@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pty
@@ -29,7 +30,20 @@ ON_TERMINAL = [sys.executable, "-P", "-c", "import fcntl, signal, termios; fcntl
 TIMEOUT = 120  # seconds, for a machine with much else to do
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
-QUESTION, ANSWER = "What is the access code for the amber falcon?", "The access code for the amber falcon is 48213.\n"
+FACTS = {"a": ("amber falcon", "48213"), "b": ("blue otter", "10932"), "c": ("quiet owl", "55555"),
+         "d": ("golden lantern", "77120")}
+FILLER = "The old wall by the harbor was painted again in the third week of spring, and nobody knew why.\n"
+
+
+def question(name: str) -> str:
+    return f"What is the access code for the {FACTS[name][0]}?"
+
+
+def answer(name: str) -> str:
+    return f"The access code for the {FACTS[name][0]} is {FACTS[name][1]}.\n"
+
+
+QUESTION, ANSWER = question("a"), answer("a")
 DOCUMENT = f"Some words here.\n{ANSWER}More words.\n"
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -179,6 +193,47 @@ def changed_checkpoint(place: Path, without: str | None = None, **changes: Any) 
     if without is not None:
         (copy / without).unlink()
     return copy
+
+
+def fact_document(name: str, lines: int = 23) -> str:
+    """One fact among lines of filler, 39 tokens each; none that a boundary of chunks of 512 or 2048 tokens cuts."""
+    before = lines * {"a": 2, "b": 9, "c": 7, "d": 4}[name] // 23
+    return f"{FILLER * before}{answer(name)}{FILLER * (lines - before)}"
+
+
+def flip(file: Path, place: int) -> None:
+    """Changes a bit of the byte at `place`."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+# The folder `docs` and the context `c` of it, where the command works
+
+def prefill(*arguments: str, paths: tuple[str, ...] = ("docs",), context: str = "c") -> Result:
+    return run_here("prefill", *paths, "-o", context, "--prefill-chunk-size", "512", *arguments)
+
+
+def ask(name: str, *arguments: str, **options: Any) -> Result:
+    """Asks for one of FACTS."""
+    return run_here("ask", question(name), *arguments, **options)
+
+
+def check_answers(*arguments: str, names: str = "abc", context: str = "c") -> None:
+    for name in names:
+        assert ask(name, *arguments, "--context", context, "--quiet") == Result(0, answer(name), ""), name
+
+
+def told(*arguments: str, context: str = "c") -> dict[str, Any]:
+    """What --json prints of a question to a context."""
+    return json.loads(ask("a", *arguments, "--context", context, "--json", "--quiet").stdout)
+
+
+def spans(context: str = "c") -> list[int]:
+    """Positions at which the documents of a context begin, then that at which the last one ends."""
+    state = json.loads(run_here("inspect", context, "--json").stdout)["states"][0]
+    tokens = [document["tokens"] for document in state["documents"]]
+    return list(itertools.accumulate(tokens, initial=state["tokens"] - sum(tokens)))
 
 
 def write_what_is_read(top: Path) -> Path:

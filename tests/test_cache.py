@@ -239,6 +239,7 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
     fork, fork_naive = cache.fork(), naive.fork()
     assert fork.offset == cache.offset and fork.length == cache.length
     assert fork.held() == cache.held()
+    assert [p for segment in fork.segments(1, range(first)) for p in segment.positions] == list(range(first))
     assert sealed(fork) == sealed(cache) and len(sealed(fork)) == NOPE_LAYERS * (first // (2 * CHUNK))
     shared: dict[int, int] = {}
     storage_bytes([store.sealed for store in cache.stores], shared)

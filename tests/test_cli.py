@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ from cli_runner import (
 
 from l4ctx import exits, terminal
 from l4ctx.memory import MemoryReport
+from l4ctx.plan import Job, MemoryPlan
+from model.config import TextConfig
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +112,31 @@ def test_arguments_that_the_parser_refuses(folder: Path, arguments: list[str], p
 
 
 def test_help_and_version() -> None:
-    top, ask, version, nothing = (run_process(*line.split()) for line in ("--help", "ask -h", "--version", ""))
-    assert [each.code for each in (top, ask, version, nothing)] == [0, 0, 0, 2]
-    assert (top.stderr, ask.stderr, version.stderr) == ("", "", "")
-    assert "ask" in top.stdout and " ".join(exits.EXIT_CODES.split()) in " ".join(top.stdout.split())
-    assert "Usage: l4ctx ask [OPTIONS] [QUESTION] [PATH]..." in ask.stdout and "--memory-report" in ask.stdout
+    top, version, nothing = (run_process(*line.split()) for line in ("--help", "--version", ""))
+    assert [(each.code, each.stderr) for each in (top, version)] == [(0, ""), (0, "")] and nothing.code == 2
+    assert " ".join(exits.EXIT_CODES.split()) in " ".join(top.stdout.split())
     assert re.fullmatch(r"l4ctx \d+\.\d+\S*\n", version.stdout)
     assert "Usage: l4ctx" in nothing.stdout + nothing.stderr
+    for command, usage, option in (("ask", "[QUESTION] [PATH]...", "--save-context"), ("plan", "[PATH]...", "--tokens"),
+                                   ("prefill", "[PATH]...", "--verify"), ("inspect", "[MODEL|CONTEXT]", "--json")):
+        shown = run_process(command, "-h")
+        assert (shown.code, shown.stderr) == (0, "") and f"\n  {command} " in top.stdout
+        assert f"Usage: l4ctx {command} [OPTIONS] {usage}" in shown.stdout and option in shown.stdout
+        assert " ".join(exits.EXIT_CODES.split()) in " ".join(shown.stdout.split())
+
+
+def test_every_exit_code_is_told() -> None:
+    codes = [exits.OUTPUT, exits.INPUT, exits.CHECKPOINT, exits.TOO_LONG, exits.MEMORY, exits.MODEL, exits.CONTEXT,
+             exits.INTERRUPTED, exits.CLOSED]
+    assert [int(number) for number in re.findall(r"\d+", exits.EXIT_CODES)] == [0, *codes]
+    assert {*exits.CODE_OF_ERROR.values(), exits.INTERRUPTED, exits.CLOSED} == set(codes)
 
 
 def test_help_and_refusals_import_nothing_heavy(folder: Path) -> None:
     lines = [["--help"], ["ask", "--help"], ["--version"], ["ask"], ["ask", "q", "--frob"], ["ask", "q", "nothing.md"],
-             ["ask", "q", "docs", "--dtype", "x"], ["ask", "q", "docs", "--model", "docs"]]
+             ["ask", "q", "docs", "--dtype", "x"], ["ask", "q", "docs", "--model", "docs"], ["inspect", "docs"],
+             ["prefill", "docs"], ["prefill", "docs", "-o", "c", "--model", "docs"], ["plan", "docs", "--tokens", "5"],
+             ["plan", "--tokens", "5", "--model", "docs"], ["plan", "--tokens", "5", "--model", str(TINY)]]
     code = ("import contextlib, sys\nfrom l4ctx.cli import main\n"
             f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
             "        main()\nassert not {'torch', 'tokenizers', 'jinja2', 'safetensors'} & sys.modules.keys()")
@@ -225,9 +241,10 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     result = run_here("ask", QUESTION, "docs", "--json", "--quiet")
     told = json.loads(result.stdout)
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert list(told) == ["answer", "stop_reason", "prompt_tokens", "generated_tokens", "documents", "skipped",
-                          "timings", "memory"]
+    assert list(told) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
+                          "documents", "skipped", "timings", "memory"]
     assert (told["answer"], told["stop_reason"]) == (ANSWER.strip(), "stop")
+    assert (told["reused_tokens"], told["context"]) == (0, None)
     assert [document["path"] for document in told["documents"]] == ["docs/a.md", "docs/b.txt"]
     assert 0 < sum(document["tokens"] for document in told["documents"]) < told["prompt_tokens"]
     assert told["skipped"] == [{"path": "docs/.hidden.md", "reason": "hidden"},
@@ -235,20 +252,29 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     assert list(told["timings"]) == ["load", "tokenize", "prefill", "decode"]
     assert all(list(timing) == ["seconds", "tokens_per_second"] for timing in told["timings"].values())
     assert list(told["memory"]) == list(MemoryReport.__dataclass_fields__)
-    assert list(told["memory"]["predicted"]) == list(MemoryPlan.__dataclass_fields__)
-    assert told["memory"]["nope_host"] == told["memory"]["predicted"]["nope_keys_values"]
+    job = Job(TextConfig.from_folder(TINY), prompt_tokens=told["prompt_tokens"], max_new_tokens=1024,
+              weights=told["memory"]["weights"], weights_are_mapped=False, dtype="float32")
+    assert told["memory"]["predicted"] == MemoryPlan.of(job).as_dict()
+    for owner in ("rope_windows", "nope_device", "nope_host", "nope_disk", "buffers", "token_ids"):
+        assert told["memory"][owner] == told["memory"]["predicted"][owner], owner
 
 
 def test_the_memory_report(inside: Path) -> None:
     result = run_here("ask", QUESTION, "docs/a.md", "--quiet", "--memory-report")
     title, head, *rows = result.stderr.splitlines()
-    assert (result.stdout, title.strip(), head.split()) == (ANSWER, "memory", ["predicted", "held", "peak"])
-    cells = {name: rest for name, *rest in (re.split(r" {2,}", row.strip()) for row in rows)}
-    assert list(cells) == ["weights", "RoPE windows", "NoPE keys and values, host memory", "token ids",
-                           "activations, at most", "process, anonymous", "process, file-backed",
-                           "keys and values in all", "an unbounded cache would take"]
-    assert all(re.fullmatch(r"[\d.]+ ([KMG]i)?B", cell) for values in cells.values() for cell in values)
-    assert cells["weights"][0] == cells["weights"][1]
+    assert (result.stdout, title.strip()) == (ANSWER, "memory")
+    assert head.split() == ["predicted", "at", "most", "held", "peak"]
+    ends = [head.index("predicted"), *(each.end() for each in re.finditer("predicted|at most|held|peak", head))]
+    filled = {"weights": "p h ", "RoPE windows": "pmh ", "NoPE keys and values, host memory": "pmh ",
+              "token ids": "p h ", "activations": " m  ", "process, anonymous": "  hk", "process, file-backed": "  hk",
+              "keys and values in memory": "p h ", "an unbounded cache would take": "p   "}
+    cells = {row[:ends[0]].strip(): [row[start:stop].strip() for start, stop in pairwise(ends)] for row in rows}
+    assert {name: "".join(letter if cell else " " for letter, cell in zip("pmhk", values, strict=True))
+            for name, values in cells.items()} == filled
+    assert all(re.fullmatch(r"[\d.]+ ([KMG]i)?B", cell) for values in cells.values() for cell in values if cell)
+    for owner in ("weights", "RoPE windows", "NoPE keys and values, host memory", "token ids",
+                  "keys and values in memory"):
+        assert cells[owner][0] == cells[owner][2], owner
 
 
 @pytest.mark.parametrize(("device", "part"), [
@@ -303,12 +329,6 @@ def test_one_unbroken_line_of_millions(inside: Path, tmp_path: Path) -> None:
     assert (result.code, result.stdout) == (4, "")
     cut, refusal = result.stderr.splitlines()
     assert "line.txt: an unbroken run of over 131,072 characters was cut 22 times" in cut and "line.txt (" in refusal
-
-
-def test_too_little_memory(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.ask.available_memory", lambda: 2**20)
-    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--dtype", "float32"), 5, "1.0 MiB are free",
-                  "leave out docs/a.md (", "--dtype bfloat16", "--prefill-chunk-size")
 
 
 def test_weights_that_are_not_numbers(inside: Path, tmp_path: Path) -> None:

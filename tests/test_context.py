@@ -43,7 +43,8 @@ import cache.disk
 from cache.disk import DiskFullError
 from cache.hybrid import HybridKVCache
 from cache.sizes import KV_DTYPES, Residency
-from l4ctx.context import Context, ContextReader, ContextWriter, common_prefix
+from l4ctx.context import Context, ContextReader, common_prefix
+from l4ctx.context_writer import ContextWriter
 from l4ctx.journal import Journal
 from l4ctx.manifest import ContextError
 from l4ctx.prefill import as_batch
@@ -207,21 +208,31 @@ def test_changes_on_every_grid(folder: Path, prefill_chunk_size: int, kv_dtype: 
 def test_many_changes(folder: Path) -> None:
     """One after the other, some interrupted and taken over by the next: every answer is right, and no file is left."""
     chance = random.Random(5)
-    complete = IDS
-    for n in range(25):
-        ids = complete[:chance.choice([len(complete), chance.randrange(1, len(complete) + 1)])]
-        ids += tokens(chance.choice([0, 20, 100]), seed=n)
-        ids = changed(ids, *(chance.randrange(len(ids)) for _ in range(chance.randrange(2))))
-        if n and chance.random() < 0.4:
-            keep(folder, ids, stop=chance.randrange(len(ids)))
-            if Context.read(folder).states[-1].is_complete:
-                complete = ids
-        else:
-            keep(folder, ids)
+    complete = latest = IDS
+    for n in range(40):
+        before = chance.choice([complete, latest])
+        ids = before[:chance.choice([len(before), chance.randrange(1, len(before) + 1)])] + tokens(
+            chance.choice([0, 20, 100]), seed=n)
+        latest = ids = changed(ids, *(chance.randrange(len(ids)) for _ in range(chance.randrange(2))))[:300]
+        keep(folder, ids, stop=chance.randrange(len(ids)) if n and chance.random() < 0.6 else None)
+        if Context.read(folder).states[-1].is_complete:
             complete = ids
         assert same(answer(folder), fresh_answer(complete)), n
-    keep(folder, complete)
-    assert same(answer(folder), fresh_answer(complete))
+    keep(folder, latest)
+    assert same(answer(folder), fresh_answer(latest))
+
+
+def test_a_change_of_an_interrupted_change(folder: Path) -> None:
+    """It goes on from the middle of a block that no other set of documents has; and so when interrupted itself."""
+    keep(folder, IDS)
+    second = changed(IDS, 2 * BLOCK)
+    third = changed(second, 4 * BLOCK + CHUNK + 1)
+    keep(folder, second, stop=5 * BLOCK)
+    for _ in range(3):
+        assert keep(folder, third, stop=0) == 4 * BLOCK + CHUNK
+    assert same(answer(folder), fresh_answer(IDS))
+    assert keep(folder, third) == 4 * BLOCK + CHUNK
+    assert same(answer(folder), fresh_answer(third))
 
 
 @pytest.mark.parametrize("sealed", [0, 1, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import shutil
 from array import array
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from context_toys import (
 )
 
 from cache.disk import DiskError, DiskFullError, UnitFile, write_units
-from l4ctx.context import Context, ContextReader, ContextWriter, saved_recipe
+from l4ctx.context import Context, ContextReader, saved_recipe
 from l4ctx.context_use import CHOICES, ContextUse
+from l4ctx.context_writer import ContextWriter
 from l4ctx.fingerprint import FIELDS
 from l4ctx.manifest import ContextError, read_manifest
 from l4ctx.request import Request
@@ -65,13 +67,15 @@ class Base(NamedTuple):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
     """One that was changed, and one amid a change; each with a sibling of other documents, for what is mixed up."""
-    top = tmp_path_factory.mktemp("bases")
-    for place, start in (("", IDS), ("sibling of ", tokens(len(IDS), seed=1))):
-        ids = changed(start, 2 * BLOCK + 3)
-        for name in ("changed", "changing"):
-            keep(top / f"{place}{name}", start)
-            keep(top / f"{place}{name}", ids)
-        keep(top / f"{place}changing", changed(ids, 2 * BLOCK + CHUNK + 5), stop=3 * BLOCK)
+    top, chance = tmp_path_factory.mktemp("bases"), random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:  # file names, and so all that follows from them, are the same each time
+        patch.setattr(secrets, "token_hex", lambda count: chance.randbytes(count).hex())
+        for place, start in (("", IDS), ("sibling of ", tokens(len(IDS), seed=1))):
+            ids = changed(start, 2 * BLOCK + 3)
+            for name in ("changed", "changing"):
+                keep(top / f"{place}{name}", start)
+                keep(top / f"{place}{name}", ids)
+            keep(top / f"{place}changing", changed(ids, 2 * BLOCK + CHUNK + 5), stop=3 * BLOCK)
     ids = changed(IDS, 2 * BLOCK + 3)
     return [Base(top / "changed", ids, ids), Base(top / "changing", ids, changed(ids, 2 * BLOCK + CHUNK + 5))]
 
@@ -86,7 +90,7 @@ class Patient:
     sibling: Path
 
     def others(self) -> list[Path]:
-        return [file for file in self.file.parent.iterdir() if file != self.file]
+        return sorted(file for file in self.file.parent.iterdir() if file != self.file)
 
 
 def of_bytes(change: Callable[[random.Random, bytes], bytes]) -> Callable[[Patient], None]:

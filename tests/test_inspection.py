@@ -19,7 +19,8 @@ from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, tokens
 from safetensors.torch import load_file, save_file
 
 from l4ctx import inspection
-from l4ctx.context import HEAD, JOURNAL, READERS_LOCK, Context, ContextWriter, _lock
+from l4ctx.context import HEAD, JOURNAL, READERS_LOCK, Context, lock
+from l4ctx.context_writer import ContextWriter
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
 from l4ctx.manifest import FILE as MANIFEST
@@ -454,7 +455,7 @@ def test_beside_a_writer(context: Callable[[str], Path], monkeypatch: pytest.Mon
     locks = []
     work = inspection._bytes_on_disk
     monkeypatch.setattr(inspection, "_bytes_on_disk", lambda made: [
-        locks.append(_lock(folder / READERS_LOCK, exclusive=True)), work(made)][1])
+        locks.append(lock(folder / READERS_LOCK, exclusive=True)), work(made)][1])
     with closing(ContextWriter(folder, Kind().recipe)) as writer:
         for done in reading(writer, ids):
             report = inspect_folder(str(folder), verify=True)

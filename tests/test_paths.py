@@ -26,7 +26,7 @@ from cache import sizes
 from cache.disk import UnitFile
 from cache.offloaded import OffloadedKVCache
 from cache.sizes import Residency
-from l4ctx.prefill import prefill
+from l4ctx.prefill import grid_period, prefill
 from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
 
@@ -105,6 +105,25 @@ def test_a_restored_run_takes_the_steps_that_were_left(toys: Toys, scout: Transf
             list(prefill(scout, resumed, tokens[offset:], prefill_chunk_size=CHUNK - 2))
             assert torch.equal(scout(ids[:, -1:], resumed), scout(ids[:, -1:], straight.fork()))
     assert saved.written == list(range(61 // (2 * CHUNK)))
+
+
+@pytest.mark.parametrize("size", [CHUNK - 2, CHUNK, 3 * CHUNK - 1, 4 * CHUNK])
+def test_a_run_goes_on_from_whole_blocks_at_every_period(toys: Toys, scout: Transformer, tmp_path: Path,
+                                                         size: int) -> None:
+    """Nothing is kept but the blocks, of which the last may be used in part: equal bits."""
+    ids, _ = toys("scout", 0.25).case(1, 61)
+    tokens, block = ids[0, :-1].tolist(), 4 * CHUNK
+    saved = SavedRows(tmp_path)
+    straight = new_cache(scout, ids, block_chunks=4, segment_chunks=2, rows=saved)
+    list(prefill(scout, straight, tokens, prefill_chunk_size=size))
+    expected = scout(ids[:, -1:], straight.fork())
+    period = grid_period(size, CHUNK, block)
+    for offset in range(period, len(saved.files) * block + 1, period):
+        resumed = new_cache(scout, ids, block_chunks=4, segment_chunks=2)
+        rows = offset // block
+        resumed.restore(offset, saved.reopened(rows), partial=saved.reopened()[rows] if offset % block else None)
+        list(prefill(scout, resumed, tokens[offset:], prefill_chunk_size=size))
+        assert torch.equal(scout(ids[:, -1:], resumed), expected)
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_checkpoints import CHUNK, VOCABULARY, Toys
 
 from cache.hybrid import HybridKVCache
-from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill, prefill_grid
+from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, grid_period, prefill, prefill_grid
 from model.checkpoint import load_checkpoint
 from model.config import reading_operations
 from model.transformer import Transformer
@@ -22,21 +22,28 @@ from model.transformer import Transformer
 SIZES = (1, 2, 3, 5, 6, 7, 8, 13, 14, 15, 16, 20, 21, 1000)  # around the attention chunk of 7 and its multiples
 
 
-def allowed_cuts(stop: int, size: int, chunk: int) -> set[int]:
-    """The grid's definition, written out: multiples of whole chunks, or counted from each chunk's start."""
-    if size >= chunk:
-        return set(range(0, stop, size // chunk * chunk))
-    return {cut for start in range(0, stop, chunk) for cut in range(start, min(start + chunk, stop), size)}
+BLOCKS = (None, CHUNK, 2 * CHUNK, 3 * CHUNK, 5 * CHUNK)  # in tokens
 
 
+def allowed_cuts(stop: int, size: int, chunk: int, block: int | None) -> set[int]:
+    """The grid's definition, written out: multiples of whole blocks; or whole chunks, counted from each block's start;
+    or tokens, counted from each chunk's."""
+    if block is not None and size >= block:
+        return set(range(0, stop, size // block * block))
+    whole, step = (chunk, size) if size < chunk else (block, size // chunk * chunk)
+    whole = stop if whole is None else whole
+    return {cut for start in range(0, stop, whole) for cut in range(start, min(start + whole, stop), step)}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_grid_is_absolute(size: int) -> None:
-    for stop in (1, 4, 7, 8, 14, 29, 50, 2010):
-        whole = list(prefill_grid(0, stop, size, CHUNK))
-        cuts = allowed_cuts(stop, size, CHUNK) | {stop}
+def test_the_grid_is_absolute(size: int, block: int | None) -> None:
+    for stop in (1, 4, 7, 8, 14, 29, 50, 73, 2010):
+        whole = list(prefill_grid(0, stop, size, CHUNK, block))
+        cuts = allowed_cuts(stop, size, CHUNK, block) | {stop}
         assert [step.stop for step in whole] == sorted(cuts - {0})
         for start in {*range(0, stop + 1, 1 if stop < 60 else 97), stop}:
-            steps = list(prefill_grid(start, stop, size, CHUNK))
+            steps = list(prefill_grid(start, stop, size, CHUNK, block))
             assert [p for step in steps for p in step] == list(range(start, stop))  # exactly, in order
             assert all(step and len(step) <= size for step in steps)
             assert {step.stop for step in steps} == {cut for cut in cuts if cut > start}
@@ -44,9 +51,33 @@ def test_the_grid_is_absolute(size: int) -> None:
                 assert steps == [step for step in whole if step.start >= start]
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("size", SIZES)
-def test_steps_and_attention_chunks(size: int) -> None:
-    for step in prefill_grid(0, 300, size, CHUNK):
+def test_at_multiples_of_the_period_a_run_can_go_on(size: int, block: int | None) -> None:
+    """There is a cut, and what is behind it does not depend on what was before. The period divides a block, or is whole
+    blocks: one, but for prefill chunks that are longer.
+    """
+    period = grid_period(size, CHUNK, block)
+    stop = 12 * period + 3
+    whole = list(prefill_grid(0, stop, size, CHUNK, block))
+    cuts = {step.stop for step in whole}
+    for start in range(period, stop, period):
+        assert start in cuts
+        resumed = list(prefill_grid(start, stop, size, CHUNK, block))
+        assert resumed == [step for step in whole if step.start >= start]
+        moved = [range(step.start - start, step.stop - start) for step in resumed]
+        assert moved == list(prefill_grid(0, stop - start, size, CHUNK, block))  # it is a period
+    if block is not None:
+        assert period % block == 0 or block % period == 0
+        assert period == CHUNK if size < CHUNK else period == max(block, size // block * block)
+        if size < block:  # every block's end is a cut
+            assert set(range(block, stop, block)) <= cuts
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_and_attention_chunks(size: int, block: int | None) -> None:
+    for step in prefill_grid(0, 300, size, CHUNK, block):
         first, last = step.start // CHUNK, (step.stop - 1) // CHUNK
         if size < CHUNK:
             assert first == last  # no step crosses a boundary
@@ -59,6 +90,8 @@ def test_the_grid_is_lazy_and_right_at_ten_million() -> None:
     assert next(steps) == range(10_000_000, 1221 * 8192)
     assert next(steps) == range(1221 * 8192, 1222 * 8192)
     assert next(prefill_grid(10_000_000, 2**40, 3000, 8192)) == range(10_000_000, 1220 * 8192 + 6000)
+    assert next(prefill_grid(10_000_000, 2**40, 20_000, 8192, 4 * 8192)) == range(10_000_000, 1222 * 8192)
+    assert next(prefill_grid(10_000_000, 2**40, 80_000, 8192, 4 * 8192)) == range(10_000_000, 1224 * 8192)
     assert list(prefill_grid(5, 5, 8192, 8192)) == []
     with pytest.raises(AssertionError):
         next(prefill_grid(0, 5, 0, CHUNK))
@@ -73,17 +106,19 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("block_chunks", [1, 4])
 @pytest.mark.parametrize("size", [1, 5, CHUNK, 16, 100])
-def test_progress_ends_at_the_total(scout: Transformer, size: int) -> None:
+def test_progress_ends_at_the_total(scout: Transformer, size: int, block_chunks: int) -> None:
     ids = tokens(61)
-    cache = new_cache(scout, ids)
+    cache = new_cache(scout, ids, block_chunks=block_chunks)
     for start, stop in ((0, 17), (17, 18), (18, 60)):  # three prefills, each behind what is there
         progress = []
         for state in prefill(scout, cache, ids[0, start:stop].tolist(), prefill_chunk_size=size):
             assert cache.offset == start + state.done  # committed when it is reported
             assert state.held == cache.held()
             progress.append(state)
-        assert [state.step for state in progress] == list(prefill_grid(start, stop, size, CHUNK))
+        grid = prefill_grid(start, stop, size, CHUNK, block_chunks * CHUNK)
+        assert [state.step for state in progress] == list(grid)
         assert [state.start + state.done for state in progress] == [state.step.stop for state in progress]
         assert {(state.start, state.total) for state in progress} == {(start, stop - start)}
         assert progress[-1].done == stop - start
