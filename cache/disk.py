@@ -70,7 +70,8 @@ def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base
     for unit, tensors in units.items():
         begin, crc = offset, 0
         for name, tensor in tensors:
-            content = as_bytes(tensor.contiguous())
+            assert tensor.is_contiguous(), (unit, name, tensor.stride())  # a copy would have to outlive the writing
+            content = as_bytes(tensor)
             header[f"{unit}.{name}"] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                                         "data_offsets": [offset, offset + len(content)]}
             payload.append(content)
@@ -141,8 +142,8 @@ class UnitFile:
                 raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
             try:
                 done = _read_exactly(descriptor, into, self._data + unit.offset)
-            except OSError as error:
-                raise DiskError(f"{self.source}: cannot be read: {error.strerror}") from None
+            except (OSError, OverflowError) as error:  # an offset beyond what a file can have
+                raise DiskError(f"{self.source}: cannot be read: {error}") from None
         if done < len(into):
             raise DiskError(f"{self.source}: cut short: {name} ends after {done:,} of {len(into):,} bytes")
         if name not in self._verified:

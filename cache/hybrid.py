@@ -42,6 +42,7 @@ class HybridKVCache:
         self.residency = residency or Residency(on_accelerator=self.device.type == "cuda")
         self.rows = rows
         self.tiers = Tiers(self.layout, self.device)
+        self._is_saved = rows is not None and rows.is_durable  # every sealed block has a file
         self._placed = 0  # sealed rows of which each lies where it should
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
             self._new_layer(layer) for layer in range(config.num_hidden_layers)]
@@ -98,7 +99,7 @@ class HybridKVCache:
 
     def predicted(self, tokens: int) -> int:
         """Bytes of memory that will be allocated after `tokens` tokens, in closed form."""
-        return self.layout.held(tokens, self.residency).total
+        return self.layout.held(tokens, self.residency, all_on_disk=self._is_saved).total
 
     @property
     def stores(self) -> list[OffloadedKVCache]:
@@ -134,6 +135,7 @@ class HybridKVCache:
                     source = Block(*(x[:, :, here] for x in tail[layer]))
                 cache.segment(number).first(used).copy_from(source)
         self.offset = offset
+        self._is_saved |= bool(files)
         self._place()
 
     def tail(self) -> dict[int, Block]:
@@ -170,7 +172,7 @@ class HybridKVCache:
                 for store in stores:
                     if store.sealed[row].file is not None:
                         store.sealed[row].drop_from_memory()
-        self.tiers.prepare(reads=disk > 0, has_sealed=sealed > 0)
+        self.tiers.prepare(reads=disk > 0 or self._is_saved, has_sealed=sealed > 0)
         self._placed = sealed
 
     def _write(self, row: int) -> None:

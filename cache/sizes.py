@@ -174,12 +174,12 @@ class StoreLayout:
         on_host = host * self.row_bytes + (0 if residency.on_accelerator else open_bytes)
         return KVBytes(self.window_bytes, on_device, on_host,
                        nope_disk=(rows if all_on_disk else disk) * self.row_bytes,
-                       buffers=self.buffer_bytes(disk, rows))
+                       buffers=self.buffer_bytes(rows if all_on_disk else disk, rows))
 
     def peak(self, tokens: int, step_tokens: int, residency: Residency = Residency(), *,
              all_on_disk: bool = False) -> KVBytes:
-        """The most that a run of `tokens` in forwards of up to `step_tokens` holds: before its last block is sealed, or
-        at the end."""
+        """The most that a run of `tokens` in the driver's steps of up to `step_tokens` holds: before its last block is
+        sealed, or at the end. One layer's packed block, while it is made, is not counted."""
         end = self.held(tokens, residency, all_on_disk=all_on_disk)
         rows = self.sealed_rows(tokens)
         if rows == 0:

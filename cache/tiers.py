@@ -49,6 +49,7 @@ class SealedBlock:
         self.layer = layer
         self.segments = list(segments)
         self.file = file
+        self.was_read = False  # from the file, by a whole stream: what is read again is worth its place in memory
 
     @property
     def is_in_memory(self) -> bool:
@@ -113,9 +114,10 @@ class Tiers:
 
     def stream(self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int) -> Iterator[Block]:
         """The blocks' segments, oldest first, in the compute dtype, where they are to be attended; each is valid until
-        the next is asked for. Blocks that memory is meant to hold stay there once read."""
+        the next is asked for. Blocks that memory is meant to hold stay there when they are read again: the first answer
+        does not wait for memory to be filled."""
         _, _, on_disk = residency.split(len(blocks))
-        loans = (Loan(block, number, row >= on_disk) for row, block in enumerate(blocks)
+        loans = (Loan(block, number, row >= on_disk and block.was_read) for row, block in enumerate(blocks)
                  for number in range(len(block.segments)))
         fetched = self._fetched(loans)
         if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:
@@ -154,8 +156,9 @@ class Tiers:
 
         for begun in ahead(loans, begin, READ_BUFFERS - 1):
             if isinstance(begun, Future):
-                self._pending.remove(begun)
-                yield begun.result()
+                packed = begun.result()
+                self._pending.remove(begun)  # not before: an interrupt leaves it to be waited for
+                yield packed
             else:
                 yield begun
 
@@ -170,6 +173,7 @@ class Tiers:
     def _read(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
         assert block.file is not None, "neither in memory nor on disk"
         block.file.read(unit_name(block.layer, number), as_bytes(buffer))
+        block.was_read |= number == len(block.segments) - 1
         return packed_from_bytes(buffer, self.layout)
 
     def _keep(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:

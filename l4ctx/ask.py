@@ -122,6 +122,7 @@ class Run:
 
         began = time.perf_counter()
         self._check_checkpoint()
+        self.contexts.open_reader()
         self.tokenizer = Tokenizer.from_folder(self.request.model)
         template = ChatTemplate.from_folder(self.request.model, date=self.contexts.date)
         self.timings["load"].seconds += time.perf_counter() - began
@@ -163,7 +164,9 @@ class Run:
                   weights_are_mapped=self._device.type == "cpu" and self._dtype == self._stored_dtype(),
                   dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
                   prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
-                  is_saved=self.request.save_context is not None,
+                  is_saved=self.contexts.folder is not None,
+                  on_disk_already=2**62 if self.request.context is not None else 0,
+                  new_tokens=len(self.prompt.ids),
                   stored_dtype=str(self._stored_dtype()).removeprefix("torch."), largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype))
         self.plan = MemoryPlan.of(job, room)
@@ -250,7 +253,7 @@ class Run:
 
     def kept(self) -> str:
         """What an interruption now leaves."""
-        return self.contexts.kept() if hasattr(self, "contexts") else "nothing is kept"
+        return self.contexts.kept() if hasattr(self, "contexts") else "nothing of it is kept"
 
     def close(self) -> None:
         """Lets saved contexts go, and gives back the space of a scratch file."""
@@ -343,7 +346,7 @@ class Run:
         host, layout = self.plan.residency.host_rows, self.plan.layout
         if self.contexts.reader is None or self.request.kv_dir is not None or host is None:
             return
-        new = layout.sealed_rows(self.prompt_tokens + self.max_new_tokens) - self.contexts.reused // layout.block_tokens
+        new = layout.sealed_rows(self.prompt_tokens) - self.contexts.reused // layout.block_tokens
         if new > host + self.plan.residency.device_rows:
             raise MemoryPlanError("what these documents have beyond the context does not fit into memory; add "
                                   "--kv-dir, or read them into the context with l4ctx prefill")

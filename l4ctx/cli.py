@@ -7,6 +7,7 @@ Heavy modules are imported where they are needed, so that help and argument erro
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -124,7 +125,11 @@ def ask(
         if context is not None and save_context is not None:
             raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
                              "(l4ctx prefill adds documents to a context)")
+        _check_folder("--context", context)
+        _check_folder("--save-context", save_context)
         text, documents, stdin = inputs(question, question_file, paths or [], reads_pipe=context is None)
+        if save_context is not None and not documents:
+            raise UsageError("--save-context keeps documents: name some, or pipe a text in")
         if context is not None and not documents and system is not None:
             raise UsageError("--system: the system prompt is part of what the context holds; give it to l4ctx prefill")
         return Request(model=_model(model), question=text, paths=documents, stdin=stdin, system=system,
@@ -169,6 +174,9 @@ def prefill(
         from l4ctx.request import Request
 
         _check_choices(dtype, kv_dtype, attention)
+        if sys.stdout is None and json:
+            raise UsageError("standard output is closed: there is nowhere to write to")
+        _check_folder("-o", output)
         if output is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
         stdin = sys.stdin.buffer if sys.stdin is not None else None
@@ -256,6 +264,8 @@ def plan(
     def request() -> PlanRequest:
         from l4ctx.planning import PlanRequest
 
+        if sys.stdout is None:
+            raise UsageError("standard output is closed: there is nowhere to write to")
         _check_choices(dtype, kv_dtype, None)
         stdin = sys.stdin.buffer if sys.stdin is not None else None
         documents = paths or []
@@ -325,7 +335,7 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
             _show_answer(run, note, json=json)
         elif not json:
             note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
-                 f"--context {request.save_context}")
+                 f"--context {shlex.quote(str(request.save_context))}")
         if json:
             import json as json_module
 
@@ -361,6 +371,12 @@ def _size(option: str, text: str | None) -> int | None:
         return None if text is None else parse_size(text)
     except ValueError as error:
         raise UsageError(f"{option}: {error}") from None
+
+
+def _check_folder(option: str, folder: Path | None) -> None:
+    """An empty name, as an unset shell variable gives it, would be the current folder."""
+    if folder is not None and str(folder) == "." and "." not in sys.argv:
+        raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
 
 
 def _check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:

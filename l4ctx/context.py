@@ -29,35 +29,22 @@ from cache.blocks import Block
 from cache.disk import DiskError, UnitFile, as_bytes
 from cache.sizes import StoreLayout
 from l4ctx.journal import Journal, JournalError
-from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import ContextError, Recipe, read_manifest, read_small
+from l4ctx.manifest import (
+    BLOCKS,
+    HEAD,
+    JOURNAL,
+    READERS_LOCK,
+    ContextError,
+    Recipe,
+    read_manifest,
+    read_small,
+)
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, digest, replay
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
-
-JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
-
-
-def saved_recipe(folder: Path) -> Recipe | None:
-    """What the context in `folder` was made with; None where one can be made. Raises ContextError."""
-    if (folder / MANIFEST).exists() or not folder.exists():
-        return read_manifest(folder) if folder.exists() else None
-    if not folder.is_dir():
-        raise ContextError(f"{folder}: a file, not a folder; name a folder for the context")
-    ours = {WRITER_LOCK, READERS_LOCK}
-    if (folder / BLOCKS).is_symlink():
-        raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
-    if (folder / BLOCKS).is_dir() and not any((folder / BLOCKS).iterdir()):
-        ours.add(BLOCKS)
-    others = sorted(entry.name for entry in folder.iterdir()
-                    if entry.name not in ours and not entry.name.startswith(f".{MANIFEST}."))
-    if others:
-        raise ContextError(f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; "
-                           "name a new or an empty folder")
-    return None
 
 
 class Context:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.sizes import StoreLayout
-from l4ctx.manifest import ContextError, Recipe
-from l4ctx.prompt import Prompt, Span
+from l4ctx.manifest import ContextError, Recipe, read_manifest, saved_recipe
 from l4ctx.request import Request, RequestError
 from model.config import TextConfig
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.context import ContextReader
     from l4ctx.context_writer import ContextWriter
+    from l4ctx.prompt import Prompt, Span
 
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
 
@@ -38,15 +38,17 @@ class ContextUse:
         self.reused = 0  # tokens that need not be read
         self.notes: list[str] = []
         if request.context is not None:
-            from l4ctx.context import ContextReader
-
-            self.reader = ContextReader(request.context)
-            self.recipe = self.reader.context.recipe
+            self.recipe = read_manifest(request.context)
         elif request.save_context is not None:
-            from l4ctx.context import saved_recipe
-
             self.recipe = saved_recipe(request.save_context)
         self._check_choices()
+
+    def open_reader(self) -> None:
+        """Opens the context that is to be answered from. Raises ContextError."""
+        if self.request.context is not None:
+            from l4ctx.context import ContextReader
+
+            self.reader = ContextReader(self.request.context)
 
     @property
     def folder(self) -> Path | None:
@@ -112,12 +114,15 @@ class ContextUse:
         with self.naming_the_mend():
             reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state])
         self.reused = reuse.tokens
-        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}")
+        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}" if
+                          reuse.tokens else f"these documents begin otherwise than those of {reader.context.folder}: "
+                          "nothing is taken from it, and the answer is from these alone")
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
         from l4ctx.context_writer import ContextWriter
 
         writer = self.writer = ContextWriter(folder, recipe)
+        held = writer.kept
         damage = writer.drop_damaged(verify=self.request.verify)
         self.notes += [f"{text}; it is read anew from there" for text in damage]
         with self.naming_the_mend():
@@ -125,6 +130,8 @@ class ContextUse:
                                        system=bool((self.request.system or "").strip()))
         if self.reused:
             self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
+        elif held:
+            self.notes.append(f"none of the {held:,} tokens in {folder} can be used: these documents begin otherwise")
 
     def documents(self) -> list[Span]:
         """Those of a context that is answered from without reading any. Raises ContextError."""
@@ -154,7 +161,7 @@ class ContextUse:
     def kept(self) -> str:
         """What an interruption leaves."""
         if self.writer is None or not self.writer.context.states:
-            return "nothing is kept"
+            return "nothing is kept" if self.recipe is None else f"{self.folder} is as it was"
         self.writer.close()  # what is on its way to the disk counts, too
         tip = self.writer.tip
         if tip.is_complete:

@@ -19,20 +19,22 @@ import torch
 
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
 from cache.sizes import StoreLayout
-from l4ctx.context import (
+from l4ctx.context import Context, lock, read_head, reusable
+from l4ctx.journal import Journal, JournalError
+from l4ctx.manifest import (
     BLOCKS,
     HEAD,
     JOURNAL,
     READERS_LOCK,
     WRITER_LOCK,
-    Context,
-    lock,
-    read_head,
-    reusable,
+    ContextError,
+    Recipe,
+    read_manifest,
     saved_recipe,
+    sync_folder,
+    write_atomically,
+    write_manifest,
 )
-from l4ctx.journal import Journal, JournalError
-from l4ctx.manifest import ContextError, Recipe, read_manifest, sync_folder, write_atomically, write_manifest
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary

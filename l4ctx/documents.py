@@ -19,6 +19,7 @@ from pathspec import GitIgnoreSpec
 from pathspec.pattern import Pattern
 
 from l4ctx.decoding import binary_kind, decode
+from l4ctx.manifest import is_context
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -245,6 +246,8 @@ class _Reader:
 
     def _walk(self, path: str, root: str) -> None:
         source = _folder_source(path)
+        if is_context(root):
+            raise DocumentError(f"{printable(path)}: a saved context, not documents (--context answers from it)")
         if self._already_read(root, source or "."):
             return
         self._seen[root] = source or "."
@@ -328,6 +331,8 @@ def _reason_to_leave_out(entry: _Entry, root: str) -> str | None:
     """Why an entry of the folder `root` is not even opened, if so."""
     if os.path.basename(entry.path).startswith("."):
         return "hidden"
+    if entry.is_folder and is_context(entry.path):
+        return "a saved context"
     if entry.rules is not None and entry.rules.ignored(entry.path, is_folder=entry.is_folder and not entry.is_link):
         return "ignored by .gitignore"
     if not entry.is_link:

@@ -58,8 +58,8 @@ def is_piped(descriptor: int) -> bool:
 
 
 def warn_of_forgotten_pipe(request: Request, note: Callable[[str], None]) -> None:
-    """With paths, standard input is read only where - stands; data that waits there was probably meant to be read."""
-    if "-" in request.paths or request.stdin is None or not request.paths:
+    """With paths or a context, standard input is read only where - stands; data that waits was probably meant."""
+    if "-" in request.paths or request.stdin is None or not (request.paths or request.context):
         return
     descriptor = request.stdin.fileno()
     try:

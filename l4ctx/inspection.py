@@ -256,7 +256,8 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
     """Within it no file that the journal names is deleted, where the folder lets us say so."""
-    from l4ctx.context import READERS_LOCK, readers_lock
+    from l4ctx.context import readers_lock
+    from l4ctx.manifest import READERS_LOCK
 
     file = folder / READERS_LOCK
     lock = readers_lock(folder) if file.is_file() else None
@@ -307,7 +308,7 @@ def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
 
 def _bytes_on_disk(context: Context) -> dict[str, int]:
     """By what the files hold; `unused` is what no state needs, a file that is being written among it."""
-    from l4ctx.context import BLOCKS
+    from l4ctx.manifest import BLOCKS
     from l4ctx.states import is_ours
 
     needed = {stored.name for state in context.usable for stored in state.needs}

@@ -20,6 +20,9 @@ from cache.sizes import KV_DTYPES, QUANTIZED
 
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
+JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
+"""The names of what lies beside it in the folder; l4ctx.context says what each is."""
+
 MAX_BYTES = 2**20
 
 
@@ -126,6 +129,25 @@ def read_manifest(folder: Path) -> Recipe:
     return recipe
 
 
+def saved_recipe(folder: Path) -> Recipe | None:
+    """What the context in `folder` was made with; None where one can be made. Raises ContextError."""
+    if (folder / FILE).exists() or not folder.exists():
+        return read_manifest(folder) if folder.exists() else None
+    if not folder.is_dir():
+        raise ContextError(f"{folder}: a file, not a folder; name a folder for the context")
+    ours = {WRITER_LOCK, READERS_LOCK}
+    if (folder / BLOCKS).is_symlink():
+        raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
+    if (folder / BLOCKS).is_dir() and not any((folder / BLOCKS).iterdir()):
+        ours.add(BLOCKS)
+    others = sorted(entry.name for entry in folder.iterdir()
+                    if entry.name not in ours and not entry.name.startswith(f".{FILE}."))
+    if others:
+        raise ContextError(f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; "
+                           "name a new or an empty folder")
+    return None
+
+
 def read_small(file: Path) -> bytes:
     """The bytes of a regular file, MAX_BYTES at most; a link, or a pipe in its place, is an OSError."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -133,6 +155,14 @@ def read_small(file: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         return stream.read(MAX_BYTES)
+
+
+def is_context(folder: str | Path) -> bool:
+    """Whether a folder is a saved context, or one that is being made: not a document, nor a folder of them."""
+    try:
+        return json.loads(read_small(Path(folder) / FILE))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _typed(value: Any, kind: Any) -> Any:

@@ -76,12 +76,17 @@ class Job:
     prefill_chunk_size: int | None = None  # None: the largest of PREFILL_CHUNK_SIZES that fits
     is_saved: bool = False  # every sealed block is written to disk
     on_disk_already: int = 0  # bytes of them that a saved context has
+    new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
 
     @property
     def length(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def read_tokens(self) -> int:
+        return self.prompt_tokens if self.new_tokens is None else self.new_tokens
 
     @cached_property
     def layout(self) -> StoreLayout:
@@ -124,7 +129,7 @@ class MemoryPlan:
     @classmethod
     def _with(cls, job: Job, room: Room, prefill_chunk_size: int) -> MemoryPlan:
         layout, on_accelerator = job.layout, room.accelerator is not None
-        step, rows = min(prefill_chunk_size, job.prompt_tokens), layout.sealed_rows(job.length)
+        step, rows = min(prefill_chunk_size, job.read_tokens), layout.sealed_rows(job.length)
         nothing = KVBytes(0, 0, 0)
         plan = cls(job, layout, Residency(on_accelerator=on_accelerator), prefill_chunk_size, nothing, nothing,
                    activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]))
@@ -155,7 +160,7 @@ class MemoryPlan:
 
     @property
     def token_ids(self) -> int:
-        return TOKEN_ID_BYTES * self.job.prompt_tokens
+        return TOKEN_ID_BYTES * self.job.read_tokens
 
     @property
     def unbounded_cache(self) -> int:
@@ -317,7 +322,7 @@ def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
         there = replace(room, disk_folder="DIR")
         on_disk = human_bytes(MemoryPlan.of(job, there).needed_on_disk)
         yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", job, there)
-    for size in PREFILL_CHUNK_SIZES if job.prefill_chunk_size else ():
+    for size in PREFILL_CHUNK_SIZES if job.prefill_chunk_size and job.saved_layout is None else ():
         smaller = replace(job, prefill_chunk_size=size)
         if size < plan.prefill_chunk_size and (size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(
                 smaller, room).missing(room)):
@@ -366,7 +371,7 @@ def tokens_that_fit(job: Job, room: Room) -> int:
     fitting, too_many = 0, job.config.max_position_embeddings - job.max_new_tokens + 1
     while too_many - fitting > 1:
         tokens = (fitting + too_many) // 2
-        shorter = replace(job, prompt_tokens=tokens)
+        shorter = replace(job, prompt_tokens=tokens, new_tokens=job.new_tokens and min(tokens, job.new_tokens))
         if MemoryPlan.of(shorter, room).missing(room):
             too_many = tokens
         else:

@@ -208,6 +208,8 @@ def _room(request: PlanRequest) -> Room:
         raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
                            "--kv-host-memory limits that")
     folder = request.kv_dir
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"--kv-dir {folder}: no such folder; make it, or name another one")
     return Room(host=available_memory(), accelerator=accelerator, kv_device=request.kv_device_memory,
                 kv_host=request.kv_host_memory, disk=None if folder is None else available_disk(folder),
                 disk_folder=None if folder is None else str(folder))

@@ -5,6 +5,7 @@ Builds what `cli.py` prints; decides nothing. Progress is drawn on the console t
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import time
@@ -62,10 +63,11 @@ def rendered(content: RenderableType) -> str:
     """What standard output is to show: styled and as wide as it is if it is a terminal, else plain."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
-    with console.capture() as captured:
-        console.print(content)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    shown = io.StringIO()
+    is_terminal = sys.stdout.isatty()
+    width = Console(file=sys.stdout).width if is_terminal else 160
+    Console(file=shown, width=width, force_terminal=is_terminal).print(content)
+    return "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())
 
 
 def show_waiting(console: Console) -> AbstractContextManager[object]:

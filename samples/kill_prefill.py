@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import torch
 from context_toys import BLOCK, Kind, answer, block_digests, changed, keep, model, tokens
 
-from l4ctx.context import HEAD, Context
+from l4ctx.context import Context
 from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import ContextError
+from l4ctx.manifest import HEAD, ContextError
 
 IDS = tokens(10 * BLOCK + 23)
 OTHER_IDS = changed(IDS, 2 * BLOCK + 19)

@@ -382,9 +382,10 @@ def test_a_full_disk_of_a_scratch_file(place: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir() == ["docs"]
 
 
+WRITE = "l4ctx.context_writer.write_units"
 FULL: list[tuple[str, int, int]] = [  # what fails, after how many calls; tokens that are kept then
-    ("l4ctx.context_writer.write_units", 0, 0), ("l4ctx.context_writer.write_units", 1, 0), ("l4ctx.context_writer.write_units", 2, ROW),
-    ("l4ctx.context_writer.write_units", 3, 2 * ROW), ("os.pwrite", 3 + 5 + 2, ROW), ("os.fsync", 9, ROW),
+    (WRITE, 0, 0), (WRITE, 1, 0), (WRITE, 2, ROW), (WRITE, 3, 2 * ROW), ("os.pwrite", 3 + 5 + 2, ROW),
+    ("os.fsync", 9, ROW),
 ]
 
 

@@ -30,11 +30,11 @@ from context_toys import (
 )
 
 from cache.disk import DiskError, DiskFullError, UnitFile, write_units
-from l4ctx.context import Context, ContextReader, saved_recipe
+from l4ctx.context import Context, ContextReader
 from l4ctx.context_use import CHOICES, ContextUse
 from l4ctx.context_writer import ContextWriter
 from l4ctx.fingerprint import FIELDS
-from l4ctx.manifest import ContextError, read_manifest
+from l4ctx.manifest import ContextError, read_manifest, saved_recipe
 from l4ctx.request import Request
 
 IDS = tokens(4 * BLOCK + CHUNK + 7)

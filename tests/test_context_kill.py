@@ -37,8 +37,8 @@ from context_toys import (
 )
 
 from cache.disk import DiskFullError, UnitFile
-from l4ctx.context import HEAD, Context
-from l4ctx.manifest import ContextError
+from l4ctx.context import Context
+from l4ctx.manifest import HEAD, ContextError
 
 ROOT = Path(__file__).resolve().parent.parent
 KIND = Kind(prefill_chunk_size=BLOCK)

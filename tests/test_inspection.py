@@ -19,11 +19,12 @@ from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, tokens
 from safetensors.torch import load_file, save_file
 
 from l4ctx import inspection
-from l4ctx.context import HEAD, JOURNAL, READERS_LOCK, Context, lock
+from l4ctx.context import Context, lock
 from l4ctx.context_writer import ContextWriter
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
 from l4ctx.manifest import FILE as MANIFEST
+from l4ctx.manifest import HEAD, JOURNAL, READERS_LOCK
 from l4ctx.prompt import Span
 from model.config import TextConfig, parameter_count
 
