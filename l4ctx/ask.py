@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from l4ctx.context_use import ContextUse
 from l4ctx.documents import DocumentSet, Skipped, read_documents
-from l4ctx.memory import MemoryReport, PeakSampler, ProcessMemory, available_memory, process_memory
+from l4ctx.memory import PeakSampler, ProcessMemory, available_memory, process_memory
 from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room
+from l4ctx.report import MemoryReport
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, RequestError
 from model.config import TextConfig
 

@@ -1,4 +1,4 @@
-"""What the process holds (MemoryReport, ProcessMemory), what is free on this machine, and how bytes are written.
+"""What the process holds, what is free on this machine, and how bytes are written.
 
 Knows nothing of models; plans are made in `l4ctx.plan`. Imports no torch.
 """
@@ -10,13 +10,9 @@ import os
 import shutil
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from l4ctx.plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -25,31 +21,6 @@ class ProcessMemory:
 
     anonymous: int
     file_backed: int
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes predicted, held at the end, and at the peak of a run, by owner."""
-
-    predicted: MemoryPlan
-    weights: int
-    rope_windows: int
-    nope_device: int
-    nope_host: int
-    nope_disk: int
-    buffers: int
-    token_ids: int
-    process_before: ProcessMemory | None  # before weights and cache were made
-    process: ProcessMemory | None
-    process_peak: ProcessMemory | None
-    accelerator_peak: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return fields | {"predicted": self.predicted.as_dict(),
-                         "process_before": self.process_before and asdict(self.process_before),
-                         "process": self.process and asdict(self.process),
-                         "process_peak": self.process_peak and asdict(self.process_peak)}
 
 
 def process_memory() -> ProcessMemory | None:

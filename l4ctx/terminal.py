@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from l4ctx.memory import MemoryReport, human_bytes, process_memory
+from l4ctx.memory import human_bytes, process_memory
 from l4ctx.progress import CostModel
 from model.config import TextConfig
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cache.sizes import KVBytes
     from l4ctx.prefill import PrefillProgress
+    from l4ctx.report import MemoryReport
 
 PLAIN_LINE_SECONDS = 30.0
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

@@ -35,8 +35,8 @@ from cli_runner import (
 )
 
 from l4ctx import exits, terminal
-from l4ctx.memory import MemoryReport
 from l4ctx.plan import Job, MemoryPlan
+from l4ctx.report import MemoryReport
 from model.config import TextConfig
 
 

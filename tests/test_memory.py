@@ -26,7 +26,6 @@ from cache import sizes
 from cache.hybrid import HybridKVCache
 from l4ctx import memory
 from l4ctx.memory import (
-    MemoryReport,
     PeakSampler,
     ProcessMemory,
     _cgroup_available,
@@ -38,6 +37,7 @@ from l4ctx.memory import (
 )
 from l4ctx.plan import Job, MemoryPlan, Room
 from l4ctx.prefill import prefill
+from l4ctx.report import MemoryReport
 from l4ctx.terminal import memory_table
 from model.config import TextConfig, activation_bytes
 from model.transformer import Transformer
