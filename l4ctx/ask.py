@@ -6,7 +6,6 @@ imported, shards before text is tokenized, memory before weights are loaded. Pri
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache.sizes import KV_DTYPES
 from l4ctx.context_use import ContextUse
 from l4ctx.documents import DocumentSet, Skipped, read_documents
-from l4ctx.memory import PeakSampler, ProcessMemory, available_memory, process_memory
-from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room
+from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
+from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room, computing_dtype
 from l4ctx.report import MemoryReport
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, RequestError
+from l4ctx.request import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Request,
+    RequestError,
+    check_kv_device_memory,
+    check_kv_dir,
+)
 from model.config import TextConfig
 
 if TYPE_CHECKING:
@@ -76,10 +82,9 @@ class Run:
     _stored: dict[str, StoredTensor] = field(init=False)
     _made_with: dict[str, str] = field(init=False, default_factory=dict)
     _device: torch.device = field(init=False)
-    _dtype: torch.dtype = field(init=False)
     _scratch: Scratch | None = field(init=False, default=None)
     _sampler: PeakSampler = field(init=False)
-    _before: ProcessMemory | None = field(init=False, default=None)  # weights and cache are made
+    _before: ProcessMemory | None = field(init=False, default=None)  # before weights and cache are made
 
     @contextmanager
     def sampling_memory(self) -> Iterator[None]:
@@ -94,8 +99,7 @@ class Run:
         """
         self.config = TextConfig.from_folder(self.request.model)
         self.contexts = ContextUse(self.request)
-        if self.request.kv_dir is not None and not self.request.kv_dir.is_dir():
-            raise RequestError(f"--kv-dir {self.request.kv_dir}: no such folder; make it, or name another one")
+        check_kv_dir(self.request.kv_dir)
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin)
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
@@ -153,22 +157,21 @@ class Run:
 
         Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
         """
-        numbers = sum(tensor.num_bytes for tensor in self._stored.values())
-        stored_itemsize = self._stored_dtype().itemsize
+        stored = self._stored_dtype()
+        parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
         self._before = process_memory()
-        free = available_memory()
-        self._dtype = self._wanted_dtype(numbers // stored_itemsize * 4, free)
-        dtype = str(self._dtype).removeprefix("torch.")
-        room = self._room(free)
+        room = self._room()
+        dtype = computing_dtype(self.contexts.choice("dtype"), stored, parameters, available=room.host,
+                                on_accelerator=self._device.type != "cpu")
         job = Job(self.config, prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens,
-                  weights=numbers // stored_itemsize * self._dtype.itemsize,
-                  weights_are_mapped=self._device.type == "cpu" and self._dtype == self._stored_dtype(),
+                  weights=parameters * KV_DTYPES[dtype],
+                  weights_are_mapped=self._device.type == "cpu" and dtype == stored,
                   dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
                   prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
                   is_saved=self.contexts.folder is not None,
-                  on_disk_already=2**62 if self.request.context is not None else 0,
+                  on_disk_already=2**62 if self.request.context is not None else 0,  # all of it: nothing is written
                   new_tokens=len(self.prompt.ids),
-                  stored_dtype=str(self._stored_dtype()).removeprefix("torch."), largest=self._largest(),
+                  stored_dtype=stored, largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype))
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
@@ -177,7 +180,7 @@ class Run:
         for text in self.plan.notes:
             self.note(text)
         self.contexts.begin(self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size,
-                            self.contexts.choice("attention") or "sdpa")
+                            self.contexts.attention)
         for text in self.contexts.notes:
             self.note(text)
         self._check_unsaved_rows()
@@ -192,11 +195,11 @@ class Run:
         from model.checkpoint import load_checkpoint
 
         began = time.perf_counter()
-        self.model = load_checkpoint(self.request.model, dtype=self._dtype, device=self._device,
-                                     attention=self.contexts.choice("attention") or "sdpa")
+        self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
+                                     attention=self.contexts.attention)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
-        self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self._dtype,
+        self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,
                                    device=self._device, layout=self.plan.layout, residency=self.plan.residency,
                                    rows=self.contexts.writer or self._scratch)
         self.contexts.restore(self.cache)
@@ -327,18 +330,13 @@ class Run:
         spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)
         return [(span.source, span.stop - span.start) for span in spans]
 
-    def _room(self, free: int | None) -> Room:
+    def _room(self) -> Room:
         """What the machine has, within what the user allows; blocks of a context are on disk already."""
         asked = self.request
-        if asked.kv_device_memory is not None and self._device.type != "cuda":
-            raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
-                               "--kv-host-memory limits that")
+        check_kv_device_memory(asked.kv_device_memory, on_accelerator=self._device.type == "cuda")
         folder = asked.save_context or asked.kv_dir
-        disk = None
-        if folder is not None:
-            there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-            disk = shutil.disk_usage(there).free
-        return Room(host=free, accelerator=self._free_on_accelerator(), kv_device=asked.kv_device_memory,
+        disk = None if folder is None else available_disk(folder)
+        return Room(host=available_memory(), accelerator=self._free_on_accelerator(), kv_device=asked.kv_device_memory,
                     kv_host=asked.kv_host_memory, disk=disk,
                     disk_folder=str(folder or asked.context) if folder or asked.context else None)
 
@@ -368,21 +366,10 @@ class Run:
             self.note("--top-p, --top-k and --seed change nothing at temperature 0; add --temperature or --sample")
         return sampling
 
-    def _stored_dtype(self) -> torch.dtype:
+    def _stored_dtype(self) -> str:
         from model.checkpoint import DTYPES
 
-        return DTYPES[self._stored["model.embed_tokens.weight"].dtype]
-
-    def _wanted_dtype(self, bytes_in_float32: int, available: int | None) -> torch.dtype:
-        """float32 on a CPU where it costs little: its matrix products are faster there, and exact."""
-        import torch
-
-        chosen = self.contexts.choice("dtype")
-        if chosen != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[chosen]
-        if self._device.type == "cpu" and (available is None or bytes_in_float32 < available / 4):
-            return torch.float32
-        return self._stored_dtype()
+        return str(DTYPES[self._stored["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
 
     def _note_if_a_path(self, question: str) -> None:
         try:

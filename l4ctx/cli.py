@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 
 import typer
 
@@ -28,7 +28,7 @@ from l4ctx.exits import (
     leave,
     write,
 )
-from l4ctx.inputs import inputs, is_piped, warn_of_forgotten_pipe
+from l4ctx.inputs import inputs, paths_or_pipe, warn_of_forgotten_pipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +76,9 @@ def ask(
     question_file: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Read the question from a file; every argument is then a path. - is standard "
         "input.")] = None,
-    context: Annotated[Path | None, typer.Option(
+    context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Answer from what l4ctx prefill has read; with paths, read only what is new.")] = None,
-    save_context: Annotated[Path | None, typer.Option(
+    save_context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
     system: options.System = None,
     max_new_tokens: Annotated[int | None, typer.Option(
@@ -120,20 +120,18 @@ def ask(
         _check_choices(dtype, kv_dtype, attention)
         if seed is not None and not 0 <= seed < 2**63:
             raise UsageError(f"--seed: {seed} is not between 0 and {2**63 - 1}")
-        if sys.stdout is None:
-            raise UsageError("standard output is closed: there is nowhere to write the answer to")
+        _check_stdout("the answer to")
         if context is not None and save_context is not None:
             raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
                              "(l4ctx prefill adds documents to a context)")
-        _check_folder("--context", context)
-        _check_folder("--save-context", save_context)
+        asked, kept = _folder("--context", context), _folder("--save-context", save_context)
         text, documents, stdin = inputs(question, question_file, paths or [], reads_pipe=context is None)
         if save_context is not None and not documents:
             raise UsageError("--save-context keeps documents: name some, or pipe a text in")
         if context is not None and not documents and system is not None:
             raise UsageError("--system: the system prompt is part of what the context holds; give it to l4ctx prefill")
         return Request(model=_model(model), question=text, paths=documents, stdin=stdin, system=system,
-                       context=context, save_context=save_context, max_new_tokens=max_new_tokens,
+                       context=asked, save_context=kept, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
                        kv_dtype=kv_dtype, kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
@@ -146,7 +144,7 @@ def ask(
 @app.command(epilog=EXIT_CODES)
 def prefill(
     paths: options.Paths = None,
-    output: Annotated[Path | None, typer.Option(
+    output: Annotated[str | None, typer.Option(
         "--output", "-o", metavar="CONTEXT", help="Folder to keep what is read in; made, or gone on with.",
         show_default=False)] = None,
     model: options.Model = None,
@@ -174,18 +172,15 @@ def prefill(
         from l4ctx.request import Request
 
         _check_choices(dtype, kv_dtype, attention)
-        if sys.stdout is None and json:
-            raise UsageError("standard output is closed: there is nowhere to write to")
-        _check_folder("-o", output)
-        if output is None:
+        if json:
+            _check_stdout("to")
+        folder = _folder("-o", output)
+        if folder is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
-        stdin = sys.stdin.buffer if sys.stdin is not None else None
-        documents = paths or []
-        if not documents and stdin is not None and is_piped(stdin.fileno()):
-            documents = ["-"]
+        documents = paths_or_pipe(paths or [])
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
-        return Request(model=_model(model), paths=documents, stdin=stdin, system=system, save_context=output,
+        return Request(model=_model(model), paths=documents, stdin=_stdin(), system=system, save_context=folder,
                        verify=verify, dtype=dtype, kv_dtype=kv_dtype,
                        kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
@@ -216,8 +211,7 @@ def inspect(
 def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     if path is None:
         raise UsageError("nothing to inspect: l4ctx inspect MODEL|CONTEXT")
-    if sys.stdout is None:
-        raise UsageError("standard output is closed: there is nowhere to write to")
+    _check_stdout("to")
     from l4ctx.inspection import exit_code, inspect_folder
     from l4ctx.listing import listing
     from l4ctx.terminal import stderr_console
@@ -225,9 +219,10 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     console = stderr_console()
     with console.status("reading every byte", spinner="line") if verify and console.is_interactive else nullcontext():
         report = inspect_folder(path, verify=verify)
-    import json as json_module
-
-    write(json_module.dumps(report) + "\n" if json else listing(report))
+    if json:
+        _write_json(report)
+    else:
+        write(listing(report))
     leave(exit_code(report))
 
 
@@ -264,18 +259,14 @@ def plan(
     def request() -> PlanRequest:
         from l4ctx.planning import PlanRequest
 
-        if sys.stdout is None:
-            raise UsageError("standard output is closed: there is nowhere to write to")
+        _check_stdout("to")
         _check_choices(dtype, kv_dtype, None)
-        stdin = sys.stdin.buffer if sys.stdin is not None else None
-        documents = paths or []
-        if tokens is None and not documents and stdin is not None and is_piped(stdin.fileno()):
-            documents = ["-"]
+        documents = paths_or_pipe(paths or []) if tokens is None else paths or []
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
-        return PlanRequest(model=_model(model), paths=documents, stdin=stdin, tokens=tokens, dtype=dtype,
+        return PlanRequest(model=_model(model), paths=documents, stdin=_stdin(), tokens=tokens, dtype=dtype,
                            kv_dtype=kv_dtype, device=device,
                            kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                            kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
@@ -293,9 +284,7 @@ def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
 
     report = make_plan(request, _notes(stderr_console(), quiet=quiet))
     if json:
-        import json as json_module
-
-        write(json_module.dumps(report.as_dict()) + "\n")
+        _write_json(report.as_dict())
     else:
         write(rendered(plan_table(report)))
     return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY
@@ -337,9 +326,7 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
             note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
                  f"--context {shlex.quote(str(request.save_context))}")
         if json:
-            import json as json_module
-
-            write(json_module.dumps(run.as_dict()) + "\n")  # in ASCII: whole in every locale, harmless on a terminal
+            _write_json(run.as_dict())
     if memory_report:
         console.print(memory_table(run.memory_report()))
 
@@ -365,7 +352,7 @@ def _model(folder: Path | None) -> Path:
 
 
 def _size(option: str, text: str | None) -> int | None:
-    from l4ctx.plan import parse_size
+    from l4ctx.memory import parse_size
 
     try:
         return None if text is None else parse_size(text)
@@ -373,10 +360,27 @@ def _size(option: str, text: str | None) -> int | None:
         raise UsageError(f"{option}: {error}") from None
 
 
-def _check_folder(option: str, folder: Path | None) -> None:
-    """An empty name, as an unset shell variable gives it, would be the current folder."""
-    if folder is not None and str(folder) == "." and "." not in sys.argv:
+def _folder(option: str, name: str | None) -> Path | None:
+    """The folder of that name; an empty one, as an unset shell variable gives it, would be the current folder."""
+    if name == "":
         raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
+    return None if name is None else Path(name)
+
+
+def _stdin() -> BinaryIO | None:
+    return sys.stdin.buffer if sys.stdin is not None else None
+
+
+def _check_stdout(what: str) -> None:
+    if sys.stdout is None:
+        raise UsageError(f"standard output is closed: there is nowhere to write {what}")
+
+
+def _write_json(content: dict[str, Any]) -> None:
+    """One object on a line, in ASCII: whole in every locale, harmless on a terminal."""
+    import json
+
+    write(json.dumps(content) + "\n")
 
 
 def _check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:

@@ -64,6 +64,10 @@ class ContextUse:
         given = getattr(self.request, name)
         return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
 
+    @property
+    def attention(self) -> str:
+        return self.choice("attention") or "sdpa"
+
     def _check_choices(self) -> None:
         """Options that a context fixes may be given, but not differ; an answer may be computed in another dtype."""
         if self.recipe is None or self.folder is None:

@@ -57,7 +57,7 @@ def errors_as_exit_codes() -> Iterator[Interruption]:
         _fail(f"interrupted; {interruption.kept()}", INTERRUPTED)
     except BrokenPipeError:
         leave(CLOSED)
-    except Exception as error:
+    except Exception as error:  # to look at; what is not a user's doing goes on as it was
         code = CODE_OF_ERROR.get(f"{type(error).__module__}.{type(error).__qualname__}")
         if code is None:
             raise

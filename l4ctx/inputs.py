@@ -32,9 +32,14 @@ def inputs(question: str | None, question_file: Path | None, paths: list[str], *
         raise UsageError("no question: l4ctx ask QUESTION [PATH]..., or --question-file FILE")
     elif not question.strip():
         raise UsageError("the question is empty")
-    if reads_pipe and not paths and stdin is not None and is_piped(stdin.fileno()):
-        paths = ["-"]
-    return question, paths, stdin
+    return question, paths_or_pipe(paths) if reads_pipe else paths, stdin
+
+
+def paths_or_pipe(paths: list[str]) -> list[str]:
+    """The paths to read; without any, standard input if something is piped in."""
+    if not paths and sys.stdin is not None and is_piped(sys.stdin.buffer.fileno()):
+        return ["-"]
+    return paths
 
 
 def _question_text(read: Callable[[], bytes], name: str) -> str:

@@ -80,7 +80,7 @@ def _attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **
     """What `work` returns, or None and a line of damage: untrusted files can be broken in any way."""
     try:
         return work(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # the readers' own errors, and whatever else a broken file makes them raise
         if f"{type(error).__module__}.{type(error).__qualname__}" in CODE_OF_ERROR and str(error):
             report["damage"].append({"file": str(file), "what": str(error)})
         else:

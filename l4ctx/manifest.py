@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,10 +64,10 @@ class Recipe:
     def pinned_date(self) -> datetime.datetime:
         return datetime.datetime.fromisoformat(self.date)
 
-    def check(self, folder: Path, wanted: dict[str, Any], names: Iterable[str] | None = None) -> None:
-        """Raises ContextError for the first of `names` (default: all that are wanted) that is not as wanted."""
-        for name in wanted if names is None else names:
-            mine, other = getattr(self, name), wanted[name]
+    def check(self, folder: Path, wanted: dict[str, Any]) -> None:
+        """Raises ContextError for the first field that is not as wanted."""
+        for name, other in wanted.items():
+            mine = getattr(self, name)
             if mine == other:
                 continue
             option = {"dtype": "--dtype", "kv_dtype": "--kv-dtype", "attention": "--attention",

@@ -1,4 +1,4 @@
-"""What the process holds, what is free on this machine, and how bytes are written.
+"""What the process holds, what is free on this machine, and how sizes are written and read.
 
 Knows nothing of models; plans are made in `l4ctx.plan`. Imports no torch.
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import threading
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -181,3 +185,13 @@ def human_bytes(count: float) -> str:
         if count < 1024 or unit == "TiB":
             break
     return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '8GiB', '500MB', '1.5G' or '4096': KiB and bare K are 1024, KB is 1000. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if found is None or found.group(2, 3) == ("", "ib"):
+        raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 4096 (bytes)")
+    number, unit, suffix = found.groups()
+    factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
+    return int(Fraction(number.rstrip(".")) * factor)

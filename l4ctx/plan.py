@@ -7,10 +7,8 @@ values are those of `cache.sizes`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,8 +31,6 @@ WORTH_SAYING = 0.98
 """What leaves more than this share of the lack, and so does not help by itself or with others, is not named."""
 
 KV_HOST_LIMIT = "--kv-host-memory"
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 class MemoryPlanError(Exception):
@@ -136,11 +132,11 @@ class MemoryPlan:
         device_rows = 0
         if room.accelerator is not None:
             left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
-            device_rows = min(rows, _rows_within(layout, left or 0, step, is_open_here=True, is_read_here=False))
+            device_rows = min(rows, layout.rows_within(left or 0, step, is_open_here=True, is_read_here=False))
         plan = plan._placed(Residency(None, device_rows, on_accelerator), step)
         budget = plan.host_budget(room)
         if room.has_disk and budget is not None and plan.host_keys_values > budget:
-            fitting = _rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
+            fitting = layout.rows_within(budget, step, is_open_here=not on_accelerator, is_read_here=True)
             plan = plan._placed(Residency(fitting, device_rows, on_accelerator), step)
         return plan
 
@@ -387,22 +383,6 @@ def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator:
     if not on_accelerator and (available is None or 4 * parameters < available / 4):
         return "float32"
     return stored
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '8GiB', '500MB', '1.5G' or '4096': KiB and bare K are 1024, KB is 1000. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
-    if found is None or found.group(2, 3) == ("", "ib"):
-        raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 4096 (bytes)")
-    number, unit, suffix = found.groups()
-    factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
-    return int(Fraction(number.rstrip(".")) * factor)
-
-
-def _rows_within(layout: StoreLayout, budget: int, step: int, *, is_open_here: bool, is_read_here: bool) -> int:
-    if layout.row_bytes == 0:  # no NoPE layer
-        return 0
-    return layout.rows_within(budget, step, is_open_here=is_open_here, is_read_here=is_read_here)
 
 
 def _least(*limits: int | None) -> int | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from cache.sizes import KV_DTYPES
 from l4ctx.memory import available_disk, available_memory, available_on_gpu, human_bytes
 from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, computing_dtype, tokens_that_fit
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError
+from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
 from model.config import Operations, TextConfig, parameter_count, reading_operations
 
 if TYPE_CHECKING:
@@ -204,12 +204,9 @@ def _tokenized(request: PlanRequest, note: Note) -> tuple[int, list[tuple[str, i
 def _room(request: PlanRequest) -> Room:
     """What the machine has, within what the user allows."""
     accelerator = _accelerator(request.device, quick=request.tokens is not None)
-    if request.kv_device_memory is not None and accelerator is None:
-        raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
-                           "--kv-host-memory limits that")
+    check_kv_device_memory(request.kv_device_memory, on_accelerator=accelerator is not None)
     folder = request.kv_dir
-    if folder is not None and not folder.is_dir():
-        raise RequestError(f"--kv-dir {folder}: no such folder; make it, or name another one")
+    check_kv_dir(folder)
     return Room(host=available_memory(), accelerator=accelerator, kv_device=request.kv_device_memory,
                 kv_host=request.kv_host_memory, disk=None if folder is None else available_disk(folder),
                 disk_folder=None if folder is None else str(folder))

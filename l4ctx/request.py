@@ -39,3 +39,16 @@ class Request:
     device: str = "auto"
     attention: str | None = None
     prefill_chunk_size: int | None = None
+
+
+def check_kv_dir(folder: Path | None) -> None:
+    """Raises RequestError for a --kv-dir that is not there."""
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"--kv-dir {folder}: no such folder; make it, or name another one")
+
+
+def check_kv_device_memory(amount: int | None, *, on_accelerator: bool) -> None:
+    """Raises RequestError for a --kv-device-memory where there is no such memory."""
+    if amount is not None and not on_accelerator:
+        raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
+                           "--kv-host-memory limits that")

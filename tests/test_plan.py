@@ -17,6 +17,7 @@ from cache import sizes
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
+from l4ctx.memory import parse_size
 from l4ctx.plan import (
     MARGIN_BYTES,
     PREFILL_CHUNK_SIZES,
@@ -25,7 +26,6 @@ from l4ctx.plan import (
     MemoryPlanError,
     Room,
     computing_dtype,
-    parse_size,
     tokens_that_fit,
 )
 from l4ctx.prefill import prefill, prefill_grid
