@@ -6,6 +6,7 @@ imported, shards before text is tokenized, memory before weights are loaded. Pri
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SKIPPED_LINES = 12
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # read by OpenMP when torch is loaded: its threads
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # else wait in loops of milliseconds, in all for seconds where cores are busy
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Run:
     _stored: dict[str, StoredTensor] = field(init=False)
     _made_with: dict[str, str] = field(init=False, default_factory=dict)
     _device: torch.device = field(init=False)
+    _attention: str = field(init=False)
     _scratch: Scratch | None = field(init=False, default=None)
     _sampler: PeakSampler = field(init=False)
     _before: ProcessMemory | None = field(init=False, default=None)  # before weights and cache are made
@@ -161,11 +165,13 @@ class Run:
         parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
         self._before = process_memory()
         room = self._room()
+        on_accelerator = self._device.type != "cpu"
         dtype = computing_dtype(self.contexts.choice("dtype"), stored, parameters, available=room.host,
-                                on_accelerator=self._device.type != "cpu")
+                                on_accelerator=on_accelerator)
+        self._attention = self.contexts.attention(dtype, on_accelerator=on_accelerator)
         job = Job(self.config, prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens,
                   weights=parameters * KV_DTYPES[dtype],
-                  weights_are_mapped=self._device.type == "cpu" and dtype == stored,
+                  weights_are_mapped=not on_accelerator and dtype == stored,
                   dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
                   prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
                   is_saved=self.contexts.folder is not None,
@@ -180,7 +186,7 @@ class Run:
         for text in self.plan.notes:
             self.note(text)
         self.contexts.begin(self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size,
-                            self.contexts.attention)
+                            self._attention)
         for text in self.contexts.notes:
             self.note(text)
         self._check_unsaved_rows()
@@ -196,7 +202,7 @@ class Run:
 
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
-                                     attention=self.contexts.attention)
+                                     attention=self._attention)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
         self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 
 import typer
 
 from l4ctx import options
+from l4ctx.bench_command import bench
 from l4ctx.exits import (
     EXIT_CODES,
     INTERRUPTED,
@@ -24,15 +25,15 @@ from l4ctx.exits import (
     TOO_LONG,
     Interruption,
     UsageError,
+    check_stdout,
     errors_as_exit_codes,
     leave,
     write,
+    write_json,
 )
-from l4ctx.inputs import inputs, paths_or_pipe, warn_of_forgotten_pipe
+from l4ctx.inputs import choice, inputs, paths_or_pipe, warn_of_forgotten_pipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from l4ctx.ask import Run
     from l4ctx.planning import PlanRequest
     from l4ctx.request import Request
@@ -120,7 +121,7 @@ def ask(
         _check_choices(dtype, kv_dtype, attention)
         if seed is not None and not 0 <= seed < 2**63:
             raise UsageError(f"--seed: {seed} is not between 0 and {2**63 - 1}")
-        _check_stdout("the answer to")
+        check_stdout("the answer to")
         if context is not None and save_context is not None:
             raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
                              "(l4ctx prefill adds documents to a context)")
@@ -173,7 +174,7 @@ def prefill(
 
         _check_choices(dtype, kv_dtype, attention)
         if json:
-            _check_stdout("to")
+            check_stdout("to")
         folder = _folder("-o", output)
         if folder is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
@@ -211,7 +212,7 @@ def inspect(
 def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     if path is None:
         raise UsageError("nothing to inspect: l4ctx inspect MODEL|CONTEXT")
-    _check_stdout("to")
+    check_stdout("to")
     from l4ctx.inspection import exit_code, inspect_folder
     from l4ctx.listing import listing
     from l4ctx.terminal import stderr_console
@@ -220,7 +221,7 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     with console.status("reading every byte", spinner="line") if verify and console.is_interactive else nullcontext():
         report = inspect_folder(path, verify=verify)
     if json:
-        _write_json(report)
+        write_json(report)
     else:
         write(listing(report))
     leave(exit_code(report))
@@ -259,7 +260,7 @@ def plan(
     def request() -> PlanRequest:
         from l4ctx.planning import PlanRequest
 
-        _check_stdout("to")
+        check_stdout("to")
         _check_choices(dtype, kv_dtype, None)
         documents = paths_or_pipe(paths or []) if tokens is None else paths or []
         if (tokens is None) == (not documents):
@@ -277,37 +278,29 @@ def plan(
         leave(_plan(request(), json=json, quiet=quiet))
 
 
+app.command(epilog=EXIT_CODES)(bench)
+
+
 def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
     """Shows the plan; returns the exit code."""
     from l4ctx.planning import make_plan, plan_table
-    from l4ctx.terminal import rendered, stderr_console
+    from l4ctx.terminal import notes, rendered, stderr_console
 
-    report = make_plan(request, _notes(stderr_console(), quiet=quiet))
+    report = make_plan(request, notes(stderr_console(), quiet=quiet))
     if json:
-        _write_json(report.as_dict())
+        write_json(report.as_dict())
     else:
         write(rendered(plan_table(report)))
     return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY
 
 
-def _notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
-    """Where notes go: one line each on stderr, or nowhere."""
-    from l4ctx.terminal import without_controls
-
-    def note(text: str) -> None:
-        if not quiet:
-            console.print(without_controls(f"l4ctx: {text}"), markup=False, highlight=False, soft_wrap=True)
-
-    return note
-
-
 def _run(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
     """Carries the request out; prints the answer as it comes, then what there is to report."""
     from l4ctx.ask import Run
-    from l4ctx.terminal import memory_table, show_reading, show_waiting, stderr_console
+    from l4ctx.terminal import memory_table, notes, show_reading, show_waiting, stderr_console
 
     console = stderr_console()
-    note = _notes(console, quiet=quiet)
+    note = notes(console, quiet=quiet)
     run = Run(request, note)
     interruption.kept = run.kept
     with run.sampling_memory(), closing(run):
@@ -326,7 +319,7 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
             note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
                  f"--context {shlex.quote(str(request.save_context))}")
         if json:
-            _write_json(run.as_dict())
+            write_json(run.as_dict())
     if memory_report:
         console.print(memory_table(run.memory_report()))
 
@@ -371,24 +364,9 @@ def _stdin() -> BinaryIO | None:
     return sys.stdin.buffer if sys.stdin is not None else None
 
 
-def _check_stdout(what: str) -> None:
-    if sys.stdout is None:
-        raise UsageError(f"standard output is closed: there is nowhere to write {what}")
-
-
-def _write_json(content: dict[str, Any]) -> None:
-    """One object on a line, in ASCII: whole in every locale, harmless on a terminal."""
-    import json
-
-    write(json.dumps(content) + "\n")
-
-
 def _check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:
-    _choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
-    _choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
-    _choice("--attention", attention or "sdpa", "sdpa", "eager")
+    from model.config import BACKEND_NAMES
 
-
-def _choice(option: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")
+    choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
+    choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
+    choice("--attention", attention or "sdpa", *BACKEND_NAMES)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.sizes import StoreLayout
 from l4ctx.manifest import ContextError, Recipe, read_manifest, saved_recipe
+from l4ctx.processor import default_attention
 from l4ctx.request import Request, RequestError
 from model.config import TextConfig
 
@@ -64,9 +65,11 @@ class ContextUse:
         given = getattr(self.request, name)
         return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
 
-    @property
-    def attention(self) -> str:
-        return self.choice("attention") or "sdpa"
+    def attention(self, dtype: str, *, on_accelerator: bool) -> str:
+        """The backend for this computing dtype: the user's; the one that wrote a context that is gone on with; or the
+        quickest here."""
+        made_with = self.recipe.attention if self.recipe and self.request.save_context else None
+        return self.request.attention or made_with or default_attention(dtype, on_accelerator=on_accelerator)
 
     def _check_choices(self) -> None:
         """Options that a context fixes may be given, but not differ; an answer may be computed in another dtype."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_CODES = """\
 Exit codes: 0 an answer, 1 the answer could not be written, 2 bad arguments or input, 3 the checkpoint cannot be
@@ -28,6 +28,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.manifest.ContextError": CONTEXT, "cache.disk.DiskError": CONTEXT, "cache.disk.DiskFullError": MEMORY,
     "l4ctx.plan.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
     "l4ctx.generate.GenerationConfigError": CHECKPOINT, "l4ctx.generate.GenerationError": MODEL,
+    "l4ctx.bench_process.WorkerError": MODEL,
 }
 
 
@@ -93,3 +94,16 @@ def write(text: str) -> None:
         raise
     except OSError as error:
         raise OutputError(f"the answer cannot be written: {error.strerror}") from None
+
+
+def check_stdout(what: str) -> None:
+    """Raises UsageError where standard output is closed. `what` ends the sentence: "to", "the answer to"."""
+    if sys.stdout is None:
+        raise UsageError(f"standard output is closed: there is nowhere to write {what}")
+
+
+def write_json(content: dict[str, Any]) -> None:
+    """One object on a line, in ASCII: whole in every locale, harmless on a terminal."""
+    import json
+
+    write(json.dumps(content) + "\n")

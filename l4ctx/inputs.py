@@ -83,3 +83,9 @@ def _pipe_bytes(descriptor: int) -> int:
     except ImportError:
         return 0
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def choice(option: str, value: str, *allowed: str) -> None:
+    """Raises UsageError for a value that the option does not have."""
+    if value not in allowed:
+        raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.sizes import KV_DTYPES, QUANTIZED
+from model.config import BACKEND_NAMES
 
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
@@ -55,7 +56,7 @@ class Recipe:
             if not 0 < getattr(self, name) < 2**40:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
         for name, known in (("dtype", KV_DTYPES.keys() - set(QUANTIZED)), ("kv_dtype", KV_DTYPES.keys()),
-                            ("attention", {"sdpa", "eager"})):
+                            ("attention", set(BACKEND_NAMES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
         datetime.datetime.fromisoformat(self.date)

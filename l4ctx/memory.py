@@ -21,16 +21,20 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Resident bytes of this process: anonymous (allocated) and file-backed (mapped files, which can be dropped)."""
+    """Resident bytes of a process: anonymous (allocated) and file-backed (mapped files, which can be dropped)."""
 
     anonymous: int
     file_backed: int
 
+    def most(self, other: ProcessMemory) -> ProcessMemory:
+        """The larger of each kind."""
+        return ProcessMemory(max(self.anonymous, other.anonymous), max(self.file_backed, other.file_backed))
 
-def process_memory() -> ProcessMemory | None:
-    """From /proc/self/status; None on systems without it."""
+
+def process_memory(process: int | str = "self") -> ProcessMemory | None:
+    """Of this process or another, by its number, from /proc/PID/status; None on systems without it."""
     try:
-        with open("/proc/self/status", "rb") as file:
+        with open(f"/proc/{process}/status", "rb") as file:
             fields = dict(line.split(b":", 1) for line in file.read().splitlines())
         anonymous, *files = (int(fields[name].split()[0]) * 1024 for name in (b"RssAnon", b"RssFile", b"RssShmem"))
     except (OSError, KeyError, ValueError):
@@ -62,8 +66,7 @@ class PeakSampler:
     def sample(self) -> None:
         now = process_memory()
         if now is not None and self.peak is not None:
-            self.peak = ProcessMemory(max(self.peak.anonymous, now.anonymous),
-                                      max(self.peak.file_backed, now.file_backed))
+            self.peak = self.peak.most(now)
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):

@@ -14,8 +14,8 @@ Paths = Annotated[list[str] | None, typer.Argument(
     "a path, what is piped in is the document.", show_default=False)]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[str, typer.Option(
-    metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; "
-    "on a CPU float32, if those weights take less than a quarter of the free memory.")]
+    metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; on a CPU "
+    "that is slower with it float32, if those weights take less than a quarter of the free memory.")]
 KVDtype = Annotated[str, typer.Option(
     "--kv-dtype", metavar="auto|float32|bfloat16|float16|fp8|int8", help="Type to store keys and values of older text "
     "in. auto: the type computed in; int8 takes about half of bfloat16.")]
@@ -28,7 +28,8 @@ KVDir = Annotated[Path | None, typer.Option(
     "--kv-dir", metavar="DIR", help="Folder on a fast disk for what memory does not hold; nothing is left there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Attention = Annotated[str | None, typer.Option(
-    metavar="sdpa|eager", help="Attention kernels: PyTorch's fused ones (sdpa), or the slow reference.",
+    metavar="sdpa|matmul|flex|eager", help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "
+    "flex_attention, or the slow reference. Unless told, what is the quickest here.",
     show_default=False)]
 PrefillChunkSize = Annotated[int | None, typer.Option(
     min=1, help="Tokens read at a time; fewer need less memory for activations. 8192, or fewer if those do not fit.",

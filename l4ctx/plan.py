@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from cache import sizes
 from cache.sizes import KVBytes, Residency, StoreLayout
 from l4ctx.memory import human_bytes
+from l4ctx.processor import has_fast_bfloat16
 from model.config import TextConfig, activation_bytes
 
 TOKEN_ID_BYTES = 4
@@ -376,13 +377,13 @@ def tokens_that_fit(job: Job, room: Room) -> int:
 
 
 def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
-    """What "auto" means: the checkpoint's own dtype, but float32 on a CPU where it costs little: its matrix products
-    are faster there, and exact."""
+    """What "auto" means: the checkpoint's own dtype, but float32 on a CPU whose products of 16-bit numbers are slower,
+    if the memory is there."""
     if asked != "auto":
         return asked
-    if not on_accelerator and (available is None or 4 * parameters < available / 4):
-        return "float32"
-    return stored
+    if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
+        return stored
+    return "float32" if available is None or 4 * parameters < available / 4 else stored
 
 
 def _least(*limits: int | None) -> int | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from cache.sizes import KV_DTYPES
 from l4ctx.memory import available_disk, available_memory, available_on_gpu, human_bytes
 from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, computing_dtype, tokens_that_fit
+from l4ctx.processor import default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
 from model.config import Operations, TextConfig, parameter_count, reading_operations
 
@@ -256,8 +257,9 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     import torch
     from torch.nn.functional import silu
 
-    from model.backends import KVSegment, attend, sdpa
+    from model.backends import KVSegment, attend
     from model.masks import AttentionMask
+    from model.registry import backend
 
     made = {"dtype": getattr(torch, dtype), "device": device}
     share = -(-tokens * config.num_experts_per_tok // config.num_local_experts) if config.moe_layers else tokens
@@ -270,6 +272,7 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
         return silu(a).mul_(b) @ down
 
     h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kernel = backend(default_attention(dtype, on_accelerator=device != "cpu"))
     queries = torch.ones(1, h, MEASURED_ROWS, d, **made)
     keys = torch.ones(1, h_kv, 2 * MEASURED_ROWS, d, **made)
     positions, segment = range(keys.shape[2], keys.shape[2] + MEASURED_ROWS), KVSegment(keys, keys, 0)
@@ -289,7 +292,7 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     with torch.inference_mode():
         linear = 6 * rows * c * width / seconds(feed_forward)
         attention = per_pair * MEASURED_ROWS * keys.shape[2] / seconds(
-            lambda: attend(queries, positions, [segment], AttentionMask(None), sdpa))
+            lambda: attend(queries, positions, [segment], AttentionMask(None), kernel))
     return Speed(linear, attention)
 
 

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -58,6 +58,15 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(file=cast(TextIO, _Unfailing(sys.stderr)))
+
+
+def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
+    """Where notes go: one line each on the console, or nowhere."""
+    def note(text: str) -> None:
+        if not quiet:
+            console.print(without_controls(f"l4ctx: {text}"), markup=False, highlight=False, soft_wrap=True)
+
+    return note
 
 
 def rendered(content: RenderableType) -> str:

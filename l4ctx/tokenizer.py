@@ -22,8 +22,8 @@ import tokenizers
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 
-PIECE_CHARACTERS = 16384  # a piece ends at the first safe cut after this many characters
-BATCH_CHARACTERS = 1 << 18  # pieces encoded at once: some 500 bytes a token, so about 40 MB
+PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many characters
+BATCH_CHARACTERS = 1 << 16  # pieces encoded at once, by as many threads as there are cores: some 2 MB in all
 LONGEST_PIECE = 1 << 17  # without a safe cut within this many characters a piece is cut by force
 
 # The pattern of Llama 4's pre-tokenizer, with its groups of up to three digits or with single ones.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.backends import Backend, KVSegment, attend
 from model.config import TextConfig
-from model.layers import Linear
+from model.layers import Linear, in_pieces
 from model.masks import AttentionMask
 from model.rope import phases, rotate
 
@@ -93,7 +93,8 @@ class Attention(nn.Module):
         rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
         q = self._rotated(self._heads(self.q_proj(x[:, rows])), step.rotation[rows])
         if not self.uses_rope and step.temperature is not None:
-            q = (q * step.temperature[rows, None, None]).to(q.dtype)
+            temperature = step.temperature[rows, None, None]
+            q = in_pieces(q, lambda piece, here: (piece * temperature[here]).to(piece.dtype))
         segments: Iterable[KVSegment] = [KVSegment(keys, values, step.positions.start)]
         if step.cache is not None:
             segments = step.cache.segments(self.layer, queries)
@@ -104,9 +105,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
 
     def _rotated(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """Rotary embedding, then the norm over each head: RoPE layers only."""
-        if self.uses_rope:
-            x = rotate(x, rotation)
-        if self.qk_norm_eps is not None:
-            x = F.rms_norm(x, (self.head_dim,), None, self.qk_norm_eps)
-        return x
+        """Rotary embedding of x (B, T, H, D), then the norm over each head: RoPE layers only."""
+        return in_pieces(x, lambda piece, here: self._rotated_piece(piece, rotation[here])) if self.uses_rope else x
+
+    def _rotated_piece(self, x: Tensor, rotation: Tensor) -> Tensor:
+        x = rotate(x, rotation)
+        return x if self.qk_norm_eps is None else F.rms_norm(x, (self.head_dim,), None, self.qk_norm_eps)

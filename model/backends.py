@@ -7,7 +7,6 @@ merging (https://arxiv.org/abs/2205.14135, section 3). Knows nothing of layers, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -99,91 +98,3 @@ def eager(queries: Tensor, positions: range, segment: KVSegment,
     weights = (scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp_()
     out = (weights.view(b, h_kv, h // h_kv * t, s) @ values).view(b, h, t, d)
     yield range(t), AttentionState(out, lse)
-
-
-def sdpa(queries: Tensor, positions: range, segment: KVSegment,
-         mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
-    """PyTorch's fused kernels, called tile by tile for their log-sum-exp."""
-    for tile in mask.tiles(positions, segment.positions):
-        rows = range(tile.queries.start - positions.start, tile.queries.stop - positions.start)
-        columns = slice(tile.keys.start - segment.start, tile.keys.stop - segment.start)
-        q = _pieces(queries[:, :, rows.start:rows.stop], tile.batch)
-        k, v = (x[:, :, columns] for x in (segment.keys, segment.values))
-        if tile.batch > 1:
-            k, v = (_pieces(x.expand(q.shape[0] // tile.batch, -1, -1, -1), tile.batch) for x in (k, v))
-        state = _full(q, k, v) if tile.kind == "full" else _causal_square(q, k, v)
-        yield rows, _whole(state, tile.batch)
-
-
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "eager": eager}
-
-
-def _pieces(x: Tensor, batch: int) -> Tensor:
-    """(B, H, batch * t, D) -> (B * batch, H, t, D); a view when B is 1."""
-    return x if batch == 1 else x.unflatten(2, (batch, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _whole(state: AttentionState, batch: int) -> AttentionState:
-    """The inverse of `_pieces` for a result."""
-    if batch == 1:
-        return state
-    out = state.out.transpose(1, 2).unflatten(0, (-1, batch)).flatten(1, 2).transpose(1, 2)
-    return AttentionState(out, state.lse.unflatten(0, (-1, batch)).transpose(1, 2).flatten(2))
-
-
-def _full(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Every query sees every key, so query heads of a group, and rows that share keys, are further queries."""
-    b, h, t, d = q.shape
-    rows, h_kv = k.shape[:2]
-    if rows == 1 and b > 1:  # many questions read one context once
-        state = _full(q.transpose(0, 1).reshape(1, h, b * t, d), k, v)
-        return AttentionState(state.out.view(h, b, t, d).transpose(0, 1), state.lse.view(h, b, t).transpose(0, 1))
-    if h == h_kv or (t > 32 and _groups_queries(q.device.type)):
-        return _kernel(q, k, v, causal=False)
-    out, lse = _kernel(q.reshape(b, h_kv, h // h_kv * t, d), k, v, causal=False)
-    return AttentionState(out.reshape(b, h, t, d), lse.reshape(b, h, t))
-
-
-def _causal_square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    h, h_kv = q.shape[1], k.shape[1]
-    if k.shape[0] != q.shape[0]:
-        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
-    if h == h_kv or _groups_queries(q.device.type):
-        return _kernel(q, k, v, causal=True)
-    grouped = q.unflatten(1, (h_kv, -1))  # one call for each member of the groups: keys are not repeated in memory
-    states = [_kernel(grouped[:, :, g], k, v, causal=True) for g in range(h // h_kv)]
-    return AttentionState(torch.stack([s.out for s in states], 2).flatten(1, 2),
-                          torch.stack([s.lse for s in states], 2).flatten(1, 2))
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
-    """One fused attention that returns its log-sum-exp; `causal` is aligned top-left, hence for squares only.
-
-    The CPU kernel kills the process on empty inputs and returns a log-sum-exp of 0 for a masked row, so neither may
-    occur. The branch for accelerators has not been run on one yet.
-    """
-    assert q.shape[2] > 0 and k.shape[2] > 0, (q.shape, k.shape)
-    assert not causal or q.shape[2] == k.shape[2], (q.shape, k.shape)
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    elif q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-    return AttentionState(out, lse[:, :, :q.shape[2]])
-
-
-@functools.cache
-def _groups_queries(device_type: str) -> bool:
-    """Whether the kernel itself takes fewer key heads than query heads, found out by a tiny call."""
-    if device_type != "cpu":
-        return False
-    q = torch.linspace(-1, 1, 4 * 8).view(1, 4, 1, 8)
-    k = torch.linspace(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8).sin()
-    try:
-        out, _ = _kernel(q, k, k, causal=False)
-    except RuntimeError:
-        return False
-    repeated = k.repeat_interleave(2, 1)
-    return torch.allclose(out, _kernel(q, repeated, repeated, causal=False).out, atol=1e-5)

@@ -14,6 +14,9 @@ from typing import Any
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
+BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
+"""Ways to compute attention; model/registry.py has them."""
+
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 

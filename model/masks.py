@@ -61,7 +61,11 @@ class AttentionMask:
         return sorted(tiles, key=lambda tile: (tile.queries.start, tile.keys.start))
 
     def block_mask(self, queries: range, keys: range, block_size: tuple[int, int], device: torch.device) -> BlockMask:
-        """flex_attention's block mask over `queries` x `keys`, indices counted from their starts, in closed form."""
+        """flex_attention's block mask over `queries` x `keys`, indices counted from their starts, in closed form.
+
+        Its lists have an entry for each pair of a block of queries and one of keys, visible or not. Neither range may
+        be empty, nor reach 2**31.
+        """
         from torch.nn.attention.flex_attention import BlockMask  # here: it imports the compiler, half a second
 
         q_block, kv_block = block_size
@@ -78,23 +82,40 @@ class AttentionMask:
             every &= (q_chunks[0] == k_chunks[1]) & (q_chunks[1] == k_chunks[0])
         full = every & inside
         partial = some & ~full
+        # tensors, not numbers: these may be taken for constants, and flex_attention be compiled anew for every step
+        q_start, k_start = (torch.full((), x.start, dtype=torch.int32, device=device) for x in (queries, keys))
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return self.mask_mod(b, h, q_idx + queries.start, kv_idx + keys.start)
+            return self.mask_mod(b, h, q_idx + q_start, kv_idx + k_start)
 
         counts, indices, full_counts, full_indices = (
             x[None, None].to(device) for kind in (partial, full) for x in _listed(kind))
         return BlockMask.from_kv_blocks(counts, indices, full_counts, full_indices, BLOCK_SIZE=block_size,
                                         mask_mod=mask_mod, seq_lengths=(len(queries), len(keys)))
 
+    def moved_back(self, queries: range, keys: range) -> tuple[range, range]:
+        """Small positions at which the mask is the same, so that what is made of it can be kept and used again.
+
+        Without chunks, keys that all queries see have one mask, however old they are.
+        """
+        first = min(queries.start, keys.start)
+        moved = first if self.chunk_size is None else first // self.chunk_size * self.chunk_size
+        q_start, k_start = queries.start - moved, keys.start - moved
+        if self.chunk_size is None:
+            q_start = min(q_start, k_start + len(keys))
+        return range(q_start, q_start + len(queries)), range(k_start, k_start + len(keys))
+
 
 def _causal_tiles(queries: range, keys: range) -> list[Tile]:
-    """At most three: all queries on older keys, a causal square, later queries on the square's keys."""
+    """At most three: all queries on older keys, a causal square, later queries on the square's keys.
+
+    To a single query its own key is one of the older ones.
+    """
     tiles = []
-    older = range(keys.start, min(keys.stop, queries.start))
+    older = range(keys.start, min(keys.stop, queries.start + (len(queries) == 1)))
     if queries and older:
         tiles.append(Tile("full", queries, older))
-    square = range(max(queries.start, keys.start), min(queries.stop, keys.stop))
+    square = range(max(queries.start, keys.start, older.stop), min(queries.stop, keys.stop))
     if square:
         tiles.append(Tile("causal_square", square, square))
         later = range(square.stop, queries.stop)

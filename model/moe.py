@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from model.config import TextConfig
 from model.layers import Linear
 
+FEW_COPIES = 8
+"""Of tokens for experts: so few go to them one by one, without being sorted."""
+
 
 class MLP(nn.Module):
     """Gated MLP: down(silu(gate(x)) * up(x))."""
@@ -48,10 +51,17 @@ class Experts(nn.Module):
             if count == 0:
                 continue
             rows = slice(start, start + -(-count // granularity) * granularity)
-            gate, up = (x[rows] @ self.gate_up_proj[e]).chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), self.down_proj[e], out=out[rows])
+            torch.mm(self._gated(x[rows], e), self.down_proj[e], out=out[rows])
             start += count
         return out[:start]
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """x (N, C), all of it for one expert: (N, C)."""
+        return self._gated(x, expert) @ self.down_proj[expert]
+
+    def _gated(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = (x @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class MoE(nn.Module):
@@ -69,6 +79,8 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)  # (N, C)
         logits, experts = self.router(tokens).topk(self.top_k, dim=-1)  # (N, k)
         scores = logits.float().sigmoid().to(x.dtype).flatten()
+        if len(scores) <= FEW_COPIES:
+            return self._token_by_token(tokens, experts, scores).view_as(x)
         order = experts.flatten().argsort(stable=True)  # (N * k,), routed copies sorted by expert
         counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
         padding = _granularity(x, len(order), len(counts)) - 1
@@ -83,6 +95,14 @@ class MoE(nn.Module):
             by_token[order] = routed
             out += by_token.view(-1, self.top_k, out.shape[-1]).sum(1)
         return out.view_as(x)
+
+    def _token_by_token(self, tokens: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
+        """The same for a few tokens (N, C), such as one of an answer, in fewer steps."""
+        out = self.shared_expert(tokens)
+        copies = tokens.repeat_interleave(self.top_k, 0).mul_(scores[:, None])
+        for n, expert in enumerate(experts.flatten().tolist()):
+            out[n // self.top_k] += self.experts.one(copies[n:n + 1], expert)[0]
+        return out
 
 
 def _granularity(x: Tensor, routed: int, num_experts: int) -> int:

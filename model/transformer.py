@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, KVCache, Step
-from model.backends import BACKENDS
 from model.config import TextConfig
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
+from model.registry import backend
 
 
 class DecoderLayer(nn.Module):
@@ -46,12 +46,12 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`attention` names a backend of model/backends.py."""
+    """`attention` names a backend of model/registry.py."""
 
     def __init__(self, config: TextConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
-        self.backend = BACKENDS[attention]
+        self.backend = backend(attention)
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

@@ -31,6 +31,7 @@ from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
 from model.checkpoint import load_checkpoint
+from model.config import BACKEND_NAMES
 from model.transformer import Transformer
 
 ROOM_FOR_ANSWER = 128  # tokens for a question with its answer, behind the document
@@ -140,9 +141,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--prefill-chunk-size", type=int, default=DEFAULT_PREFILL_CHUNK_SIZE)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--attention", default="sdpa", choices=BACKEND_NAMES)
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args()
-    model = load_checkpoint(args.model, dtype=torch.float32)
+    model = load_checkpoint(args.model, dtype=args.dtype, attention=args.attention)
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     stop_tokens = GenerationConfig.from_folder(args.model).stop_tokens
     for tokens in args.tokens:

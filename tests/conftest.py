@@ -29,3 +29,12 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
         return write_toy(root / f"{name}-{std}", name, std)
 
     return toy
+
+
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of attention by matrix products so small that toys have several, with edges."""
+    from model import products
+
+    for name, value in {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}.items():
+        monkeypatch.setattr(products, name, value)

@@ -13,7 +13,9 @@ MODEL_LAYERS = (  # each may import only from rows above its own
     {"config", "layers"},
     {"rope", "masks", "moe"},
     {"backends"},
-    {"attention"},
+    {"fused", "flex"},
+    {"products"},
+    {"attention", "registry"},
     {"transformer"},
     {"checkpoint"},
 )
@@ -27,7 +29,8 @@ CACHE_LAYERS = (
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = ("model.config", "cache.sizes", "l4ctx.journal", "l4ctx.manifest", "l4ctx.states", "l4ctx.progress",
-                 "l4ctx.plan", "l4ctx.memory", "l4ctx.request")
+                 "l4ctx.plan", "l4ctx.memory", "l4ctx.request", "l4ctx.bench_jobs",
+                 "l4ctx.bench_shares", "l4ctx.bench_report")
 
 
 def modules() -> dict[str, Path]:
@@ -105,5 +108,7 @@ def test_model_and_cache_know_no_command_line(module: str) -> None:
     assert not {top(name) for name in imports(module)} & {"typer", "rich", "click", "argparse", "tokenizers", "jinja2"}
 
 
-def test_transformers_is_a_test_dependency_only() -> None:
-    assert not [module for module in MODULES if "transformers" in {top(name) for name in imports(module)}]
+def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
+    """They are optional: nothing else may need them."""
+    assert {module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
+            } == {"l4ctx.bench_transformers", "l4ctx.bench_worker", "l4ctx.bench_gguf"}

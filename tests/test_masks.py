@@ -96,11 +96,14 @@ def test_one_new_token_at_ten_million(chunk: int | None) -> None:
 def test_block_mask_equals_torchs(chunk: int | None) -> None:
     """The lists of partial and of full blocks, as flex_attention reads them, equal those found element by element."""
     generator = random.Random(3)
+    full_and_partial = 0
     for _ in range(80):
         queries, keys = random_ranges(generator)
         if not queries or not keys:
             continue
-        block_size = generator.choice([(2, 3), (4, 4), (5, 2), (1, 1), (16, 8)])
+        far = generator.choice([0, 10_000_000])
+        queries, keys = (range(x.start + far, x.stop + far) for x in (queries, keys))
+        block_size = generator.choice([(2, 3), (4, 4), (5, 2), (1, 1), (16, 8), (3, 64), (64, 7), (128, 128)])
         mask = AttentionMask(chunk)
         got = mask.block_mask(queries, keys, block_size, torch.device("cpu"))
         expected = create_block_mask(
@@ -108,13 +111,33 @@ def test_block_mask_equals_torchs(chunk: int | None) -> None:
                 b, h, q + queries.start, k + keys.start),
             None, None, len(queries), len(keys), device="cpu", BLOCK_SIZE=block_size)
         assert got.BLOCK_SIZE == expected.BLOCK_SIZE and got.seq_lengths == expected.seq_lengths
+        assert torch.equal(got.to_dense(), expected.to_dense()), (queries, keys, block_size)
         for kind in ("kv", "full_kv"):
             counts = getattr(got, f"{kind}_num_blocks")
             assert torch.equal(counts, getattr(expected, f"{kind}_num_blocks")), (queries, keys, block_size)
             for row, count in enumerate(counts[0, 0].tolist()):
                 listed, wanted = (getattr(m, f"{kind}_indices")[0, 0, row, :count] for m in (got, expected))
                 assert torch.equal(listed, wanted), (queries, keys, block_size)
+        full_and_partial += int(got.kv_num_blocks.sum() > 0 and got.full_kv_num_blocks.sum() > 0)
         for kind in ("q", "full_q"):  # the transposed lists, read when gradients are wanted
             assert torch.equal(getattr(got, f"{kind}_num_blocks"), getattr(expected, f"{kind}_num_blocks"))
         q_idx, k_idx = torch.arange(len(queries))[:, None], torch.arange(len(keys))
         assert torch.equal(got.mask_mod(0, 0, q_idx, k_idx), visible(chunk, queries, keys))
+    assert full_and_partial >= (5 if chunk is None or chunk > 3 else 0)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_moved_back_masks_are_the_same(chunk: int | None) -> None:
+    generator = random.Random(4)
+    for _ in range(200):
+        queries, keys = random_ranges(generator)
+        far = generator.choice([0, 10_000_000])
+        queries, keys = (range(x.start + far, x.stop + far) for x in (queries, keys))
+        moved = AttentionMask(chunk).moved_back(queries, keys)
+        assert [len(x) for x in moved] == [len(queries), len(keys)]
+        assert torch.equal(visible(chunk, *moved), visible(chunk, queries, keys)), (queries, keys)
+        assert all(0 <= x.start < 100 + (chunk or 0) for x in moved)
+    if chunk is None:
+        for start in (0, 100, 9_999_900):  # what is wholly seen has one mask
+            assert AttentionMask().moved_back(range(10_000_000, 10_000_005), range(start, start + 50)) == (
+                range(50, 55), range(50))

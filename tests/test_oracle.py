@@ -11,12 +11,14 @@ from naive_model import naive_logits
 from paths import PATHS
 from toy_checkpoints import KINDS, LENGTHS, SCALES, Toy, Toys
 
-from model.backends import BACKENDS
 from model.checkpoint import load_checkpoint
+from model.config import BACKEND_NAMES
 from model.transformer import Transformer
 
 TOLERANCE = 1e-5  # of the oracle's largest logit
 CASES = [*((1, length) for length in LENGTHS), (2, 33)]  # (batch, length)
+
+pytestmark = pytest.mark.usefixtures("small_products")
 
 ModelFactory = Callable[[Path, str], Transformer]  # (checkpoint folder, attention backend)
 
@@ -26,7 +28,7 @@ def load(folder: Path, attention: str) -> Transformer:
 
 
 def differences(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
-                backends: Iterable[str] = tuple(BACKENDS)) -> dict[str, float]:
+                backends: Iterable[str] = BACKEND_NAMES) -> dict[str, float]:
     """Largest difference from the oracle, relative to its largest logit, by backend, path, batch and length."""
     found = {}
     for backend in backends:
@@ -42,7 +44,7 @@ def differences(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, i
 
 
 def check_against_oracle(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
-                         backends: Iterable[str] = tuple(BACKENDS)) -> None:
+                         backends: Iterable[str] = BACKEND_NAMES) -> None:
     """Fails where the model disagrees with the oracle; a NaN disagrees."""
     found = differences(make_model, toy, cases, backends)
     wrong = {case: value for case, value in found.items() if not value <= TOLERANCE}
@@ -66,14 +68,14 @@ def test_as_close_to_the_naive_float64_model_as_the_oracle(toys: Toys, name: str
     exact = naive_logits(toy.oracle.config.get_text_config(), toy.oracle.state_dict(), ids[0])
     error = (theirs - exact).abs().max()
     assert error <= TOLERANCE * exact.abs().max()
-    for backend in BACKENDS:
+    for backend in BACKEND_NAMES:
         assert (load(toy.folder, backend)(ids) - exact).abs().max() <= 4 * error, backend
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_of_the_last_position_or_of_none(toys: Toys, name: str) -> None:
     toy = toys(name, 0.25)
-    for backend in BACKENDS:
+    for backend in BACKEND_NAMES:
         model = load(toy.folder, backend)
         ids, expected = toy.case(2, 33)
         last = model(ids, logits="last")
@@ -115,7 +117,7 @@ def test_low_precision_is_about_as_good_as_the_oracles(toys: Toys, std: float) -
     theirs = type(toy.oracle).from_pretrained(toy.folder, dtype=torch.bfloat16)
     with torch.no_grad():
         budget = (theirs(ids, use_cache=False).logits.float() - expected).abs().flatten(0, 1).mean(-1).median()
-    for backend in BACKENDS:
+    for backend in BACKEND_NAMES:
         model = load_checkpoint(toy.folder, dtype=torch.bfloat16, attention=backend)
         logits = model(ids)
         assert logits.dtype == torch.bfloat16

@@ -18,6 +18,7 @@ from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
 from l4ctx.memory import parse_size
+from l4ctx import processor
 from l4ctx.plan import (
     MARGIN_BYTES,
     PREFILL_CHUNK_SIZES,
@@ -410,8 +411,14 @@ def test_tokens_that_fit() -> None:
     assert in_memory - tokens_that_fit(answer, Room(host=30 * GIB)) == pytest.approx(1000, abs=50)
 
 
-def test_which_dtype_auto_is() -> None:
+def test_which_dtype_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = {"on_accelerator": False, "available": 1600}
+    for flags in ({"avx512_bf16"}, {"amx_bf16", "avx512_bf16"}):
+        monkeypatch.setattr(processor, "processor_flags", lambda flags=flags: frozenset(flags))
+        assert computing_dtype("auto", "bfloat16", 99, **auto) == "bfloat16"
+        assert computing_dtype("auto", "float32", 99, **auto) == "float32"
+        assert computing_dtype("auto", "float16", 99, **auto) == "float32"
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2", "bf16"}))
     assert computing_dtype("auto", "bfloat16", 99, **auto) == "float32"
     assert computing_dtype("auto", "bfloat16", 100, **auto) == "bfloat16"
     assert computing_dtype("auto", "float16", 100, on_accelerator=False, available=None) == "float32"

@@ -1,0 +1,144 @@
+"""The `bench` command as a person types it: options, what is refused at once, and the output."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from l4ctx import options
+from l4ctx.exits import UsageError, check_stdout, errors_as_exit_codes, write, write_json
+from l4ctx.inputs import choice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from l4ctx.bench import BenchRequest
+
+DEFAULT_LENGTHS = "4096,16384"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PEERS = "transformers, llama.cpp, or llama.cpp=/path/to/llama-bench"
+
+
+def bench(
+    model: options.Model = None,
+    config: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="A config.json, or its folder: random weights of that size, made in memory.",
+        show_default=False)] = None,
+    tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths to read.")] = DEFAULT_LENGTHS,
+    decode: Annotated[int, typer.Option(
+        "--decode", min=0, metavar="N", help="Tokens to decode behind the first one; 0 for none.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that everything is measured, in turn.")] = 3,
+    compare: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", help=f"Run the same work there: {PEERS}. Can be repeated.", show_default=False)] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(
+        metavar="FILE", help="For llama.cpp, instead of files made from the checkpoint. Can be repeated.",
+        show_default=False)] = None,
+    ceilings: Annotated[bool, typer.Option(
+        "--ceilings/--no-ceilings", help="Measure what the machine does at best, and the share reached.")] = True,
+    dtype: Annotated[str, typer.Option(
+        metavar="auto|float32|bfloat16|float16", help="Type to compute in, of every engine. auto: each one's "
+        "fastest.")] = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = None,
+    prefill_chunk_size: options.PrefillChunkSize = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure reading and decoding speed, time to the first token and memory, here and in other programs.
+
+    l4ctx bench --model DIR --tokens 4096,16384,65536
+
+    l4ctx bench --config config.json --compare transformers --compare llama.cpp=/path/to/llama-bench
+
+    Each engine runs in processes of its own, in turn, in its fastest dtype and batch size.
+    """
+    def request() -> BenchRequest:
+        from l4ctx.bench import BenchRequest
+        from model.config import BACKEND_NAMES
+
+        check_stdout("to")
+        choice("--dtype", dtype, *DTYPES)
+        choice("--attention", attention or "sdpa", *BACKEND_NAMES)
+        if config is None and model is None:
+            raise UsageError("nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
+                             "weights of a --config FILE")
+        peers = dict(_peer(text) for text in compare or [])
+        if gguf and "llama.cpp" not in peers:
+            raise UsageError("--gguf is for --compare llama.cpp")
+        for file in gguf or []:
+            if not file.is_file():
+                raise UsageError(f"--gguf {file}: no such file")
+        return BenchRequest(
+            _lengths(tokens), model=model if config is None else None, config=config, decode_tokens=decode,
+            rounds=rounds, dtype=dtype, device=device, attention=attention, prefill_chunk_size=prefill_chunk_size,
+            compares_transformers="transformers" in peers, llama_bench=peers.get("llama.cpp"),
+            gguf_files=tuple(gguf or ()), ceilings=ceilings)
+
+    with errors_as_exit_codes(), _termination_as_interruption():
+        _bench(request(), json=json, quiet=quiet)
+
+
+def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
+    """Measures; prints the report."""
+    from l4ctx.bench import Benchmark
+    from l4ctx.terminal import notes, rendered, stderr_console
+
+    console = stderr_console()
+    with _status(console, quiet=quiet) as working:
+        report = Benchmark(request, notes(console, quiet=quiet), working).run()
+    if json:
+        write_json(report.as_dict())
+        return
+    from l4ctx.bench_table import bench_table
+
+    write(rendered(bench_table(report)))
+
+
+@contextmanager
+def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Within it a terminal shows what is being done."""
+    from l4ctx.terminal import show_waiting, without_controls
+
+    with nullcontext() if quiet else show_waiting(console) as shown:
+        yield lambda text: shown.update(without_controls(text)) if hasattr(shown, "update") else None
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Within it SIGTERM ends as Ctrl-C does: the process that is being measured too, and no file is left."""
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Ascending, each once."""
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UsageError(f"--tokens: {text!r} is not a list of numbers such as {DEFAULT_LENGTHS}") from None
+    if lengths[0] < 2:
+        raise UsageError(f"--tokens: {lengths[0]} is too few; at least 2 tokens are measured")
+    return tuple(lengths)
+
+
+def _peer(text: str) -> tuple[str, str]:
+    """An engine's name and the path of its program, if it has one."""
+    from l4ctx.bench_llama import check_program
+
+    name, is_given, path = text.partition("=")
+    if name == "llama.cpp" and not (is_given and not path):
+        return name, check_program(path)
+    if text != "transformers":
+        raise UsageError(f"--compare: {text!r} is not one of {PEERS}")
+    return name, ""

@@ -1,0 +1,74 @@
+"""Files that other engines need to run the same work: checkpoints of random weights, corrected configs, GGUF files.
+
+All of them lie in one temporary folder that goes when the benchmark ends. Disk space is checked before any is written;
+workers write them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from l4ctx.bench_gguf import DTYPES, check_supported, gguf_bytes
+from l4ctx.bench_jobs import WorkerJob
+from l4ctx.bench_process import run_worker
+from l4ctx.memory import available_disk, human_bytes
+from l4ctx.plan import MemoryPlanError
+from model.config import TextConfig
+
+MARGIN_BYTES = 2**30
+"""Left free on the disk: files' headers, and the ceilings' own file of 256 MiB."""
+
+
+def check_disk(needed: int, scratch: Path, why: str) -> None:
+    """Raises MemoryPlanError if the temporary folder has no room for so many bytes."""
+    free = available_disk(scratch)
+    if free is not None and needed + MARGIN_BYTES > free:
+        raise MemoryPlanError(f"{why} needs {human_bytes(needed + MARGIN_BYTES)} in {scratch}, and "
+                              f"{human_bytes(free)} are free; set TMPDIR to a folder on a larger disk, or "
+                              "leave the comparison out")
+
+
+def write_checkpoint(raw: dict[str, Any], dtype: str, scratch: Path) -> Path:
+    """A checkpoint of random weights, from a worker. Raises WorkerError."""
+    folder = scratch / "checkpoint"
+    folder.mkdir()
+    run_worker(WorkerJob("checkpoint", config=raw, dtype=dtype, output=str(folder)))
+    return folder
+
+
+def write_gguf(folder: Path, config: TextConfig, kind: str, scratch: Path) -> Path:
+    """A GGUF file of the checkpoint, from a worker. Raises WorkerError, GGUFError and MemoryPlanError."""
+    check_supported(config)
+    check_disk(gguf_bytes(config, kind), scratch, f"a GGUF file in {kind}")
+    file = scratch / f"{kind}.gguf"
+    run_worker(WorkerJob("gguf", folder=str(folder), dtype=kind, output=str(file)))
+    return file
+
+
+def kinds_of(dtype: str) -> list[str]:
+    """The GGUF types to try for a `--dtype`."""
+    return [kind for kind, name in DTYPES.items() if dtype in ("auto", name)]
+
+
+def folder_for_transformers(folder: Path, scratch: Path) -> Path:
+    """The checkpoint as transformers 5 accepts it: published files say `attn_temperature_tuning: 4` for true.
+
+    Where that must be changed, a folder in `scratch` with links to everything but config.json.
+    """
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
+    wrong = [part for part in parts if not isinstance(part.get("attn_temperature_tuning", True), bool)]
+    if not wrong:
+        return folder
+    for part in wrong:
+        part["attn_temperature_tuning"] = bool(part["attn_temperature_tuning"])
+    linked = scratch / "transformers"
+    linked.mkdir()
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            os.symlink(file.resolve(), linked / file.name)
+    (linked / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    return linked

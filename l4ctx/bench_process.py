@@ -1,0 +1,118 @@
+"""Runs the benchmark's processes one at a time: hands over a job, watches memory, tells how one failed.
+
+Imports no torch. A process that is running when the benchmark is interrupted is ended before the interruption goes
+on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+from l4ctx.bench_jobs import WorkerJob
+from l4ctx.exits import CODE_OF_ERROR
+from l4ctx.memory import ProcessMemory, process_memory
+
+WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench_worker import main; main()")
+SAMPLING_SECONDS = 0.02
+
+
+class WorkerError(Exception):
+    """A process of the benchmark that failed; the message says how, in one line."""
+
+    def __init__(self, message: str, known: str | None = None) -> None:
+        super().__init__(message)
+        self.known = known
+        """Name of the error's class, if it is one that a user can cause (l4ctx.exits.CODE_OF_ERROR)."""
+
+    def raise_as_known(self, doing: str = "") -> NoReturn:
+        """Raises what the worker raised, if that has an exit code of its own; otherwise one like itself that says at
+        what it failed."""
+        if self.known is None:
+            raise WorkerError(f"{doing}: {self}" if doing else str(self)) from None
+        module, _, name = self.known.rpartition(".")
+        raise getattr(importlib.import_module(module), name)(str(self)) from None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process wrote, and its resident memory at the most; None where the system does not tell."""
+
+    stdout: str
+    stderr: str
+    peak: ProcessMemory | None
+
+
+def run_worker(job: WorkerJob) -> dict[str, Any]:
+    """The job's result, from a fresh process. Raises WorkerError."""
+    done = run_apart(WORKER, job.to_json())
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(result, dict)
+    except (IndexError, ValueError, AssertionError):
+        raise WorkerError(f"no result ({last_line(done.stderr)})") from None
+    if (message := result.get("error")) is not None:
+        known = result.get("class")
+        raise WorkerError(str(message), known if known in CODE_OF_ERROR else None)
+    return result
+
+
+def run_apart(command: Sequence[str], text: str = "") -> Finished:
+    """Runs a command with `text` as its standard input. Raises WorkerError if it cannot start or fails."""
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(text.encode())
+        stdin.seek(0)
+        try:
+            process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
+        except OSError as error:
+            raise WorkerError(f"{command[0]}: cannot be started ({error.strerror})") from None
+        try:
+            peak = _wait(process)
+        finally:
+            process.kill()
+            process.wait()
+        written, complaints = _content(stdout), _content(stderr)
+    if process.returncode < 0:
+        raise WorkerError(f"killed by {_signal_name(-process.returncode)}"
+                          + (" (out of memory?)" if process.returncode == -signal.SIGKILL else ""))
+    if process.returncode > 0:
+        raise WorkerError(f"{last_line(complaints)} (exit code {process.returncode})")
+    return Finished(written, complaints, peak)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> ProcessMemory | None:
+    """Until the process ends; its memory at the most, as far as samples show it."""
+    peak: ProcessMemory | None = None
+    while True:
+        try:
+            process.wait(SAMPLING_SECONDS)
+            return peak
+        except subprocess.TimeoutExpired:
+            now = process_memory(process.pid)
+            if now is not None:
+                peak = now if peak is None else peak.most(now)
+
+
+def _content(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read().decode("utf-8", "replace")
+
+
+def last_line(text: str) -> str:
+    """What an error output ends with, for a person."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,74 @@
+"""How near the measured speed comes to what the machine's pieces allow: closed forms and their ratios. No torch.
+
+Only useful work counts: what a mask hides, what is skipped and what is computed twice is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from model.config import Operations, TextConfig, layer_parameters, reading_operations
+
+
+def first_token_operations(config: TextConfig, tokens: int) -> Operations:
+    """To read `tokens` tokens and compute the logits behind them: of the last layer one token, and its keys and values
+    of all."""
+    c, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    read, last = reading_operations(config, 0, tokens), config.num_hidden_layers - 1
+    linear = 2 * layer_parameters(config, last, active=True) - 2 * 2 * c * kv + 2 * c * config.vocab_size
+    pairs = 4 * q * visible_tokens(config, last, tokens - 1)
+    is_chunked = config.uses_rope(last)
+    return replace(read, linear=read.linear + linear,
+                   chunked_attention=read.chunked_attention + (pairs if is_chunked else 0),
+                   full_attention=read.full_attention + (0 if is_chunked else pairs))
+
+
+def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
+    """Keys that the query at a position sees in a layer, its own included."""
+    return position % config.attention_chunk_size + 1 if config.uses_rope(layer) else position + 1
+
+
+def decode_bytes(config: TextConfig, position: int, itemsize: int) -> int:
+    """Bytes that must be read at least once to decode the token at a position: the weights that it is multiplied with,
+    one row of the embeddings, and the keys and values that it sees."""
+    c, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    biases = config.num_attention_heads * config.head_dim + 2 * kv + c if config.attention_bias else 0
+    elements = c + c + c * config.vocab_size  # an embedding, the last norm, the logits
+    for layer in range(config.num_hidden_layers):
+        elements += layer_parameters(config, layer, active=True) + 2 * c + biases
+        elements += 2 * kv * visible_tokens(config, layer, position)
+    return elements * itemsize
+
+
+def decoding_bytes(config: TextConfig, tokens: int, decode_tokens: int, itemsize: int) -> int:
+    """Of all tokens that are decoded after the first one, behind `tokens` tokens."""
+    return sum(decode_bytes(config, position, itemsize) for position in range(tokens, tokens + decode_tokens))
+
+
+def prefill_share(config: TextConfig, tokens: int, seconds: float, ceilings: Mapping[str, Any], dtype: str,
+                  attention: str | None) -> dict[str, Any] | None:
+    """Seconds that the kernels alone would take for the useful operations, and the measured time as a multiple of it.
+
+    None where a kernel's ceiling is not known.
+    """
+    product = ceilings["product"].get(dtype)
+    kernel = ceilings["attention"].get(attention or "", {}).get(dtype)
+    if product is None or kernel is None:
+        return None
+    operations = first_token_operations(config, tokens)
+    predicted = operations.linear / product + (operations.chunked_attention + operations.full_attention) / kernel
+    return {"linear_operations": operations.linear, "chunked_attention_operations": operations.chunked_attention,
+            "full_attention_operations": operations.full_attention, "predicted_seconds": predicted,
+            "seconds": seconds, "times_predicted": seconds / predicted,
+            "operations_per_second": operations.total / seconds}
+
+
+def decode_share(config: TextConfig, tokens: int, decode_tokens: int, seconds: float, ceilings: Mapping[str, Any],
+                 itemsize: int) -> dict[str, Any]:
+    """The same for decoding, by bytes that must be read and the best rate of reading weights."""
+    count, rate = decoding_bytes(config, tokens, decode_tokens, itemsize), max(ceilings["read"].values())
+    return {"bytes": count, "predicted_seconds": count / rate, "seconds": seconds,
+            "times_predicted": seconds * rate / count, "bytes_per_second": count / seconds}

@@ -1,0 +1,140 @@
+"""The benchmark's report for people: a table for each length with a column for each engine, ceilings, shares."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from l4ctx.bench_report import OWN, BenchReport, Figures
+from l4ctx.memory import human_bytes
+from l4ctx.terminal import human_seconds, without_controls
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Row = tuple[str, Callable[[Figures], str]]
+
+
+def bench_table(report: BenchReport) -> RenderableType:
+    """Everything that a person wants of it."""
+    parts: list[RenderableType] = [_about(report)]
+    for tokens in report.lengths:
+        parts += _engines(report, tokens)
+    if report.median_ceilings is not None:
+        parts += [*_ceilings(report.median_ceilings), Text(), *(_shares(report, tokens) for tokens in report.lengths)]
+    parts += [_line(f"failed: {text}") for text in report.failures]
+    return Group(*parts)
+
+
+def _about(report: BenchReport) -> Text:
+    machine, model = report.machine, report.model
+    weights = "random weights of" if model["random_weights"] else "checkpoint"
+    threads = machine["threads"]
+    return _line(f"{weights} {model['path']} ({model['parameters']:,} weights); "
+                 f"{machine['accelerator'] or machine['cpu']}, {threads} thread{'s' * (threads != 1)}, "
+                 f"torch {machine['torch']}, {machine['date']}")
+
+
+def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
+    """A row a figure, so that it fits into a narrow terminal."""
+    figures = report.figures(tokens)
+    if not figures:
+        return []
+    rounds = max(len(column.prefill_rates) for column in figures)
+    title = f"{tokens:,} tokens, median of {rounds} round{'s' * (rounds != 1)}"
+    table = _table([column.candidate.engine for column in figures])
+    decoded = f"{report.decode_tokens} more, tokens/s"
+    rows: list[Row] = [
+        ("version", lambda column: column.version or ""),
+        ("dtype", lambda column: column.candidate.dtype),
+        ("attention", lambda column: column.candidate.attention or ""),
+        ("tokens at a time", lambda column: f"{column.candidate.batch_size:,}"),
+        ("first token after", lambda column: _seconds(column.first_token_seconds)),
+        ("prefill, tokens/s", lambda column: _rate(statistics.median(column.prefill_rates))),
+        ("  lowest to highest", lambda column: _range(column.prefill_rates)),
+        (decoded, lambda column: _rate(statistics.median(column.decode_rates)) if column.decode_rates else ""),
+        ("  lowest to highest", lambda column: _range(column.decode_rates)),
+        ("memory, at the most", lambda column: _bytes(column.peak)),
+        ("  anonymous, above weights", lambda column: _bytes(column.peak_above_weights)),
+        ("keys and values", lambda column: _bytes(column.keys_values)),
+    ]
+    if len(figures) > 1:
+        rows += [("l4ctx is so many times as fast", lambda column: _times(column, column.prefill_ratios)),
+                 ("  in decoding", lambda column: _times(column, column.decode_ratios))]
+    for name, cell in rows:
+        cells = [without_controls(cell(column)) for column in figures]
+        if any(cells):
+            table.add_row(name, *cells)
+    return [*_title(title), table]
+
+
+def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
+    """A column a dtype; what has no dtype stands in the first."""
+    dtypes = list(ceilings["product"])
+    table = _table(dtypes)
+    table.add_row("matrix product, GFLOP/s", *(_giga(ceilings["product"][dtype]) for dtype in dtypes))
+    for name, rates in ceilings["attention"].items():
+        table.add_row(f"attention ({name}), GFLOP/s", *(_giga(rates.get(dtype)) for dtype in dtypes))
+    table.add_row("reading weights, GB/s", *(_giga(ceilings["read"].get(dtype)) for dtype in dtypes))
+    table.add_row("copying memory, GB/s", _giga(ceilings["copy"]))
+    cached = ", from the system's cache" if ceilings["disk_is_cached"] else ""
+    table.add_row(f"reading a file, MB/s{cached}", f"{ceilings['disk'] / 1e6:,.0f}")
+    return [*_title("the machine's ceilings"), table]
+
+
+def _shares(report: BenchReport, tokens: int) -> Text:
+    shares = report.shares(tokens)
+    parts = []
+    if (prefill := shares.get("prefill")) is not None:
+        parts.append(f"the prefill's time is {prefill['times_predicted']:.2f} times what the kernels alone would take")
+    if (decode := shares.get("decode")) is not None:
+        parts.append(f"decoding takes {decode['times_predicted']:.2f} times as long as reading what it must "
+                     f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token)")
+    return _line(f"l4ctx, {tokens:,} tokens: {'; '.join(parts)}" if parts else
+                 f"l4ctx, {tokens:,} tokens: no share (the kernels' ceilings are not known)")
+
+
+def _title(text: str) -> list[RenderableType]:
+    """Not the table's own, which would be wrapped where the table is narrow."""
+    return [Text(), Text(text, style="bold")]
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _line(text: str) -> Text:
+    return Text(without_controls(text))
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _range(rates: Sequence[float]) -> str:
+    return f"{_rate(min(rates))} to {_rate(max(rates))}" if len(rates) > 1 else ""
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else human_bytes(count)
+
+
+def _giga(rate: float | None) -> str:
+    return "" if rate is None else f"{rate / 1e9:,.1f}"
+
+
+def _times(column: Figures, ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f}" if ratios and column.candidate.engine != OWN else ""
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else human_seconds(seconds)

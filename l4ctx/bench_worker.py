@@ -1,0 +1,172 @@
+"""A worker process of the benchmark: reads one job as JSON from standard input, writes one line of JSON.
+
+Measures l4ctx by the same functions that `l4ctx ask` calls, and hands other tasks to their modules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from l4ctx.bench_jobs import WARM_UP_DECODE, WARM_UP_TOKENS, Measurement, TimedRun, WorkerJob
+from l4ctx.exits import CODE_OF_ERROR
+from l4ctx.memory import PeakSampler, process_memory
+from model.config import TextConfig
+
+
+def main() -> None:
+    """Entry point of a worker. What a user can cause is reported by class and message, the rest by its traceback."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    job = WorkerJob.from_json(sys.stdin.read())
+    try:
+        result = TASKS[job.task](job)
+    except Exception as error:
+        name = f"{type(error).__module__}.{type(error).__qualname__}"
+        if name not in CODE_OF_ERROR:
+            raise
+        result = {"error": " ".join(str(error).splitlines()) or "out of memory", "class": name}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def text_config(job: WorkerJob) -> TextConfig:
+    """Of the checkpoint, or of the random weights."""
+    if job.config is not None:
+        return TextConfig.from_dict(job.config)
+    assert job.folder is not None
+    return TextConfig.from_folder(Path(job.folder))
+
+
+def token_ids(config: TextConfig, tokens: int) -> list[int]:
+    """The same random ids for every engine that can be given some."""
+    import torch
+
+    return torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def measure_machine(job: WorkerJob) -> dict[str, Any]:
+    """What torch sees here, and the checkpoint's weights: how many, and their dtype.
+
+    Raises RequestError for a device that there is not, CheckpointError and ConfigError.
+    """
+    import torch
+
+    from l4ctx.ask import _device
+    from model.checkpoint import DTYPES, checked_tensors
+    from model.config import parameter_count
+
+    config, device = text_config(job), _device(job.device)
+    parameters, stored = parameter_count(config), config.torch_dtype
+    if job.folder is not None:
+        tensors = checked_tensors(Path(job.folder), config)
+        stored = str(DTYPES[tensors["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    on_gpu = device.type == "cuda"
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
+            "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
+            "accelerator_free": torch.cuda.mem_get_info(device)[0] if on_gpu else None,
+            "parameters": parameters, "stored_dtype": stored if stored in ("float32", "bfloat16", "float16")
+            else "float32"}
+
+
+def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
+    """Loads a checkpoint as `ask` does, or makes random weights; reads and decodes as `ask` does."""
+    import torch
+
+    from cache.hybrid import HybridKVCache
+    from l4ctx.bench_weights import random_model
+    from l4ctx.generate import generate
+    from l4ctx.prefill import prefill
+    from model.checkpoint import load_checkpoint
+
+    began, dtype = time.perf_counter(), getattr(torch, job.dtype)
+    if job.folder is not None:
+        model = load_checkpoint(job.folder, dtype=dtype, device=job.device, attention=job.attention)
+    else:
+        model = random_model(text_config(job), dtype=dtype, device=job.device, attention=job.attention)
+    load_seconds = time.perf_counter() - began
+    ids = token_ids(model.config, job.tokens)
+
+    def run(tokens: int, decode_tokens: int) -> TimedRun:
+        cache = HybridKVCache(model.config, length=tokens + decode_tokens + 1, dtype=dtype, device=model.device)
+        began = time.perf_counter()
+        steps = [(len(step.step), step.step_seconds)
+                 for step in prefill(model, cache, ids[:tokens - 1], prefill_chunk_size=job.batch_size)]
+        answer = generate(model, cache, ids[tokens - 1], max_new_tokens=1 + decode_tokens, stop_tokens=frozenset())
+        token = next(answer)
+        first = time.perf_counter()
+        for _ in answer:
+            pass
+        held = cache.held()
+        return TimedRun(first - began, time.perf_counter() - first, token,
+                        held.rope_windows + held.nope_device + held.nope_host + held.nope_disk, tuple(steps))
+
+    return measured(job, run, load_seconds, version("l4ctx")).as_dict()
+
+
+def measure_transformers(job: WorkerJob) -> dict[str, Any]:
+    import transformers
+
+    from l4ctx.bench_transformers import loaded
+
+    began = time.perf_counter()
+    run = loaded(job, token_ids(text_config(job), job.tokens))
+    return measured(job, run, time.perf_counter() - began, transformers.__version__).as_dict()
+
+
+def measured(job: WorkerJob, run: Callable[[int, int], TimedRun], load_seconds: float, version: str) -> Measurement:
+    """A short run that warms up, then the one that counts, with its memory. `run` takes tokens to read and decode."""
+    import torch
+
+    run(min(WARM_UP_TOKENS, job.tokens), min(WARM_UP_DECODE, job.decode_tokens))
+    before, on_gpu = process_memory(), torch.device(job.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(job.device)
+    with PeakSampler() as sampler:
+        timed = run(job.tokens, job.decode_tokens)
+    memory: dict[str, int] = {}
+    if before is not None and (peak := sampler.peak) is not None:
+        memory = {"peak_anonymous": peak.anonymous, "peak_file_backed": peak.file_backed,
+                  "peak_above_weights": peak.anonymous - before.anonymous}
+    if on_gpu:
+        memory["peak_accelerator"] = torch.cuda.max_memory_allocated(job.device)
+    return Measurement(
+        job.tokens, job.decode_tokens, timed.first_token_seconds, timed.decode_seconds if job.decode_tokens else None,
+        load_seconds=load_seconds, keys_values=timed.keys_values, threads=torch.get_num_threads(),
+        first_token=timed.first_token, version=version, steps=timed.steps, **memory)
+
+
+def measure_ceilings(job: WorkerJob) -> dict[str, Any]:
+    from l4ctx.ceilings import measure
+
+    return measure(text_config(job), job.device)
+
+
+def write_checkpoint(job: WorkerJob) -> dict[str, Any]:
+    import torch
+
+    from l4ctx.bench_weights import write_random_checkpoint
+
+    assert job.config is not None and job.output is not None
+    write_random_checkpoint(job.config, text_config(job), Path(job.output), getattr(torch, job.dtype))
+    return {}
+
+
+def write_gguf(job: WorkerJob) -> dict[str, Any]:
+    from l4ctx.bench_gguf import write_gguf
+
+    assert job.folder is not None and job.output is not None
+    write_gguf(Path(job.folder), text_config(job), Path(job.output), job.dtype)
+    return {}
+
+
+TASKS = {"machine": measure_machine, "l4ctx": measure_l4ctx, "transformers": measure_transformers,
+         "ceilings": measure_ceilings, "checkpoint": write_checkpoint, "gguf": write_gguf}

@@ -1,0 +1,133 @@
+"""What this machine does at best, piece by piece: matrix products, attention kernels, memory, disk.
+
+Each is measured alone, on sizes that no cache holds or that fill the kernels; nothing of a model is run. Rates are the
+best of a short time, in operations or bytes a second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.backends import KVSegment, attend
+from model.config import BACKEND_NAMES, TextConfig
+from model.masks import AttentionMask
+from model.registry import backend as backend_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+SLOW_BACKENDS = ("eager", "flex")  # references, not kernels
+SECONDS = 0.3
+"""Of each measurement, but for the first call."""
+
+SMALL, HOPELESS_RATE = 256, 1e10
+"""A product of this size decides whether a dtype is worth more time: not at less than so many operations a second."""
+
+BYTES = 2**28  # of a weight that is read, a copy, a file
+QUERIES, KEYS = 1024, 4096  # of one attention call
+
+
+def measure(config: TextConfig, device: str) -> dict[str, Any]:
+    """All rates, as plain numbers a second: "product" and "attention" by dtype in operations, the rest in bytes."""
+    with torch.inference_mode():
+        products = {dtype: rate for dtype in DTYPES if (rate := product_rate(dtype, device)) is not None}
+        attention = {name: {dtype: attention_rate(config, name, dtype, device) for dtype in products}
+                     for name in BACKEND_NAMES if name not in SLOW_BACKENDS}
+        reads = {dtype: read_rate(config.hidden_size, dtype, device) for dtype in products}
+        copy = copy_rate(device)
+    return {"product": products, "attention": attention, "read": reads, "copy": copy, **disk_rate()}
+
+
+def product_rate(dtype: str, device: str) -> float | None:
+    """Operations a second of a large matrix product; None for a dtype that this machine has no fast one for."""
+    made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    try:
+        for size in (SMALL, 2048 if device == "cpu" else 8192):
+            x, weight = torch.ones(size, size, **made), torch.ones(size, size, **made)
+            rate = 2 * size**3 / best_seconds(partial(F.linear, x, weight), device)
+            if size == SMALL and device == "cpu" and rate < HOPELESS_RATE:
+                return None
+    except RuntimeError:  # a dtype that this device has no product of
+        return None
+    return rate
+
+
+def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) -> float | None:
+    """Operations a second where every query sees every key, with the model's heads; None if it cannot do that."""
+    h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    queries = torch.randn(1, QUERIES, h, d, **made).transpose(1, 2)  # as a projection leaves them
+    segment = KVSegment(torch.randn(1, h_kv, KEYS, d, **made), torch.randn(1, h_kv, KEYS, d, **made), 0)
+    positions, mask = range(KEYS, KEYS + QUERIES), AttentionMask(None)
+    try:
+        seconds = best_seconds(lambda: attend(queries, positions, [segment], mask, backend_of(backend)), device)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return 4 * h * d * QUERIES * KEYS / seconds
+
+
+def read_rate(width: int, dtype: str, device: str) -> float:
+    """Bytes a second of a weight that one row is multiplied with, as in decoding."""
+    made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    rows = BYTES // (width * made["dtype"].itemsize)
+    weight, x = torch.ones(rows, width, **made), torch.ones(1, width, **made)
+    return weight.nbytes / best_seconds(partial(F.linear, x, weight), device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes copied a second: each is read once and written once."""
+    source, target = (torch.ones(BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    return BYTES / best_seconds(partial(target.copy_, source), device)
+
+
+def disk_rate() -> dict[str, Any]:
+    """Bytes a second of a file in the temporary folder, read once; and whether they came from memory after all."""
+    piece = os.urandom(2**20) * 8
+    with tempfile.TemporaryFile(buffering=0) as file:
+        for _ in range(BYTES // len(piece)):
+            file.write(piece)
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        buffer, before, began = bytearray(len(piece)), _bytes_from_disk(), time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        seconds = time.perf_counter() - began
+    after = _bytes_from_disk()
+    is_cached = before is None or after is None or after - before < 0.9 * BYTES
+    return {"disk": BYTES / seconds, "disk_is_cached": is_cached}
+
+
+def _bytes_from_disk() -> int | None:
+    """That this process has had fetched so far, as /proc/self/io counts them; None where there is no such file."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("read_bytes:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def best_seconds(work: Callable[[], Any], device: str) -> float:
+    """Of one call, in the best of as many as fit into SECONDS; the first one warms up, unless it took long itself."""
+    def timed() -> float:
+        began = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    best = timed()
+    if best > 2 * SECONDS:
+        return best
+    began, best = time.perf_counter(), math.inf
+    while best == math.inf or time.perf_counter() - began < SECONDS:
+        best = min(best, timed())
+    return best
