@@ -6,7 +6,6 @@ imported, shards before text is tokenized, memory before weights are loaded. Pri
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SKIPPED_LINES = 12
-if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # read by OpenMP when torch is loaded: its threads
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # else wait in loops of milliseconds, in all for seconds where cores are busy
 
 
 @dataclass
@@ -202,7 +199,7 @@ class Run:
 
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
-                                     attention=self._attention)
+                                     attention=self._attention, is_mapped=self.plan.weights_are_mapped)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
         self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,

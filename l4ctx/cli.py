@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 import typer
 
 from l4ctx import options
-from l4ctx.bench_command import bench
+from l4ctx.bench.command import bench
 from l4ctx.exits import (
     EXIT_CODES,
     INTERRUPTED,
@@ -32,6 +32,7 @@ from l4ctx.exits import (
     write_json,
 )
 from l4ctx.inputs import choice, inputs, paths_or_pipe, warn_of_forgotten_pipe
+from l4ctx.processor import share_cores
 
 if TYPE_CHECKING:
     from l4ctx.ask import Run
@@ -44,6 +45,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 def main() -> NoReturn:
     """Entry point of the `l4ctx` command."""
+    share_cores()
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:

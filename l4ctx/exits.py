@@ -28,7 +28,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.manifest.ContextError": CONTEXT, "cache.disk.DiskError": CONTEXT, "cache.disk.DiskFullError": MEMORY,
     "l4ctx.plan.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
     "l4ctx.generate.GenerationConfigError": CHECKPOINT, "l4ctx.generate.GenerationError": MODEL,
-    "l4ctx.bench_process.WorkerError": MODEL,
+    "l4ctx.bench.process.WorkerError": MODEL,
 }
 
 

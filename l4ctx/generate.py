@@ -108,10 +108,11 @@ def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_to
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token id by its logits (V,). Order of the filters: temperature, top-k, top-p; ties go to the lowest id."""
-    if not all(torch.stack(logits.aminmax()).isfinite().tolist()):  # either is NaN if any logit is
+    smallest, largest = logits.aminmax()  # NaN if any is
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise GenerationError("the model's logits are not finite numbers; try --dtype float32, or check the weights")
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return int((logits == largest).nonzero()[0])  # quicker than argmax on a CPU
     logits = logits.float().cpu()
     order = logits.argsort(descending=True, stable=True)
     ranked = logits[order].double()

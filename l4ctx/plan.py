@@ -28,6 +28,9 @@ FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
 PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 """Tried in this order where the user names none; more tokens at a time are faster and need more for activations."""
 
+SPARE_SHARE = 1 / 4
+"""Of the free memory: what is spent on speed alone."""
+
 WORTH_SAYING = 0.98
 """What leaves more than this share of the lack, and so does not help by itself or with others, is not named."""
 
@@ -66,7 +69,7 @@ class Job:
     prompt_tokens: int
     max_new_tokens: int
     weights: int
-    weights_are_mapped: bool  # pages of the checkpoint's own files, which the system can drop and read again
+    weights_are_mapped: bool  # or may be: pages of the checkpoint's own files, which the system can drop and read again
     dtype: str
     kv_dtype: str = "auto"
     stored_dtype: str | None = None  # the checkpoint's own, whose weights a CPU can map; None: not known
@@ -113,7 +116,20 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, job: Job, room: Room = Room()) -> MemoryPlan:
-        """Chooses tiers, and the prefill chunk size if the user did not, for this room; `check` says if it fits."""
+        """Chooses tiers, and the prefill chunk size if the user did not, for this room; `check` says if it fits.
+
+        Weights that could be mapped are held in memory where there is plenty: they are quicker there.
+        """
+        plan = cls._within(job, room)
+        if job.weights_are_mapped and room.host is not None and job.weights < SPARE_SHARE * room.host:
+            held = cls._within(replace(job, weights_are_mapped=False), room)
+            if not held.missing(room) and (held.residency, held.prefill_chunk_size) == (
+                    plan.residency, plan.prefill_chunk_size):
+                return held
+        return plan
+
+    @classmethod
+    def _within(cls, job: Job, room: Room) -> MemoryPlan:
         plans: list[MemoryPlan] = []
         for size in (job.prefill_chunk_size,) if job.prefill_chunk_size else PREFILL_CHUNK_SIZES:
             plans.append(cls._with(job, room, size))
@@ -383,7 +399,7 @@ def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator:
         return asked
     if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
         return stored
-    return "float32" if available is None or 4 * parameters < available / 4 else stored
+    return "float32" if available is None or 4 * parameters < SPARE_SHARE * available else stored
 
 
 def _least(*limits: int | None) -> int | None:

@@ -43,11 +43,12 @@ class StoredTensor:
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu",
-                    attention: str = "sdpa") -> Transformer:
+                    attention: str = "sdpa", is_mapped: bool = True) -> Transformer:
     """Loads the text model of the checkpoint folder `path`.
 
-    `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. Raises
-    CheckpointError and model.config.ConfigError.
+    `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
+    stored in that dtype stay in the files' mapped pages, unless `is_mapped` is false. Raises CheckpointError and
+    model.config.ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
@@ -57,7 +58,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     if dtype == "auto":
         dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if wanted not in DTYPES.values():
+    if not isinstance(wanted, torch.dtype) or wanted not in DTYPES.values():
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
@@ -65,7 +66,11 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     for file, tensors in by_file.items():
         with _opened(file) as shard:
             for name, tensor in tensors:
-                _assign(model, name, shard.get_tensor(tensor.name).to(device=device, dtype=wanted))
+                weights = shard.get_tensor(tensor.name)
+                if torch.device(device).type == "cpu" and not (is_mapped and weights.dtype == wanted):
+                    _assign(model, name, in_memory(weights, wanted))
+                else:
+                    _assign(model, name, weights.to(device=device, dtype=wanted))
     if config.tie_word_embeddings:
         _tie(folder, model, "lm_head.weight" in stored)
     return model.eval()
@@ -188,6 +193,16 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU. 16-bit experts (E, C_in, C_out) get the strides of (E, C_out, C_in), for layers.linear."""
+    if weights.dim() < 3 or dtype == torch.float32:
+        return weights.to(dtype, copy=True)
+    turned = torch.empty(len(weights), weights.shape[2], weights.shape[1], dtype=dtype)
+    for expert, source in zip(turned, weights, strict=True):
+        expert.copy_(source.to(dtype).t())
+    return turned.transpose(1, 2)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.layers import Linear
+from model.layers import Linear, linear
 
 FEW_COPIES = 8
 """Of tokens for experts: so few go to them one by one, without being sorted."""
@@ -30,7 +30,10 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stored as published: transposed with respect to nn.Linear."""
+    """The routed experts' weights as published: transposed with respect to nn.Linear.
+
+    In memory they may lie as nn.Linear's do, which `model.checkpoint` sees to: one token is then quicker.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -57,10 +60,10 @@ class Experts(nn.Module):
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """x (N, C), all of it for one expert: (N, C)."""
-        return self._gated(x, expert) @ self.down_proj[expert]
+        return linear(self._gated(x, expert), self.down_proj[expert].t())
 
     def _gated(self, x: Tensor, expert: int) -> Tensor:
-        gate, up = (x @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = linear(x, self.gate_up_proj[expert].t()).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
 
@@ -99,9 +102,9 @@ class MoE(nn.Module):
     def _token_by_token(self, tokens: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         """The same for a few tokens (N, C), such as one of an answer, in fewer steps."""
         out = self.shared_expert(tokens)
-        copies = tokens.repeat_interleave(self.top_k, 0).mul_(scores[:, None])
         for n, expert in enumerate(experts.flatten().tolist()):
-            out[n // self.top_k] += self.experts.one(copies[n:n + 1], expert)[0]
+            token = slice(n // self.top_k, n // self.top_k + 1)
+            out[token] += self.experts.one(tokens[token] * scores[n], expert)
         return out
 
 

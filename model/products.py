@@ -49,7 +49,7 @@ def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
     """Every query sees every key. Keys behind the last whole block go to the fused kernel: few shapes of products."""
     if k.shape[0] != q.shape[0]:
         return shared_rows(_rectangle, q, k, v)
-    b, h, t, d = q.shape
+    b, h, t, _ = q.shape
     h_kv, whole = k.shape[1], k.shape[2] // KEY_BLOCK * KEY_BLOCK
     if not _is_worth_it(q, h // h_kv * t) or whole == 0:
         return full(q, k, v)

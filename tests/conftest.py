@@ -36,5 +36,6 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of attention by matrix products so small that toys have several, with edges."""
     from model import products
 
-    for name, value in {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}.items():
+    sizes = {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}
+    for name, value in sizes.items():
         monkeypatch.setattr(products, name, value)

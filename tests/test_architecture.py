@@ -29,8 +29,8 @@ CACHE_LAYERS = (
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = ("model.config", "cache.sizes", "l4ctx.journal", "l4ctx.manifest", "l4ctx.states", "l4ctx.progress",
-                 "l4ctx.plan", "l4ctx.memory", "l4ctx.request", "l4ctx.bench_jobs",
-                 "l4ctx.bench_shares", "l4ctx.bench_report")
+                 "l4ctx.plan", "l4ctx.memory", "l4ctx.request", "l4ctx.bench.jobs",
+                 "l4ctx.bench.shares", "l4ctx.bench.report")
 
 
 def modules() -> dict[str, Path]:
@@ -111,4 +111,4 @@ def test_model_and_cache_know_no_command_line(module: str) -> None:
 def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
     """They are optional: nothing else may need them."""
     assert {module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
-            } == {"l4ctx.bench_transformers", "l4ctx.bench_worker", "l4ctx.bench_gguf"}
+            } == {"l4ctx.bench.transformers_peer", "l4ctx.bench.worker", "l4ctx.bench.gguf_file"}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import model.fused
 from model.backends import AttentionState, KVSegment, attend, merge
-from model.masks import AttentionMask
 from model.config import BACKEND_NAMES
+from model.masks import AttentionMask
 from model.registry import backend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 10

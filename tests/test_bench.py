@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from cli_runner import COMMAND, TINY, check_refused, run_here, run_process, text_file
 
-from l4ctx import bench_process
-from l4ctx.bench_jobs import Candidate, Measurement, WorkerJob
-from l4ctx.bench_llama import measure
-from l4ctx.bench_process import WorkerError, last_line, run_apart, run_worker
-from l4ctx.bench_report import BenchReport, BenchRun, best_candidate, figures_of, median_of
-from l4ctx.bench_shares import (
+from l4ctx.bench import process
+from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
+from l4ctx.bench.llama_peer import measure
+from l4ctx.bench.process import WorkerError, last_line, run_apart, run_worker
+from l4ctx.bench.report import BenchReport, BenchRun, best_candidate, figures_of, median_of
+from l4ctx.bench.shares import (
     decode_bytes,
     decode_share,
     decoding_bytes,
@@ -28,7 +28,7 @@ from l4ctx.bench_shares import (
     prefill_share,
     visible_tokens,
 )
-from l4ctx.bench_table import bench_table
+from l4ctx.bench.table import bench_table
 from l4ctx.request import RequestError
 from l4ctx.terminal import rendered
 from model.config import TextConfig, reading_operations
@@ -77,7 +77,7 @@ def test_a_missing_llama_bench_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("package", "peer"), [("transformers", "transformers"), ("gguf", "llama.cpp=/bin/sh")])
 def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, peer: str,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.bench.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("l4ctx.bench.course.find_spec", lambda name: None if name == package else object())
     check_refused(run_here("bench", "--model", str(TINY), "--compare", peer), 2, package, 'pip install "l4ctx[bench]"')
 
 
@@ -86,14 +86,14 @@ def test_what_the_machine_lacks_is_refused() -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.bench.available_memory", lambda: 2**20)
-    monkeypatch.setattr("l4ctx.bench.run_worker", lambda job: {
+    monkeypatch.setattr("l4ctx.bench.course.available_memory", lambda: 2**20)
+    monkeypatch.setattr("l4ctx.bench.course.run_worker", lambda job: {
         "stored_dtype": "float32", "parameters": 3_000_000, "accelerator_free": None, "device": "cpu"})
     check_refused(run_here("bench", "--model", str(TINY), "--tokens", "64"), 5, "this run needs")
 
 
 def test_a_disk_that_does_not_suffice_is_refused_before_files_are_written(tmp_path: Path) -> None:
-    from l4ctx.bench_files import check_disk
+    from l4ctx.bench.files import check_disk
     from l4ctx.plan import MemoryPlanError
 
     check_disk(1, tmp_path, "this")
@@ -131,7 +131,7 @@ def test_jobs_and_measurements_survive_json() -> None:
     ("import sys; print('{', file=sys.stdout); print('why', file=sys.stderr)", "no result (why)"),
 ])
 def test_a_worker_that_fails_says_how(code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_process, "WORKER", (sys.executable, "-c", code))
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", code))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))
     assert str(caught.value) == message
@@ -141,12 +141,12 @@ def test_a_worker_that_fails_says_how(code: str, message: str, monkeypatch: pyte
 
 def test_what_a_user_can_cause_keeps_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     line = '{"error": "no such device", "class": "l4ctx.request.RequestError"}'
-    monkeypatch.setattr(bench_process, "WORKER", (sys.executable, "-c", f"print('''{line}''')"))
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}''')"))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))
     with pytest.raises(RequestError, match=r"^no such device$"):
         caught.value.raise_as_known("doing this")
-    monkeypatch.setattr(bench_process, "WORKER", (sys.executable, "-c", f"print('''{line}'''.replace('l4ctx', 'os'))"))
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}'''.replace('l4ctx', 'os'))"))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))
     assert caught.value.known is None
@@ -316,7 +316,7 @@ def test_bytes_of_a_decoded_token_are_those_of_the_tensors_that_it_needs(positio
     import torch
 
     from cache.hybrid import HybridKVCache
-    from l4ctx.bench_weights import random_model
+    from l4ctx.bench.weights import random_model
 
     model = random_model(SMALL, dtype=torch.bfloat16)
     needed = 0

@@ -12,12 +12,13 @@ import pytest
 import torch
 from cli_runner import TINY, check_refused, run_here, run_process, text_file
 
-from l4ctx import bench, bench_files, bench_worker, ceilings
-from l4ctx.bench_files import folder_for_transformers
-from l4ctx.bench_gguf import GGUFError, check_supported, entries, gguf_bytes, write_gguf
-from l4ctx.bench_jobs import WorkerJob
-from l4ctx.bench_process import WorkerError
-from l4ctx.bench_weights import flat_config, random_model, write_random_checkpoint
+from l4ctx.bench import ceilings, course, files
+from l4ctx.bench import worker as bench_worker
+from l4ctx.bench.files import folder_for_transformers
+from l4ctx.bench.gguf_file import GGUFError, check_supported, entries, gguf_bytes, write_gguf
+from l4ctx.bench.jobs import WorkerJob
+from l4ctx.bench.process import WorkerError
+from l4ctx.bench.weights import flat_config, random_model, write_random_checkpoint
 from model.checkpoint import load_checkpoint
 from model.config import TextConfig
 
@@ -54,8 +55,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise WorkerError("killed by SIGKILL")
             return json.loads(json.dumps(bench_worker.TASKS[job.task](job)))
 
-        monkeypatch.setattr(bench, "run_worker", worker)
-        monkeypatch.setattr(bench_files, "run_worker", worker)
+        monkeypatch.setattr(course, "run_worker", worker)
+        monkeypatch.setattr(files, "run_worker", worker)
         monkeypatch.setattr(ceilings, "SECONDS", 0.001)
         monkeypatch.setattr(ceilings, "BYTES", 2**23)
         monkeypatch.setattr(ceilings, "QUERIES", 8)
@@ -161,8 +162,8 @@ def test_l4ctx_itself_must_succeed(config_file: str, in_this_process: Callable[.
 # Weights and files
 
 def test_random_weights_are_the_same_in_memory_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.bench_weights.SHARD_BYTES", 20_000)
-    monkeypatch.setattr("l4ctx.bench_weights.PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr("l4ctx.bench.weights.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("l4ctx.bench.weights.PIECE_ELEMENTS", 1000)
     write_random_checkpoint(TOY, CONFIG, tmp_path, torch.float32)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     stored = dict(load_checkpoint(tmp_path).named_parameters())

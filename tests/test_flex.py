@@ -17,10 +17,11 @@ from torch.nn.attention import flex_attention as torch_flex
 from toy_checkpoints import CHUNK, Toys
 
 import model.flex
-from model.backends import AttentionState, KVSegment, attend, backend, eager
+from model.backends import AttentionState, KVSegment, attend, eager
 from model.checkpoint import load_checkpoint
 from model.flex import flex
 from model.masks import AttentionMask
+from model.registry import backend
 
 HEADS, HEAD_DIM = 6, 10
 TEN_MILLION = 10_000_000

@@ -29,7 +29,7 @@ from model.config import Operations, TextConfig, reading_operations
 from model.masks import AttentionMask
 from model.transformer import Transformer
 
-LENGTH = 9 * CHUNK + 4
+LENGTH = 7 * CHUNK + 4
 SIZES = (3, CHUNK, 2 * CHUNK, 5 * CHUNK + 1, 1000)  # prefill chunks: of a part of an attention chunk, several, all
 KINDS = ("scout", "maverick", "top_2", "top_3", "nope_first", "nope_only_last", "moe_none", "one_kv_head", "biases")
 
@@ -148,7 +148,7 @@ def test_operations_of_what_follows(toys: Toys, name: str) -> None:
     """A run that goes on somewhere does the work of the rest, and nothing of what was before."""
     model, ids = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32), random_ids(LENGTH)
     cache = new_cache(model, torch.zeros(1, LENGTH))
-    cuts = (0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, 9 * CHUNK, LENGTH)
+    cuts = (0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, 6 * CHUNK, LENGTH)
     for start, stop in itertools.pairwise(cuts):
         with counting(model) as work:
             list(prefill(model, cache, ids[start:stop], prefill_chunk_size=2 * CHUNK))

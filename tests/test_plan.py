@@ -17,8 +17,8 @@ from cache import sizes
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
-from l4ctx.memory import parse_size
 from l4ctx import processor
+from l4ctx.memory import parse_size
 from l4ctx.plan import (
     MARGIN_BYTES,
     PREFILL_CHUNK_SIZES,

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cache.sizes import KV_DTYPES
-from l4ctx.bench_jobs import Candidate, Measurement
-from l4ctx.bench_shares import decode_share, prefill_share
+from l4ctx.bench.jobs import Candidate, Measurement
+from l4ctx.bench.shares import decode_share, prefill_share
 from model.config import TextConfig
 
 OWN = "l4ctx"

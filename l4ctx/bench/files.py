@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from l4ctx.bench_gguf import DTYPES, check_supported, gguf_bytes
-from l4ctx.bench_jobs import WorkerJob
-from l4ctx.bench_process import run_worker
+from l4ctx.bench.gguf_file import DTYPES, check_supported, gguf_bytes
+from l4ctx.bench.jobs import WorkerJob
+from l4ctx.bench.process import run_worker
 from l4ctx.memory import available_disk, human_bytes
 from l4ctx.plan import MemoryPlanError
 from model.config import TextConfig

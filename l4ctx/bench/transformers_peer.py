@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Llama4ForCausalLM
 
-from l4ctx.bench_jobs import TimedRun, WorkerJob
+from l4ctx.bench.jobs import TimedRun, WorkerJob
 
 
 class _Clock:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from l4ctx.bench_jobs import WARM_UP_DECODE, WARM_UP_TOKENS, Measurement, TimedRun, WorkerJob
+from l4ctx.bench.jobs import WARM_UP_DECODE, WARM_UP_TOKENS, Measurement, TimedRun, WorkerJob
 from l4ctx.exits import CODE_OF_ERROR
 from l4ctx.memory import PeakSampler, process_memory
 from model.config import TextConfig
@@ -82,14 +82,15 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
     import torch
 
     from cache.hybrid import HybridKVCache
-    from l4ctx.bench_weights import random_model
+    from l4ctx.bench.weights import random_model
     from l4ctx.generate import generate
     from l4ctx.prefill import prefill
     from model.checkpoint import load_checkpoint
 
     began, dtype = time.perf_counter(), getattr(torch, job.dtype)
     if job.folder is not None:
-        model = load_checkpoint(job.folder, dtype=dtype, device=job.device, attention=job.attention)
+        model = load_checkpoint(job.folder, dtype=dtype, device=job.device, attention=job.attention,
+                                is_mapped=job.is_mapped)
     else:
         model = random_model(text_config(job), dtype=dtype, device=job.device, attention=job.attention)
     load_seconds = time.perf_counter() - began
@@ -115,7 +116,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
 def measure_transformers(job: WorkerJob) -> dict[str, Any]:
     import transformers
 
-    from l4ctx.bench_transformers import loaded
+    from l4ctx.bench.transformers_peer import loaded
 
     began = time.perf_counter()
     run = loaded(job, token_ids(text_config(job), job.tokens))
@@ -145,7 +146,7 @@ def measured(job: WorkerJob, run: Callable[[int, int], TimedRun], load_seconds: 
 
 
 def measure_ceilings(job: WorkerJob) -> dict[str, Any]:
-    from l4ctx.ceilings import measure
+    from l4ctx.bench.ceilings import measure
 
     return measure(text_config(job), job.device)
 
@@ -153,7 +154,7 @@ def measure_ceilings(job: WorkerJob) -> dict[str, Any]:
 def write_checkpoint(job: WorkerJob) -> dict[str, Any]:
     import torch
 
-    from l4ctx.bench_weights import write_random_checkpoint
+    from l4ctx.bench.weights import write_random_checkpoint
 
     assert job.config is not None and job.output is not None
     write_random_checkpoint(job.config, text_config(job), Path(job.output), getattr(torch, job.dtype))
@@ -161,7 +162,7 @@ def write_checkpoint(job: WorkerJob) -> dict[str, Any]:
 
 
 def write_gguf(job: WorkerJob) -> dict[str, Any]:
-    from l4ctx.bench_gguf import write_gguf
+    from l4ctx.bench.gguf_file import write_gguf
 
     assert job.folder is not None and job.output is not None
     write_gguf(Path(job.folder), text_config(job), Path(job.output), job.dtype)

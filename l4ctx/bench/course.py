@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.sizes import KV_DTYPES
-from l4ctx import bench_llama
-from l4ctx.bench_files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
-from l4ctx.bench_gguf import GGUFError, check_supported, gguf_bytes
-from l4ctx.bench_jobs import Candidate, Measurement, WorkerJob
-from l4ctx.bench_process import WorkerError, run_worker
-from l4ctx.bench_report import OWN, BenchReport, BenchRun, best_candidate
+from l4ctx.bench import llama_peer
+from l4ctx.bench.files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
+from l4ctx.bench.gguf_file import GGUFError, check_supported, gguf_bytes
+from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
+from l4ctx.bench.process import WorkerError, run_worker
+from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
 from l4ctx.memory import available_memory, human_bytes
 from l4ctx.plan import Job, MemoryPlan, Room, computing_dtype
@@ -139,8 +139,9 @@ class Benchmark:
             self.note(f"l4ctx in {dtype} is left out: it does not fit into memory")
         for text in dict.fromkeys(text for plan in fitting.values() for text in plan.notes):
             self.note(text)
-        return [Candidate(OWN, dtype, plan.prefill_chunk_size, attention=asked.attention or default_attention(
-            dtype, on_accelerator=on_accelerator)) for dtype, plan in fitting.items()]
+        return [Candidate(OWN, dtype, plan.prefill_chunk_size, is_mapped=plan.weights_are_mapped,
+                          attention=asked.attention or default_attention(dtype, on_accelerator=on_accelerator))
+                for dtype, plan in fitting.items()]
 
     def _peers(self, scratch: Path) -> dict[str, list[Candidate]]:
         """The candidates of the engines to compare with; writes what files they need.
@@ -173,7 +174,7 @@ class Benchmark:
                 except WorkerError as error:
                     self._fail(f"llama.cpp {kind}: its file cannot be written: {error}")
             found["llama.cpp"] = [Candidate("llama.cpp", name, size, str(file)) for name, file in files.items()
-                                  for size in self._sizes(bench_llama.UBATCH_SIZES)]
+                                  for size in self._sizes(llama_peer.UBATCH_SIZES)]
         return found
 
     def _gguf_kinds(self) -> list[str]:
@@ -257,7 +258,7 @@ class Benchmark:
         device = str(self._machine["device"])
         if candidate.engine == "llama.cpp":
             assert self.request.llama_bench is not None
-            return bench_llama.measure(self.request.llama_bench, candidate, tokens, decode_tokens,
+            return llama_peer.measure(self.request.llama_bench, candidate, tokens, decode_tokens,
                                        threads=int(self._machine["threads"]), on_cpu=device == "cpu",
                                        parameters=int(self._machine["parameters"]))
         folder = self.request.model if candidate.engine == OWN else self._folders[candidate.engine]
@@ -265,7 +266,7 @@ class Benchmark:
             candidate.engine, folder=None if folder is None else str(folder),
             config=self.raw if folder is None else None, dtype=candidate.dtype, batch_size=candidate.batch_size,
             tokens=tokens, decode_tokens=decode_tokens, device=device,
-            attention=candidate.attention or "sdpa")))
+            attention=candidate.attention or "sdpa", is_mapped=candidate.is_mapped)))
 
     def _own_worker(self, task: str) -> dict[str, Any]:
         """A task that needs the configuration and the device alone; errors that a user can cause as they are."""

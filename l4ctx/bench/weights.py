@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.checkpoint import in_memory
 from model.config import TextConfig
 from model.transformer import Transformer
 
@@ -31,6 +32,7 @@ def random_model(config: TextConfig, *, dtype: torch.dtype, device: torch.device
         model = Transformer(config, attention)
     for name, tensor in _drawn(model, dtype, torch.device(device)):
         module, _, parameter = name.rpartition(".")
+        tensor = in_memory(tensor, dtype) if tensor.device.type == "cpu" and tensor.dim() == 3 else tensor
         setattr(model.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

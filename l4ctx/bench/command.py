@@ -17,7 +17,7 @@ from l4ctx.inputs import choice
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from l4ctx.bench import BenchRequest
+    from l4ctx.bench.course import BenchRequest
 
 DEFAULT_LENGTHS = "4096,16384"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -58,7 +58,7 @@ def bench(
     Each engine runs in processes of its own, in turn, in its fastest dtype and batch size.
     """
     def request() -> BenchRequest:
-        from l4ctx.bench import BenchRequest
+        from l4ctx.bench.course import BenchRequest
         from model.config import BACKEND_NAMES
 
         check_stdout("to")
@@ -85,7 +85,7 @@ def bench(
 
 def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
     """Measures; prints the report."""
-    from l4ctx.bench import Benchmark
+    from l4ctx.bench.course import Benchmark
     from l4ctx.terminal import notes, rendered, stderr_console
 
     console = stderr_console()
@@ -94,7 +94,7 @@ def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
     if json:
         write_json(report.as_dict())
         return
-    from l4ctx.bench_table import bench_table
+    from l4ctx.bench.table import bench_table
 
     write(rendered(bench_table(report)))
 
@@ -134,7 +134,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _peer(text: str) -> tuple[str, str]:
     """An engine's name and the path of its program, if it has one."""
-    from l4ctx.bench_llama import check_program
+    from l4ctx.bench.llama_peer import check_program
 
     name, is_given, path = text.partition("=")
     if name == "llama.cpp" and not (is_given and not path):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l4ctx.bench_jobs import WARM_UP_TOKENS, Candidate, Measurement
-from l4ctx.bench_process import Finished, WorkerError, last_line, run_apart
+from l4ctx.bench.jobs import WARM_UP_TOKENS, Candidate, Measurement
+from l4ctx.bench.process import Finished, WorkerError, last_line, run_apart
 from l4ctx.exits import UsageError
 
 UBATCH_SIZES = (512, 2048)

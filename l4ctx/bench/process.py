@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
-from l4ctx.bench_jobs import WorkerJob
+from l4ctx.bench.jobs import WorkerJob
 from l4ctx.exits import CODE_OF_ERROR
 from l4ctx.memory import ProcessMemory, process_memory
+from l4ctx.processor import without_sharing
 
-WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench_worker import main; main()")
+WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench.worker import main; main()")
 SAMPLING_SECONDS = 0.02
 
 
@@ -52,7 +53,7 @@ class Finished:
 
 def run_worker(job: WorkerJob) -> dict[str, Any]:
     """The job's result, from a fresh process. Raises WorkerError."""
-    done = run_apart(WORKER, job.to_json())
+    done = run_apart(WORKER, job.to_json(), is_ours=job.task != "transformers")
     try:
         result = json.loads(done.stdout.splitlines()[-1])
         assert isinstance(result, dict)
@@ -64,13 +65,17 @@ def run_worker(job: WorkerJob) -> dict[str, Any]:
     return result
 
 
-def run_apart(command: Sequence[str], text: str = "") -> Finished:
-    """Runs a command with `text` as its standard input. Raises WorkerError if it cannot start or fails."""
+def run_apart(command: Sequence[str], text: str = "", *, is_ours: bool = False) -> Finished:
+    """Runs a command with `text` as its standard input, another program's in the user's own environment.
+
+    Raises WorkerError if it cannot start or fails.
+    """
+    environment = None if is_ours else without_sharing()
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(text.encode())
         stdin.seek(0)
         try:
-            process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
+            process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
         except OSError as error:
             raise WorkerError(f"{command[0]}: cannot be started ({error.strerror})") from None
         try:

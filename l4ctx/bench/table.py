@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from l4ctx.bench_report import OWN, BenchReport, Figures
+from l4ctx.bench.report import OWN, BenchReport, Figures
 from l4ctx.memory import human_bytes
 from l4ctx.terminal import human_seconds, without_controls
 

@@ -19,6 +19,7 @@ class Candidate:
     batch_size: int
     file: str | None = None  # a GGUF file, for llama.cpp
     attention: str | None = None  # the kernels' name, for l4ctx
+    is_mapped: bool = True  # whether weights of this dtype stay in their files' pages, for l4ctx
 
     def __str__(self) -> str:
         kernels = f" ({self.attention})" if self.attention else ""
@@ -38,6 +39,7 @@ class WorkerJob:
     decode_tokens: int = 0
     device: str = "cpu"
     attention: str = "sdpa"
+    is_mapped: bool = True
     output: str | None = None  # a folder or file to write
 
     def to_json(self) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from model.backends import KVSegment, attend
 from model.config import BACKEND_NAMES, TextConfig
+from model.layers import linear
 from model.masks import AttentionMask
 from model.registry import backend as backend_of
 
@@ -78,7 +79,7 @@ def read_rate(width: int, dtype: str, device: str) -> float:
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     rows = BYTES // (width * made["dtype"].itemsize)
     weight, x = torch.ones(rows, width, **made), torch.ones(1, width, **made)
-    return weight.nbytes / best_seconds(partial(F.linear, x, weight), device)
+    return weight.nbytes / best_seconds(partial(linear, x, weight), device)
 
 
 def copy_rate(device: str) -> float:

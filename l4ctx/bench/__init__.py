@@ -1,0 +1,1 @@
+"""`l4ctx bench`: this program, and others, on the same work."""
