@@ -106,8 +106,11 @@ class Attention(nn.Module):
 
     def _rotated(self, x: Tensor, rotation: Tensor) -> Tensor:
         """Rotary embedding of x (B, T, H, D), then the norm over each head: RoPE layers only."""
-        return in_pieces(x, lambda piece, here: self._rotated_piece(piece, rotation[here])) if self.uses_rope else x
+        if not self.uses_rope and self.qk_norm_eps is None:
+            return x
+        return in_pieces(x, lambda piece, here: self._rotated_piece(piece, rotation[here]))
 
     def _rotated_piece(self, x: Tensor, rotation: Tensor) -> Tensor:
-        x = rotate(x, rotation)
+        if self.uses_rope:
+            x = rotate(x, rotation)
         return x if self.qk_norm_eps is None else F.rms_norm(x, (self.head_dim,), None, self.qk_norm_eps)

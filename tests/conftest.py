@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,3 +40,13 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(products, name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_processor() -> Iterator[None]:
+    """Defaults do not depend on the machine that the tests run on: computing is in float32, attention is sdpa."""
+    from l4ctx import processor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "processor_flags", lambda: frozenset[str]())
+        yield

@@ -79,7 +79,7 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "--question-file", "nothing.txt"], None, 2, ["nothing.txt: the question cannot be read: No such file"]),
     (["ask", "--question-file", "docs"], None, 2, ["docs: the question cannot be read: Is a directory"]),
     (["ask", "q", "docs", "--dtype", "int4"], None, 2, ["--dtype: 'int4' is not one of auto, float32, bfloat16"]),
-    (["ask", "q", "docs", "--attention", "f"], None, 2, ["--attention: 'f' is not one of sdpa, eager"]),
+    (["ask", "q", "docs", "--attention", "f"], None, 2, ["--attention: 'f' is not one of sdpa, matmul, flex, eager"]),
     (["ask", "q", "docs", "--seed", str(2**64)], None, 2, [f"--seed: {2**64} is not between 0 and"]),
     (["ask", "q", "docs", "--model", "docs"], None, 3, ["docs: no config.json", "checkpoint folder"]),
     (["ask", "q", "docs", "--model", "docs/a.md"], None, 3, ["docs/a.md"]),

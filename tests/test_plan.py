@@ -411,6 +411,21 @@ def test_tokens_that_fit() -> None:
     assert in_memory - tokens_that_fit(answer, Room(host=30 * GIB)) == pytest.approx(1000, abs=50)
 
 
+def test_weights_are_held_in_memory_where_it_is_plenty() -> None:
+    """And where nothing else changes by it: neither the prefill chunk size nor what lies on disk."""
+    mapped = job(weights=10 * MIB, weights_are_mapped=True)
+    needed = MemoryPlan.of(mapped).needed + MARGIN_BYTES
+    for host, is_mapped in ((None, True), (39 * MIB, True), (2**40, False), (needed, True)):
+        plan = MemoryPlan.of(mapped, Room(host=host))
+        assert plan.weights_are_mapped == is_mapped, host
+        assert plan.needed == MemoryPlan.of(mapped).needed + (0 if is_mapped else 10 * MIB)
+    for changes in ({"prefill_chunk_size": None, "config": SCOUT}, {"prompt_tokens": 10**6, "config": SCOUT}):
+        long = replace(mapped, weights=4 * GIB, **changes)
+        tight = Room(host=MemoryPlan.of(long).needed + MARGIN_BYTES, disk=2**50, disk_folder="x")
+        assert MemoryPlan.of(long, tight).weights_are_mapped
+        assert not MemoryPlan.of(long, replace(tight, host=2**45)).weights_are_mapped
+
+
 def test_which_dtype_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = {"on_accelerator": False, "available": 1600}
     for flags in ({"avx512_bf16"}, {"amx_bf16", "avx512_bf16"}):

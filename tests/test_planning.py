@@ -233,13 +233,12 @@ def test_documents_are_tokenized_as_ask_does_it(documents: list[str]) -> None:
 
 
 def test_weights_are_those_of_the_shards(documents: list[str]) -> None:
-    """Which are mapped in their own dtype alone."""
-    stored = json.loads((TINY / "config.json").read_text())["torch_dtype"]
+    """Which are held in memory, where there is plenty, whatever their dtype."""
     for dtype in ("float32", "bfloat16"):
         report = planned(TINY, paths=documents, dtype=dtype)
         model = load_checkpoint(TINY, dtype=dtype)
         assert report.plan.weights == sum(weight.nbytes for weight in model.parameters())
-        assert report.plan.weights_are_mapped == (dtype == stored) and report.notes == []
+        assert not report.plan.weights_are_mapped and report.notes == []
 
 
 def test_without_shards_the_configuration_says_how_many_weights(tmp_path: Path, documents: list[str]) -> None:

@@ -18,22 +18,17 @@ flags\t\t: fpu
 """
 
 
+processor_flags = processor.processor_flags  # before tests/conftest.py replaces it
+
+
 @pytest.mark.parametrize(("text", "expected"), [
     (CPUINFO, {"fpu", "sse", "avx2", "avx512_bf16"}), ("", set()), ("Features\t: bf16\n", set()), ("flags :\n", set()),
     (None, set())])
-def test_flags(text: str | None, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_text(path: Path, **_: object) -> str:
-        assert path == Path("/proc/cpuinfo")
-        if text is None:
-            raise FileNotFoundError(path)
-        return text
-
-    processor.processor_flags.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", read_text)
-        found = processor.processor_flags()
-    processor.processor_flags.cache_clear()
-    assert found == expected
+def test_flags(text: str | None, expected: set[str], tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if text is not None:
+        cpuinfo.write_text(text)
+    assert processor_flags(cpuinfo) == expected
 
 
 @pytest.mark.parametrize(("flags", "dtype", "on_accelerator", "expected"), [
