@@ -18,7 +18,8 @@ from cache.sizes import KV_DTYPES
 from l4ctx.context_use import ContextUse
 from l4ctx.documents import DocumentSet, Skipped, read_documents
 from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
-from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room, computing_dtype
+from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room
+from l4ctx.processor import computing_dtype
 from l4ctx.report import MemoryReport
 from l4ctx.request import (
     DEFAULT_MAX_NEW_TOKENS,

@@ -16,6 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
+SPARE_SHARE = 1 / 4
+"""Of the free memory: what is spent on speed alone."""
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from cache import sizes
 from cache.sizes import KVBytes, Residency, StoreLayout
-from l4ctx.memory import human_bytes
-from l4ctx.processor import has_fast_bfloat16
+from l4ctx.memory import SPARE_SHARE, human_bytes
 from model.config import TextConfig, activation_bytes
 
 TOKEN_ID_BYTES = 4
@@ -27,9 +26,6 @@ FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
 
 PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 """Tried in this order where the user names none; more tokens at a time are faster and need more for activations."""
-
-SPARE_SHARE = 1 / 4
-"""Of the free memory: what is spent on speed alone."""
 
 WORTH_SAYING = 0.98
 """What leaves more than this share of the lack, and so does not help by itself or with others, is not named."""
@@ -390,16 +386,6 @@ def tokens_that_fit(job: Job, room: Room) -> int:
         else:
             fitting = tokens
     return fitting
-
-
-def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
-    """What "auto" means: the checkpoint's own dtype, but float32 on a CPU whose products of 16-bit numbers are slower,
-    if the memory is there."""
-    if asked != "auto":
-        return asked
-    if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
-        return stored
-    return "float32" if available is None or 4 * parameters < SPARE_SHARE * available else stored
 
 
 def _least(*limits: int | None) -> int | None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.sizes import KV_DTYPES
 from l4ctx.memory import available_disk, available_memory, available_on_gpu, human_bytes
-from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, computing_dtype, tokens_that_fit
-from l4ctx.processor import default_attention
+from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, tokens_that_fit
+from l4ctx.processor import computing_dtype, default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
 from model.config import Operations, TextConfig, parameter_count, reading_operations
 

@@ -9,6 +9,8 @@ import functools
 import os
 from pathlib import Path
 
+from l4ctx.memory import SPARE_SHARE
+
 SPINS = "3000"
 """Turns of a loop in which OpenMP's threads wait for one another before they sleep."""
 
@@ -53,3 +55,13 @@ def default_attention(dtype: str, *, on_accelerator: bool) -> str:
     if not on_accelerator and dtype == "bfloat16" and "avx512_bf16" in flags and "amx_bf16" not in flags:
         return "matmul"
     return "sdpa"
+
+
+def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
+    """What "auto" means: the checkpoint's own dtype, but float32 on a CPU whose products of 16-bit numbers are slower,
+    if the memory is there."""
+    if asked != "auto":
+        return asked
+    if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
+        return stored
+    return "float32" if available is None or 4 * parameters < SPARE_SHARE * available else stored

@@ -26,10 +26,10 @@ from l4ctx.plan import (
     MemoryPlan,
     MemoryPlanError,
     Room,
-    computing_dtype,
     tokens_that_fit,
 )
 from l4ctx.prefill import prefill, prefill_grid
+from l4ctx.processor import computing_dtype
 from model.config import TextConfig, activation_bytes, parameter_count
 from model.transformer import Transformer
 

@@ -25,8 +25,8 @@ from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
 from l4ctx.memory import available_memory, human_bytes
-from l4ctx.plan import Job, MemoryPlan, Room, computing_dtype
-from l4ctx.processor import default_attention
+from l4ctx.plan import Job, MemoryPlan, Room
+from l4ctx.processor import computing_dtype, default_attention
 from model.config import ConfigError, TextConfig
 
 TRANSFORMERS_CHUNKS = (4096, 8192)
