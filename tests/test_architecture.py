@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,10 @@ def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
     """They are optional: nothing else may need them."""
     assert {module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
             } == {"l4ctx.bench.transformers_peer", "l4ctx.bench.worker", "l4ctx.bench.gguf_file"}
+
+
+def test_every_package_is_installed() -> None:
+    """An editable installation finds those that pyproject.toml forgets; a user's does not."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+                                     for module in MODULES})
