@@ -54,7 +54,9 @@ def check_against_oracle(make_model: ModelFactory, toy: Toy, cases: Iterable[tup
 @pytest.mark.parametrize("std", SCALES)
 @pytest.mark.parametrize("name", KINDS)
 def test_equals_transformers(toys: Toys, name: str, std: float) -> None:
-    check_against_oracle(load, toys(name, std))
+    """flex, uncompiled, is slow: with the weights that show errors of attention alone."""
+    backends = BACKEND_NAMES if std == max(SCALES) else tuple(set(BACKEND_NAMES) - {"flex"})
+    check_against_oracle(load, toys(name, std), backends=backends)
 
 
 DEFAULT_ROPE = [name for name, kind in KINDS.items() if "rope_parameters" not in kind.changes]
