@@ -159,7 +159,9 @@ class Run:
 
         Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
         """
-        stored = self._stored_dtype()
+        from model.checkpoint import stored_dtype
+
+        stored = stored_dtype(self._stored)
         parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
         self._before = process_memory()
         room = self._room()
@@ -303,7 +305,7 @@ class Run:
         from l4ctx.generate import GenerationConfig
         from model.checkpoint import checked_tensors
 
-        self._device = _device(self.request.device)
+        self._device = usable_device(self.request.device)
         self._stored = checked_tensors(self.request.model, self.config)
         self.generation = GenerationConfig.from_folder(self.request.model)
         self.sampling = self._sampling()
@@ -370,11 +372,6 @@ class Run:
             self.note("--top-p, --top-k and --seed change nothing at temperature 0; add --temperature or --sample")
         return sampling
 
-    def _stored_dtype(self) -> str:
-        from model.checkpoint import DTYPES
-
-        return str(DTYPES[self._stored["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
-
     def _note_if_a_path(self, question: str) -> None:
         try:
             if Path(question).exists():
@@ -383,7 +380,8 @@ class Run:
             pass
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """Of a --device. Raises RequestError."""
     import torch
 
     try:

@@ -31,7 +31,7 @@ from l4ctx.exits import (
     write,
     write_json,
 )
-from l4ctx.inputs import choice, inputs, paths_or_pipe, warn_of_forgotten_pipe
+from l4ctx.inputs import check_choices, inputs, paths_or_pipe, warn_of_forgotten_pipe
 from l4ctx.processor import share_cores
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def ask(
     def request() -> Request:
         from l4ctx.request import Request
 
-        _check_choices(dtype, kv_dtype, attention)
+        check_choices(dtype, kv_dtype, attention)
         if seed is not None and not 0 <= seed < 2**63:
             raise UsageError(f"--seed: {seed} is not between 0 and {2**63 - 1}")
         check_stdout("the answer to")
@@ -174,7 +174,7 @@ def prefill(
     def request() -> Request:
         from l4ctx.request import Request
 
-        _check_choices(dtype, kv_dtype, attention)
+        check_choices(dtype, kv_dtype, attention)
         if json:
             check_stdout("to")
         folder = _folder("-o", output)
@@ -263,7 +263,7 @@ def plan(
         from l4ctx.planning import PlanRequest
 
         check_stdout("to")
-        _check_choices(dtype, kv_dtype, None)
+        check_choices(dtype, kv_dtype, None)
         documents = paths_or_pipe(paths or []) if tokens is None else paths or []
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
@@ -364,11 +364,3 @@ def _folder(option: str, name: str | None) -> Path | None:
 
 def _stdin() -> BinaryIO | None:
     return sys.stdin.buffer if sys.stdin is not None else None
-
-
-def _check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:
-    from model.config import BACKEND_NAMES
-
-    choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
-    choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
-    choice("--attention", attention or "sdpa", *BACKEND_NAMES)

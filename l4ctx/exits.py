@@ -47,6 +47,17 @@ class Interruption:
     kept: Callable[[], str] = lambda: "nothing is kept"
 
 
+def name_of_known(error: Exception) -> str | None:
+    """The key of CODE_OF_ERROR that an error has; None for what is not a user's doing."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    return name if name in CODE_OF_ERROR else None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says."""
+    return " ".join(str(error).splitlines()) or "out of memory"
+
+
 @contextmanager
 def errors_as_exit_codes() -> Iterator[Interruption]:
     """What a user can cause becomes one line on stderr and an exit code; anything else keeps its traceback."""
@@ -59,10 +70,10 @@ def errors_as_exit_codes() -> Iterator[Interruption]:
     except BrokenPipeError:
         leave(CLOSED)
     except Exception as error:  # to look at; what is not a user's doing goes on as it was
-        code = CODE_OF_ERROR.get(f"{type(error).__module__}.{type(error).__qualname__}")
-        if code is None:
+        name = name_of_known(error)
+        if name is None:
             raise
-        _fail(str(error) or "out of memory", code)
+        _fail(one_line(error), CODE_OF_ERROR[name])
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -85,7 +85,15 @@ def _pipe_bytes(descriptor: int) -> int:
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-def choice(option: str, value: str, *allowed: str) -> None:
-    """Raises UsageError for a value that the option does not have."""
+def check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:
+    """Raises UsageError for a value that --dtype, --kv-dtype or --attention does not have."""
+    from model.config import BACKEND_NAMES
+
+    _choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
+    _choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
+    _choice("--attention", attention or "sdpa", *BACKEND_NAMES)
+
+
+def _choice(option: str, value: str, *allowed: str) -> None:
     if value not in allowed:
         raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")

@@ -7,7 +7,6 @@ tokenized as `ask` does it. Plans themselves are made in `l4ctx.plan`; nothing i
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -172,17 +171,14 @@ def _stored_dtype(config: TextConfig, note: Note) -> str:
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tuple[int, str]:
     """How many weights the checkpoint has, and their dtype, by the shards' headers; without shards, by config.json."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
-    from model.checkpoint import DTYPES, CheckpointError, checked_tensors
+    from model.checkpoint import CheckpointError, checked_tensors, stored_dtype, stored_parameters
 
     try:
         stored = checked_tensors(request.model, config)
     except CheckpointError as error:
         note(f"{error}; the weights are counted by config.json")
         return parameter_count(config), _stored_dtype(config, note)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
-    dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
-    return sum(math.prod(tensor.shape) for tensor in stored.values()), str(dtype).removeprefix("torch.")
+    return stored_parameters(stored, config), stored_dtype(stored)
 
 
 def _tokenized(request: PlanRequest, note: Note) -> tuple[int, list[tuple[str, int]], list[Skipped]]:
@@ -257,6 +253,7 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     import torch
     from torch.nn.functional import silu
 
+    from l4ctx.bench.ceilings import best_seconds
     from model.backends import KVSegment, attend
     from model.masks import AttentionMask
     from model.registry import backend
@@ -278,21 +275,10 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     positions, segment = range(keys.shape[2], keys.shape[2] + MEASURED_ROWS), KVSegment(keys, keys, 0)
     per_pair = 4 * h * d
 
-    def seconds(work: Callable[[], Any]) -> float:
-        """Of one call, in the best of as many as fit into the time."""
-        best, began = math.inf, time.perf_counter()
-        while best == math.inf or time.perf_counter() - began < MEASURED_SECONDS:
-            start = time.perf_counter()
-            work()
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        return best
-
     with torch.inference_mode():
-        linear = 6 * rows * c * width / seconds(feed_forward)
-        attention = per_pair * MEASURED_ROWS * keys.shape[2] / seconds(
-            lambda: attend(queries, positions, [segment], AttentionMask(None), kernel))
+        linear = 6 * rows * c * width / best_seconds(feed_forward, device, MEASURED_SECONDS)
+        attention = per_pair * MEASURED_ROWS * keys.shape[2] / best_seconds(
+            lambda: attend(queries, positions, [segment], AttentionMask(None), kernel), device, MEASURED_SECONDS)
     return Speed(linear, attention)
 
 

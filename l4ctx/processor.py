@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from pathlib import Path
 
 from l4ctx.memory import SPARE_SHARE
 
+CPUINFO = Path("/proc/cpuinfo")
 SPINS = "3000"
 """Turns of a loop in which OpenMP's threads wait for one another before they sleep."""
 
@@ -31,13 +33,23 @@ def without_sharing() -> dict[str, str]:
 
 
 @functools.cache
-def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def processor_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """The instruction sets that Linux lists for the first processor; empty on other systems."""
+    return frozenset(_field(cpuinfo, "flags").split())
+
+
+def processor_name(cpuinfo: Path = CPUINFO) -> str:
+    """As the system names it."""
+    return _field(cpuinfo, "model name") or platform.processor() or platform.machine() or os.name
+
+
+def _field(cpuinfo: Path, name: str) -> str:
+    """The first of that name; empty where there is none."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
-    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def has_fast_bfloat16() -> bool:

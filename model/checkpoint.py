@@ -86,6 +86,17 @@ def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]
     return stored
 
 
+def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
+    """The name of the dtype that the text model's embeddings are stored in."""
+    return str(DTYPES[tensors["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+
+
+def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:
+    """The number of weights; tied embeddings count once."""
+    return sum(math.prod(tensor.shape) for name, tensor in tensors.items()
+               if not (config.tie_word_embeddings and name == "lm_head.weight"))
+
+
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The text model's tensors by their names in Transformer, from the shards' headers alone.
 

@@ -93,11 +93,15 @@ class TextConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> TextConfig:
         """Reads `config.json` in a checkpoint folder. Raises ConfigError."""
-        file = folder / "config.json"
+        return cls.from_file(folder / "config.json", f"{folder}: no config.json there; a checkpoint folder is expected")
+
+    @classmethod
+    def from_file(cls, file: Path, missing: str) -> TextConfig:
+        """Reads a config.json. Raises ConfigError, with the message `missing` where there is none."""
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(f"{folder}: no config.json there; a checkpoint folder is expected") from None
+            raise ConfigError(missing) from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
         try:
@@ -310,7 +314,7 @@ class Operations:
 
 def layer_parameters(config: TextConfig, layer: int, *, active: bool = False) -> int:
     """Weights of one layer; with `active` only those of matrices that one token is multiplied with."""
-    c, q, kv = config.hidden_size, _query_size(config), _kv_size(config)
+    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     attention = c * q + 2 * c * kv + q * c
     expert = 3 * c * config.intermediate_size
     if config.is_moe(layer):
@@ -334,8 +338,8 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     tokens = stop - start
     last = config.num_hidden_layers - 1
     linear = sum(2 * tokens * layer_parameters(config, layer, active=True) for layer in range(last))
-    linear += 2 * tokens * 2 * config.hidden_size * _kv_size(config)
-    per_pair = 4 * _query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
+    linear += 2 * tokens * 2 * config.hidden_size * kv_size(config)
+    per_pair = 4 * query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
     flags = config.no_rope_layers[:last]
     chunked = sum(flags) * per_pair * (_chunked_pairs(config, stop) - _chunked_pairs(config, start))
     full = (last - sum(flags)) * per_pair * (_causal_pairs(stop) - _causal_pairs(start))
@@ -348,7 +352,7 @@ def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
     The larger of attention (residual stream, its norm, projections; output and a segment's share of it being merged in
     float32) and of a feed-forward whose tokens all fall to one expert.
     """
-    c, q, kv = config.hidden_size, _query_size(config), _kv_size(config)
+    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     merging = 5 * max(q, kv) * 4 + 28 * config.num_attention_heads + 4 * config.head_dim
     attention = (2 * c + q + 2 * kv) * itemsize + merging
     copies = config.num_experts_per_tok if config.moe_layers else 0
@@ -357,11 +361,11 @@ def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
     return tokens * max(attention, feed_forward) + config.vocab_size * 4
 
 
-def _query_size(config: TextConfig) -> int:
+def query_size(config: TextConfig) -> int:
     return config.num_attention_heads * config.head_dim
 
 
-def _kv_size(config: TextConfig) -> int:
+def kv_size(config: TextConfig) -> int:
     return config.num_key_value_heads * config.head_dim
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIECE_ELEMENTS = 2**19
+"""Of such an input that is computed at a time."""
 
 
 class Linear(nn.Linear):

@@ -37,12 +37,9 @@ class Line(NamedTuple):
     @classmethod
     def through(cls, starts: list[int], seconds: list[float]) -> Line:
         """With the least sum of squares of (constant + slope * start) / seconds - 1."""
-        ones = [1 / value for value in seconds]
-        slopes = [start / value for start, value in zip(starts, seconds, strict=True)]
-        aa, ab, bb = (sum(map(float.__mul__, *pair)) for pair in ((ones, ones), (ones, slopes), (slopes, slopes)))
-        a, b = sum(ones), sum(slopes)
-        determinant = aa * bb - ab * ab
-        return cls((a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant)
+        weights = 1 / torch.tensor(seconds, dtype=torch.float64)
+        terms = torch.stack((weights, weights * torch.tensor(starts)), 1)
+        return cls(*torch.linalg.lstsq(terms, torch.ones(len(starts), 1, dtype=torch.float64)).solution[:, 0].tolist())
 
     def at(self, start: int) -> float:
         return self.constant + self.slope * start

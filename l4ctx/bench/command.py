@@ -12,7 +12,7 @@ import typer
 
 from l4ctx import options
 from l4ctx.exits import UsageError, check_stdout, errors_as_exit_codes, write, write_json
-from l4ctx.inputs import choice
+from l4ctx.inputs import check_choices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from l4ctx.bench.course import BenchRequest
 
 DEFAULT_LENGTHS = "4096,16384"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PEERS = "transformers, llama.cpp, or llama.cpp=/path/to/llama-bench"
 
 
@@ -59,11 +58,9 @@ def bench(
     """
     def request() -> BenchRequest:
         from l4ctx.bench.course import BenchRequest
-        from model.config import BACKEND_NAMES
 
         check_stdout("to")
-        choice("--dtype", dtype, *DTYPES)
-        choice("--attention", attention or "sdpa", *BACKEND_NAMES)
+        check_choices(dtype, "auto", attention)
         if config is None and model is None:
             raise UsageError("nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
                              "weights of a --config FILE")

@@ -6,7 +6,6 @@ Every measurement is a process of its own, one at a time. Prints nothing; import
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 import time
@@ -26,8 +25,8 @@ from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
 from l4ctx.memory import available_memory, human_bytes
 from l4ctx.plan import Job, MemoryPlan, Room
-from l4ctx.processor import computing_dtype, default_attention
-from model.config import ConfigError, TextConfig
+from l4ctx.processor import computing_dtype, default_attention, processor_name
+from model.config import TextConfig
 
 TRANSFORMERS_CHUNKS = (4096, 8192)
 TRIAL_TOKENS = 8192
@@ -99,15 +98,10 @@ class Benchmark:
         asked = self.request
         where = asked.model or asked.config
         assert where is not None
-        if asked.model is not None or where.is_dir():
-            self.config = TextConfig.from_folder(where)
-            self.raw = json.loads((where / "config.json").read_text(encoding="utf-8"))
-        else:
-            self.raw = _read_object(where)
-            try:
-                self.config = TextConfig.from_dict(self.raw)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
+        file = where / "config.json" if asked.model is not None or where.is_dir() else where
+        self.config = (TextConfig.from_folder(where) if file != where else
+                       TextConfig.from_file(file, f"{file}: no such file; a config.json is expected"))
+        self.raw = json.loads(file.read_text(encoding="utf-8"))
         longest, positions = asked.lengths[-1] + asked.decode_tokens + 1, self.config.max_position_embeddings
         if longest > positions:
             from l4ctx.prompt import PromptLengthError
@@ -289,7 +283,7 @@ class Benchmark:
                 "parameters": self._machine["parameters"], "stored_dtype": self._machine["stored_dtype"]}
 
     def _about_machine(self) -> dict[str, Any]:
-        return {"cpu": _cpu_name(), "system": platform.system(), "python": platform.python_version(),
+        return {"cpu": processor_name(), "system": platform.system(), "python": platform.python_version(),
                 "threads": self._machine["threads"], "torch": self._machine["torch"],
                 "device": self._machine["device"], "accelerator": self._machine["accelerator"],
                 "memory_free": available_memory(), "date": time.strftime("%Y-%m-%d")}
@@ -298,25 +292,3 @@ class Benchmark:
 def _require(package: str, option: str) -> None:
     if find_spec(package) is None:
         raise UsageError(f"{option} needs the package {package}: {EXTRA}")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; a config.json is expected") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: the top level is not an object")
-    return content
-
-
-def _cpu_name() -> str:
-    """As the system names it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine() or os.name

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model.config import TextConfig
+from model.config import TextConfig, kv_size, query_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ def moe_step(config: TextConfig) -> int:
 def entries(config: TextConfig) -> Iterator[Entry]:
     """The tensors of the file, in order. Norms and routers stay float32, as llama.cpp's own files have them."""
     c, e, i = config.hidden_size, config.num_local_experts, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q, kv = query_size(config), kv_size(config)
     for source, name in TOP_NAMES.items():
         is_norm = "norm" in name
         if source != "lm_head.weight" or not config.tie_word_embeddings:

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import Operations, TextConfig, layer_parameters, reading_operations
+from model.config import Operations, TextConfig, kv_size, layer_parameters, query_size, reading_operations
 
 
 def first_token_operations(config: TextConfig, tokens: int) -> Operations:
     """To read `tokens` tokens and compute the logits behind them: of the last layer one token, and its keys and values
     of all."""
-    c, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
+    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     read, last = reading_operations(config, 0, tokens), config.num_hidden_layers - 1
     linear = 2 * layer_parameters(config, last, active=True) - 2 * 2 * c * kv + 2 * c * config.vocab_size
     pairs = 4 * q * visible_tokens(config, last, tokens - 1)
@@ -34,8 +33,8 @@ def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
 def decode_bytes(config: TextConfig, position: int, itemsize: int) -> int:
     """Bytes that must be read at least once to decode the token at a position: the weights that it is multiplied with,
     one row of the embeddings, and the keys and values that it sees."""
-    c, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    biases = config.num_attention_heads * config.head_dim + 2 * kv + c if config.attention_bias else 0
+    c, kv = config.hidden_size, kv_size(config)
+    biases = query_size(config) + 2 * kv + c if config.attention_bias else 0
     elements = c + c + c * config.vocab_size  # an embedding, the last norm, the logits
     for layer in range(config.num_hidden_layers):
         elements += layer_parameters(config, layer, active=True) + 2 * c + biases

@@ -6,7 +6,6 @@ Measures l4ctx by the same functions that `l4ctx ask` calls, and hands other tas
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_DECODE, WARM_UP_TOKENS, Measurement, TimedRun, WorkerJob
-from l4ctx.exits import CODE_OF_ERROR
+from l4ctx.exits import name_of_known, one_line
 from l4ctx.memory import PeakSampler, process_memory
 from model.config import TextConfig
 
@@ -27,11 +26,11 @@ def main() -> None:
     job = WorkerJob.from_json(sys.stdin.read())
     try:
         result = TASKS[job.task](job)
-    except Exception as error:
-        name = f"{type(error).__module__}.{type(error).__qualname__}"
-        if name not in CODE_OF_ERROR:
+    except Exception as error:  # to look at; what is not a user's doing goes on as it was
+        name = name_of_known(error)
+        if name is None:
             raise
-        result = {"error": " ".join(str(error).splitlines()) or "out of memory", "class": name}
+        result = {"error": one_line(error), "class": name}
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -57,18 +56,16 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
     """
     import torch
 
-    from l4ctx.ask import _device
-    from model.checkpoint import DTYPES, checked_tensors
+    from l4ctx.ask import usable_device
+    from model.checkpoint import checked_tensors, stored_dtype, stored_parameters
     from model.config import parameter_count
 
-    config, device = text_config(job), _device(job.device)
+    config, device = text_config(job), usable_device(job.device)
     parameters, stored = parameter_count(config), config.torch_dtype
     if job.folder is not None:
         tensors = checked_tensors(Path(job.folder), config)
-        stored = str(DTYPES[tensors["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        stored = stored_dtype(tensors)
+        parameters = stored_parameters(tensors, config)
     on_gpu = device.type == "cuda"
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
             "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
