@@ -1,4 +1,4 @@
-"""Safetensors shards of a published checkpoint -> a Transformer built on the meta device.
+"""Safetensors shards of a published checkpoint -> a Transformer or a VisionTower built on the meta device.
 
 Every tensor is accounted for before the first one is read: missing, extra, wrongly shaped, truncated files. Tensors
 whose stored dtype and device are the wanted ones stay mapped files; others are converted one at a time, so that peak
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,9 +20,14 @@ from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.transformer import Transformer
+from model.vision import VisionTower
+from model.vision_config import VisionConfig
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-IGNORED_PREFIXES = ("vision_model.", "multi_modal_projector.")
+VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
+"""Of the tensors that are none of the text model's; transformers, too, reads them with and without `model.`."""
+
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -52,28 +57,23 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
-    model = _on_meta_device(config, attention)
-    stored = text_tensors(folder)
-    _check_tensors(folder, model, stored)
-    if dtype == "auto":
-        dtype = DTYPES[stored["model.embed_tokens.weight"].dtype]
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or wanted not in DTYPES.values():
-        raise CheckpointError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
-    for name, tensor in stored.items():
-        by_file.setdefault(tensor.file, []).append((name, tensor))
-    for file, tensors in by_file.items():
-        with _opened(file) as shard:
-            for name, tensor in tensors:
-                weights = shard.get_tensor(tensor.name)
-                if torch.device(device).type == "cpu" and not (is_mapped and weights.dtype == wanted):
-                    _assign(model, name, in_memory(weights, wanted))
-                else:
-                    _assign(model, name, weights.to(device=device, dtype=wanted))
+    model, stored = _checked_text(folder, config, attention)
+    _fill(model, stored, _wanted_dtype(dtype, stored["model.embed_tokens.weight"]), device, is_mapped)
     if config.tie_word_embeddings:
         _tie(folder, model, "lm_head.weight" in stored)
     return model.eval()
+
+
+def load_vision(path: str | Path, config: VisionConfig, text_hidden_size: int, *, dtype: torch.dtype | str,
+                device: torch.device | str = "cpu", is_mapped: bool = True) -> VisionTower:
+    """Loads the vision tower of the checkpoint folder `path`, for a text model of width `text_hidden_size`.
+
+    `dtype`, `device` and `is_mapped` are as in `load_checkpoint`; "auto" keeps the dtype of the stored class
+    embedding. Raises CheckpointError.
+    """
+    tower, stored = _checked_vision(Path(path), config, text_hidden_size)
+    _fill(tower, stored, _wanted_dtype(dtype, stored["vision_model.class_embedding"]), device, is_mapped)
+    return tower.eval()
 
 
 def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]:
@@ -81,9 +81,15 @@ def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]
 
     Reads the shards' headers alone. Raises CheckpointError.
     """
-    stored = text_tensors(folder)
-    _check_tensors(folder, _on_meta_device(config), stored)
-    return stored
+    return _checked_text(folder, config)[1]
+
+
+def checked_vision_tensors(folder: Path, config: VisionConfig, text_hidden_size: int) -> dict[str, StoredTensor]:
+    """The vision tower's tensors by their names in VisionTower: all that it needs, nothing else, each of its shape.
+
+    Reads the shards' headers alone. Raises CheckpointError.
+    """
+    return _checked_vision(folder, config, text_hidden_size)[1]
 
 
 def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
@@ -102,10 +108,30 @@ def text_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a missing or damaged shard, and for dtypes that are not floating point numbers.
     """
+    return _named_tensors(folder, _text_name)
+
+
+def vision_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The vision model's and the projector's tensors by their names in VisionTower; otherwise as `text_tensors`."""
+    return _named_tensors(folder, _vision_name)
+
+
+def _text_name(stored: str) -> str | None:
+    name = stored.removeprefix("language_model.")
+    return None if name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq") else name
+
+
+def _vision_name(stored: str) -> str | None:
+    name = stored.removeprefix("model.")
+    return name if name.startswith(VISION_PREFIXES) else None
+
+
+def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[str, StoredTensor]:
+    """Those to which `name_of` gives a name."""
     tensors: dict[str, StoredTensor] = {}
     for stored in _stored_tensors(folder):
-        name = stored.name.removeprefix("language_model.")
-        if name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq"):
+        name = name_of(stored.name)
+        if name is None:
             continue
         if stored.dtype not in DTYPES:
             raise CheckpointError(f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}; "
@@ -117,9 +143,13 @@ def text_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _on_meta_device(config: TextConfig, attention: str = "sdpa") -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config, attention)
+def _wanted_dtype(dtype: torch.dtype | str, example: StoredTensor) -> torch.dtype:
+    if dtype == "auto":
+        return DTYPES[example.dtype]
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or wanted not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    return wanted
 
 
 def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
@@ -186,9 +216,31 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _check_tensors(folder: Path, model: Transformer, stored: dict[str, StoredTensor]) -> None:
+def _checked_text(folder: Path, config: TextConfig, attention: str = "sdpa",
+                  ) -> tuple[Transformer, dict[str, StoredTensor]]:
+    """The model on the meta device, and its tensors."""
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    stored = text_tensors(folder)
+    _check_tensors(folder, model, stored, frozenset(["lm_head.weight"] if config.tie_word_embeddings else []))
+    return model, stored
+
+
+def _checked_vision(folder: Path, config: VisionConfig, text_hidden_size: int,
+                    ) -> tuple[VisionTower, dict[str, StoredTensor]]:
+    with torch.device("meta"):
+        tower = VisionTower(config, text_hidden_size)
+    stored = vision_tensors(folder)
+    if not stored:
+        raise CheckpointError(f"{folder}: config.json describes a vision model, but none of its tensors is there; "
+                              "--no-images reads the text alone")
+    _check_tensors(folder, tower, stored)
+    return tower, stored
+
+
+def _check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor],
+                   optional: frozenset[str] = frozenset()) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name in expected.keys() - stored.keys() - optional:
         raise CheckpointError(f"{folder}: tensor {name} is missing")
     for name in stored.keys() - expected.keys():
@@ -214,6 +266,22 @@ def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
     for expert, source in zip(turned, weights, strict=True):
         expert.copy_(source.to(dtype).t())
     return turned.transpose(1, 2)
+
+
+def _fill(model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str,
+          is_mapped: bool) -> None:
+    """Reads the model's tensors file by file; on a CPU those of the wanted dtype stay mapped if `is_mapped`."""
+    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
+    for name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append((name, tensor))
+    for file, tensors in by_file.items():
+        with _opened(file) as shard:
+            for name, tensor in tensors:
+                weights = shard.get_tensor(tensor.name)
+                if torch.device(device).type == "cpu" and not (is_mapped and weights.dtype == dtype):
+                    _assign(model, name, in_memory(weights, dtype))
+                else:
+                    _assign(model, name, weights.to(device=device, dtype=dtype))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

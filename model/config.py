@@ -93,17 +93,12 @@ class TextConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> TextConfig:
         """Reads `config.json` in a checkpoint folder. Raises ConfigError."""
-        return cls.from_file(folder / "config.json", f"{folder}: no config.json there; a checkpoint folder is expected")
+        return cls.from_file(folder / "config.json", no_config(folder))
 
     @classmethod
     def from_file(cls, file: Path, missing: str) -> TextConfig:
         """Reads a config.json. Raises ConfigError, with the message `missing` where there is none."""
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(missing) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+        raw = read_config(file, missing)
         try:
             return cls.from_dict(raw)
         except ConfigError as error:
@@ -117,7 +112,7 @@ class TextConfig:
         text, tied = _text_part(raw)
         if raw.get("quantization_config") or text.get("quantization_config"):
             raise ConfigError("quantization_config: quantized checkpoints are not supported yet; use the bf16 one")
-        get = _Reader(text)
+        get = FieldReader(text)
         layers = get.integer("num_hidden_layers", 48)
         heads = get.integer("num_attention_heads", 40)
         hidden_size = get.integer("hidden_size", 5120)
@@ -150,7 +145,21 @@ class TextConfig:
         return config
 
 
-class _Reader:
+def no_config(folder: Path) -> str:
+    return f"{folder}: no config.json there; a checkpoint folder is expected"
+
+
+def read_config(file: Path, missing: str) -> Any:
+    """The parsed config.json. Raises ConfigError, with the message `missing` where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(missing) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+
+
+class FieldReader:
     """Typed access to a configuration's fields; null means the default, a wrong type is named."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -196,14 +205,14 @@ def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 def _chunk_size(text: Mapping[str, Any]) -> int:
     if "attention_chunk_size" in text and text["attention_chunk_size"] is None:
         raise ConfigError("attention_chunk_size: null (RoPE layers with full attention) is not supported")
-    return _Reader(text).integer("attention_chunk_size", 8192)
+    return FieldReader(text).integer("attention_chunk_size", 8192)
 
 
 def _no_rope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """One flag a layer, 1 for RoPE. An absent, null or empty list means: NoPE at every interval's end."""
     flags = text.get("no_rope_layers")
     if not flags:
-        interval = _Reader(text).integer("no_rope_layer_interval", 4)
+        interval = FieldReader(text).integer("no_rope_layer_interval", 4)
         flags = [int((i + 1) % interval != 0) for i in range(layers)]
     if not isinstance(flags, list) or len(flags) < layers or any(flag not in (0, 1) for flag in flags):
         raise ConfigError(f"no_rope_layers: not a list of at least {layers} zeros and ones")
@@ -214,7 +223,7 @@ def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """Layers with experts. An absent or null list means every `interleave_moe_layer_step`-th; an empty one none."""
     listed = text.get("moe_layers")
     if listed is None:
-        step = _Reader(text).integer("interleave_moe_layer_step", 1)
+        step = FieldReader(text).integer("interleave_moe_layer_step", 1)
         listed = list(range(step - 1, layers, step))
     if not isinstance(listed, list) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in listed):
         raise ConfigError("moe_layers: not a list of layer numbers")

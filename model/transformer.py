@@ -66,6 +66,11 @@ class Transformer(nn.Module):
         return self.model.norm.weight.dtype
 
     @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> embeddings (B, T, C), a tensor of their own."""
+        return self.model.embed_tokens(ids)
+
+    @torch.inference_mode()
     def forward(self, inputs: Tensor, cache: KVCache | None = None,
                 logits: Literal["all", "last", "none"] = "all") -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
@@ -74,7 +79,7 @@ class Transformer(nn.Module):
         committed at the end; a forward that fails leaves the cache as it was. Of the last layer, queries and
         feed-forward are computed only where logits are wanted. Raises model.rope.LengthError.
         """
-        x = inputs if inputs.is_floating_point() else self.model.embed_tokens(inputs)
+        x = inputs if inputs.is_floating_point() else self.embed(inputs)
         start = cache.offset if cache is not None else 0
         positions = range(start, start + x.shape[1])
         assert positions, "no tokens"

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "cache", "l4ctx")  # each may import itself and those before it
 MODEL_LAYERS = (  # each may import only from rows above its own
     {"config", "layers"},
-    {"rope", "masks", "moe"},
-    {"backends"},
+    {"rope", "masks", "moe", "vision_config"},
+    {"backends", "vision"},
     {"fused", "flex"},
     {"products"},
     {"attention", "registry"},
@@ -29,8 +29,8 @@ CACHE_LAYERS = (
     {"hybrid"},
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
-WITHOUT_TORCH = ("model.config", "cache.sizes", "l4ctx.journal", "l4ctx.manifest", "l4ctx.states", "l4ctx.progress",
-                 "l4ctx.plan", "l4ctx.memory", "l4ctx.request", "l4ctx.bench.jobs",
+WITHOUT_TORCH = ("model.config", "model.vision_config", "cache.sizes", "l4ctx.journal", "l4ctx.manifest",
+                 "l4ctx.states", "l4ctx.progress", "l4ctx.plan", "l4ctx.memory", "l4ctx.request", "l4ctx.bench.jobs",
                  "l4ctx.bench.shares", "l4ctx.bench.report")
 
 

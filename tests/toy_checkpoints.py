@@ -23,6 +23,7 @@ from transformers import (
 )
 
 CHUNK, FLOOR_SCALE, VOCABULARY = 7, 9, 97
+IMAGE_TOKEN = VOCABULARY - 1
 SCALES = (0.02, 0.25)  # small weights hide errors of attention, large ones errors of eps
 LENGTHS = (5, CHUNK, 2 * CHUNK + 1, 61)  # within a chunk, exactly one, several, past six floors of the temperature
 
@@ -34,7 +35,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
 }
 VISION: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 28,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 28,
     "patch_size": 14, "vision_output_dim": 12, "projector_input_dim": 12, "projector_output_dim": 12,
 }
 
@@ -52,6 +53,7 @@ class Kind:
 
     changes: dict[str, Any] = field(default_factory=dict)
     nested: bool = False
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)  # of a nested one
     max_shard_size: str = "5GB"
     dtype: torch.dtype = torch.float32
 
@@ -115,9 +117,9 @@ def oracle_model(kind: Kind, std: float, seed: int) -> Llama4ForCausalLM | Llama
     """A `transformers` model with eager attention and random weights of `std`; norm weights lie around 1."""
     text = Llama4TextConfig(**(BASE | kind.changes))
     if kind.nested:
-        vision = Llama4VisionConfig(**VISION)
+        vision = Llama4VisionConfig(**kind.vision)
         model = Llama4ForConditionalGeneration(
-            Llama4Config(text_config=text.to_dict(), vision_config=vision.to_dict(),
+            Llama4Config(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=IMAGE_TOKEN,
                          tie_word_embeddings=text.tie_word_embeddings))
     else:
         model = Llama4ForCausalLM(text)
@@ -135,8 +137,12 @@ def oracle_model(kind: Kind, std: float, seed: int) -> Llama4ForCausalLM | Llama
 
 def write_toy(folder: Path, name: str, std: float) -> Toy:
     """Writes the named checkpoint into `folder` (created)."""
-    kind = KINDS[name]
-    model = oracle_model(kind, std, seed=list(KINDS).index(name))
+    return write_kind(folder, name, KINDS[name], std, seed=list(KINDS).index(name))
+
+
+def write_kind(folder: Path, name: str, kind: Kind, std: float, seed: int) -> Toy:
+    """Writes a checkpoint of any kind, to be called `name`, into `folder` (created)."""
+    model = oracle_model(kind, std, seed)
     stored = model
     if kind.dtype != torch.float32:
         stored = copy.deepcopy(model).to(kind.dtype)  # a copy: the oracle's rotary frequencies stay in float32
