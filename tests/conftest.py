@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import torchvision_oracle
 
 if TYPE_CHECKING:
     from toy_checkpoints import Toy, Toys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: further threads only get in each other's way
+torchvision_oracle.prepare()  # before anything imports transformers, which imports torchvision where it is installed
 
 
 @pytest.fixture(scope="session")
@@ -49,4 +52,17 @@ def _plain_processor() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processor, "processor_flags", lambda: frozenset[str]())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _importable_torchvision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `torchvision_oracle.prepare` does here, in the processes that tests start too: the benchmark's peers."""
+    if importlib.util.find_spec("torchvision") is None:
+        yield
+        return
+    folder = tmp_path_factory.mktemp("site")
+    torchvision_oracle.prepare_processes(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         yield

@@ -1,0 +1,34 @@
+"""Bytes of a file as it is now, without ever waiting for a pipe; and names that are safe to show.
+
+What the bytes are is left to others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(path: str) -> str:
+    """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
+
+
+def kind(mode: int) -> str:
+    """What is neither a file nor a folder, in words."""
+    return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
+
+
+def read_regular_file(path: str) -> tuple[bytes, bool]:
+    """The bytes of a file, and whether it changed meanwhile. Never waits for a pipe put in the file's place."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb", buffering=0) as file:
+        before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(0, f"became a {kind(before.st_mode)}")
+        raw = file.readall()
+        after = os.fstat(file.fileno())
+    return raw, (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)

@@ -1,0 +1,346 @@
+"""Image files: recognised by their content, checked, decoded upright to RGB.
+
+Which files are read at all is left to `l4ctx.documents`; tiles and numbers for the model, to `l4ctx.image_tiles`.
+Needs Pillow, imported when the first picture is read. Colour profiles are ignored, as Meta's reference does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import re
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l4ctx.files import read_regular_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names; no other decoder ever runs
+MAX_PIXELS = 2**27  # of one picture; some 134 million, 2 GiB at the peak of decoding
+MAX_SIDE = 2**20  # in pixels: a picture that long and thin shows nothing, and resizing it would need much memory
+
+_TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF, with 64-bit offsets
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # the sizes that exist; a text that begins with BM has none of them
+_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
+                    16: 8, 17: 8, 18: 8}
+_SHORT, _LONG = 3, 4
+_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 0x0142, 0x0143
+_UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+            7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> the PIL.Image.Transpose that undoes it
+_SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
+_MOST_REASON = 100  # characters of Pillow's own words
+
+_warnings_lock = threading.Lock()
+
+
+class PictureError(Exception):
+    """A picture that cannot be used; the message is the reason in one line."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that can be decoded.
+
+    `source` is the name to show; `sha256` the digest of the raw bytes; `width` and `height`, in pixels, are those of
+    the upright picture. `decode()` decodes anew at each call, to mode RGB of exactly that size, and keeps nothing;
+    it raises PictureError, the source named, where the file is no longer what it was.
+    """
+
+    source: str
+    sha256: str
+    width: int
+    height: int
+    decode: Callable[[], Image.Image]
+
+
+def picture_format(raw: bytes) -> str | None:
+    """Which of FORMATS these bytes begin as, if any; without Pillow, from the first 18 bytes."""
+    if raw.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if raw.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if raw.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if raw.startswith(b"RIFF") and raw[8:12] == b"WEBP":
+        return "WEBP"
+    if raw.startswith(_TIFF_PREFIXES):
+        return "TIFF"
+    if raw.startswith(b"BM") and int.from_bytes(raw[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    return None
+
+
+def read_picture(source: str, raw: bytes, path: str | None) -> tuple[Picture, list[str]]:
+    """A picture from the bytes of a file, and what to know about it (one line each).
+
+    Decodes once, in full, to be sure that it can be. With `path` later calls of `decode()` read the file again;
+    without, `raw` is kept. Raises PictureError with a reason that does not name the source.
+    """
+    image, notes = _decoded(raw)
+    width, height = image.size
+    del image
+    digest = hashlib.sha256(raw).hexdigest()
+
+    def again() -> Image.Image:
+        return _decoded_again(source, digest, raw if path is None else _read_again(source, digest, path))
+
+    if path is not None:
+        raw = b""  # `again` does not hold on to it
+    return Picture(source, digest, width, height, again), notes
+
+
+def decoding_bytes(width: int, height: int) -> int:
+    """Bytes that `decode()` of an upright picture of this size needs at its peak, at most, beside the file's own.
+
+    Pillow holds RGB and RGBA in 4 bytes a pixel. The most is needed by animated WebP: two canvases, a copy, and the
+    picture (16 bytes a pixel); then by TIFF in a single strip of 16-bit RGBA, by transparency (4, and 4 for the
+    result), and by 32-bit shades (4, 4, 1 and 4). Codecs' own buffers are in the constant part.
+    """
+    return 16 * width * height + (32 << 20)
+
+
+def _read_again(source: str, digest: str, path: str) -> bytes:
+    try:
+        raw, changed = read_regular_file(path)
+    except FileNotFoundError:
+        raise PictureError(f"{source}: vanished since it was first read") from None
+    except OSError as error:
+        raise PictureError(f"{source}: cannot be read again: {error.strerror}") from None
+    if changed or hashlib.sha256(raw).hexdigest() != digest:
+        raise PictureError(f"{source}: changed since it was first read")
+    return raw
+
+
+def _decoded_again(source: str, digest: str, raw: bytes) -> Image.Image:
+    try:
+        return _decoded(raw)[0]
+    except PictureError as error:  # memory may be short by now
+        raise PictureError(f"{source}: {error}") from None
+
+
+def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
+    """The upright picture in mode RGB, and notes. Raises PictureError."""
+    name = picture_format(raw)
+    if name is None:
+        raise PictureError(f"not a picture in a format that can be read ({', '.join(FORMATS)})")
+    pages = _tiff_pages(raw) if name == "TIFF" else 1
+    with _only_picture_errors(name), _without_libtiff_messages(name):
+        from PIL import Image
+
+        with Image.open(io.BytesIO(raw), formats=[name]) as image:
+            _check_size(*image.size)
+            image.load()
+            _check_size(*image.size)  # a frame of a GIF may exceed what its header declares
+            notes = [f"a TIFF of {pages:,} pages: the first is read"] if pages > 1 else []
+            rgb = _on_white(_in_eight_bits(image, notes))
+            if name != "TIFF" and (undo := _UPRIGHT.get(_orientation(image))):  # with TIFF, Pillow has done it
+                rgb = rgb.transpose(Image.Transpose[undo])
+            if rgb is image:
+                rgb = image.copy()  # without what the decoder holds on to
+            if (frames := _frames(image, name)) > 1:
+                notes.append(f"animated: the first of {frames:,} frames is read")
+    rgb.info.clear()  # the orientation that has been applied, among others
+    return rgb, notes
+
+
+def _frames(image: Image.Image, name: str) -> int:
+    """Frames of an animation; 1 where those after the first are damaged. What `image` has decoded is dropped for it.
+
+    JPEG counts as one: phones hide previews and depths behind the one picture.
+    """
+    with suppress(Exception):  # as in _only_picture_errors
+        return int(getattr(image, "n_frames", 1)) if name in ("GIF", "PNG", "WEBP") else 1
+    return 1
+
+
+@contextmanager
+def _only_picture_errors(name: str) -> Iterator[None]:
+    """Whatever Pillow raises for malformed input becomes a PictureError; its warnings are dropped.
+
+    Warnings are filtered for the whole process (Python's filters are), hence by one thread at a time: pictures are
+    decoded one after another.
+    """
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except PictureError:
+            raise
+        except MemoryError:
+            raise PictureError("decoding it needs more memory than there is (scale it down)") from None
+        except Exception as error:  # Pillow's decoders raise some twenty kinds for malformed input
+            raise PictureError(_reason(name, error)) from None
+
+
+@contextmanager
+def _without_libtiff_messages(name: str) -> Iterator[None]:
+    """libtiff prints what is wrong with a TIFF, page by page, on the standard error output: closed to it meanwhile."""
+    try:
+        kept = os.dup(2) if name == "TIFF" else None
+    except OSError:  # there is no such output
+        kept = None
+    if kept is None:
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _reason(name: str, error: Exception) -> str:
+    """In one printable line, the same for the same bytes."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if kind == "DecompressionBombError":  # Pillow's own limit, before the size is known
+        pixels = re.search(r"\d+", text)
+        return _too_large(f"{int(pixels.group()):,} pixels" if pixels else "its size")
+    if kind == "UnidentifiedImageError" or not text or " at 0x" in text:
+        return f"damaged, or a kind of {name} that cannot be read"
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return f"damaged: the {name} file is cut short"
+    shown = "".join(character if character.isprintable() else "?" for character in text)
+    return f"damaged, or a kind of {name} that cannot be read ({shown[:_MOST_REASON]})"
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise PictureError(f"damaged: it has no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise PictureError(_too_large(f"{width:,} x {height:,} pixels"))
+    if max(width, height) > MAX_SIDE:
+        raise PictureError(f"{width:,} x {height:,} pixels: a side may have {MAX_SIDE:,} at most (scale it down)")
+
+
+def _too_large(size: str) -> str:
+    return f"too large: {size}, and {MAX_PIXELS:,} pixels is the most (scale it down)"
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Mode RGB, white behind what is transparent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    coloured = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(coloured, mask=coloured)
+    return white
+
+
+def _in_eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Shades of 16 bits divided by 257, those of 32 bits and floats stretched from their own range; others as is."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        shades, transparent = _SHADES, image.info.get("transparency")
+        if isinstance(transparent, int) and 0 <= transparent < len(shades):
+            shades = [*shades[:transparent], 255, *shades[transparent + 1 :]]  # one shade stands for white paper
+        wide = image if image.mode == "I" else image.convert("I")
+        wide.info.pop("transparency", None)
+        return wide.point(shades, "L")
+    if image.mode not in ("I", "F"):
+        return image
+    low, high = (float(value) for value in image.getextrema() if isinstance(value, int | float))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PictureError("its values are not all finite numbers")
+    scale = 255 / (high - low) if high > low else 0.0
+    offset = 0.5 - low * scale
+    notes.append(f"32-bit values: {low:g} is shown as black, {high:g} as white")
+    return image.point(lambda value: value * scale + offset).convert("L")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or it cannot be read.
+
+    Pillow would decode all of EXIF for it, and the entries of a hostile file can claim any amount.
+    """
+    exif = image.info.get("exif")
+    profile = image.info.get("Raw profile type exif")  # how ImageMagick stores it in PNG: hexadecimal, after a head
+    if not isinstance(exif, bytes) and isinstance(profile, str):
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    if not isinstance(exif, bytes):
+        return 1
+    directory = _TiffDirectory.first(exif.removeprefix(b"Exif\0\0"))
+    return 1 if directory is None else directory.numbers()[0].get(_ORIENTATION, 1)
+
+
+def _tiff_pages(raw: bytes) -> int:
+    """The number of pages. Raises PictureError where the first claims more than the file or the limits hold."""
+    directory = _TiffDirectory.first(raw)
+    if directory is None:
+        raise PictureError("damaged: the TIFF file is cut short")
+    tags, claimed = directory.numbers()
+    if claimed > len(raw):
+        raise PictureError("damaged: its TIFF tags claim more bytes than the file has")
+    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MAX_PIXELS:
+        raise PictureError("damaged: its TIFF tiles are larger than a picture may be")
+    seen = set()
+    while directory is not None and directory.offset not in seen:
+        seen.add(directory.offset)
+        directory = directory.following()
+    return len(seen)
+
+
+@dataclass(frozen=True)
+class _TiffDirectory:
+    """A directory of tags in TIFF or EXIF data that has room for the entries that it declares."""
+
+    raw: bytes
+    order: str
+    is_big: bool
+    offset: int
+
+    @classmethod
+    def first(cls, raw: bytes) -> _TiffDirectory | None:
+        if not raw.startswith(_TIFF_PREFIXES) or len(raw) < 16:
+            return None
+        order, is_big = "<" if raw.startswith(b"II") else ">", b"+" in raw[2:4]
+        (offset,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", raw, 8 if is_big else 4)
+        return cls._at(raw, order, is_big, offset)
+
+    @classmethod
+    def _at(cls, raw: bytes, order: str, is_big: bool, offset: int) -> _TiffDirectory | None:
+        found = cls(raw, order, is_big, offset)
+        fits = 0 < offset <= len(raw) - 8 and found._end() <= len(raw)
+        return found if fits else None
+
+    def _begin(self) -> int:
+        return self.offset + (8 if self.is_big else 2)
+
+    def _end(self) -> int:
+        (count,) = struct.unpack_from(f"{self.order}{'Q' if self.is_big else 'H'}", self.raw, self.offset)
+        return int(self._begin() + count * (20 if self.is_big else 12))
+
+    def following(self) -> _TiffDirectory | None:
+        """The next directory of the chain."""
+        end, (form, size) = self._end(), (("Q", 8) if self.is_big else ("I", 4))
+        if end + size > len(self.raw):
+            return None
+        (offset,) = struct.unpack_from(f"{self.order}{form}", self.raw, end)
+        return self._at(self.raw, self.order, self.is_big, offset)
+
+    def numbers(self) -> tuple[dict[int, int], int]:
+        """Single whole numbers by tag, and how many bytes all tags claim outside of the directory."""
+        form, inline = ("HHQQ", 8) if self.is_big else ("HHII", 4)
+        found: dict[int, int] = {}
+        claimed = 0
+        for tag, kind, count, value in struct.iter_unpack(self.order + form, self.raw[self._begin() : self._end()]):
+            size = _TIFF_TYPE_BYTES.get(kind, 0) * count
+            if size > inline:
+                claimed += size
+            elif count == 1 and kind in (_SHORT, _LONG):  # left-aligned in the field
+                found.setdefault(tag, value >> 8 * (inline - size) if self.order == ">" else value % (1 << 8 * size))
+        return found, claimed
