@@ -1,0 +1,250 @@
+"""Pages of a PDF as text and as pictures, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
+
+That process is left to `l4ctx.pdf_process`; prompts, folders and what becomes of pictures, to `l4ctx.prompt`,
+`l4ctx.documents` and `l4ctx.pictures`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from l4ctx.memory import human_bytes
+from l4ctx.pdf_process import (
+    MOST_TEXT,
+    LibraryMissingError,
+    NoWorkerError,
+    PdfiumError,
+    RefusedError,
+    Reply,
+    memory_limit,
+    request,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from l4ctx.pictures import Picture
+
+PDF_MODES = ("text", "pages", "both")  # each page's text, its picture, or its text and then its picture
+PAGE_PIXELS = 1344  # the longer side of a page's picture: 4 tiles of 336
+
+_HEADER_BYTES = 1024  # readers look for the header in so many bytes
+_HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is only mentioned
+_NAMED_RANGES = 5  # of page numbers in a note; what comes after them is only counted
+_MOST_LOST = 3  # pages of a document that end the process; each may take a minute before
+
+
+class PdfError(Exception):
+    """A PDF document that cannot be read; the message is the reason, in one line and without the document's name."""
+
+
+class PdfSupportMissing(PdfError):
+    """pypdfium2 is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__('a PDF document; pip install "l4ctx[pdf]" adds what reads it')
+
+
+def is_pdf(raw: bytes) -> bool:
+    """Whether these bytes are a PDF: its header is within the first 1024, as readers accept it.
+
+    Something may come before it, but not a printable character right before: text that mentions `%PDF-` is text.
+    """
+    return _HEADER.search(raw[: _HEADER_BYTES + len(b"%PDF-")]) is not None
+
+
+def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[list[str | Picture], list[str]]:
+    """The content of the PDF `raw`, pages in order, and notes on it (one line each).
+
+    `mode` is one of PDF_MODES. Every page is wrapped in `<page number="1">` and `</page>` (counted from 1) on lines of
+    their own; one that cannot be read is left out and noted. Text is all that the page holds, whether visible or
+    not, in the order in which the page draws it. A picture's longer side has PAGE_PIXELS pixels; it is drawn once to
+    be sure that it can be, and again when it is decoded, from the file at `path`, which must still be the same then,
+    or from `raw` where `path` is None.
+    Raises PdfError where nothing can be read: encrypted, broken, no page, in mode text no text, or pdfium failing on
+    _MOST_LOST pages (it crashes, needs too much memory, or more than l4ctx.pdf_process.PAGE_SECONDS);
+    PdfSupportMissing.
+    """
+    if mode not in PDF_MODES:
+        raise ValueError(f"mode is {mode!r}, not one of {', '.join(PDF_MODES)}")
+    if importlib.util.find_spec("pypdfium2") is None:
+        raise PdfSupportMissing
+    read = _Read(_File(source, raw, path), mode)
+    try:
+        read.all_pages(raw)
+    except RefusedError as error:
+        raise PdfError(str(error)) from None
+    except LibraryMissingError:
+        raise PdfSupportMissing from None
+    except NoWorkerError as error:
+        raise PdfError(f"a PDF document, but {error}") from None
+    return read.content, read.notes()
+
+
+class _File:
+    """A document from which pages are drawn."""
+
+    def __init__(self, source: str, raw: bytes, path: str | None) -> None:
+        self.source = source
+        self._path = path
+        self._sha256 = hashlib.sha256(raw).hexdigest()
+        self._raw = raw if path is None else b""  # a file is read anew
+        self.memory = memory_limit(len(raw))  # for all pages at all times: what could be drawn once can be again
+
+    def picture(self, number: int, width: int, height: int) -> Picture:
+        """Of a page."""
+        from l4ctx.pictures import Picture, PictureError
+
+        name = f"{self.source}, page {number}"
+
+        def decode() -> Image:
+            try:
+                return self._drawn(number, width, height)
+            except (RefusedError, PdfiumError, NoWorkerError) as error:
+                raise PictureError(f"{name}: {error}") from None
+
+        parameters = f"PDF {self._sha256} page {number} longer side {PAGE_PIXELS} size {width} x {height} RGB on white"
+        return Picture(name, hashlib.sha256(parameters.encode()).hexdigest(), width, height, decode)
+
+    def _drawn(self, number: int, width: int, height: int) -> Image:
+        from PIL import Image
+
+        path = self._path
+        if path is not None:
+            try:
+                path = os.path.join(os.getcwd(), path)  # the process may be in another folder
+            except OSError as error:
+                raise RefusedError(f"cannot be read any more: {error.strerror}") from None
+        header = {"do": "draw", "path": path, "sha256": self._sha256, "page": number, "size": (width, height),
+                  "memory": self.memory}
+        try:
+            pixels = _only_reply(header, self._raw)
+        except PdfiumError as error:
+            if not error.try_again:
+                raise
+            pixels = _only_reply(header, self._raw)
+        return Image.frombytes("RGB", (width, height), pixels, "raw", "BGR")
+
+
+def _only_reply(header: dict[str, Any], body: bytes) -> bytearray:
+    with request(header, body) as receive:
+        return receive().body
+
+
+@dataclass
+class _Read:
+    """What one `read_pdf` call has read, and what it could not."""
+
+    file: _File
+    mode: str
+    pages: int = 0  # 0 until the document could be opened
+    next: int = 1  # number of a page
+    text_bytes: int = 0
+    lost: int = 0  # pages that ended the process
+    content: list[str | Picture] = field(default_factory=list)
+    without_text: list[int] = field(default_factory=list)
+    undrawn_fields: int = 0
+    failures: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of pages
+
+    def all_pages(self, raw: bytes) -> None:
+        """Raises PdfError, RefusedError and NoWorkerError."""
+        while not self.pages or self.next <= self.pages:
+            try:
+                self._further_pages(raw)
+            except PdfiumError as error:
+                if not error.try_again:
+                    self._lose_page(str(error))
+
+    def _further_pages(self, raw: bytes) -> None:
+        """All that are left, in one process."""
+        header = {"do": "read", "path": None, "mode": self.mode, "first": self.next, "longer_side": PAGE_PIXELS,
+                  "memory": self.file.memory}
+        with request(header, raw) as receive:
+            self.pages = receive().header["pages"]
+            while self.next <= self.pages:
+                self._add_page(receive())
+                self.next += 1
+            receive()  # that the document is closed
+
+    def _add_page(self, reply: Reply) -> None:
+        number, header = self.next, reply.header
+        self.undrawn_fields += header["fields"]
+        if "failure" in header:
+            self._fail(number, header["failure"])
+        text: str | None = None
+        picture: Picture | None = None
+        if "has_text" in header:
+            self.text_bytes += len(reply.body)
+            if self.text_bytes > MOST_TEXT:
+                raise PdfError(f"a PDF with more than {human_bytes(MOST_TEXT)} of text")
+            text = reply.body.decode()
+            if not text or text.isspace():
+                self.without_text.append(number)
+        if "size" in header:
+            picture = self.file.picture(number, *header["size"])
+        if text is not None or picture is not None:
+            self.content += _wrapped(number, text, picture)
+
+    def _lose_page(self, reason: str) -> None:
+        """Of a page, or of the document, that ended the process."""
+        if not self.pages:
+            raise PdfError(f"a PDF that {reason}")
+        if self.next > self.pages:
+            return  # when it was closed
+        self._fail(self.next, reason)
+        self.next += 1
+        self.lost += 1
+        if self.lost == _MOST_LOST < self.pages:
+            raise PdfError(f"a PDF that is given up: {'; '.join(self._unread())}")
+
+    def _fail(self, number: int, reason: str) -> None:
+        self.failures.setdefault(reason, []).append(number)
+
+    def _unread(self) -> list[str]:
+        return [f"{self._count(numbers)} {reason}{_named(numbers)}" for reason, numbers in self.failures.items()]
+
+    def notes(self) -> list[str]:
+        """One line each; raises PdfError where there is no content."""
+        notes = self._unread()
+        if not self.content:
+            raise PdfError(f"a PDF of which nothing can be read: {'; '.join(notes)}")
+        if self.mode == "text" and len(self.without_text) + sum(map(len, self.failures.values())) == self.pages:
+            reason = "a PDF without text (scanned?); --pdf pages reads its pages as pictures"
+            raise PdfError("; ".join([reason, *notes]))
+        if self.without_text:
+            verb = "has" if len(self.without_text) == 1 else "have"
+            hint = "; --pdf pages reads them as pictures" if self.mode == "text" else ""
+            notes.append(f"{self._count(self.without_text)} {verb} no text (scanned?){_named(self.without_text)}{hint}")
+        if self.undrawn_fields:
+            notes.append(f"{self.undrawn_fields} form field(s) without an appearance are not read (print it to a PDF)")
+        return notes
+
+    def _count(self, numbers: list[int]) -> str:
+        return f"{len(numbers)} of {self.pages} page{'s' * (self.pages > 1)}"
+
+
+def _wrapped(number: int, text: str | None, picture: Picture | None) -> list[str | Picture]:
+    """A page between its tags, each on a line of its own."""
+    head, tail = f'<page number="{number}">\n', "</page>\n"
+    if text and not text.isspace():
+        head += text if text.endswith("\n") else text + "\n"
+    return [head + tail] if picture is None else [head, picture, "\n" + tail]
+
+
+def _named(numbers: list[int]) -> str:
+    """The numbers of pages behind a colon, neighbours as ranges, the first few ranges only: `: 1-4, 9, and 12 more`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    named = ["-".join(map(str, ends)) for ends in ranges[:_NAMED_RANGES]]
+    if len(ranges) > _NAMED_RANGES:
+        named.append(f"and {len(numbers) - numbers.index(ranges[_NAMED_RANGES][0])} more")
+    return f": {', '.join(named)}"

@@ -1,0 +1,204 @@
+"""The one process in which pdfium runs: started when it is first needed, kept for the next document, ended in time.
+
+A page on which pdfium crashes, runs out of memory or does not come to an end costs that process and nothing more. What
+it is asked, and what is made of its replies, is left to `l4ctx.pdf`; what it does, to `l4ctx.pdf_worker`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from l4ctx.memory import available_memory, human_bytes, process_memory
+from l4ctx.pdf_worker import FRAME
+
+PAGE_SECONDS = 60.0  # for one page, and for opening the document
+START_SECONDS = 60.0
+MOST_MEMORY = 4 << 30  # bytes of address space of the process, beside what the document takes
+LEAST_MEMORY = 1 << 30  # the same where hardly any memory is free: below it, sound pages would fail
+MOST_LEFT = 64 << 20  # bytes that it may still hold after a document; else it is ended, as they would never come back
+MOST_TEXT = 2**27  # bytes of text in UTF-8: more than any model reads
+
+_COMMAND = (sys.executable, "-P", "-c", "from l4ctx.pdf_worker import main; main()")
+
+
+class NoWorkerError(Exception):
+    """The process cannot be started; the message says why, in one line."""
+
+
+class LibraryMissingError(NoWorkerError):
+    """It finds no pypdfium2."""
+
+
+class RefusedError(Exception):
+    """The process says why it does not do what is asked, in one line."""
+
+
+class PdfiumError(Exception):
+    """pdfium failed or was too slow, and its process is ended; the message is to follow what was read.
+
+    `try_again`: the process had read another document, which may have caused it, or was killed; a fresh one may
+    succeed.
+    """
+
+    def __init__(self, message: str, *, try_again: bool = False) -> None:
+        super().__init__(message)
+        self.try_again = try_again
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the process sends at a time."""
+
+    header: dict[str, Any]
+    body: bytearray
+
+
+def memory_limit(document_bytes: int) -> int:
+    """Bytes of address space that the process may have for a document of that size.
+
+    At most about half of the memory that is free now, and never less than LEAST_MEMORY beside the document.
+    """
+    most, free = MOST_MEMORY + 2 * document_bytes, available_memory()
+    return most if free is None else min(most, max(free // 2, LEAST_MEMORY + document_bytes))
+
+
+@contextmanager
+def request(header: dict[str, Any], body: bytes = b"") -> Iterator[Callable[[], Reply]]:
+    """Asks the process, starting one where none runs; yields a function that awaits the next reply.
+
+    One thread at a time. `header` says what to "do", the "memory" to do it in (bytes), the "path" and "sha256" of the
+    file with the document (a path of None: the document is `body`), and what else the task needs. Who leaves before
+    the last reply, by an exception or not, ends the process. Raises NoWorkerError; RefusedError and PdfiumError, as
+    does the function, which waits for PAGE_SECONDS.
+    """
+    with _one_at_a_time:
+        worker = _started()
+        try:
+            worker.send(header, body)
+            worker.receive(None)  # it has the document; until then it waits for a file, as anyone would
+            yield lambda: worker.receive(PAGE_SECONDS)
+        finally:
+            if not (worker.is_idle and worker.is_small()):
+                worker.end()
+
+
+class _Worker:
+    """A running process and the pipes to and from it. Ends with this object or with the interpreter."""
+
+    def __init__(self) -> None:
+        try:
+            self.process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                            stderr=subprocess.DEVNULL, start_new_session=True)  # gets no Ctrl-C
+        except OSError as error:
+            raise NoWorkerError(f"the process that reads it cannot be started: {error.strerror}") from None
+        self.end = weakref.finalize(self, _end, self.process)
+        self.is_idle = False  # and not between a request and its last reply
+        self._requests = 0
+        assert self.process.stdin is not None and isinstance(self.process.stdout, io.FileIO)
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
+        self._poll = select.poll() if hasattr(select, "poll") else None  # without: waits as long as it takes
+        if self._poll is not None:
+            self._poll.register(self._stdout, select.POLLIN)
+        try:
+            self._greet()
+        except BaseException:
+            self.end()
+            raise
+
+    def _greet(self) -> None:
+        try:
+            hello = self.receive(START_SECONDS)
+        except RefusedError as error:
+            raise NoWorkerError(str(error)) from None
+        except PdfiumError:
+            raise NoWorkerError("the process that reads it does not start") from None
+        if "missing" in hello.header:
+            raise LibraryMissingError("pypdfium2 is not installed")
+        self.is_idle = True
+
+    def is_alive(self) -> bool:
+        return self.end.alive and self.process.poll() is None
+
+    def is_small(self) -> bool:
+        held = process_memory(self.process.pid)
+        return held is None or held.anonymous <= MOST_LEFT
+
+    def send(self, header: dict[str, Any], body: bytes) -> None:
+        """A request. Raises PdfiumError."""
+        self._requests += 1
+        self.is_idle = False
+        raw = json.dumps(header).encode()
+        try:
+            for piece in (FRAME.pack(len(raw), len(body)) + raw, body):
+                left = memoryview(piece)
+                while left:
+                    left = left[self._stdin.write(left) :]
+        except BrokenPipeError:
+            raise self._failed() from None
+
+    def receive(self, seconds: float | None) -> Reply:
+        """The next reply, which has so many seconds to come. Raises RefusedError and PdfiumError."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            header_bytes, body_bytes = FRAME.unpack(self._next(FRAME.size, deadline))
+            header = json.loads(self._next(header_bytes, deadline))
+            if body_bytes > MOST_TEXT:
+                raise PdfiumError(f"cannot be read (more than {human_bytes(MOST_TEXT)} of text)")
+            body = self._next(body_bytes, deadline)
+        except TimeoutError:
+            raise PdfiumError(f"cannot be read within {seconds:g} s") from None
+        self.is_idle = "last" in header
+        if "error" in header:
+            raise RefusedError(header["error"])
+        return Reply(header, body)
+
+    def _next(self, count: int, deadline: float | None) -> bytearray:
+        """So many bytes. Raises TimeoutError and PdfiumError."""
+        taken = bytearray(count)
+        left = memoryview(taken)
+        while left:
+            wait = None if deadline is None else 1000 * max(0.0, deadline - time.monotonic())
+            if self._poll is not None and not self._poll.poll(wait):
+                raise TimeoutError
+            received = self._stdout.readinto(left)
+            if not received:
+                raise self._failed()
+            left = left[received:]
+        return taken
+
+    def _failed(self) -> PdfiumError:
+        return PdfiumError("cannot be read (pdfium ran out of memory or crashed)", try_again=self._requests > 1)
+
+
+_one_at_a_time = threading.Lock()
+_worker: _Worker | None = None
+
+
+def _started() -> _Worker:
+    """The process that runs, or a fresh one. Raises NoWorkerError."""
+    global _worker
+    if _worker is None or not _worker.is_alive():
+        if _worker is not None:
+            _worker.end()
+        _worker = _Worker()
+    return _worker
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Now: it has nothing to lose."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
