@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from cache.sizes import KV_DTYPES
 from l4ctx.context_use import ContextUse
+from l4ctx.device import free_on_accelerator, usable_device
 from l4ctx.documents import DocumentSet, Skipped, read_documents
-from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
-from l4ctx.plan import Job, MemoryPlan, MemoryPlanError, Room
+from l4ctx.job import Job, Room
+from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, counted, process_memory
+from l4ctx.picture_use import PictureUse
+from l4ctx.plan import MemoryPlan, MemoryPlanError
 from l4ctx.processor import computing_dtype
-from l4ctx.report import MemoryReport
+from l4ctx.report import MemoryReport, Timing
 from l4ctx.request import (
     DEFAULT_MAX_NEW_TOKENS,
     Request,
@@ -28,7 +31,7 @@ from l4ctx.request import (
     check_kv_device_memory,
     check_kv_dir,
 )
-from model.config import TextConfig
+from model.config import Operations, TextConfig, reading_operations
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.generate import GenerationConfig, Sampling
+    from l4ctx.picture_features import PictureFeatures
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt, Span
     from l4ctx.tokenizer import Tokenizer
@@ -43,16 +47,6 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SKIPPED_LINES = 12
-
-
-@dataclass
-class Timing:
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def as_dict(self) -> dict[str, float | None]:
-        rate = self.tokens / self.seconds if self.tokens and self.seconds else None
-        return {"seconds": round(self.seconds, 6), "tokens_per_second": rate and round(rate, 3)}
 
 
 @dataclass
@@ -70,6 +64,7 @@ class Run:
 
     config: TextConfig = field(init=False)
     contexts: ContextUse = field(init=False)
+    pictures: PictureUse = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     prompt: Prompt = field(init=False)
     prompt_tokens: int = field(init=False)
@@ -79,6 +74,7 @@ class Run:
     plan: MemoryPlan = field(init=False)
     model: Transformer = field(init=False)
     cache: HybridKVCache = field(init=False)
+    _features: PictureFeatures | None = field(init=False, default=None)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
     _made_with: dict[str, str] = field(init=False, default_factory=dict)
@@ -102,10 +98,13 @@ class Run:
         self.config = TextConfig.from_folder(self.request.model)
         self.contexts = ContextUse(self.request)
         check_kv_dir(self.request.kv_dir)
-        self._documents = read_documents(self.request.paths, stdin=self.request.stdin)
+        self.pictures = PictureUse(self.request.model, self.config, no_images=self.request.no_images,
+                                   pdf=self.request.pdf)
+        self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
+                                         no_pictures=self.pictures.why_not)
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
-            raise RequestError(f"standard input has no text to read: {self.skipped[0].reason} "
+            raise RequestError(f"standard input has nothing to read: {self.skipped[0].reason} "
                                "(name a file or folder; to ask without documents, add < /dev/null)")
         if self.request.paths:
             self._documents.require_any(self.request.paths)
@@ -136,8 +135,9 @@ class Run:
         if template is None:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
+        encoder = self.pictures.encoder(self.tokenizer) if self._documents.has_pictures else None
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   system=self.request.system)
+                                   pictures=encoder, system=self.request.system)
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -151,7 +151,8 @@ class Run:
                                f"leave {room:,} of the model's {self.config.max_position_embeddings:,} positions")
         check_length(self.prompt, self.max_new_tokens, self.config.max_position_embeddings, self.prompt_tokens)
         if self.prompt.spans:
-            self.note(f"{len(self.prompt.spans)} document{'s' * (len(self.prompt.spans) > 1)}, "
+            self.note(f"{counted(len(self.prompt.spans), 'document')}, "
+                      f"{counted(len(self.prompt.pictures), 'picture') + ', ' if self.prompt.pictures else ''}"
                       f"{len(self.prompt.ids):,} tokens")
 
     def plan_memory(self) -> None:
@@ -163,6 +164,7 @@ class Run:
 
         stored = stored_dtype(self._stored)
         parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
+        parameters += self.pictures.parameters
         self._before = process_memory()
         room = self._room()
         on_accelerator = self._device.type != "cpu"
@@ -178,7 +180,9 @@ class Run:
                   on_disk_already=2**62 if self.request.context is not None else 0,  # all of it: nothing is written
                   new_tokens=len(self.prompt.ids),
                   stored_dtype=stored, largest=self._largest(),
-                  saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype))
+                  saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
+                  tower_bytes=self.pictures.tower_bytes(KV_DTYPES[dtype]),
+                  pixel_bytes=self.pictures.pixel_bytes(self.prompt.pictures))
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -203,6 +207,8 @@ class Run:
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
                                      attention=self._attention, is_mapped=self.plan.weights_are_mapped)
+        self._features = self.pictures.load(self.prompt.pictures, dtype=self.model.dtype, device=self._device,
+                                            is_mapped=self.plan.weights_are_mapped)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
         self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,
@@ -224,6 +230,12 @@ class Run:
         if self.request.question is not None:
             yield from self._read(self.prompt_tokens - 1)
 
+    def work(self, start: int, stop: int) -> Operations:
+        """What reading positions start .. stop - 1 of the prompt takes."""
+        operations = reading_operations(self.config, start, stop)
+        return replace(operations, linear=operations.linear + self.pictures.operations(
+            self.prompt.pictures, start, stop))
+
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.prefill import prefill
 
@@ -231,7 +243,8 @@ class Run:
         ids = memoryview(self.prompt.ids)[self.cache.offset - first:stop - first]
         before = self.timings["prefill"]
         with self.contexts.naming_the_mend():
-            for step in prefill(self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size):
+            for step in prefill(self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size,
+                                features=self._features):
                 self.timings["prefill"] = Timing(before.seconds + step.seconds, before.tokens + step.done)
                 yield step
 
@@ -278,7 +291,9 @@ class Run:
         held = self.cache.held()
         on_gpu = self._device.type == "cuda"
         return MemoryReport(
-            predicted=self.plan, weights=sum(p.nbytes for p in self.model.parameters()),
+            predicted=self.plan,
+            weights=sum(p.nbytes for p in self.model.parameters()) + (
+                self._features.weight_bytes if self._features else 0),
             rope_windows=held.rope_windows, nope_device=held.nope_device, nope_host=held.nope_host,
             nope_disk=held.nope_disk, buffers=held.buffers, token_ids=memoryview(self.prompt.ids).nbytes,
             process_before=self._before, process=process_memory(),
@@ -294,6 +309,8 @@ class Run:
             "reused_tokens": self.contexts.reused,
             "context": str(self.contexts.folder) if self.contexts.folder else None,
             "documents": [{"path": span.source, "tokens": span.stop - span.start} for span in self._spans()],
+            "pictures": [{"path": placed.picture.source, "tokens": placed.span.stop - placed.span.start,
+                          "tiles": placed.layout.tiles} for placed in self.prompt.pictures],
             "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
             "memory": self.memory_report().as_dict(),
@@ -342,8 +359,8 @@ class Run:
         check_kv_device_memory(asked.kv_device_memory, on_accelerator=self._device.type == "cuda")
         folder = asked.save_context or asked.kv_dir
         disk = None if folder is None else available_disk(folder)
-        return Room(host=available_memory(), accelerator=self._free_on_accelerator(), kv_device=asked.kv_device_memory,
-                    kv_host=asked.kv_host_memory, disk=disk,
+        return Room(host=available_memory(), accelerator=free_on_accelerator(self._device),
+                    kv_device=asked.kv_device_memory, kv_host=asked.kv_host_memory, disk=disk,
                     disk_folder=str(folder or asked.context) if folder or asked.context else None)
 
     def _check_unsaved_rows(self) -> None:
@@ -355,11 +372,6 @@ class Run:
         if new > host + self.plan.residency.device_rows:
             raise MemoryPlanError("what these documents have beyond the context does not fit into memory; add "
                                   "--kv-dir, or read them into the context with l4ctx prefill")
-
-    def _free_on_accelerator(self) -> int | None:
-        import torch
-
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
 
     def _sampling(self) -> Sampling:
         from l4ctx.generate import Sampling
@@ -378,19 +390,3 @@ class Run:
                 self.note(f"{question!r} is the question, though it is the name of a file; the question comes first")
         except (OSError, ValueError):
             pass
-
-
-def usable_device(name: str) -> torch.device:
-    """Of a --device. Raises RequestError."""
-    import torch
-
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise RequestError(f"--device {name}: no such device; auto, cpu and cuda are") from None
-    try:
-        torch.ones(1, device=device).item()  # fails on what cannot hold numbers, "meta" among them
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise RequestError(f"--device {name}: cannot be used here ({reason})") from None
-    return device

@@ -83,6 +83,8 @@ def ask(
         metavar="CONTEXT", help="Answer from what l4ctx prefill has read; with paths, read only what is new.")] = None,
     save_context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
+    no_images: options.NoImages = False,
+    pdf: options.Pdf = "text",
     system: options.System = None,
     max_new_tokens: Annotated[int | None, typer.Option(
         min=1, help="Length of the answer at most, in tokens; 1024 unless told.")] = None,
@@ -120,7 +122,7 @@ def ask(
     def request() -> Request:
         from l4ctx.request import Request
 
-        check_choices(dtype, kv_dtype, attention)
+        check_choices(dtype, kv_dtype, attention, pdf)
         if seed is not None and not 0 <= seed < 2**63:
             raise UsageError(f"--seed: {seed} is not between 0 and {2**63 - 1}")
         check_stdout("the answer to")
@@ -134,7 +136,7 @@ def ask(
         if context is not None and not documents and system is not None:
             raise UsageError("--system: the system prompt is part of what the context holds; give it to l4ctx prefill")
         return Request(model=_model(model), question=text, paths=documents, stdin=stdin, system=system,
-                       context=asked, save_context=kept, max_new_tokens=max_new_tokens,
+                       context=asked, save_context=kept, no_images=no_images, pdf=pdf, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
                        kv_dtype=kv_dtype, kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
@@ -151,6 +153,8 @@ def prefill(
         "--output", "-o", metavar="CONTEXT", help="Folder to keep what is read in; made, or gone on with.",
         show_default=False)] = None,
     model: options.Model = None,
+    no_images: options.NoImages = False,
+    pdf: options.Pdf = "text",
     system: options.System = None,
     verify: Annotated[bool, typer.Option(
         "--verify", help="Check every byte that CONTEXT holds, and read anew from the first damage.")] = False,
@@ -174,7 +178,7 @@ def prefill(
     def request() -> Request:
         from l4ctx.request import Request
 
-        check_choices(dtype, kv_dtype, attention)
+        check_choices(dtype, kv_dtype, attention, pdf)
         if json:
             check_stdout("to")
         folder = _folder("-o", output)
@@ -184,7 +188,7 @@ def prefill(
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
         return Request(model=_model(model), paths=documents, stdin=_stdin(), system=system, save_context=folder,
-                       verify=verify, dtype=dtype, kv_dtype=kv_dtype,
+                       no_images=no_images, pdf=pdf, verify=verify, dtype=dtype, kv_dtype=kv_dtype,
                        kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
                        prefill_chunk_size=prefill_chunk_size)
@@ -235,6 +239,8 @@ def plan(
     tokens: Annotated[int | None, typer.Option(
         min=1, metavar="N", help="Plan for so many tokens, without any document.", show_default=False)] = None,
     model: options.Model = None,
+    no_images: options.NoImages = False,
+    pdf: options.Pdf = "text",
     max_new_tokens: Annotated[int | None, typer.Option(
         min=0, help="Length of an answer, in tokens.", show_default=False)] = None,
     rate: Annotated[float | None, typer.Option(
@@ -263,13 +269,14 @@ def plan(
         from l4ctx.planning import PlanRequest
 
         check_stdout("to")
-        check_choices(dtype, kv_dtype, None)
+        check_choices(dtype, kv_dtype, None, pdf)
         documents = paths_or_pipe(paths or []) if tokens is None else paths or []
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
-        return PlanRequest(model=_model(model), paths=documents, stdin=_stdin(), tokens=tokens, dtype=dtype,
+        return PlanRequest(model=_model(model), paths=documents, stdin=_stdin(), tokens=tokens, no_images=no_images,
+                           pdf=pdf, dtype=dtype,
                            kv_dtype=kv_dtype, device=device,
                            kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                            kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
@@ -285,7 +292,8 @@ app.command(epilog=EXIT_CODES)(bench)
 
 def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
     """Shows the plan; returns the exit code."""
-    from l4ctx.planning import make_plan, plan_table
+    from l4ctx.plan_table import plan_table
+    from l4ctx.planning import make_plan
     from l4ctx.terminal import notes, rendered, stderr_console
 
     report = make_plan(request, notes(stderr_console(), quiet=quiet))
@@ -306,14 +314,15 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
     run = Run(request, note)
     interruption.kept = run.kept
     with run.sampling_memory(), closing(run):
-        run.read_documents()
+        with nullcontext() if quiet or "-" in request.paths else show_waiting(console):  # "-" may be typed in
+            run.read_documents()
         with nullcontext() if quiet else show_waiting(console):
             run.make_prompt()
             run.plan_memory()
             run.load_model()
         warn_of_forgotten_pipe(request, note)
         steps = run.prefill()
-        for _ in steps if quiet else show_reading(steps, run.config, console):
+        for _ in steps if quiet else show_reading(steps, run.work, console):
             pass
         if request.question is not None:
             _show_answer(run, note, json=json)

@@ -39,6 +39,7 @@ from l4ctx.manifest import (
     read_manifest,
     read_small,
 )
+from l4ctx.picture_prompt import PictureSpan, same_until
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, digest, replay
@@ -111,13 +112,13 @@ class Context:
         file = self.file(state.ids)
         if "documents" not in file.units:
             raise DiskError(f"{file.source}: it lists no documents")
-        text = bytearray(file.units["documents"].nbytes)
-        file.read("documents", memoryview(text))
-        try:
-            return [Span(str(entry["source"]), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
-                    for entry in json.loads(text)]
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-            raise DiskError(f"{file.source}: its list of documents cannot be read ({error})") from None
+        return [Span(*entry) for entry in _listed(file, "documents")]
+
+    def pictures(self, state: State) -> list[PictureSpan]:
+        """Where pictures are among the tokens, and the digests of what their features follow from. Raises DiskError."""
+        file = self.file(state.ids)
+        return [PictureSpan(start, stop, sha256) for _, start, stop, sha256 in (
+            _listed(file, "pictures") if "pictures" in file.units else ())]
 
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
         """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError.
@@ -159,6 +160,17 @@ class Context:
         return tail
 
 
+def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
+    """What a unit of a tokens file lists as JSON: source (if it has one), start, stop and SHA-256. Raises DiskError."""
+    text = bytearray(file.units[unit].nbytes)
+    file.read(unit, memoryview(text))
+    try:
+        return [(str(entry.get("source", "")), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
+                for entry in json.loads(text)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise DiskError(f"{file.source}: its list of {unit} cannot be read ({error})") from None
+
+
 @dataclass(frozen=True)
 class Reuse:
     """How much of the documents to be read is there: the first `tokens`, in `state`. `is_same`: its documents are
@@ -187,8 +199,10 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
     return size // 4
 
 
-def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State]) -> Reuse:
-    """The longest prefix of `ids` that one of the states holds, as far as it can be gone on from. Raises DiskError.
+def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State],
+             pictures: Sequence[PictureSpan] = ()) -> Reuse:
+    """The longest prefix of `ids`, with these pictures among them, that one of the states holds, as far as it can be
+    gone on from. Raises DiskError.
 
     Unless all of a complete state is used it is cut to an attention chunk, where windows are empty; and to a block
     where those are stored otherwise than computed with: what followed a part of one had seen it unpacked.
@@ -199,6 +213,8 @@ def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Seq
         if min(kept, len(ids)) <= best.tokens:
             continue
         prefix = common_prefix(context.ids(state), ids)
+        another = same_until(pictures, context.pictures(state))
+        prefix = prefix if another is None else min(prefix, another)
         tokens = min(prefix, kept)
         if not (state.is_complete and tokens == state.tokens):
             chunk = layout.config.attention_chunk_size

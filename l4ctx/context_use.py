@@ -119,7 +119,8 @@ class ContextUse:
             self.reused = reader.state.tokens
             return
         with self.naming_the_mend():
-            reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state])
+            reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state],
+                             prompt.picture_spans)
         self.reused = reuse.tokens
         self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}" if
                           reuse.tokens else f"these documents begin otherwise than those of {reader.context.folder}: "
@@ -134,7 +135,8 @@ class ContextUse:
         self.notes += [f"{text}; it is read anew from there" for text in damage]
         with self.naming_the_mend():
             self.reused = writer.begin(memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, layout,
-                                       system=bool((self.request.system or "").strip()))
+                                       system=bool((self.request.system or "").strip()),
+                                       pictures=prompt.picture_spans)
         if self.reused:
             self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
         elif held:

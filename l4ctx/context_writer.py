@@ -35,6 +35,7 @@ from l4ctx.manifest import (
     write_atomically,
     write_manifest,
 )
+from l4ctx.picture_prompt import PictureSpan
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
@@ -102,12 +103,13 @@ class ContextWriter:
             found |= damaged
         return list(found.values())
 
-    def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool) -> int:
+    def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool,
+              pictures: Sequence[PictureSpan] = ()) -> int:
         """Starts to read `ids`, or goes on with it; returns how many of them need not be read.
 
         Raises DiskError and DiskFullError.
         """
-        reuse = reusable(self.context, ids, layout, self.context.usable)
+        reuse = reusable(self.context, ids, layout, self.context.usable, pictures)
         base = reuse.state
         if base is not None and reuse.is_same and base is self.tip:
             if base.is_complete:
@@ -116,7 +118,7 @@ class ContextWriter:
             if not base.has_ended:
                 return self._go_on(base, layout)
         start = reuse.tokens - reuse.tokens % layout.config.attention_chunk_size
-        state = State(len(ids), start, self._write_ids(ids, documents), system)
+        state = State(len(ids), start, self._write_ids(ids, documents, pictures), system)
         number = None
         if base is not None:
             number = self.context.states.index(base)
@@ -233,10 +235,11 @@ class ContextWriter:
             finally:
                 os.close(descriptor)
 
-    def _write_ids(self, ids: memoryview, documents: Sequence[Span]) -> Stored:
-        listed = json.dumps([asdict(span) for span in documents]).encode()
+    def _write_ids(self, ids: memoryview, documents: Sequence[Span], pictures: Sequence[PictureSpan]) -> Stored:
         units = {"ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
-                 "documents": [("json", torch.frombuffer(bytearray(listed), dtype=torch.uint8))]}
+                 "documents": [("json", _as_json([asdict(span) for span in documents]))]}
+        if pictures:
+            units["pictures"] = [("json", _as_json([span._asdict() for span in pictures]))]
         with self._new_file("tokens") as (name, descriptor):
             header, _ = write_units(descriptor, units, {})
         stored = Stored(name, header)
@@ -260,6 +263,10 @@ class ContextWriter:
             pass  # they take room, no more
         finally:
             os.close(held)
+
+
+def _as_json(entries: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
 
 
 @contextmanager

@@ -1,27 +1,25 @@
-"""Files, folders and standard input become documents: named, decoded text, in an order that never changes.
+"""Files, folders and standard input become documents: named text and pictures, in an order that never changes.
 
 Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left
-to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`); PDF pages and images are only named as binaries here.
+to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.decoding`, `l4ctx.pictures`,
+`l4ctx.pdf`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
-from pathspec import GitIgnoreSpec
-from pathspec.pattern import Pattern
-
 from l4ctx.decoding import binary_kind, decode
+from l4ctx.files import kind, printable, read_regular_file
+from l4ctx.ignore import IgnoreRules, read_rules, rules_above
 from l4ctx.manifest import is_context
-
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+from l4ctx.pdf import PdfError, is_pdf, read_pdf
+from l4ctx.pictures import Picture, PictureError, picture_format, read_picture
 
 
 class DocumentError(Exception):
@@ -30,15 +28,32 @@ class DocumentError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """One text to be read.
+    """One thing to be read: a text, or texts and pictures in their order.
 
     `source` is unique among the documents of one call, printable, and valid Unicode; `sha256` is the digest of the
-    raw bytes; `text` has its byte order mark dropped and is otherwise as the file has it, line ends included.
+    raw bytes. A text has its byte order mark dropped and is otherwise as the file has it, line ends included.
     """
 
     source: str
     sha256: str
-    text: str
+    content: str | tuple[str | Picture, ...]
+
+    @property
+    def parts(self) -> tuple[str | Picture, ...]:
+        return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+
+class _LeftOutError(Exception):
+    """A document that is not read, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,10 @@ class DocumentSet:
         while self.documents:
             yield self.documents.pop()
 
+    @property
+    def has_pictures(self) -> bool:
+        return any(document.pictures for document in self.documents)
+
     def require_any(self, paths: Iterable[str]) -> None:
         """Raise DocumentError where nothing was read from `paths`, naming them and the first reasons."""
         if self.documents:
@@ -73,26 +92,23 @@ class DocumentSet:
         left_out = any(word in reason for reason in reasons for word in ("hidden", "ignored"))
         hint = " (name a hidden or ignored file itself to read it)" if left_out else ""
         where = ", ".join(printable(path) for path in paths)
-        raise DocumentError(f"found no text to read in {where}: {found}{hint}")
+        raise DocumentError(f"found nothing to read in {where}: {found}{hint}")
 
 
-def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None) -> DocumentSet:
+def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
+                   no_pictures: str | None = None) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
     Folders are walked in the order of their paths' bytes; `.gitignore` rules hold, hidden and binary files and
     links that lead out of the folder are left out and listed in `skipped`. A file named itself is read even if
-    hidden or ignored. A file reached twice is read once. Raises DocumentError for a path that is missing, is not
-    a file or folder, or cannot be read, and for `-` given twice or without `stdin`.
+    hidden or ignored. A file reached twice is read once. `pdf` is one of l4ctx.pdf.PDF_MODES; `no_pictures` says why
+    image files are left out, if they are. Raises DocumentError for a path that is missing, is not a file or folder, or
+    cannot be read, and for `-` given twice or without `stdin`.
     """
-    reader = _Reader(stdin)
+    reader = _Reader(stdin, pdf, no_pictures)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
     return reader.found
-
-
-def printable(path: str) -> str:
-    """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
-    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
 
 
 def _file_source(path: str) -> str:
@@ -108,74 +124,12 @@ def _folder_source(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class _IgnoreRules:
-    """The rules of one `.gitignore`, in front of those of the folders above it.
-
-    pathspec's own specification matches whatever lies below a match; a walk needs to know of each entry by itself,
-    as git does, so the patterns are asked one by one: those without an inner slash about the name alone.
-    """
-
-    folder: str
-    patterns: tuple[tuple[Pattern, bool, bool, bool], ...]  # last first: (pattern, folders only, name alone, deep)
-    above: _IgnoreRules | None
-    problems: tuple[str, ...] = ()
-
-    def ignored(self, path: str, *, is_folder: bool) -> bool:
-        """Whether the entry at `path`, below a folder that is not ignored itself, is left out."""
-        within = path[len(self.folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
-        parent, _, name = within.rpartition("/")
-        for pattern, folders_only, name_alone, deep in self.patterns:
-            if (folders_only and not is_folder) or not pattern.match_file(name if name_alone else within):
-                continue
-            if name_alone or deep or not parent or not pattern.match_file(parent):
-                return bool(pattern.include)
-        return self.above is not None and self.above.ignored(path, is_folder=is_folder)
-
-
-def _read_rules(folder: str, above: _IgnoreRules | None) -> _IgnoreRules:
-    """The rules of `folder/.gitignore`, if there are any that can be read, in front of those `above`."""
-    patterns: list[tuple[Pattern, bool, bool, bool]] = []
-    problems: list[str] = []
-    try:
-        lines = (
-            os.fsdecode(_read_regular_file(os.path.join(folder, ".gitignore"))[0]).removeprefix("\ufeff").split("\n")
-        )
-    except OSError as error:
-        lines, problems = [], [f"cannot be read: {error.strerror}"]
-    for number, line in enumerate(lines, start=1):
-        rule = re.sub(r"(?<!\\)[ \t\r]+$", "", line)  # an escaped blank at the end stands
-        body = rule.rstrip("/")
-        try:
-            found = list(GitIgnoreSpec.from_lines([body]).patterns)
-        except ValueError:
-            problems.append(f"line {number} is not a pattern")
-            continue
-        inner = body.removeprefix("!")
-        name_alone, deep = "/" not in inner.removeprefix("**/"), inner.endswith("/**")
-        patterns += [(each, body != rule, name_alone, deep) for each in found if each.include is not None]
-    return _IgnoreRules(folder, tuple(reversed(patterns)), above, tuple(problems))
-
-
-def _rules_above(folder: str) -> _IgnoreRules | None:
-    """The rules that the enclosing git repository has for `folder`; none of those that ignore the folder itself."""
-    above = [folder, *map(str, Path(folder).parents)]
-    depth = next((n for n, each in enumerate(above) if os.path.lexists(os.path.join(each, ".git"))), -1)
-    rules: _IgnoreRules | None = None
-    for current in reversed(above[: depth + 1]):
-        if rules is not None and rules.ignored(current, is_folder=True):
-            rules = None  # named although ignored
-        if current != folder and os.path.lexists(os.path.join(current, ".gitignore")):
-            rules = _read_rules(current, rules)
-    return rules
-
-
-@dataclass(frozen=True)
 class _Entry:
     """Something met in a folder, still to be looked at."""
 
     path: str
     source: str
-    rules: _IgnoreRules | None
+    rules: IgnoreRules | None
     is_folder: bool
     is_link: bool
 
@@ -183,8 +137,9 @@ class _Entry:
 class _Reader:
     """The state of one `read_documents` call."""
 
-    def __init__(self, stdin: BinaryIO | None) -> None:
+    def __init__(self, stdin: BinaryIO | None, pdf: str, no_pictures: str | None) -> None:
         self.found = DocumentSet()
+        self._pdf, self._no_pictures = pdf, no_pictures
         self._stdin = stdin
         self._stdin_read = False
         self._sources: set[str] = set()
@@ -209,7 +164,7 @@ class _Reader:
             return self._read_named_file(path, real)
         if stat.S_ISFIFO(mode):
             return self._read_pipe(path)
-        raise DocumentError(f"{printable(path)}: is a {_kind(mode)}, not a file (pipe its content in and use -)")
+        raise DocumentError(f"{printable(path)}: is a {kind(mode)}, not a file (pipe its content in and use -)")
 
     def _read_stdin(self) -> None:
         if self._stdin is None:
@@ -237,12 +192,12 @@ class _Reader:
         if self._already_read(real, source):
             return
         try:
-            raw, changed = _read_regular_file(path)
+            raw, changed = read_regular_file(path)
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
         if changed:
             self.found.notes.append(f"{source}: changed while it was read")
-        self._seen[real] = self._add(source, raw)
+        self._seen[real] = self._add(source, raw, path)
 
     def _walk(self, path: str, root: str) -> None:
         source = _folder_source(path)
@@ -252,7 +207,7 @@ class _Reader:
             return
         self._seen[root] = source or "."
         try:
-            pending = self._list(root, source, _rules_above(root))
+            pending = self._list(root, source, rules_above(root))
         except OSError as error:
             raise DocumentError(f"{printable(path)}: the folder cannot be read: {error.strerror}") from None
         while pending:
@@ -264,12 +219,12 @@ class _Reader:
             except OSError as error:
                 self._skip(entry.source, f"cannot be read: {error.strerror}")
 
-    def _list(self, path: str, source: str, rules: _IgnoreRules | None) -> list[_Entry]:
+    def _list(self, path: str, source: str, rules: IgnoreRules | None) -> list[_Entry]:
         """The entries of a folder, last one first: to be popped in the order of their paths' bytes."""
         with os.scandir(path) as scan:
             found = list(scan)
         if any(entry.name == ".gitignore" for entry in found):
-            rules = _read_rules(path, rules)
+            rules = read_rules(path, rules)
             self.found.notes += [f"{source}/.gitignore: {problem}" for problem in rules.problems]
         entries = []
         for entry in found:
@@ -290,13 +245,13 @@ class _Reader:
             self._seen[real] = entry.source
             return self._list(entry.path, entry.source, entry.rules)
         if not stat.S_ISREG(mode := os.stat(entry.path).st_mode):
-            self._skip(entry.source, f"a {_kind(mode)}, not a file")
+            self._skip(entry.source, f"a {kind(mode)}, not a file")
             return []
-        raw, changed = _read_regular_file(entry.path)
+        raw, changed = read_regular_file(entry.path)
         if changed:
             self._skip(entry.source, "changed while it was read")
         else:
-            self._seen[real] = self._add(entry.source, raw)
+            self._seen[real] = self._add(entry.source, raw, entry.path)
         return []
 
     def _already_read(self, real: str, source: str) -> bool:
@@ -304,24 +259,38 @@ class _Reader:
             self._skip(source, f"the same as {self._seen[real]}")
         return real in self._seen
 
-    def _add(self, source: str, raw: bytes) -> str:
-        """Keep `raw` as a document if it is text; return the source under which it is known."""
-        if binary := binary_kind(raw):
-            self._skip(source, binary)
-            return source
-        text, note = decode(raw)
-        if not text or text.isspace():
-            self._skip(source, "empty" if not raw else "nothing but white space")
-            return source
+    def _add(self, source: str, raw: bytes, path: str | None = None) -> str:
+        """Keep `raw` as a document if it can be read; return the source under which it is known."""
         unique, count = source, 1
         while unique in self._sources:
             count += 1
             unique = f"{source} ({count})"
+        try:
+            content, notes = self._content(unique, raw, path)
+        except (_LeftOutError, PictureError, PdfError) as error:
+            self._skip(source, str(error))
+            return source
         self._sources.add(unique)
-        if note:
-            self.found.notes.append(f"{unique}: {note}")
-        self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), text))
+        self.found.notes += [f"{unique}: {note}" for note in notes]
+        self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content))
         return unique
+
+    def _content(self, source: str, raw: bytes, path: str | None) -> tuple[str | tuple[str | Picture, ...], list[str]]:
+        """What a document shows, and notes. Raises _LeftOutError, PictureError and PdfError."""
+        if binary := binary_kind(raw):
+            if picture_kind := picture_format(raw):
+                if self._no_pictures is not None:
+                    raise _LeftOutError(f"a {picture_kind} picture; {self._no_pictures}")
+                picture, notes = read_picture(source, raw, path)
+                return (picture,), notes
+            if is_pdf(raw):
+                parts, notes = read_pdf(source, raw, path, mode=self._pdf)
+                return tuple(parts), notes
+            raise _LeftOutError(binary)
+        text, note = decode(raw)
+        if not text or text.isspace():
+            raise _LeftOutError("empty" if not raw else "nothing but white space")
+        return text, [note] if note else []
 
     def _skip(self, source: str, reason: str) -> None:
         self.found.skipped.append(Skipped(source, reason))
@@ -347,19 +316,3 @@ def _reason_to_leave_out(entry: _Entry, root: str) -> str | None:
     if any(part.startswith(".") for part in os.path.relpath(real, root).split(os.sep)):
         return "a symbolic link to something hidden"
     return None
-
-
-def _kind(mode: int) -> str:
-    return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
-
-
-def _read_regular_file(path: str) -> tuple[bytes, bool]:
-    """The bytes of a file, and whether it changed meanwhile. Never waits for a pipe put in the file's place."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:
-        before = os.fstat(file.fileno())
-        if not stat.S_ISREG(before.st_mode):
-            raise OSError(0, f"became a {_kind(before.st_mode)}")
-        raw = file.readall()
-        after = os.fstat(file.fileno())
-    return raw, (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)

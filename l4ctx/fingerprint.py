@@ -18,8 +18,10 @@ from l4ctx.prompt import ChatTemplate
 from l4ctx.tokenizer import TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
+    from l4ctx.image_tiles import ImageProcessing
     from model.checkpoint import StoredTensor
     from model.config import TextConfig
+    from model.vision_config import VisionConfig
 
 FIELDS = ("config", "weights", "tokenizer", "template")
 SAMPLE_BYTES = 4096
@@ -44,6 +46,15 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
     """
     return {"config": _of_config(config), "weights": _of_weights(stored), "tokenizer": _of_tokenizer(folder),
             "template": _of_template(folder)}
+
+
+def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: dict[str, StoredTensor]) -> str:
+    """The SHA-256, in hex, of all that the features of a picture follow from beside its pixels.
+
+    It is part of every picture's own digest in a saved context, so that those without pictures do not depend on it.
+    """
+    fields = [_with_plain_numbers(dataclasses.asdict(part)) for part in (config, processing)]
+    return _digest(_json(fields), _of_weights(stored).encode("ascii"))
 
 
 def differing(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -85,13 +85,15 @@ def _pipe_bytes(descriptor: int) -> int:
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-def check_choices(dtype: str, kv_dtype: str, attention: str | None) -> None:
-    """Raises UsageError for a value that --dtype, --kv-dtype or --attention does not have."""
+def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str = "text") -> None:
+    """Raises UsageError for a value that --dtype, --kv-dtype, --attention or --pdf does not have."""
+    from l4ctx.pdf import PDF_MODES
     from model.config import BACKEND_NAMES
 
     _choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
     _choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
     _choice("--attention", attention or "sdpa", *BACKEND_NAMES)
+    _choice("--pdf", pdf, *PDF_MODES)
 
 
 def _choice(option: str, value: str, *allowed: str) -> None:

@@ -19,6 +19,7 @@ from l4ctx.exits import CHECKPOINT, CODE_OF_ERROR, CONTEXT, UsageError
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import FORMAT, VERSION, read_manifest
 from model.config import ConfigError, TextConfig, parameter_count
+from model.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.context import Context
@@ -95,7 +96,7 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.generate import GenerationConfig
     from l4ctx.prompt import ChatTemplate
     from l4ctx.tokenizer import Tokenizer, read_json
-    from model.checkpoint import checked_tensors
+    from model.checkpoint import checked_tensors, checked_vision_tensors
 
     raw = _attempt(report, folder / CONFIG, read_json, folder / CONFIG)
     config = None if raw is None else _attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
@@ -107,8 +108,13 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     before = len(report["damage"])
     shards = _attempt(report, folder / INDEX, _shards, folder)
     report["weights"] = None if shards is None else _weights(report, shards, verify)
-    if shards and config and len(report["damage"]) == before:
+    is_sound = bool(shards) and len(report["damage"]) == before
+    vision = None if raw is None else _attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
+    report["vision"] = vision and asdict(vision) | {"tokens_per_tile": vision.tokens_per_tile}
+    if is_sound and config:
         _attempt(report, folder, checked_tensors, folder, config)
+        if vision and report["weights"]["vision_tensors"]:
+            _attempt(report, folder, checked_vision_tensors, folder, vision, config.hidden_size)
 
     tokenizer = None
     if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
@@ -170,7 +176,7 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
         tensors = _attempt(report, shard, _header, shard)
         sums["readable_shards"] += tensors is not None
         for tensor in tensors or ():
-            owner = "ignored_" if _is_ignored(tensor) else ""
+            owner = _owner(tensor)
             sums[f"{owner}tensors"] += 1
             sums[f"{owner}bytes"] += tensor.num_bytes
             if not owner:
@@ -179,15 +185,18 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
                     sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
         if verify and tensors:
             _attempt(report, shard, _check_numbers, report, shard, tensors)
-    names = ("readable_shards", "parameters", "tensors", "bytes", "ignored_tensors", "ignored_bytes")
+    names = ("readable_shards", "parameters", "tensors", "bytes", "vision_tensors", "vision_bytes",
+             "ignored_tensors", "ignored_bytes")
     return {"shards": len(shards), "dtypes": dict(dtypes)} | {name: sums[name] for name in names}
 
 
-def _is_ignored(tensor: StoredTensor) -> bool:
+def _owner(tensor: StoredTensor) -> str:
+    """Of a tensor that is not the text model's: the vision part, or nobody."""
     from model.checkpoint import IGNORED_PREFIXES
 
-    name = tensor.name.removeprefix("language_model.")
-    return name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq")
+    if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
+        return "vision_"
+    return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") else ""
 
 
 def _header(shard: Path) -> list[StoredTensor]:

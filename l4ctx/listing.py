@@ -44,11 +44,14 @@ def _model_lines(report: Report) -> Iterator[Line]:
         if weights["readable_shards"] < weights["shards"]:
             shards = f"{weights['readable_shards']:,} of {shards}"
         yield "weights", f"{human_bytes(weights['bytes'])} in {shards}{dtypes}"
-        if weights["ignored_tensors"]:
-            vision = f"{weights['ignored_tensors']:,} tensors, {human_bytes(weights['ignored_bytes'])}"
-            yield "", f"not used (vision): {vision}"
+        for owner, name in (("vision", "vision"), ("ignored", "not used")):
+            if weights[f"{owner}_tensors"]:
+                yield "", f"{name}: {weights[f'{owner}_tensors']:,} tensors, {human_bytes(weights[f'{owner}_bytes'])}"
     if config:
         yield from _config_lines(config)
+    if vision := report.get("vision"):
+        yield "pictures", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
+                           f"{vision['tokens_per_tile']} tokens each")
     if report.get("tokenizer_vocabulary"):
         yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens"
     if "chat_template" in report:

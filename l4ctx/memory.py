@@ -193,6 +193,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
 
 
+def counted(number: int, what: str) -> str:
+    """'1 document', '1,024 documents'."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def parse_size(text: str) -> int:
     """Bytes of '8GiB', '500MB', '1.5G' or '4096': KiB and bare K are 1024, KB is 1000. Raises ValueError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())

@@ -7,15 +7,15 @@ values are those of `cache.sizes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from cache import sizes
 from cache.sizes import KVBytes, Residency, StoreLayout
+from l4ctx.job import NO_LIMITS, Job, Room
 from l4ctx.memory import SPARE_SHARE, human_bytes
-from model.config import TextConfig, activation_bytes
+from model.config import activation_bytes
 
 TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20
@@ -38,66 +38,6 @@ class MemoryPlanError(Exception):
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that may be used. None: not known, or not limited by the user."""
-
-    host: int | None = None  # free now
-    accelerator: int | None = None  # free now, on the one that computes; None without one
-    kv_device: int | None = None  # --kv-device-memory
-    kv_host: int | None = None  # --kv-host-memory
-    disk: int | None = None  # free where sealed blocks can be written
-    disk_folder: str | None = None  # None: there is no such place
-
-    @property
-    def has_disk(self) -> bool:
-        return self.disk_folder is not None
-
-    @property
-    def without_disk(self) -> Room:
-        return replace(self, disk=None, disk_folder=None)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be read and answered, and with what. Sizes in tokens and bytes; dtypes by name."""
-
-    config: TextConfig
-    prompt_tokens: int
-    max_new_tokens: int
-    weights: int
-    weights_are_mapped: bool  # or may be: pages of the checkpoint's own files, which the system can drop and read again
-    dtype: str
-    kv_dtype: str = "auto"
-    stored_dtype: str | None = None  # the checkpoint's own, whose weights a CPU can map; None: not known
-    prefill_chunk_size: int | None = None  # None: the largest of PREFILL_CHUNK_SIZES that fits
-    is_saved: bool = False  # every sealed block is written to disk
-    on_disk_already: int = 0  # bytes of them that a saved context has
-    new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
-    largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
-    saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
-
-    @property
-    def length(self) -> int:
-        return self.prompt_tokens + self.max_new_tokens
-
-    @property
-    def read_tokens(self) -> int:
-        return self.prompt_tokens if self.new_tokens is None else self.new_tokens
-
-    @cached_property
-    def layout(self) -> StoreLayout:
-        if self.saved_layout is not None:
-            return replace(self.saved_layout, length=self.length)
-        return StoreLayout.of(self.config, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
-
-    def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
-        """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
-        itemsize, before = sizes.KV_DTYPES[dtype], sizes.KV_DTYPES[self.dtype]
-        return replace(self, dtype=dtype, weights=self.weights * itemsize // before,
-                       weights_are_mapped=dtype == self.stored_dtype and not on_accelerator)
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """Predicted bytes of one run by owner and tier, and what was chosen so that they fit."""
 
@@ -111,7 +51,7 @@ class MemoryPlan:
     notes: tuple[str, ...] = ()  # what a user should know, one line each
 
     @classmethod
-    def of(cls, job: Job, room: Room = Room()) -> MemoryPlan:
+    def of(cls, job: Job, room: Room = NO_LIMITS) -> MemoryPlan:
         """Chooses tiers, and the prefill chunk size if the user did not, for this room; `check` says if it fits.
 
         Weights that could be mapped are held in memory where there is plenty: they are quicker there.
@@ -141,7 +81,7 @@ class MemoryPlan:
         step, rows = min(prefill_chunk_size, job.read_tokens), layout.sealed_rows(job.length)
         nothing = KVBytes(0, 0, 0)
         plan = cls(job, layout, Residency(on_accelerator=on_accelerator), prefill_chunk_size, nothing, nothing,
-                   activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]))
+                   _activations(job, step, on_accelerator=on_accelerator))
         device_rows = 0
         if room.accelerator is not None:
             left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
@@ -194,7 +134,7 @@ class MemoryPlan:
     def _beside_on_host(self) -> int:
         """Bytes of host memory beside NoPE keys and values: everything but mapped weights."""
         if self.residency.on_accelerator:
-            return self.token_ids
+            return self.token_ids + self.job.pixel_bytes
         weights = 0 if self.weights_are_mapped else self.weights
         return weights + self.layout.window_bytes + self.token_ids + self.activations
 
@@ -305,6 +245,14 @@ class MemoryPlan:
                 "nope_host": end.nope_host, "nope_disk": end.nope_disk, "buffers": end.buffers, "dtype": self.job.dtype,
                 "kv_dtype": layout.kv_dtype, "block_tokens": layout.block_tokens, "host_rows": host,
                 "device_rows": device}
+
+
+def _activations(job: Job, step: int, *, on_accelerator: bool) -> int:
+    """Bytes of one forward's; or of the embeddings while pictures are put among them, if those are more."""
+    itemsize = sizes.KV_DTYPES[job.dtype]
+    pictures = job.tower_bytes + (0 if on_accelerator else job.pixel_bytes)
+    embeddings = step * job.config.hidden_size * itemsize
+    return max(activation_bytes(job.config, step, itemsize), embeddings + pictures if pictures else 0)
 
 
 class _Option(NamedTuple):

@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.sizes import KV_DTYPES
-from l4ctx.memory import available_disk, available_memory, available_on_gpu, human_bytes
-from l4ctx.plan import MARGIN_BYTES, Job, MemoryPlan, Room, tokens_that_fit
+from l4ctx.job import Job, Room
+from l4ctx.memory import available_disk, available_memory, available_on_gpu
+from l4ctx.picture_use import PictureUse
+from l4ctx.plan import MemoryPlan, tokens_that_fit
 from l4ctx.processor import computing_dtype, default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
 from model.config import Operations, TextConfig, parameter_count, reading_operations
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from l4ctx.documents import Skipped
+    from l4ctx.picture_prompt import PlacedPicture
 
 Note = Callable[[str], None]
-SHOWN_DOCUMENTS = 20
 MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
 
 
@@ -50,6 +50,8 @@ class PlanRequest:
     paths: Sequence[str] = ()
     stdin: BinaryIO | None = None
     tokens: int | None = None
+    no_images: bool = False
+    pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
     dtype: str = "auto"
     kv_dtype: str = "auto"
     device: str = "auto"
@@ -110,6 +112,16 @@ class PlanReport:
         }
 
 
+@dataclass
+class _Read:
+    """What is known of a prompt: its tokens, those of each document, what was left out, and its pictures."""
+
+    tokens: int
+    documents: list[tuple[str, int]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    pictures: list[PlacedPicture] = field(default_factory=list)
+
+
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     """The plan for what is requested; `note` is told what a user should know.
 
@@ -124,31 +136,34 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         notes.append(text)
         note(text)
 
-    documents: list[tuple[str, int]] = []
-    skipped: list[Skipped] = []
+    pictures = PictureUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     if request.tokens is not None:
-        prompt_tokens, parameters, stored = request.tokens, parameter_count(config), _stored_dtype(config, noted)
+        read, parameters, stored = _Read(request.tokens), parameter_count(config), _stored_dtype(config, noted)
     else:
         parameters, stored = _stored_weights(request, config, noted)
-        prompt_tokens, documents, skipped = _tokenized(request, noted)
-    if prompt_tokens < 1:
-        raise RequestError(f"--tokens: {prompt_tokens} is not a positive number")
+        read = _tokenized(request, pictures, noted)
+    if read.tokens < 1:
+        raise RequestError(f"--tokens: {read.tokens} is not a positive number")
+    parameters += pictures.parameters
     room = _room(request)
     on_accelerator = room.accelerator is not None
     dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
-    job = Job(config, prompt_tokens=prompt_tokens, max_new_tokens=_max_new_tokens(request, config, prompt_tokens),
+    job = Job(config, prompt_tokens=read.tokens, max_new_tokens=_max_new_tokens(request, config, read.tokens),
               weights=parameters * KV_DTYPES[dtype], weights_are_mapped=dtype == stored and not on_accelerator,
               dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored,
-              prefill_chunk_size=request.prefill_chunk_size, largest=documents)
+              prefill_chunk_size=request.prefill_chunk_size, largest=read.documents,
+              tower_bytes=pictures.tower_bytes(KV_DTYPES[dtype]), pixel_bytes=pictures.pixel_bytes(read.pictures))
     plan = MemoryPlan.of(job, room)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, on_accelerator)
+    operations = reading_operations(config, 0, read.tokens)
+    operations = replace(operations, linear=operations.linear + pictures.operations(read.pictures, 0, read.tokens))
     return PlanReport(
-        plan, room, plan.missing(room), documents, skipped, notes,
+        plan, room, plan.missing(room), read.documents, read.skipped, notes,
         tokens_in_memory=tokens_that_fit(job, room.without_disk),
         tokens_with_disk=tokens_that_fit(job, room) if room.has_disk else None,
-        speed=speed, seconds=speed and speed.seconds(reading_operations(config, 0, prompt_tokens)),
+        speed=speed, seconds=speed and speed.seconds(operations),
         read_from_disk=_read_from_disk(plan))
 
 
@@ -181,21 +196,23 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
     return stored_parameters(stored, config), stored_dtype(stored)
 
 
-def _tokenized(request: PlanRequest, note: Note) -> tuple[int, list[tuple[str, int]], list[Skipped]]:
-    """Tokens of the prompt of an empty question, those of each document, and what was left out."""
+def _tokenized(request: PlanRequest, pictures: PictureUse, note: Note) -> _Read:
+    """The prompt of an empty question."""
     from l4ctx.documents import read_documents
     from l4ctx.prompt import ChatTemplate, build_prompt
     from l4ctx.tokenizer import Tokenizer
 
-    found = read_documents(request.paths, stdin=request.stdin)
+    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_pictures=pictures.why_not)
     found.require_any(request.paths)
     for text in found.notes:
         note(text)
     tokenizer = Tokenizer.from_folder(request.model)
-    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "")
+    encoder = pictures.encoder(tokenizer) if found.has_pictures else None
+    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "", pictures=encoder)
     for text in prompt.notes:
         note(text)
-    return len(prompt.ids), [(span.source, span.stop - span.start) for span in prompt.spans], found.skipped
+    documents = [(span.source, span.stop - span.start) for span in prompt.spans]
+    return _Read(len(prompt.ids), documents, found.skipped, prompt.pictures)
 
 
 def _room(request: PlanRequest) -> Room:
@@ -290,93 +307,3 @@ def _read_from_disk(plan: MemoryPlan) -> int:
     reading = config.num_nope_layers - (not config.uses_rope(config.num_hidden_layers - 1))
     sealed = (layout.sealed_rows(start) for start in range(0, plan.job.prompt_tokens, step))
     return layout.row_bytes * reading // config.num_nope_layers * sum(plan.residency.split(rows)[2] for rows in sealed)
-
-
-def plan_table(report: PlanReport) -> RenderableType:
-    """The report for people: documents with their tokens, bytes by owner and tier, and what follows from them."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from l4ctx.terminal import without_controls
-
-    plan, end, most, room, job = report.plan, report.plan.end, report.plan.peak, report.room, report.plan.job
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold",
-                     show_header=any(columns))
-        made.add_column("", overflow="fold")
-        for name in columns:
-            made.add_column(name, justify="right", no_wrap=True)
-        return made
-
-    parts: list[RenderableType] = []
-    if report.documents:
-        documents = table("documents", "tokens", "share")
-        shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
-        for source, tokens in [document for document in report.documents if document in shown]:
-            documents.add_row(Text(without_controls(source)), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
-        if len(shown) < len(report.documents):
-            rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
-            documents.add_row(f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}",
-                              f"{rest / job.prompt_tokens:.0%}")
-        parts.append(documents)
-
-    memory = table("memory", "at the end", "at most", "free")
-
-    def row(name: str, *values: int | None) -> None:
-        if any(values):
-            memory.add_row(name, *("" if value is None else human_bytes(value) for value in values))
-
-    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights)
-    row("RoPE windows", end.rope_windows, most.rope_windows)
-    row("NoPE keys and values, accelerator", end.nope_device, most.nope_device)
-    row("NoPE keys and values, host memory", end.nope_host, most.nope_host)
-    row("NoPE keys and values, disk", end.nope_disk, most.nope_disk)
-    row("read buffers", end.buffers, most.buffers)
-    row("token ids", plan.token_ids)
-    row("activations", None, plan.activations)
-    if room.accelerator is not None:
-        row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
-    row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, room.host)
-    if room.has_disk:
-        row("disk in all", None, plan.needed_on_disk, room.disk)
-    row("  an unbounded cache would take", plan.unbounded_cache)
-    parts.append(memory)
-
-    facts = table("run")
-    facts.add_column("")
-    answer = f" and {job.max_new_tokens:,} of the answer" if job.max_new_tokens else ""
-    positions = f"the model has {job.config.max_position_embeddings:,} positions"
-    facts.add_row("tokens", f"{job.prompt_tokens:,}{answer}; {positions}")
-    facts.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {job.dtype}")
-    facts.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
-    disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
-    facts.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
-    if report.read_from_disk:
-        facts.add_row("reads from disk", f"{human_bytes(report.read_from_disk)} in all steps together")
-    if report.seconds is not None:
-        facts.add_row("reading takes", f"about {_human_time(report.seconds)}")
-    facts.add_row("fits here", "yes" if report.fits else "no")
-    for tier, (needed, there) in report.missing.items():
-        facts.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
-    if report.exceeds_positions:
-        facts.add_row("", f"more tokens than the model has positions: {job.length:,}")
-    for number, remedy in enumerate(plan.remedies(room)):
-        facts.add_row("what helps" if number == 0 else "", Text(without_controls(remedy)))
-    return Group(*(part for each in parts for part in (each, "")), facts)
-
-
-def _human_time(seconds: float) -> str:
-    from l4ctx.terminal import human_seconds
-
-    return human_seconds(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
-
-
-def _tiers(plan: MemoryPlan) -> str:
-    """Blocks of the NoPE layers by tier, the newest first."""
-    split = plan.residency.split(plan.layout.sealed_rows(plan.job.length))
-    names = ("on the accelerator", "in host memory", "on disk")
-    tokens = [rows * plan.layout.block_tokens for rows in split]
-    parts = [f"{count:,} tokens {name}" for count, name in zip(tokens, names, strict=True) if count]
-    return ", ".join(parts) or "all in memory, less than a block"

@@ -1,7 +1,7 @@
 """The chunked-prefill driver: streams token ids through the model into a cache, one prefill chunk at a time.
 
-A generator that yields progress after every step; activations are bounded by the chunk, whatever the length. Knows
-nothing of text, terminals or sampling.
+A generator that yields progress after every step; activations are bounded by the chunk, whatever the length. Pictures
+enter as embeddings. Knows nothing of text, terminals or sampling.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes
 from l4ctx.memory import give_back_free_memory
 from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from l4ctx.picture_features import PictureFeatures
 
 DEFAULT_PREFILL_CHUNK_SIZE = 8192
 
@@ -66,21 +70,33 @@ def grid_period(prefill_chunk_size: int, attention_chunk_size: int, block_tokens
 
 
 def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
-            prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE) -> Iterator[PrefillProgress]:
+            prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
+            features: PictureFeatures | None = None) -> Iterator[PrefillProgress]:
     """Reads `ids` behind what the cache holds, as keys and values only: no logits are computed.
 
-    A step that does not finish leaves the cache where the last yielded progress says.
+    A step that does not finish leaves the cache where the last yielded progress says. `features` has the pictures among
+    the ids; raises its PictureError.
     """
     began, base = time.perf_counter(), cache.offset
     grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size,
                         cache.layout.block_tokens)
     for positions in grid:
         step_began = time.perf_counter()
-        model(as_batch(ids[positions.start - base:positions.stop - base], model.device), cache, logits="none")
+        step_ids = as_batch(ids[positions.start - base:positions.stop - base], model.device)
+        model(_inputs(model, step_ids, positions, features), cache, logits="none")
         give_back_free_memory()
         now = time.perf_counter()
         yield PrefillProgress(start=base, done=positions.stop - base, total=len(ids), seconds=now - began,
                               step=positions, step_seconds=now - step_began, held=cache.held())
+
+
+def _inputs(model: Transformer, ids: Tensor, positions: range, features: PictureFeatures | None) -> Tensor:
+    """Token ids, or where pictures are among them embeddings."""
+    if features is None or not features.among(positions):
+        return ids
+    embeddings = model.embed(ids)
+    features.splice(embeddings, ids, positions)
+    return embeddings
 
 
 def as_batch(ids: Sequence[int], device: torch.device) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from model.config import TextConfig, reading_operations
+from model.config import Operations
 
 FORGETTING = 2
 """Of n steps, the i-th weighs (i / n) ** FORGETTING in the fit: the last third more than all before it, however many
@@ -47,6 +48,10 @@ class _Step(NamedTuple):
     expected: float
 
 
+Work = Callable[[int, int], Operations]
+"""What it takes to read positions start .. stop - 1."""
+
+
 class CostModel:
     """Predicts seconds = a * linear operations + b * operations of full attention, for a run over start .. stop - 1.
 
@@ -56,9 +61,9 @@ class CostModel:
     are scaled to the new speed: what was learned of b / a stays.
     """
 
-    def __init__(self, config: TextConfig, start: int, stop: int) -> None:
+    def __init__(self, work: Work, start: int, stop: int) -> None:
         assert start < stop
-        self._config, self._done, self._stop = config, start, stop
+        self._work, self._done, self._stop = work, start, stop
         self._steps = 0
         self._sums = _Sums()
         self._costs = (math.nan, math.nan)  # seconds an operation
@@ -73,7 +78,7 @@ class CostModel:
         self._observe_rate(stop - start, seconds)
         self._done = stop
         self._steps += 1
-        linear, full = self._work(start, stop)
+        linear, full = self._operations(start, stop)
         if self._steps <= 2:
             self._sums, expected = _Sums(), seconds
         else:
@@ -87,7 +92,7 @@ class CostModel:
     def seconds(self, start: int, stop: int) -> float:
         """To read positions start .. stop - 1, at the present speed."""
         assert self._steps, "nothing is known before the first step"
-        return self._predict(*self._work(start, stop))
+        return self._predict(*self._operations(start, stop))
 
     @property
     def seconds_left(self) -> float:
@@ -99,9 +104,9 @@ class CostModel:
         assert self._steps, "nothing is known before the first step"
         return Rates(self._recent_tokens / self._recent_seconds, self._tokens / self._seconds)
 
-    def _work(self, start: int, stop: int) -> tuple[float, float]:
-        """Operations that grow linearly and quadratically with the length; the latter may be none at all."""
-        operations = reading_operations(self._config, start, stop)
+    def _operations(self, start: int, stop: int) -> tuple[float, float]:
+        """Those that grow linearly and quadratically with the length; the latter may be none at all."""
+        operations = self._work(start, stop)
         return float(operations.linear + operations.chunked_attention), float(operations.full_attention)
 
     def _predict(self, linear: float, full: float) -> float:

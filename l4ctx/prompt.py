@@ -1,7 +1,8 @@
 """The prompt: chat template, system prompt, documents and question as token ids, with one span per document.
 
-Only the template's own text is encoded with control tokens; documents, their paths, question and system prompt are
-data. Reading documents is left to `l4ctx.documents`, the encoding itself to `l4ctx.tokenizer`.
+Only the template's own text is encoded with control tokens, and pictures are made of them; documents, their paths,
+question and system prompt are data. Reading documents is left to `l4ctx.documents`, the encoding itself to
+`l4ctx.tokenizer` and `l4ctx.picture_prompt`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,8 @@ from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json,
 
 if TYPE_CHECKING:
     from l4ctx.documents import Document
+    from l4ctx.picture_prompt import PictureEncoder, PictureSpan, PlacedPicture
+    from l4ctx.pictures import Picture
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
 
@@ -59,8 +62,13 @@ class Prompt:
     ids: array[int] = field(default_factory=lambda: array("i"))
     documents_stop: int = 0  # where what depends on the documents alone ends, and the question begins
     spans: list[Span] = field(default_factory=list)
+    pictures: list[PlacedPicture] = field(default_factory=list)
     forced_cuts: list[ForcedCut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def picture_spans(self) -> list[PictureSpan]:
+        return [placed.span for placed in self.pictures]
 
 
 @dataclass(frozen=True)
@@ -136,14 +144,15 @@ def build_prompt(
     documents: Iterable[Document],
     question: str,
     *,
+    pictures: PictureEncoder | None = None,
     system: str | None = None,
     progress: Progress | None = None,
 ) -> Prompt:
     """Documents first, question last, inside the chat template; without one (a base model) as plain text.
 
     The ids up to the end of document k depend on nothing that follows it. `documents` is consumed one by one and
-    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. Raises
-    PromptError, and TokenizerError for text that the tokenizer cannot encode.
+    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. `pictures` is needed
+    where documents have some. Raises PromptError, and TokenizerError for text that the tokenizer cannot encode.
     """
     prompt = Prompt()
     system = (system or "").strip()
@@ -152,7 +161,7 @@ def build_prompt(
             prompt.ids.append(tokenizer.bos_id)
         if system:
             tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids)
-        _add_user_content(prompt, tokenizer, documents, question, progress)
+        _add_user_content(prompt, tokenizer, documents, question, pictures, progress)
         return prompt
     parts = template.split(system=bool(system))
     for number, part in enumerate(parts):
@@ -161,7 +170,7 @@ def build_prompt(
         elif part == "system":
             tokenizer.encode_data(system, into=prompt.ids)
         else:
-            _add_user_content(prompt, tokenizer, documents, question, progress)
+            _add_user_content(prompt, tokenizer, documents, question, pictures, progress)
     return prompt
 
 
@@ -189,35 +198,65 @@ def _add_user_content(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     question: str,
+    pictures: PictureEncoder | None,
     progress: Progress | None,
 ) -> None:
     done = 0  # characters
     for document in documents:  # without enumerate, which would hold on to the document
-        length = len(document.text)
-        _add_document(prompt, tokenizer, document, progress and _offset_by(done, progress))
+        length = sum(len(part) for part in document.parts if isinstance(part, str))
+        _add_document(prompt, tokenizer, document, pictures, progress and _offset_by(done, progress))
         del document  # its text, before the next one is made
         done += length
     prompt.documents_stop = len(prompt.ids)
     tokenizer.encode_data(question.strip(), into=prompt.ids)
 
 
-def _add_document(prompt: Prompt, tokenizer: Tokenizer, document: Document, progress: Progress | None) -> None:
-    def report(characters: int) -> None:
-        if progress is not None:
-            progress(characters, len(prompt.ids))
+def _add_document(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    document: Document,
+    pictures: PictureEncoder | None,
+    progress: Progress | None,
+) -> None:
+    start, done, cuts = len(prompt.ids), 0, list[int]()  # done: characters
 
-    start = len(prompt.ids)
-    encoded = tokenizer.encode_data(
-        document.text,
-        prefix=f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n',
-        suffix="\n</document>\n\n",
-        into=prompt.ids,
-        progress=report,
-    )
+    def add_text(text: str, prefix: str = "", suffix: str = "") -> None:
+        nonlocal done
+
+        def report(characters: int) -> None:
+            if progress is not None:
+                progress(done + characters, len(prompt.ids))
+
+        encoded = tokenizer.encode_data(text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report)
+        cuts.extend(done + offset for offset in encoded.forced_cuts)
+        done += len(text)
+
+    opening = f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n'
+    closing = "\n</document>\n\n"
+    for before, picture in _texts_before_pictures(document.parts):
+        if picture is None:
+            add_text(before, opening, closing)
+        else:
+            assert pictures is not None, f"{document.source}: a picture, and nothing to encode it"
+            add_text(before, opening)
+            prompt.pictures.append(pictures.encode(picture, prompt.ids))
+        opening = ""
     prompt.spans.append(Span(document.source, start, len(prompt.ids), document.sha256))
-    prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in encoded.forced_cuts]
-    if encoded.forced_cuts:
-        prompt.notes.append(_forced_cuts_note(document.source, encoded.forced_cuts))
+    prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in cuts]
+    if cuts:
+        prompt.notes.append(_forced_cuts_note(document.source, tuple(cuts)))
+
+
+def _texts_before_pictures(parts: Iterable[str | Picture]) -> Iterator[tuple[str, Picture | None]]:
+    """Each picture with the text before it; last, with None, the text behind them all."""
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        else:
+            yield "".join(texts), part
+            texts = []
+    yield "".join(texts), None
 
 
 def _offset_by(done: int, progress: Progress) -> Progress:

@@ -1,4 +1,7 @@
-"""What a run held, beside what was planned: bytes by owner and tier. Measures nothing itself; imports no torch."""
+"""What a run took: seconds by step; bytes held beside those planned, by owner and tier.
+
+Measures nothing itself; imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,16 @@ from typing import Any
 
 from l4ctx.memory import ProcessMemory
 from l4ctx.plan import MemoryPlan
+
+
+@dataclass
+class Timing:
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def as_dict(self) -> dict[str, float | None]:
+        rate = self.tokens / self.seconds if self.tokens and self.seconds else None
+        return {"seconds": round(self.seconds, 6), "tokens_per_second": rate and round(rate, 3)}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Request:
     system: str | None = None
     context: Path | None = None  # to answer from
     save_context: Path | None = None  # to keep what is read in
+    no_images: bool = False
+    pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
     verify: bool = False  # read all of a context that is gone on with
     max_new_tokens: int | None = None
     temperature: float | None = None

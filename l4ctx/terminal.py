@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from l4ctx.memory import human_bytes, process_memory
-from l4ctx.progress import CostModel
-from model.config import TextConfig
+from l4ctx.progress import CostModel, Work
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -81,7 +80,7 @@ def rendered(content: RenderableType) -> str:
 
 
 def show_waiting(console: Console) -> AbstractContextManager[object]:
-    """Within it a terminal shows that work goes on which has no steps: tokenizing, loading."""
+    """Within it a terminal shows that work goes on which has no steps: decoding, tokenizing, loading."""
     return console.status("preparing", spinner="line") if console.is_interactive else nullcontext()
 
 
@@ -95,9 +94,9 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-def show_reading(steps: Iterable[PrefillProgress], config: TextConfig, console: Console) -> Iterator[PrefillProgress]:
+def show_reading(steps: Iterable[PrefillProgress], work: Work, console: Console) -> Iterator[PrefillProgress]:
     """Passes the steps on and draws them: a live line on a terminal, else a plain one every so often."""
-    observed = _observed(steps, config)
+    observed = _observed(steps, work)
     if console.is_interactive:
         yield from _live(observed, console)
         return
@@ -109,11 +108,11 @@ def show_reading(steps: Iterable[PrefillProgress], config: TextConfig, console: 
             shown = time.monotonic()
 
 
-def _observed(steps: Iterable[PrefillProgress], config: TextConfig) -> Iterator[tuple[PrefillProgress, CostModel]]:
+def _observed(steps: Iterable[PrefillProgress], work: Work) -> Iterator[tuple[PrefillProgress, CostModel]]:
     """Each step with the one cost model that has seen it and all before it."""
     cost: CostModel | None = None
     for step in steps:
-        cost = cost or CostModel(config, step.start, step.start + step.total)
+        cost = cost or CostModel(work, step.start, step.start + step.total)
         cost.observe(step.step.start, step.step.stop, step.step_seconds)
         yield step, cost
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors.torch import load_file, save_file
+
 from l4ctx import cli
 
 COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli import main; main()"]
@@ -188,10 +190,31 @@ def changed_checkpoint(place: Path, without: str | None = None, **changes: Any) 
     """A copy of the sample checkpoint in `place`, with `changes` in its config.json and perhaps a file taken away."""
     copy = place / "checkpoint"
     shutil.copytree(TINY, copy)
-    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-    (copy / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    change_config(copy, **changes)
     if without is not None:
         (copy / without).unlink()
+    return copy
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Changes fields of a config.json: those of the text model, unless it is one that the whole has."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        (config if name in config else config["text_config"])[name] = value
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def text_only_checkpoint(place: Path) -> Path:
+    """The sample checkpoint's text model alone, flat and in one file."""
+    copy = place / "text"
+    copy.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(TINY / name, copy)
+    config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["text_config"]
+    (copy / "config.json").write_text(json.dumps({"architectures": ["Llama4ForCausalLM"], **config}), encoding="utf-8")
+    weights = {name.removeprefix("language_model."): tensor for file in TINY.glob("*.safetensors")
+               for name, tensor in load_file(file).items() if name.startswith("language_model.")}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
 
 

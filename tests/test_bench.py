@@ -59,7 +59,7 @@ SMALL = TextConfig.from_dict(TOY)
     (["--model", str(TINY), "--compare", f"llama.cpp={TINY / 'config.json'}"], 2, ["cannot be executed"]),
     (["--model", str(TINY), "--gguf", "a.gguf"], 2, ["--gguf is for --compare llama.cpp"]),
     (["--config", "/nowhere/config.json"], 3, ["/nowhere/config.json: no such file"]),
-    (["--config", str(TINY / "model.safetensors")], 3, ["cannot be read as JSON"]),
+    (["--config", str(TINY / "model-00001-of-00002.safetensors")], 3, ["cannot be read as JSON"]),
     (["--config", str(TINY / "generation_config.json")], 3, ["generation_config.json: model_type"]),
     (["--model", "/nowhere"], 3, ["/nowhere: no config.json"]),
 ])

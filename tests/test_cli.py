@@ -31,11 +31,13 @@ from cli_runner import (
     run_on_terminal,
     run_process,
     text_file,
+    text_only_checkpoint,
     write_what_is_read,
 )
 
 from l4ctx import exits, terminal
-from l4ctx.plan import Job, MemoryPlan
+from l4ctx.job import Job
+from l4ctx.plan import MemoryPlan
 from l4ctx.report import MemoryReport
 from model.config import TextConfig
 
@@ -62,13 +64,13 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "q", ""], None, 2, ["a path is empty"]),
     (["ask", "q", "docs/nothing.md"], None, 2, ["docs/nothing.md: no such file or folder"]),
     (["ask", "q", b"\xff\x1b[31m\n\xe2\x80\xae"], None, 2, [r"\udcff\x1b[31m\n\u202e: no such file or folder"]),
-    (["ask", "q", "empty", "empty.txt"], None, 2, ["found no text to read", "empty.txt: empty"]),
-    (["ask", "q", "docs/data.bin"], None, 2, ["found no text to read", "docs/data.bin: binary"]),
+    (["ask", "q", "empty", "empty.txt"], None, 2, ["found nothing to read", "empty.txt: empty"]),
+    (["ask", "q", "docs/data.bin"], None, 2, ["found nothing to read", "docs/data.bin: binary"]),
     (["ask", "q", "/dev/null"], None, 2, ["/dev/null: is a device"]),
     (["ask", "q", "/proc/self/mem"], None, 2, ["/proc/self/mem: cannot be read: Input/output error"]),
-    (["ask", "q"], b"", 2, ["standard input has no text to read: empty", "name a file", "< /dev/null"]),
-    (["ask", "q"], b"\0\1\2", 2, ["standard input has no text to read: binary"]),
-    (["ask", "q", "-"], None, 2, ["standard input has no text to read: empty"]),
+    (["ask", "q"], b"", 2, ["standard input has nothing to read: empty", "name a file", "< /dev/null"]),
+    (["ask", "q"], b"\0\1\2", 2, ["standard input has nothing to read: binary"]),
+    (["ask", "q", "-"], None, 2, ["standard input has nothing to read: empty"]),
     (["ask", "q", "-", "docs", "-"], b"text", 2, ["- (standard input) is given twice"]),
     (["ask", "-"], b"", 2, ["standard input: the question is empty"]),
     (["ask", "-", "-"], b"text", 2, ["cannot be both the question and a document"]),
@@ -242,7 +244,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     told = json.loads(result.stdout)
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
     assert list(told) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                          "documents", "skipped", "timings", "memory"]
+                          "documents", "pictures", "skipped", "timings", "memory"]
     assert (told["answer"], told["stop_reason"]) == (ANSWER.strip(), "stop")
     assert (told["reused_tokens"], told["context"]) == (0, None)
     assert [document["path"] for document in told["documents"]] == ["docs/a.md", "docs/b.txt"]
@@ -286,7 +288,7 @@ def test_devices_that_are_not_there(inside: Path, device: str, part: str) -> Non
 
 
 def test_broken_checkpoints(inside: Path, tmp_path: Path) -> None:
-    folder = changed_checkpoint(tmp_path)
+    folder = text_only_checkpoint(tmp_path)
     weights = (folder / "model.safetensors").read_bytes()
 
     def refused(*parts: str) -> None:
@@ -335,7 +337,7 @@ def test_weights_that_are_not_numbers(inside: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = changed_checkpoint(tmp_path)
+    folder = text_only_checkpoint(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

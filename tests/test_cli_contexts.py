@@ -26,6 +26,7 @@ from cli_runner import (
     Result,
     answer,
     ask,
+    change_config,
     changed_checkpoint,
     check_answers,
     check_refused,
@@ -154,7 +155,8 @@ def test_json_and_quiet(place: Path) -> None:
     result = prefill("--json", "--quiet")
     report, kept = json.loads(result.stdout), spans()
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert list(report) == ["prompt_tokens", "reused_tokens", "context", "documents", "skipped", "timings", "memory"]
+    assert list(report) == ["prompt_tokens", "reused_tokens", "context", "documents", "pictures", "skipped", "timings",
+                            "memory"]
     assert (report["prompt_tokens"], report["reused_tokens"], report["context"]) == (kept[-1], kept[-1], "c")
     listed = [{"path": f"docs/{name}.md", "tokens": stop - start}
               for name, (start, stop) in zip("abc", itertools.pairwise(kept), strict=True)]
@@ -166,7 +168,7 @@ def test_json_and_quiet(place: Path) -> None:
 
     report = told()
     assert list(report) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                            "documents", "skipped", "timings", "memory"]
+                            "documents", "pictures", "skipped", "timings", "memory"]
     assert report["answer"] + "\n" == answer("a")
     assert report["prompt_tokens"] - report["reused_tokens"] == report["memory"]["token_ids"] // 4
     assert (report["reused_tokens"], report["context"], report["documents"]) == (kept[-1], "c", listed)
@@ -248,11 +250,10 @@ def _add(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text((folder / name).read_text(encoding="utf-8") + text, "utf-8")
 
 
+SHARD, NORM = "model-00001-of-00002.safetensors", "language_model.model.norm.weight"
 OTHERS: dict[str, Callable[[Path], object]] = {
-    "configuration": lambda folder: (folder / "config.json").write_text(json.dumps(
-        json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"attn_scale": 0.2}), "utf-8"),
-    "weights": lambda folder: flip(folder / "model.safetensors",
-                                   read_header(folder / "model.safetensors")["model.norm.weight"].offset + 1),
+    "configuration": lambda folder: change_config(folder, attn_scale=0.2),
+    "weights": lambda folder: flip(folder / SHARD, read_header(folder / SHARD)[NORM].offset + 1),
     "tokenizer": _add("tokenizer.json", "\n"),
     "chat template": _add("chat_template.jinja", "{# #}"),
 }
@@ -409,7 +410,7 @@ def test_standard_input(place: Path) -> None:
     forgotten = "standard input holds data that is not read; add - to the paths to read it"
     assert forgotten in run_here("prefill", "docs/a.md", "-o", "new0", stdin=text).stderr
     for content in (b"", b"\0\1"):
-        check_refused(run_here("prefill", "-o", "no", stdin=content), 2, "standard input has no text to read")
+        check_refused(run_here("prefill", "-o", "no", stdin=content), 2, "standard input has nothing to read")
     check_refused(run_here("ask", "-", "--context", "c", stdin=b""), 2, "standard input: the question is empty")
     check_refused(run_here("ask", "--context", "c", stdin=asked), 2, "no question: ")
     check_refused(run_here("ask", "-", "-", "--context", "c", stdin=text), 2, "cannot be both the question and")

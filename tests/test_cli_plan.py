@@ -213,7 +213,7 @@ def test_what_is_piped_in_is_planned(place: Path) -> None:
     assert piped == named == [{"path": "stdin", "tokens": piped[0]["tokens"]}] and piped[0]["tokens"] > 800
     assert run_here("plan", "--tokens", "5", stdin=text).code == 0
     for content in (b"", b"\0"):
-        check_refused(run_here("plan", stdin=content), 2, "found no text to read in -")
+        check_refused(run_here("plan", stdin=content), 2, "found nothing to read in -")
 
 
 def planned_of(text: bytes, *arguments: str) -> list[dict[str, Any]]:

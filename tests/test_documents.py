@@ -140,9 +140,9 @@ def test_undecodable_bytes_are_replaced_and_noted(tmp_path: Path, raw: bytes, te
         (b" \n\t\r\n", "nothing but white space"),
         (b"\xef\xbb\xbf", "nothing but white space"),
         (b"abc\0def", "binary"),
-        (b"%PDF-1.7\nall of it printable", "binary (PDF)"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary (PNG image)"),
-        (b"\xff\xd8\xff\xe0\0\x10JFIF", "binary (JPEG image)"),
+        (b"%PDF-1.7\nall of it printable", "a broken PDF: pdfium finds no document in it"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "damaged: the PNG file is cut short"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "damaged: the JPEG file is cut short"),
         (b"PK\x03\x04\x14\0", "binary (ZIP archive)"),
         ("\ufeffa\0".encode("utf-16-le"), "binary"),
         (b"\x01\x02\x03\x04\x05\x06abc", "binary"),
@@ -158,7 +158,7 @@ def test_what_is_no_text_is_skipped_with_the_reason(tmp_path: Path, raw: bytes, 
     found = read(folder / "file" if named else folder)
     assert found.documents == []
     assert [entry.reason for entry in found.skipped] == [reason]
-    with pytest.raises(DocumentError, match=r"found no text to read in docs: left out .*file: "):
+    with pytest.raises(DocumentError, match=r"found nothing to read in docs: left out .*file: "):
         found.require_any(["docs"])
 
 
@@ -405,7 +405,7 @@ def test_names_that_are_no_text_are_shown_safely(tmp_path: Path) -> None:
 def test_an_empty_folder_gives_nothing_and_says_so(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found == DocumentSet()
-    with pytest.raises(DocumentError, match=r"found no text to read in docs: nothing is there$"):
+    with pytest.raises(DocumentError, match=r"found nothing to read in docs: nothing is there$"):
         found.require_any(["docs"])
 
 

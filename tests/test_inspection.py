@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runner import CONTROLS, TINY, changed_checkpoint, check_refused, run_here
+from cli_runner import CONTROLS, TINY, changed_checkpoint, check_refused, run_here, text_only_checkpoint
 from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, tokens
 from safetensors.torch import load_file, save_file
 
@@ -71,11 +71,11 @@ def cut(file: Path, length: int = -1) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample checkpoint as a multimodal one is published: three shards and an index, nested, a vision model."""
+    """The sample's text model as a multimodal one is published: three shards and an index, nested, a vision model."""
     folder = tmp_path_factory.mktemp("sharded") / "model"
-    shutil.copytree(TINY, folder)
+    text_only_checkpoint(folder.parent).rename(folder)
+    weights = {f"language_model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
-    weights = {f"language_model.{name}": tensor for name, tensor in load_file(TINY / "model.safetensors").items()}
     weights |= {"vision_model.class_embedding": torch.ones(8), "multi_modal_projector.linear.weight": torch.ones(4, 8)}
     names = sorted(weights)
     index = {}
@@ -94,7 +94,7 @@ MODEL_LINES = """\
 architecture     Llama4ForConditionalGeneration
 parameters       2,952,320 by the configuration, 2,952,320 are stored
 weights          5.6 MiB in 3 shards, 51 tensors in BF16
-                 not used (vision): 2 tensors, 160 B
+                 vision: 2 tensors, 160 B
 layers           4: 3 RoPE, 1 NoPE; 4 with experts (MoE)
 experts          4 in each MoE layer, 1 a token
 hidden size      128
@@ -117,21 +117,23 @@ def test_a_checkpoint_for_programs() -> None:
     report, _ = inspected(TINY)
     config = TextConfig.from_folder(TINY)
     assert exit_code(report) == 0 and report["kind"] == "model" and not report["verified"]
-    assert report["architecture"] == "Llama4ForCausalLM" and report["tokenizer_vocabulary"] == config.vocab_size == 2304
+    assert report["architecture"] == "Llama4ForConditionalGeneration"
+    assert report["tokenizer_vocabulary"] == config.vocab_size == 2304
     assert (report["chat_template"], report["stop_tokens"]) == (True, [2291, 2294, 2295])
     shown, weights = report["config"], report["weights"]
     assert shown["parameters"] == weights["parameters"] == parameter_count(config)
     assert (shown["num_rope_layers"], shown["num_nope_layers"], shown["moe_layers"]) == (3, 1, (0, 1, 2, 3))
     assert shown["kv_bytes_per_token_bf16"] == 2 * 2 * 64 * 2 and shown["window_bytes_bf16"] == 3 * 2048 * 512
     assert weights["bytes"] == 2 * weights["parameters"] and weights["dtypes"] == {"BF16": weights["tensors"]}
-    assert (weights["shards"], weights["ignored_tensors"]) == (1, 0)
+    assert (weights["shards"], weights["ignored_tensors"]) == (2, 0)
+    assert weights["vision_tensors"] == 74 and report["vision"]["tokens_per_tile"] == 16
 
 
 def test_a_checkpoint_for_people(model: Path) -> None:
     report, text = inspected(model, verify=True)
     weights = report["weights"]
     assert exit_code(report) == 0 and (weights["shards"], weights["readable_shards"]) == (3, 3)
-    assert (weights["ignored_tensors"], weights["ignored_bytes"]) == (2, 4 * 8 + 4 * 4 * 8)
+    assert (weights["vision_tensors"], weights["vision_bytes"]) == (2, 4 * 8 + 4 * 4 * 8)
     for line in MODEL_LINES.splitlines():
         assert line in text.splitlines()
 

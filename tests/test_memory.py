@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from cache import sizes
 from cache.hybrid import HybridKVCache
 from l4ctx import memory
+from l4ctx.job import Job, Room
 from l4ctx.memory import (
     PeakSampler,
     ProcessMemory,
@@ -35,7 +36,7 @@ from l4ctx.memory import (
     human_bytes,
     process_memory,
 )
-from l4ctx.plan import Job, MemoryPlan, Room
+from l4ctx.plan import MemoryPlan
 from l4ctx.prefill import prefill
 from l4ctx.report import MemoryReport
 from l4ctx.terminal import memory_table

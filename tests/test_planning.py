@@ -22,7 +22,8 @@ from l4ctx import planning
 from l4ctx.documents import DocumentError, read_documents
 from l4ctx.memory import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
-from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed, plan_table
+from l4ctx.plan_table import plan_table
+from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed
 from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.request import RequestError
@@ -243,7 +244,7 @@ def test_weights_are_those_of_the_shards(documents: list[str]) -> None:
 
 def test_without_shards_the_configuration_says_how_many_weights(tmp_path: Path, documents: list[str]) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     report = planned(folder, paths=documents)
     assert report.plan.weights == planned(TINY, paths=documents).plan.weights
     assert "neither model.safetensors nor" in report.notes[0] and "config.json" in report.notes[0]

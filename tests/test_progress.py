@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 
@@ -21,6 +22,10 @@ SCOUT = TextConfig.from_dict({"model_type": "llama4_text"})  # attention costs a
 LINEAR_ONLY = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 1, 1, 0), moe_layers=(0, 1, 2, 3))
 SECONDS = 1e-12  # of one operation
 SHARES = (0.25, 0.5, 0.75)
+
+
+def cost_model(config: TextConfig, start: int, stop: int) -> CostModel:
+    return CostModel(partial(reading_operations, config), start, stop)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Run:
 
     def predictions(self, seed: int, shares: tuple[float, ...] = SHARES) -> list[float]:
         """Predicted by true seconds left after these shares of the steps."""
-        cost, steps, found = CostModel(self.config, self.start, self.tokens), self.steps(seed), []
+        cost, steps, found = cost_model(self.config, self.start, self.tokens), self.steps(seed), []
         asked = [round(share * len(steps)) for share in shares]
         for number, step in enumerate(steps, 1):
             cost.observe(*step)
@@ -104,7 +109,7 @@ def test_a_change_of_speed_is_noticed_within_a_few_steps() -> None:
 def test_costs_are_learned() -> None:
     """Also where it began: the price of what is to come is predicted, not only of the rest."""
     for ratio in (0.1, 1.0, 10.0):
-        cost, run = CostModel(SCOUT, 0, 2**20), Run(ratio=ratio, noise=0, first=3)
+        cost, run = cost_model(SCOUT, 0, 2**20), Run(ratio=ratio, noise=0, first=3)
         for step in run.steps(0)[:64]:
             cost.observe(*step)
         for start, stop, seconds in run.steps(0)[1::9]:
@@ -113,7 +118,7 @@ def test_costs_are_learned() -> None:
 
 
 def test_after_one_step_both_kinds_cost_the_same() -> None:
-    cost = CostModel(SCOUT, 0, 2**20)
+    cost = cost_model(SCOUT, 0, 2**20)
     cost.observe(0, 8192, 8.0)
     expected = 8.0 * reading_operations(SCOUT, 8192, 2**20).total / reading_operations(SCOUT, 0, 8192).total
     assert cost.seconds_left == pytest.approx(expected, rel=0.01)
@@ -126,14 +131,14 @@ def test_time_left_is_never_negative_or_endless() -> None:
     rng = random.Random(0)
     for config in (SCOUT, LINEAR_ONLY):
         for shape in (lambda n: 0.5**n, lambda n: 2.0**min(n, 60), lambda n: 10 ** rng.uniform(-6, 3)):
-            cost = CostModel(config, 0, 100 * 512)
+            cost = cost_model(config, 0, 100 * 512)
             for number in range(100):
                 cost.observe(512 * number, 512 * (number + 1), shape(number))
                 assert 0 <= cost.seconds_left < math.inf and (number == 99 or cost.seconds_left > 0)
 
 
 def test_rates() -> None:
-    cost = CostModel(SCOUT, 0, 10**6)
+    cost = cost_model(SCOUT, 0, 10**6)
     for number in range(1000):
         cost.observe(100 * number, 100 * (number + 1), 0.1)
     assert cost.rates == pytest.approx((1000, 1000))
@@ -152,7 +157,7 @@ def test_it_imports_no_torch() -> None:
 def step(held: KVBytes | None) -> tuple[PrefillProgress, CostModel]:
     """The last but one token of ten million, read at 262 tokens/s, faster of late."""
     total = 10 * 2**20
-    cost = CostModel(SCOUT, 1000, 1000 + total)
+    cost = cost_model(SCOUT, 1000, 1000 + total)
     cost.observe(1000, 1000 + total // 2, 30_000.0)
     cost.observe(1000 + total // 2, 1000 + total - 1, 10_000.0)
     return PrefillProgress(start=1000, done=total - 1, total=total, seconds=40_000.0,
@@ -190,7 +195,7 @@ def test_rates_of_all_sizes() -> None:
 def test_steps_are_passed_on_and_seen_by_one_cost_model() -> None:
     states = [PrefillProgress(start=7, done=8192 * n, total=8192 * 4, seconds=float(n), step_seconds=1.0, held=None,
                               step=range(7 + 8192 * (n - 1), 7 + 8192 * n)) for n in range(1, 5)]
-    seen = list(terminal._observed(iter(states), LINEAR_ONLY))
+    seen = list(terminal._observed(iter(states), partial(reading_operations, LINEAR_ONLY)))
     assert [state for state, _ in seen] == states and len({id(cost) for _, cost in seen}) == 1
     assert seen[-1][1].seconds_left == 0 and seen[-1][1].rates.average == 8192
-    assert list(terminal._observed(iter([]), SCOUT)) == []
+    assert list(terminal._observed(iter([]), partial(reading_operations, SCOUT))) == []

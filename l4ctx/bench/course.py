@@ -23,8 +23,9 @@ from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
 from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
+from l4ctx.job import Job, Room
 from l4ctx.memory import available_memory, human_bytes
-from l4ctx.plan import Job, MemoryPlan, Room
+from l4ctx.plan import MemoryPlan
 from l4ctx.processor import computing_dtype, default_attention, processor_name
 from model.config import TextConfig
 

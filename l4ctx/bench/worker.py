@@ -56,7 +56,7 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
     """
     import torch
 
-    from l4ctx.ask import usable_device
+    from l4ctx.device import usable_device
     from model.checkpoint import checked_tensors, stored_dtype, stored_parameters
     from model.config import parameter_count
 

@@ -1,0 +1,122 @@
+"""Saved contexts with pictures: equal tokens are not equal pictures."""
+
+from __future__ import annotations
+
+from array import array
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from context_toys import CONFIG, Kind, model, spans, tokens
+from torch import Tensor
+
+from cache.hybrid import HybridKVCache
+from l4ctx.context import ContextReader, reusable
+from l4ctx.context_writer import ContextWriter
+from l4ctx.picture_prompt import PictureSpan
+from l4ctx.prefill import as_batch, prefill
+
+KIND = Kind()
+CHUNK, BLOCK = CONFIG.attention_chunk_size, KIND.block_tokens
+LENGTH = 3 * BLOCK + 5
+IDS = tokens(LENGTH)
+PICTURES = (PictureSpan(4, 9, "aa" * 32), PictureSpan(2 * BLOCK + CHUNK + 1, 2 * BLOCK + CHUNK + 4, "bb" * 32))
+CHANGED = (PICTURES[0], PICTURES[1]._replace(sha256="cc" * 32))
+
+
+class Features:
+    """Stands for pictures' features: every position of a picture gets a value that its digest decides."""
+
+    def __init__(self, pictures: tuple[PictureSpan, ...]) -> None:
+        self.pictures = pictures
+
+    def among(self, positions: range) -> list[PictureSpan]:
+        return [span for span in self.pictures if set(range(span.start, span.stop)) & set(positions)]
+
+    @torch.inference_mode()
+    def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
+        for span in self.among(positions):
+            for position in set(range(span.start, span.stop)) & set(positions):
+                generator = torch.Generator().manual_seed(int(span.sha256[:4], 16) + position - span.start)
+                embeddings[0, position - positions.start] = torch.randn(embeddings.shape[-1], generator=generator)
+
+
+def read(cache: HybridKVCache, pictures: tuple[PictureSpan, ...]) -> Tensor:
+    """The rest of IDS; the logits of its last token."""
+    for _ in prefill(model(), cache, memoryview(IDS)[cache.offset:-1], prefill_chunk_size=KIND.prefill_chunk_size,
+                     features=Features(pictures)):  # type: ignore[arg-type]
+        pass
+    logits = model()(as_batch(IDS[-1:], torch.device("cpu")), cache, "last")
+    assert logits is not None
+    return logits
+
+
+def keep(folder: Path, pictures: tuple[PictureSpan, ...], ids: array[int] = IDS) -> int:
+    """Reads into the context; returns how many tokens were there already."""
+    layout = KIND.layout(len(ids))
+    with closing(ContextWriter(folder, KIND.recipe)) as writer:
+        start = writer.begin(memoryview(ids), spans(ids), layout, system=False, pictures=pictures)
+        if not writer.tip.is_complete:
+            cache = HybridKVCache(CONFIG, length=layout.length, layout=layout, rows=writer)
+            writer.restore(cache, start)
+            for _ in prefill(model(), cache, memoryview(ids)[start:], prefill_chunk_size=KIND.prefill_chunk_size,
+                             features=Features(pictures)):  # type: ignore[arg-type]
+                pass
+            writer.finish(cache)
+        return start
+
+
+def from_context(folder: Path, pictures: tuple[PictureSpan, ...]) -> tuple[int, Tensor]:
+    """How many tokens of the context serve for these pictures, and the logits that follow."""
+    with closing(ContextReader(folder)) as reader:
+        layout = KIND.layout(LENGTH)
+        reuse = reusable(reader.context, memoryview(IDS)[:-1], layout, [reader.state], pictures)
+        cache = HybridKVCache(CONFIG, length=LENGTH, layout=layout)
+        if reuse.tokens:
+            reader.context.restore(reader.state, cache, reuse.tokens)
+        return reuse.tokens, read(cache, pictures)
+
+
+def fresh(pictures: tuple[PictureSpan, ...]) -> Tensor:
+    return read(HybridKVCache(CONFIG, length=LENGTH, layout=KIND.layout(LENGTH)), pictures)
+
+
+def test_the_digests_are_kept(tmp_path: Path) -> None:
+    assert keep(tmp_path / "c", PICTURES) == 0 and keep(tmp_path / "c", PICTURES) == LENGTH
+    with closing(ContextReader(tmp_path / "c")) as reader:
+        assert tuple(reader.context.pictures(reader.state)) == PICTURES
+    keep(tmp_path / "text", ())
+    with closing(ContextReader(tmp_path / "text")) as reader:
+        assert reader.context.pictures(reader.state) == []
+
+
+@pytest.mark.parametrize(("pictures", "first_difference"), [
+    (PICTURES, LENGTH), (CHANGED, PICTURES[1].start), (PICTURES[:1], PICTURES[1].start), ((), PICTURES[0].start),
+    (PICTURES[1:], PICTURES[0].start)])
+def test_a_context_serves_up_to_the_first_other_picture(tmp_path: Path, pictures: tuple[PictureSpan, ...],
+                                                        first_difference: int) -> None:
+    keep(tmp_path / "c", PICTURES)
+    served, logits = from_context(tmp_path / "c", pictures)
+    assert served == min(first_difference, LENGTH - 1) // CHUNK * CHUNK
+    assert (logits - fresh(pictures)).abs().max() < 1e-5 * logits.abs().max()
+    assert keep(tmp_path / "c", pictures) == (LENGTH if pictures == PICTURES else served)
+    assert torch.allclose(from_context(tmp_path / "c", pictures)[1], logits, atol=1e-5)
+
+
+def test_other_pictures_give_other_answers() -> None:
+    """Else the tests above would say nothing."""
+    assert (fresh(PICTURES) - fresh(CHANGED)).abs().max() > 1e-2
+
+
+def test_a_damaged_list_of_pictures_is_named(tmp_path: Path) -> None:
+    from cache.disk import DiskError
+
+    keep(tmp_path / "c", PICTURES)
+    file = next((tmp_path / "c").glob("tokens-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"bb" * 32)
+    content[at] ^= 1
+    file.write_bytes(content)
+    with closing(ContextReader(tmp_path / "c")) as reader, pytest.raises(DiskError, match=file.name):
+        reader.context.pictures(reader.state)
