@@ -20,7 +20,7 @@ import torch
 from cache.sizes import bytes_per_token
 from evaluate_tiny import make_document
 from l4ctx.documents import Document
-from l4ctx.memory import TOKEN_ID_BYTES
+from l4ctx.plan import TOKEN_ID_BYTES
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import fact, question

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import random
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,14 @@ import torch
 from cache.hybrid import HybridKVCache
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig, generate
+from l4ctx.picture_use import PictureUse
+from l4ctx.pictures import read_picture
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
-from model.checkpoint import load_checkpoint, text_tensors
+from model.checkpoint import checked_vision_tensors, load_checkpoint, text_tensors
 from model.config import TextConfig, parameter_count
+from model.vision_config import VisionConfig, vision_parameter_count
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "samples" / "tiny"
@@ -49,8 +55,13 @@ def test_the_checkpoint_has_the_published_form() -> None:
     assert sum(elements.values()) == parameter_count(config)
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
     names = {file.name for file in TINY.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json", "chat_template.jinja"}
+    assert names >= {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja", "model.safetensors.index.json"}
+    vision = VisionConfig.from_folder(TINY)
+    assert vision is not None
+    stored = checked_vision_tensors(TINY, vision, config.hidden_size)
+    assert sum(torch.Size(tensor.shape).numel() for tensor in stored.values()) == vision_parameter_count(
+        vision, config.hidden_size)
 
 
 def test_the_tokenizer_has_the_llama_4_pattern_with_single_digits(tokenizer: Tokenizer) -> None:
@@ -98,30 +109,60 @@ def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
+def codes_found(tokenizer: Tokenizer, documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
+    """The numbers in the answer to the question about each entity; the documents are read once."""
+    from lookup_task import question
+
+    model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
+    stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
+    use = PictureUse(TINY, model.config, no_images=False, pdf="text")
+    encoder = use.encoder(tokenizer)
+    prompts = [build_prompt(tokenizer, template, documents, question(entity), pictures=encoder) for entity in entities]
+    end = prompts[0].documents_stop
+    read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
+    features = use.load(prompts[0].pictures, dtype=torch.float32, device=model.device, is_mapped=False)
+    for _ in prefill(model, read, prompts[0].ids[:end], features=features):
+        pass
+    found = []
+    for prompt in prompts:
+        cache = read.fork()
+        for _ in prefill(model, cache, prompt.ids[end:-1]):
+            pass
+        answer = tokenizer.decode(generate(model, cache, prompt.ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
+        found.append(re.findall(r"\d+", answer))
+    return found
+
+
 def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
-    from lookup_task import draw_entities, fact, question, random_code
+    from lookup_task import draw_entities, fact, random_code
 
     rng = random.Random(4)
     codes = {entity: random_code(rng) for entity in draw_entities(rng, 10, evaluation=True)}
     lines = own_sources().splitlines()
     for entity, code in codes.items():
         lines.insert(rng.randrange(len(lines)), fact(entity, code))
-    text = "\n".join(lines)
-    model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
-    stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
-    right = 0
-    prompts = [build_prompt(tokenizer, template, [Document("a.py", "", text)], question(entity)) for entity in codes]
-    read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
-    end = prompts[0].spans[-1].stop
-    for _ in prefill(model, read, prompts[0].ids[:end]):
-        pass
-    for prompt, code in zip(prompts, codes.values(), strict=True):
-        cache = read.fork()
-        for _ in prefill(model, cache, prompt.ids[end:-1]):
-            pass
-        answer = tokenizer.decode(generate(model, cache, prompt.ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
-        right += re.findall(r"\d+", answer) == [code]
-    assert right >= 9
+    found = codes_found(tokenizer, [Document("a.py", "", "\n".join(lines))], codes)
+    assert sum(numbers == [code] for numbers, code in zip(found, codes.values(), strict=True)) >= 9
+
+
+def test_it_reads_cards_in_pictures(tokenizer: Tokenizer) -> None:
+    """A dozen of many sizes in one prompt, of which a chunk boundary may cut one."""
+    from picture_task import draw_card, draw_cards, random_size
+
+    rng, documents = random.Random("not the training's"), []
+    cards = draw_cards(rng, 12)
+    for card in cards:
+        file = io.BytesIO()
+        draw_card(card, random_size(rng, 90, 500), rng).image.save(file, "PNG")
+        picture, _ = read_picture("card.png", file.getvalue(), None)
+        documents.append(Document("card.png", picture.sha256, (picture,)))
+    found = codes_found(tokenizer, documents, [card.entity for card in cards])
+    assert sum(numbers == [card.code] for numbers, card in zip(found, cards, strict=True)) >= 10
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "samples").glob("*.py")))
+def test_scripts_can_be_imported(name: str) -> None:
+    importlib.import_module(name)
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:

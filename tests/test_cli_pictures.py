@@ -1,0 +1,223 @@
+"""Pictures and PDF files among the documents, as a person reads them with the command."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pdf_toys
+import pytest
+from cli_runner import (
+    ANSWER,
+    DOCUMENT,
+    QUESTION,
+    TINY,
+    Result,
+    changed_checkpoint,
+    check_refused,
+    run_here,
+    text_file,
+    text_only_checkpoint,
+)
+from PIL import Image
+
+SUFFIXES = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
+TOKENS_PER_TILE = 16
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("L4CTX_MODEL", str(TINY))
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(text_only_checkpoint(tmp_path_factory.mktemp("text")))
+
+
+def image(size: tuple[int, int] = (60, 40), seed: int = 0) -> Image.Image:
+    """Grey, with one noisy corner."""
+    made = Image.new("RGB", size, (128, 128, 128))
+    made.paste(Image.frombytes("RGB", (8, 8), random.Random(seed).randbytes(192)))
+    return made
+
+
+def write_folder(name: str = "docs") -> Path:
+    """A text that has the answer, and a picture of every format."""
+    folder = Path(name)
+    text_file(folder / "a.md", DOCUMENT)
+    for number, suffix in enumerate(SUFFIXES):
+        image(seed=number).save(folder / f"picture.{suffix}")
+    return folder
+
+
+def told(*arguments: str, **options: Any) -> dict[str, Any]:
+    result = run_here("ask", QUESTION, *arguments, "--json", **options)
+    assert result.code == 0, result
+    return json.loads(result.stdout)
+
+
+def skipped(report: dict[str, Any]) -> dict[str, str]:
+    return {entry["path"]: entry["reason"] for entry in report["skipped"]}
+
+
+def test_every_format_is_a_document_like_any_other() -> None:
+    write_folder()
+    result = run_here("ask", QUESTION, "docs")
+    assert (result.code, result.stdout) == (0, ANSWER)
+    assert "7 documents, 6 pictures, " in result.stderr and "skipped" not in result.stderr
+    report = told("docs")
+    names = ["docs/a.md", *(f"docs/picture.{suffix}" for suffix in SUFFIXES)]
+    assert [entry["path"] for entry in report["documents"]] == names
+    assert [entry["path"] for entry in report["pictures"]] == names[1:]
+    assert [(entry["tokens"], entry["tiles"]) for entry in report["pictures"]] == [(TOKENS_PER_TILE + 3, 1)] * 6
+    assert report["prompt_tokens"] > sum(entry["tokens"] for entry in report["documents"])
+
+
+def test_large_pictures_are_tiles_and_count_into_plan_and_prompt() -> None:
+    text_file(Path("a.md"), DOCUMENT)
+    image((400, 300)).save("large.png")  # three rows of four tiles, and the whole
+    report = told("a.md", "large.png")
+    assert report["pictures"] == [{"path": "large.png", "tokens": 12 * (TOKENS_PER_TILE + 1) + TOKENS_PER_TILE + 3,
+                                   "tiles": 13}]
+    planned = json.loads(run_here("plan", "a.md", "large.png", "--json").stdout)
+    assert planned["documents"] == report["documents"]
+    alone = json.loads(run_here("plan", "a.md", "--json").stdout)
+    assert planned["plan"]["weights"] > alone["plan"]["weights"]
+    assert report["memory"]["weights"] == planned["plan"]["weights"] and planned["fits"]
+    rate = ("--rate", "1000", "--json")
+    seconds = [json.loads(run_here("plan", *paths, *rate).stdout)["seconds"]
+               for paths in (("a.md",), ("a.md", "large.png"))]
+    assert seconds[1] > seconds[0]
+
+
+def test_no_images_leaves_them_out_and_says_so() -> None:
+    write_folder()
+    result = run_here("ask", QUESTION, "docs", "--no-images")
+    assert (result.code, result.stdout) == (0, ANSWER)
+    assert "skipped docs/picture.png: a PNG picture; left out by --no-images\n" in result.stderr
+    assert result.stderr.count("left out by --no-images") == 6 and "1 document, " in result.stderr
+    check_refused(run_here("ask", QUESTION, "docs/picture.png", "--no-images", "--quiet"), 2, "found nothing to read",
+                  "left out by --no-images")
+
+
+def test_a_text_only_checkpoint_says_what_it_does(text_model: str) -> None:
+    write_folder()
+    result = run_here("ask", QUESTION, "docs", "--model", text_model)
+    assert (result.code, result.stdout) == (0, ANSWER)
+    assert result.stderr.count("picture; the checkpoint reads text alone\n") == 6
+    check_refused(run_here("ask", QUESTION, "docs", "--pdf", "pages", "--model", text_model), 2, "--pdf pages",
+                  "the checkpoint reads text alone", "--pdf text reads their text")
+    check_refused(run_here("ask", QUESTION, "docs", "--pdf", "both", "--no-images"), 2, "left out by --no-images")
+    check_refused(run_here("plan", "docs", "--pdf", "some"), 2, "--pdf: 'some' is not one of text, pages, both")
+
+
+def test_a_picture_can_be_piped_in() -> None:
+    image().save("picture.png")
+    result = run_here("ask", QUESTION, stdin=Path("picture.png").read_bytes())
+    assert result.code == 0 and "1 document, 1 picture, " in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "pictures"), [("text", 0), ("pages", 2), ("both", 2)])
+def test_pages_of_a_pdf(mode: str, pictures: int) -> None:
+    lines = ANSWER.strip().encode()
+    Path("report.pdf").write_bytes(pdf_toys.pdf(pdf_toys.Page(pdf_toys.text(b"Some words here.")),
+                                                pdf_toys.Page(pdf_toys.text(lines))))
+    report = told("report.pdf", "--pdf", mode)
+    assert [entry["path"] for entry in report["documents"]] == ["report.pdf"] and report["skipped"] == []
+    assert [entry["path"] for entry in report["pictures"]] == [f"report.pdf, page {n + 1}" for n in range(pictures)]
+    if mode != "pages":
+        assert report["answer"] == ANSWER.strip()
+
+
+def test_pdf_files_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text_file(Path("docs/a.md"), DOCUMENT)
+    Path("docs/scan.pdf").write_bytes(pdf_toys.pdf(pdf_toys.SCANNED))
+    Path("docs/secret.pdf").write_bytes(pdf_toys.encrypted(b"secret", pdf_toys.Page(pdf_toys.text(b"x"))))
+    Path("docs/torn.pdf").write_bytes(b"%PDF-1.7\n\0\1")
+    found = skipped(told("docs"))
+    assert found["docs/scan.pdf"] == "a PDF without text (scanned?); --pdf pages reads its pages as pictures"
+    assert "password" in found["docs/secret.pdf"] and "broken" in found["docs/torn.pdf"]
+    assert [entry["path"] for entry in told("docs", "--pdf", "pages")["pictures"]] == ["docs/scan.pdf, page 1"]
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    assert skipped(told("docs")) == dict.fromkeys(
+        ["docs/scan.pdf", "docs/secret.pdf", "docs/torn.pdf"],
+        'a PDF document; pip install "l4ctx[pdf]" adds what reads it')
+
+
+def test_hostile_files_are_named_and_the_rest_is_read() -> None:
+    """Sixty mutated pictures and twenty-odd broken PDF files."""
+    text_file(Path("docs/a.md"), DOCUMENT)
+    chance, names = random.Random(7), []
+    for number in range(60):
+        file = Path(f"docs/{number:02d}.{SUFFIXES[number % 6]}")
+        image((24, 17), number).save(file)
+        raw = bytearray(file.read_bytes())
+        if number % 3 == 0:
+            del raw[chance.randrange(12, len(raw)):]
+        for _ in range(chance.randrange(1, 9)):
+            raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        file.write_bytes(raw)
+        names.append(str(file))
+    for number, raw in enumerate(pdf_toys.broken(seed=1).values()):
+        Path(f"docs/{number}.pdf").write_bytes(raw)
+        names.append(f"docs/{number}.pdf")
+    result = run_here("ask", QUESTION, "docs", "--json")
+    assert result.code == 0 and "Traceback" not in result.stderr
+    report = json.loads(result.stdout)
+    seen = {entry["path"] for entry in report["documents"]} | skipped(report).keys()
+    assert report["answer"] == ANSWER.strip() and seen == {"docs/a.md", *names} and len(report["skipped"]) > 40
+
+
+def test_absurd_sizes() -> None:
+    text_file(Path("docs/a.md"), DOCUMENT)
+    Image.new("1", (1, 100_000)).save("docs/line.png")
+    Image.new("1", (2**21, 1)).save("docs/longer.png")
+    report = told("docs")
+    assert [entry["path"] for entry in report["pictures"]] == ["docs/line.png"]
+    assert "a side may have 1,048,576 at most" in skipped(report)["docs/longer.png"]
+
+
+def test_a_saved_context_keeps_pictures_by_their_digests() -> None:
+    """What follows a picture of the same size but other pixels is read anew."""
+    def prefill(context: str = "c") -> Result:
+        return run_here("prefill", "docs", "-o", context)
+
+    for number in range(3):
+        text_file(Path(f"docs/{number}0.md"), f"{DOCUMENT if number == 1 else ''}{'word ' * 3000}\n")
+        image(seed=number).save(f"docs/{number}5.png")
+    assert prefill().code == 0
+    assert run_here("ask", QUESTION, "--context", "c", "--quiet") == Result(0, ANSWER, "")
+    spans = {entry["path"]: entry for entry in told("--context", "c")["documents"]}
+    assert "are in c already" in prefill().stderr and told("docs", "--context", "c")["reused_tokens"] > 9000
+    image(seed=77).save("docs/15.png")
+    report = told("docs", "--context", "c")
+    before = sum(spans[name]["tokens"] for name in ("docs/00.md", "docs/05.png", "docs/10.md"))
+    assert before - 2048 < report["reused_tokens"] <= before + 60 and report["answer"] == ANSWER.strip()
+    text_file(Path("docs/05.md"), "New.\n")
+    assert prefill().code == 0
+    assert run_here("ask", QUESTION, "--context", "c", "--quiet") == Result(0, ANSWER, "")
+
+
+def test_a_vision_part_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    """Text is read all the same."""
+    write_folder()
+    config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
+    odd = str(changed_checkpoint(tmp_path / "odd", vision_config=config["vision_config"] | {"hidden_act": "relu"}))
+    result = run_here("ask", QUESTION, "docs", "--model", odd)
+    assert (result.code, result.stdout) == (0, ANSWER)
+    assert "picture; the checkpoint's vision part cannot be used (" in result.stderr and "relu" in result.stderr
+    index = json.loads((TINY / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name.startswith("language")}
+    blind = changed_checkpoint(tmp_path / "blind")
+    (blind / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", str(blind)), 3,
+                  "--no-images reads the text alone")
+    assert run_here("ask", QUESTION, "docs/a.md", "--quiet", "--model", str(blind)) == Result(0, ANSWER, "")
+    (blind / "preprocessor_config.json").write_text('{"size": {"height": 5, "width": 5}}', encoding="utf-8")
+    (blind / "model.safetensors.index.json").write_bytes((TINY / "model.safetensors.index.json").read_bytes())
+    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", str(blind)), 3, "preprocessor_config.json")
