@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l4ctx.files import read_regular_file
+from l4ctx.memory import available_memory, human_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,7 @@ _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 0x0142, 0x0143
 _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
             7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> the PIL.Image.Transpose that undoes it
 _SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
+_SURELY_FREE = 2**28  # bytes; for less nobody is asked what is free
 _MOST_REASON = 100  # characters of Pillow's own words
 
 _warnings_lock = threading.Lock()
@@ -139,6 +141,7 @@ def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
 
         with Image.open(io.BytesIO(raw), formats=[name]) as image:
             _check_size(*image.size)
+            _check_memory(*image.size)
             image.load()
             _check_size(*image.size)  # a frame of a GIF may exceed what its header declares
             notes = [f"a TIFF of {pages:,} pages: the first is read"] if pages > 1 else []
@@ -223,6 +226,17 @@ def _check_size(width: int, height: int) -> None:
         raise PictureError(_too_large(f"{width:,} x {height:,} pixels"))
     if max(width, height) > MAX_SIDE:
         raise PictureError(f"{width:,} x {height:,} pixels: a side may have {MAX_SIDE:,} at most (scale it down)")
+
+
+def _check_memory(width: int, height: int) -> None:
+    """Before it is allocated: under overcommit too much would be a kill."""
+    needed = decoding_bytes(width, height)
+    if needed < _SURELY_FREE:
+        return
+    free = available_memory()
+    if free is not None and needed > free:
+        raise PictureError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
+                           f"{human_bytes(free)} are free (scale it down)")
 
 
 def _too_large(size: str) -> str:

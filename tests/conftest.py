@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from toy_checkpoints import Toy, Toys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: further threads only get in each other's way
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's & leaves it ignored, in our processes, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torchvision_oracle.prepare()  # before anything imports transformers, which imports torchvision where it is installed
 
 

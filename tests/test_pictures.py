@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageOps
 
+from l4ctx import pictures
 from l4ctx.pictures import FORMATS, MAX_PIXELS, MAX_SIDE, PictureError, decoding_bytes, picture_format, read_picture
 
 
@@ -270,6 +271,18 @@ def test_bombs_are_refused_before_they_are_decoded(name: str, width: int, height
         read_picture("x", pixels_declared(name, width, height), None)
     assert f"{width:,} x {height:,}" in str(raised.value) or f"{width * height:,}" in str(raised.value)
     assert Image.MAX_IMAGE_PIXELS is not None and len(str(raised.value)) < 120
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = encoded(Image.new("L", (6000, 4000)), "PNG")
+    monkeypatch.setattr(pictures, "available_memory", lambda: 400 << 20)
+    assert read_picture("picture", raw, None)[0].width == 6000
+    monkeypatch.setattr(pictures, "available_memory", lambda: 300 << 20)
+    with pytest.raises(PictureError, match=r"^decoding its 6,000 x 4,000 pixels can take 398 MiB") as refused:
+        read_picture("picture", raw, None)
+    assert "300 MiB are free (scale it down)" in str(refused.value)
+    monkeypatch.setattr(pictures, "available_memory", lambda: None)
+    assert read_picture("picture", raw, None)[0].width == 6000
 
 
 def test_long_and_thin() -> None:

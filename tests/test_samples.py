@@ -17,12 +17,13 @@ import torch
 from cache.hybrid import HybridKVCache
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig, generate
+from l4ctx.image_tiles import ImageProcessing, image_tiles, normalized
 from l4ctx.picture_use import PictureUse
 from l4ctx.pictures import read_picture
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
-from model.checkpoint import checked_vision_tensors, load_checkpoint, text_tensors
+from model.checkpoint import checked_vision_tensors, load_checkpoint, load_vision, text_tensors
 from model.config import TextConfig, parameter_count
 from model.vision_config import VisionConfig, vision_parameter_count
 
@@ -107,6 +108,34 @@ def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
     ours = model(ids)
     assert ours is not None
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_the_training_twin_of_the_tower_computes_the_same() -> None:
+    from picture_task import draw_card, draw_cards
+    from tiny_vision import VisionForTraining
+
+    config = VisionConfig.from_folder(TINY)
+    assert config is not None
+    tower = load_vision(TINY, config, 128, dtype="float32")
+    twin = VisionForTraining(128)
+    twin.load_state_dict(tower.state_dict())
+    rng = random.Random(2)
+    size, processing = (config.image_size, config.image_size), ImageProcessing.from_folder(TINY, config.image_size)
+    drawn = [draw_card(card, size, rng).image for card in draw_cards(rng, 2)]
+    pixels = normalized(torch.cat([image_tiles(image, processing) for image in drawn]), processing, torch.float32)
+    with torch.inference_mode():
+        theirs = twin(pixels)
+    assert (tower(pixels) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_cards_are_the_same_for_the_same_seed() -> None:
+    from picture_task import draw_card, draw_cards
+
+    def drawn(seed: int) -> bytes:
+        rng = random.Random(seed)
+        return draw_card(draw_cards(rng, 1)[0], (150, 120), rng).image.tobytes()
+
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def codes_found(tokenizer: Tokenizer, documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
