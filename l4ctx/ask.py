@@ -18,9 +18,9 @@ from cache.sizes import KV_DTYPES
 from l4ctx.context_use import ContextUse
 from l4ctx.device import free_on_accelerator, usable_device
 from l4ctx.documents import DocumentSet, Skipped, read_documents
+from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
 from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, counted, process_memory
-from l4ctx.picture_use import PictureUse
 from l4ctx.plan import MemoryPlan, MemoryPlanError
 from l4ctx.processor import computing_dtype
 from l4ctx.report import MemoryReport, Timing
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.generate import GenerationConfig, Sampling
-    from l4ctx.picture_features import PictureFeatures
+    from l4ctx.image_features import ImageFeatures
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt, Span
     from l4ctx.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Run:
 
     config: TextConfig = field(init=False)
     contexts: ContextUse = field(init=False)
-    pictures: PictureUse = field(init=False)
+    images: ImageUse = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     prompt: Prompt = field(init=False)
     prompt_tokens: int = field(init=False)
@@ -74,7 +74,7 @@ class Run:
     plan: MemoryPlan = field(init=False)
     model: Transformer = field(init=False)
     cache: HybridKVCache = field(init=False)
-    _features: PictureFeatures | None = field(init=False, default=None)
+    _features: ImageFeatures | None = field(init=False, default=None)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
     _made_with: dict[str, str] = field(init=False, default_factory=dict)
@@ -98,10 +98,10 @@ class Run:
         self.config = TextConfig.from_folder(self.request.model)
         self.contexts = ContextUse(self.request)
         check_kv_dir(self.request.kv_dir)
-        self.pictures = PictureUse(self.request.model, self.config, no_images=self.request.no_images,
+        self.images = ImageUse(self.request.model, self.config, no_images=self.request.no_images,
                                    pdf=self.request.pdf)
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
-                                         no_pictures=self.pictures.why_not)
+                                         no_images=self.images.why_not)
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
             raise RequestError(f"standard input has nothing to read: {self.skipped[0].reason} "
@@ -135,9 +135,9 @@ class Run:
         if template is None:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
-        encoder = self.pictures.encoder(self.tokenizer) if self._documents.has_pictures else None
+        encoder = self.images.encoder(self.tokenizer) if self._documents.has_images else None
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   pictures=encoder, system=self.request.system)
+                                   images=encoder, system=self.request.system)
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -152,7 +152,7 @@ class Run:
         check_length(self.prompt, self.max_new_tokens, self.config.max_position_embeddings, self.prompt_tokens)
         if self.prompt.spans:
             self.note(f"{counted(len(self.prompt.spans), 'document')}, "
-                      f"{counted(len(self.prompt.pictures), 'picture') + ', ' if self.prompt.pictures else ''}"
+                      f"{counted(len(self.prompt.images), 'image') + ', ' if self.prompt.images else ''}"
                       f"{len(self.prompt.ids):,} tokens")
 
     def plan_memory(self) -> None:
@@ -164,7 +164,7 @@ class Run:
 
         stored = stored_dtype(self._stored)
         parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
-        parameters += self.pictures.parameters
+        parameters += self.images.parameters
         self._before = process_memory()
         room = self._room()
         on_accelerator = self._device.type != "cpu"
@@ -181,8 +181,8 @@ class Run:
                   new_tokens=len(self.prompt.ids),
                   stored_dtype=stored, largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
-                  tower_bytes=self.pictures.tower_bytes(KV_DTYPES[dtype]),
-                  pixel_bytes=self.pictures.pixel_bytes(self.prompt.pictures))
+                  tower_bytes=self.images.tower_bytes(KV_DTYPES[dtype]),
+                  pixel_bytes=self.images.pixel_bytes(self.prompt.images))
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -207,7 +207,7 @@ class Run:
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
                                      attention=self._attention, is_mapped=self.plan.weights_are_mapped)
-        self._features = self.pictures.load(self.prompt.pictures, dtype=self.model.dtype, device=self._device,
+        self._features = self.images.load(self.prompt.images, dtype=self.model.dtype, device=self._device,
                                             is_mapped=self.plan.weights_are_mapped)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
@@ -233,8 +233,8 @@ class Run:
     def work(self, start: int, stop: int) -> Operations:
         """What reading positions start .. stop - 1 of the prompt takes."""
         operations = reading_operations(self.config, start, stop)
-        return replace(operations, linear=operations.linear + self.pictures.operations(
-            self.prompt.pictures, start, stop))
+        return replace(operations, linear=operations.linear + self.images.operations(
+            self.prompt.images, start, stop))
 
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.prefill import prefill
@@ -309,8 +309,8 @@ class Run:
             "reused_tokens": self.contexts.reused,
             "context": str(self.contexts.folder) if self.contexts.folder else None,
             "documents": [{"path": span.source, "tokens": span.stop - span.start} for span in self._spans()],
-            "pictures": [{"path": placed.picture.source, "tokens": placed.span.stop - placed.span.start,
-                          "tiles": placed.layout.tiles} for placed in self.prompt.pictures],
+            "images": [{"path": placed.image.source, "tokens": placed.span.stop - placed.span.start,
+                          "tiles": placed.layout.tiles} for placed in self.prompt.images],
             "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
             "memory": self.memory_report().as_dict(),

@@ -28,6 +28,7 @@ import torch
 from cache.blocks import Block
 from cache.disk import DiskError, UnitFile, as_bytes
 from cache.sizes import StoreLayout
+from l4ctx.image_prompt import ImageSpan, same_until
 from l4ctx.journal import Journal, JournalError
 from l4ctx.manifest import (
     BLOCKS,
@@ -39,7 +40,6 @@ from l4ctx.manifest import (
     read_manifest,
     read_small,
 )
-from l4ctx.picture_prompt import PictureSpan, same_until
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, digest, replay
@@ -114,11 +114,11 @@ class Context:
             raise DiskError(f"{file.source}: it lists no documents")
         return [Span(*entry) for entry in _listed(file, "documents")]
 
-    def pictures(self, state: State) -> list[PictureSpan]:
-        """Where pictures are among the tokens, and the digests of what their features follow from. Raises DiskError."""
+    def images(self, state: State) -> list[ImageSpan]:
+        """Where images are among the tokens, and the digests of what their features follow from. Raises DiskError."""
         file = self.file(state.ids)
-        return [PictureSpan(start, stop, sha256) for _, start, stop, sha256 in (
-            _listed(file, "pictures") if "pictures" in file.units else ())]
+        return [ImageSpan(start, stop, sha256) for _, start, stop, sha256 in (
+            _listed(file, "images") if "images" in file.units else ())]
 
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
         """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError.
@@ -200,8 +200,8 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
 
 
 def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State],
-             pictures: Sequence[PictureSpan] = ()) -> Reuse:
-    """The longest prefix of `ids`, with these pictures among them, that one of the states holds, as far as it can be
+             images: Sequence[ImageSpan] = ()) -> Reuse:
+    """The longest prefix of `ids`, with these images among them, that one of the states holds, as far as it can be
     gone on from. Raises DiskError.
 
     Unless all of a complete state is used it is cut to an attention chunk, where windows are empty; and to a block
@@ -213,7 +213,7 @@ def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Seq
         if min(kept, len(ids)) <= best.tokens:
             continue
         prefix = common_prefix(context.ids(state), ids)
-        another = same_until(pictures, context.pictures(state))
+        another = same_until(images, context.images(state))
         prefix = prefix if another is None else min(prefix, another)
         tokens = min(prefix, kept)
         if not (state.is_complete and tokens == state.tokens):

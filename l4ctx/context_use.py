@@ -120,7 +120,7 @@ class ContextUse:
             return
         with self.naming_the_mend():
             reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state],
-                             prompt.picture_spans)
+                             prompt.image_spans)
         self.reused = reuse.tokens
         self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}" if
                           reuse.tokens else f"these documents begin otherwise than those of {reader.context.folder}: "
@@ -136,7 +136,7 @@ class ContextUse:
         with self.naming_the_mend():
             self.reused = writer.begin(memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, layout,
                                        system=bool((self.request.system or "").strip()),
-                                       pictures=prompt.picture_spans)
+                                       images=prompt.image_spans)
         if self.reused:
             self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
         elif held:

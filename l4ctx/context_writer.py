@@ -20,6 +20,7 @@ import torch
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
 from cache.sizes import StoreLayout
 from l4ctx.context import Context, lock, read_head, reusable
+from l4ctx.image_prompt import ImageSpan
 from l4ctx.journal import Journal, JournalError
 from l4ctx.manifest import (
     BLOCKS,
@@ -35,7 +36,6 @@ from l4ctx.manifest import (
     write_atomically,
     write_manifest,
 )
-from l4ctx.picture_prompt import PictureSpan
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
@@ -104,12 +104,12 @@ class ContextWriter:
         return list(found.values())
 
     def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool,
-              pictures: Sequence[PictureSpan] = ()) -> int:
+              images: Sequence[ImageSpan] = ()) -> int:
         """Starts to read `ids`, or goes on with it; returns how many of them need not be read.
 
         Raises DiskError and DiskFullError.
         """
-        reuse = reusable(self.context, ids, layout, self.context.usable, pictures)
+        reuse = reusable(self.context, ids, layout, self.context.usable, images)
         base = reuse.state
         if base is not None and reuse.is_same and base is self.tip:
             if base.is_complete:
@@ -118,7 +118,7 @@ class ContextWriter:
             if not base.has_ended:
                 return self._go_on(base, layout)
         start = reuse.tokens - reuse.tokens % layout.config.attention_chunk_size
-        state = State(len(ids), start, self._write_ids(ids, documents, pictures), system)
+        state = State(len(ids), start, self._write_ids(ids, documents, images), system)
         number = None
         if base is not None:
             number = self.context.states.index(base)
@@ -235,11 +235,11 @@ class ContextWriter:
             finally:
                 os.close(descriptor)
 
-    def _write_ids(self, ids: memoryview, documents: Sequence[Span], pictures: Sequence[PictureSpan]) -> Stored:
+    def _write_ids(self, ids: memoryview, documents: Sequence[Span], images: Sequence[ImageSpan]) -> Stored:
         units = {"ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
                  "documents": [("json", _as_json([asdict(span) for span in documents]))]}
-        if pictures:
-            units["pictures"] = [("json", _as_json([span._asdict() for span in pictures]))]
+        if images:
+            units["images"] = [("json", _as_json([span._asdict() for span in images]))]
         with self._new_file("tokens") as (name, descriptor):
             header, _ = write_units(descriptor, units, {})
         stored = Stored(name, header)

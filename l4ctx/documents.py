@@ -1,7 +1,7 @@
-"""Files, folders and standard input become documents: named text and pictures, in an order that never changes.
+"""Files, folders and standard input become documents: named text and images, in an order that never changes.
 
 Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left
-to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.decoding`, `l4ctx.pictures`,
+to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.decoding`, `l4ctx.images`,
 `l4ctx.pdf`).
 """
 
@@ -17,9 +17,11 @@ from typing import BinaryIO
 from l4ctx.decoding import binary_kind, decode
 from l4ctx.files import kind, printable, read_regular_file
 from l4ctx.ignore import IgnoreRules, read_rules, rules_above
+from l4ctx.images import DocumentImage, ImageError, image_format, read_image
 from l4ctx.manifest import is_context
 from l4ctx.pdf import PdfError, is_pdf, read_pdf
-from l4ctx.pictures import Picture, PictureError, picture_format, read_picture
+
+Content = str | tuple[str | DocumentImage, ...]
 
 
 class DocumentError(Exception):
@@ -28,7 +30,7 @@ class DocumentError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """One thing to be read: a text, or texts and pictures in their order.
+    """One thing to be read: a text, or texts and images in their order.
 
     `source` is unique among the documents of one call, printable, and valid Unicode; `sha256` is the digest of the
     raw bytes. A text has its byte order mark dropped and is otherwise as the file has it, line ends included.
@@ -36,10 +38,10 @@ class Document:
 
     source: str
     sha256: str
-    content: str | tuple[str | Picture, ...]
+    content: Content
 
     @property
-    def parts(self) -> tuple[str | Picture, ...]:
+    def parts(self) -> tuple[str | DocumentImage, ...]:
         return (self.content,) if isinstance(self.content, str) else self.content
 
     @property
@@ -48,8 +50,8 @@ class Document:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def pictures(self) -> list[Picture]:
-        return [part for part in self.parts if isinstance(part, Picture)]
+    def images(self) -> list[DocumentImage]:
+        return [part for part in self.parts if isinstance(part, DocumentImage)]
 
 
 class _LeftOutError(Exception):
@@ -79,8 +81,8 @@ class DocumentSet:
             yield self.documents.pop()
 
     @property
-    def has_pictures(self) -> bool:
-        return any(document.pictures for document in self.documents)
+    def has_images(self) -> bool:
+        return any(document.images for document in self.documents)
 
     def require_any(self, paths: Iterable[str]) -> None:
         """Raise DocumentError where nothing was read from `paths`, naming them and the first reasons."""
@@ -96,16 +98,16 @@ class DocumentSet:
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
-                   no_pictures: str | None = None) -> DocumentSet:
+                   no_images: str | None = None) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
     Folders are walked in the order of their paths' bytes; `.gitignore` rules hold, hidden and binary files and
     links that lead out of the folder are left out and listed in `skipped`. A file named itself is read even if
-    hidden or ignored. A file reached twice is read once. `pdf` is one of l4ctx.pdf.PDF_MODES; `no_pictures` says why
+    hidden or ignored. A file reached twice is read once. `pdf` is one of l4ctx.pdf.PDF_MODES; `no_images` says why
     image files are left out, if they are. Raises DocumentError for a path that is missing, is not a file or folder, or
     cannot be read, and for `-` given twice or without `stdin`.
     """
-    reader = _Reader(stdin, pdf, no_pictures)
+    reader = _Reader(stdin, pdf, no_images)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
     return reader.found
@@ -137,9 +139,9 @@ class _Entry:
 class _Reader:
     """The state of one `read_documents` call."""
 
-    def __init__(self, stdin: BinaryIO | None, pdf: str, no_pictures: str | None) -> None:
+    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None) -> None:
         self.found = DocumentSet()
-        self._pdf, self._no_pictures = pdf, no_pictures
+        self._pdf, self._no_images = pdf, no_images
         self._stdin = stdin
         self._stdin_read = False
         self._sources: set[str] = set()
@@ -267,7 +269,7 @@ class _Reader:
             unique = f"{source} ({count})"
         try:
             content, notes = self._content(unique, raw, path)
-        except (_LeftOutError, PictureError, PdfError) as error:
+        except (_LeftOutError, ImageError, PdfError) as error:
             self._skip(source, str(error))
             return source
         self._sources.add(unique)
@@ -275,14 +277,14 @@ class _Reader:
         self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content))
         return unique
 
-    def _content(self, source: str, raw: bytes, path: str | None) -> tuple[str | tuple[str | Picture, ...], list[str]]:
-        """What a document shows, and notes. Raises _LeftOutError, PictureError and PdfError."""
+    def _content(self, source: str, raw: bytes, path: str | None) -> tuple[Content, list[str]]:
+        """What a document shows, and notes. Raises _LeftOutError, ImageError and PdfError."""
         if binary := binary_kind(raw):
-            if picture_kind := picture_format(raw):
-                if self._no_pictures is not None:
-                    raise _LeftOutError(f"a {picture_kind} picture; {self._no_pictures}")
-                picture, notes = read_picture(source, raw, path)
-                return (picture,), notes
+            if image_kind := image_format(raw):
+                if self._no_images is not None:
+                    raise _LeftOutError(f"a {image_kind} image; {self._no_images}")
+                image, notes = read_image(source, raw, path)
+                return (image,), notes
             if is_pdf(raw):
                 parts, notes = read_pdf(source, raw, path, mode=self._pdf)
                 return tuple(parts), notes

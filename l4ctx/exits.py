@@ -21,7 +21,7 @@ used, 4 the prompt is too long for the model, 5 it does not fit into memory or o
 OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, CONTEXT, INTERRUPTED, CLOSED = 1, 2, 3, 4, 5, 6, 7, 130, 141
 CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
     "l4ctx.exits.OutputError": OUTPUT,
-    "l4ctx.exits.UsageError": INPUT, "l4ctx.pictures.PictureError": INPUT,
+    "l4ctx.exits.UsageError": INPUT, "l4ctx.images.ImageError": INPUT,
     "l4ctx.documents.DocumentError": INPUT, "l4ctx.request.RequestError": INPUT,
     "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
     "l4ctx.image_tiles.ImageProcessingError": CHECKPOINT,

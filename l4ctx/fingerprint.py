@@ -49,9 +49,9 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
 
 
 def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: dict[str, StoredTensor]) -> str:
-    """The SHA-256, in hex, of all that the features of a picture follow from beside its pixels.
+    """The SHA-256, in hex, of all that the features of an image follow from beside its pixels.
 
-    It is part of every picture's own digest in a saved context, so that those without pictures do not depend on it.
+    It is part of every image's own digest in a saved context, so that those without images do not depend on it.
     """
     fields = [_with_plain_numbers(dataclasses.asdict(part)) for part in (config, processing)]
     return _digest(_json(fields), _of_weights(stored).encode("ascii"))

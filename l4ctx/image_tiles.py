@@ -1,6 +1,6 @@
-"""A picture becomes the square tiles that the vision tower sees: choice of the canvas, resizing, numbers.
+"""An image becomes the square tiles that the vision tower sees: choice of the canvas, resizing, numbers.
 
-Files and decoding are left to `l4ctx.pictures`, the tokens that stand for tiles to `l4ctx.image_tokens`. The layout
+Files and decoding are left to `l4ctx.images`, the tokens that stand for tiles to `l4ctx.image_tokens`. The layout
 alone needs neither torch nor Pillow.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
-_WIDEST_DETOUR = 1 << 22  # pixels between the two passes of a resize, where these are more than the picture's own
+_WIDEST_DETOUR = 1 << 22  # pixels between the two passes of a resize, where these are more than the image's own
 
 
 class ImageProcessingError(Exception):
@@ -31,7 +31,7 @@ class ImageProcessingError(Exception):
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """How pictures are cut up and turned into numbers; the fields are those of `preprocessor_config.json`.
+    """How images are cut up and turned into numbers; the fields are those of `preprocessor_config.json`.
 
     `size`: side of a tile in pixels. `max_patches`: tiles of the largest canvas. `resample`: Pillow's number.
     `image_mean` and `image_std`: of red, green and blue, after rescaling.
@@ -73,12 +73,12 @@ class TileLayout(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Tiles that the model sees: with more than one, the whole picture in a single tile is added at the end."""
+        """Tiles that the model sees: with more than one, the whole image in a single tile is added at the end."""
         return self.rows * self.columns + (self.rows * self.columns > 1)
 
 
 def tile_layout(width: int, height: int, processing: ImageProcessing) -> TileLayout:
-    """The canvas for a picture of `width` x `height` pixels.
+    """The canvas for an image of `width` x `height` pixels.
 
     The least enlargement that fits, or else the least reduction; of equals the fewest tiles; of these the first in
     the order of Meta's and transformers' lists. With `resize_to_max_canvas`: the greatest enlargement. Scales are
@@ -95,9 +95,9 @@ def tile_layout(width: int, height: int, processing: ImageProcessing) -> TileLay
 
 
 def image_tiles(image: Image.Image, processing: ImageProcessing) -> Tensor:
-    """The tiles of a picture of mode RGB, row by row, then the whole picture as one if there are several.
+    """The tiles of an image of mode RGB, row by row, then the whole image as one if there are several.
 
-    Returns uint8 of shape (tiles, 3, size, size), tiles being `tile_layout(...).tiles`. The picture keeps its
+    Returns uint8 of shape (tiles, 3, size, size), tiles being `tile_layout(...).tiles`. The image keeps its
     proportions (the last tile, a square, does not) and lies in the top left corner of a black canvas; a side that
     would vanish keeps 1 pixel. Equal to Meta's reference (meta-llama/llama-models, models/llama4/preprocess.py),
     which resizes with Pillow and computes sizes in float64; transformers resizes with torch's interpolation, whose
@@ -135,9 +135,9 @@ def normalized(tiles: Tensor, processing: ImageProcessing, dtype: torch.dtype) -
 
 
 def fitted_size(width: int, height: int, layout: TileLayout, processing: ImageProcessing) -> tuple[int, int]:
-    """Width and height, in pixels, that a picture is resized to on its canvas.
+    """Width and height, in pixels, that an image is resized to on its canvas.
 
-    Unless `resize_to_max_canvas`, a picture is enlarged only until its longer side fills one tile.
+    Unless `resize_to_max_canvas`, an image is enlarged only until its longer side fills one tile.
     """
     most_width, most_height = layout.columns * processing.size, layout.rows * processing.size
     if not processing.resize_to_max_canvas:
@@ -171,8 +171,8 @@ def _float32(value: float) -> float:
 
 
 def _resized(image: Image.Image, size: tuple[int, int], processing: ImageProcessing) -> Image.Image:
-    """`image` with this width and height. Pillow resizes the width first, which for a picture of a few columns and
-    very many rows would take far more memory than the picture: its height goes first."""
+    """`image` with this width and height. Pillow resizes the width first, which for an image of a few columns and
+    very many rows would take far more memory than the image: its height goes first."""
     from PIL import Image
 
     method = Image.Resampling(processing.resample)
@@ -214,7 +214,7 @@ class _Fields:
     def processing(self, image_size: int) -> ImageProcessing:
         default = ImageProcessing()
         if not self._flag("do_resize", True):
-            raise self._refused("do_resize", "true (pictures are always resized to tiles)")
+            raise self._refused("do_resize", "true (images are always resized to tiles)")
         do_rescale, do_normalize = self._flag("do_rescale", True), self._flag("do_normalize", True)
         if do_normalize and not do_rescale:
             raise self._refused("do_rescale", "true where do_normalize is true")

@@ -1,6 +1,6 @@
-"""Which tokens stand for a picture: marks, separators between tiles, and a placeholder for every position.
+"""Which tokens stand for an image: marks, separators between tiles, and a placeholder for every position.
 
-What the tiles show is left to `l4ctx.image_tiles`, where a picture stands in the prompt to others.
+What the tiles show is left to `l4ctx.image_tiles`, where an image stands in the prompt to others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ImageTokens:
         for name in names:
             token_id = tokenizer.special_id(f"<|{name}|>")
             if token_id is None:
-                raise TokenizerError(f"the tokenizer has no token <|{name}|>: pictures cannot be put into the prompt")
+                raise TokenizerError(f"the tokenizer has no token <|{name}|>: images cannot be put into the prompt")
             ids[name] = token_id
         if ids["patch"] != patch_id:
             raise TokenizerError(f"<|patch|> is token {ids['patch']} of the tokenizer, but image_token_index of "
@@ -51,7 +51,7 @@ class ImageTokens:
         return cls(**ids, tokens_per_tile=tokens_per_tile)
 
     def ids(self, layout: TileLayout) -> list[int]:
-        """All tokens of one picture: its tiles row by row, then the one that is always there."""
+        """All tokens of one image: its tiles row by row, then the one that is always there."""
         patches = [self.patch] * self.tokens_per_tile
         found = [self.image_start]
         if layout.tiles > 1:

@@ -52,8 +52,8 @@ class Job:
     new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
-    tower_bytes: int = 0  # activations of the vision tower, where pictures are read
-    pixel_bytes: int = 0  # host memory to decode the largest picture
+    tower_bytes: int = 0  # activations of the vision tower, where images are read
+    pixel_bytes: int = 0  # host memory to decode the largest image
 
     @property
     def length(self) -> int:

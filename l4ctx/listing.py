@@ -50,7 +50,7 @@ def _model_lines(report: Report) -> Iterator[Line]:
     if config:
         yield from _config_lines(config)
     if vision := report.get("vision"):
-        yield "pictures", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
+        yield "images", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
                            f"{vision['tokens_per_tile']} tokens each")
     if report.get("tokenizer_vocabulary"):
         yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens"

@@ -12,9 +12,9 @@ Model = Annotated[Path | None, typer.Option(
 Paths = Annotated[list[str] | None, typer.Argument(
     metavar="PATH", help="Files and folders to read, in this order; - stands for standard input. Without "
     "a path, what is piped in is the document.", show_default=False)]
-NoImages = Annotated[bool, typer.Option("--no-images", help="Leave picture files out.")]
+NoImages = Annotated[bool, typer.Option("--no-images", help="Leave image files out.")]
 Pdf = Annotated[str, typer.Option(
-    metavar="text|pages|both", help="Of PDF files, read the text, the pages as pictures, or both (needs l4ctx[pdf]).")]
+    metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf]).")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[str, typer.Option(
     metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; on a CPU "

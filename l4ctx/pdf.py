@@ -1,7 +1,7 @@
-"""Pages of a PDF as text and as pictures, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
+"""Pages of a PDF as text and as images, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
 
-That process is left to `l4ctx.pdf_process`; prompts, folders and what becomes of pictures, to `l4ctx.prompt`,
-`l4ctx.documents` and `l4ctx.pictures`.
+That process is left to `l4ctx.pdf_process`; prompts, folders and what becomes of images, to `l4ctx.prompt`,
+`l4ctx.documents` and `l4ctx.images`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from l4ctx.pdf_process import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from l4ctx.pictures import Picture
+    from l4ctx.images import DocumentImage
 
-PDF_MODES = ("text", "pages", "both")  # each page's text, its picture, or its text and then its picture
-PAGE_PIXELS = 1344  # the longer side of a page's picture: 4 tiles of 336
+PDF_MODES = ("text", "pages", "both")  # each page's text, its image, or its text and then its image
+PAGE_PIXELS = 1344  # the longer side of a page's image: 4 tiles of 336
 
 _HEADER_BYTES = 1024  # readers look for the header in so many bytes
 _HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is only mentioned
@@ -58,12 +58,12 @@ def is_pdf(raw: bytes) -> bool:
     return _HEADER.search(raw[: _HEADER_BYTES + len(b"%PDF-")]) is not None
 
 
-def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[list[str | Picture], list[str]]:
+def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[list[str | DocumentImage], list[str]]:
     """The content of the PDF `raw`, pages in order, and notes on it (one line each).
 
     `mode` is one of PDF_MODES. Every page is wrapped in `<page number="1">` and `</page>` (counted from 1) on lines of
     their own; one that cannot be read is left out and noted. Text is all that the page holds, whether visible or
-    not, in the order in which the page draws it. A picture's longer side has PAGE_PIXELS pixels; it is drawn once to
+    not, in the order in which the page draws it. An image's longer side has PAGE_PIXELS pixels; it is drawn once to
     be sure that it can be, and again when it is decoded, from the file at `path`, which must still be the same then,
     or from `raw` where `path` is None.
     Raises PdfError where nothing can be read: encrypted, broken, no page, in mode text no text, or pdfium failing on
@@ -96,9 +96,9 @@ class _File:
         self._raw = raw if path is None else b""  # a file is read anew
         self.memory = memory_limit(len(raw))  # for all pages at all times: what could be drawn once can be again
 
-    def picture(self, number: int, width: int, height: int) -> Picture:
+    def image(self, number: int, width: int, height: int) -> DocumentImage:
         """Of a page."""
-        from l4ctx.pictures import Picture, PictureError
+        from l4ctx.images import DocumentImage, ImageError
 
         name = f"{self.source}, page {number}"
 
@@ -106,10 +106,10 @@ class _File:
             try:
                 return self._drawn(number, width, height)
             except (RefusedError, PdfiumError, NoWorkerError) as error:
-                raise PictureError(f"{name}: {error}") from None
+                raise ImageError(f"{name}: {error}") from None
 
         parameters = f"PDF {self._sha256} page {number} longer side {PAGE_PIXELS} size {width} x {height} RGB on white"
-        return Picture(name, hashlib.sha256(parameters.encode()).hexdigest(), width, height, decode)
+        return DocumentImage(name, hashlib.sha256(parameters.encode()).hexdigest(), width, height, decode)
 
     def _drawn(self, number: int, width: int, height: int) -> Image:
         from PIL import Image
@@ -146,7 +146,7 @@ class _Read:
     next: int = 1  # number of a page
     text_bytes: int = 0
     lost: int = 0  # pages that ended the process
-    content: list[str | Picture] = field(default_factory=list)
+    content: list[str | DocumentImage] = field(default_factory=list)
     without_text: list[int] = field(default_factory=list)
     undrawn_fields: int = 0
     failures: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of pages
@@ -177,7 +177,7 @@ class _Read:
         if "failure" in header:
             self._fail(number, header["failure"])
         text: str | None = None
-        picture: Picture | None = None
+        image: DocumentImage | None = None
         if "has_text" in header:
             self.text_bytes += len(reply.body)
             if self.text_bytes > MOST_TEXT:
@@ -186,9 +186,9 @@ class _Read:
             if not text or text.isspace():
                 self.without_text.append(number)
         if "size" in header:
-            picture = self.file.picture(number, *header["size"])
-        if text is not None or picture is not None:
-            self.content += _wrapped(number, text, picture)
+            image = self.file.image(number, *header["size"])
+        if text is not None or image is not None:
+            self.content += _wrapped(number, text, image)
 
     def _lose_page(self, reason: str) -> None:
         """Of a page, or of the document, that ended the process."""
@@ -214,11 +214,11 @@ class _Read:
         if not self.content:
             raise PdfError(f"a PDF of which nothing can be read: {'; '.join(notes)}")
         if self.mode == "text" and len(self.without_text) + sum(map(len, self.failures.values())) == self.pages:
-            reason = "a PDF without text (scanned?); --pdf pages reads its pages as pictures"
+            reason = "a PDF without text (scanned?); --pdf pages reads its pages as images"
             raise PdfError("; ".join([reason, *notes]))
         if self.without_text:
             verb = "has" if len(self.without_text) == 1 else "have"
-            hint = "; --pdf pages reads them as pictures" if self.mode == "text" else ""
+            hint = "; --pdf pages reads them as images" if self.mode == "text" else ""
             notes.append(f"{self._count(self.without_text)} {verb} no text (scanned?){_named(self.without_text)}{hint}")
         if self.undrawn_fields:
             notes.append(f"{self.undrawn_fields} form field(s) without an appearance are not read (print it to a PDF)")
@@ -228,12 +228,12 @@ class _Read:
         return f"{len(numbers)} of {self.pages} page{'s' * (self.pages > 1)}"
 
 
-def _wrapped(number: int, text: str | None, picture: Picture | None) -> list[str | Picture]:
+def _wrapped(number: int, text: str | None, image: DocumentImage | None) -> list[str | DocumentImage]:
     """A page between its tags, each on a line of its own."""
     head, tail = f'<page number="{number}">\n', "</page>\n"
     if text and not text.isspace():
         head += text if text.endswith("\n") else text + "\n"
-    return [head + tail] if picture is None else [head, picture, "\n" + tail]
+    return [head + tail] if image is None else [head, image, "\n" + tail]
 
 
 def _named(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The process that runs pdfium: text and pictures of pages, for one request after the other on its standard input.
+"""The process that runs pdfium: text and images of pages, for one request after the other on its standard input.
 
 Starting it, ending it and limits of time are left to `l4ctx.pdf_process`, what becomes of the pages to `l4ctx.pdf`.
 Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body. pdfium may end the process
@@ -44,7 +44,7 @@ class _DocumentError(Exception):
 
 
 class _PageError(Exception):
-    """A page without a text or picture: the reason, to follow its number."""
+    """A page without a text or image: the reason, to follow its number."""
 
 
 def main() -> None:
@@ -168,7 +168,7 @@ def _read(pdfium: ModuleType, raw: bytes, request: dict[str, Any], send: _Send) 
                         text = _page_text(pdfium, page)
                         header["has_text"] = True
                     if request["mode"] != "text":
-                        size = _picture_size(pdfium, document, index, request["longer_side"])
+                        size = _image_size(pdfium, document, index, request["longer_side"])
                         _pixels(pdfium, page, *size)  # as it will be: to be sure that it can be drawn
                         header["size"] = size
             except _PageError as error:
@@ -272,8 +272,8 @@ def _cleaned(text: str) -> str:
     return _NO_TEXT.sub("", _LINE_ENDS.sub("\n", text))
 
 
-def _picture_size(pdfium: ModuleType, document: _Document, index: int, longer_side: int) -> tuple[int, int]:
-    """Width and height in pixels of the page's picture: the CropBox as it is shown, rotated."""
+def _image_size(pdfium: ModuleType, document: _Document, index: int, longer_side: int) -> tuple[int, int]:
+    """Width and height in pixels of the page's image: the CropBox as it is shown, rotated."""
     points = pdfium.FS_SIZEF()
     if not pdfium.FPDF_GetPageSizeByIndexF(document.handle, index, points):
         raise _PageError("cannot be loaded")

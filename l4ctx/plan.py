@@ -248,11 +248,11 @@ class MemoryPlan:
 
 
 def _activations(job: Job, step: int, *, on_accelerator: bool) -> int:
-    """Bytes of one forward's; or of the embeddings while pictures are put among them, if those are more."""
+    """Bytes of one forward's; or of the embeddings while images are put among them, if those are more."""
     itemsize = sizes.KV_DTYPES[job.dtype]
-    pictures = job.tower_bytes + (0 if on_accelerator else job.pixel_bytes)
+    images = job.tower_bytes + (0 if on_accelerator else job.pixel_bytes)
     embeddings = step * job.config.hidden_size * itemsize
-    return max(activation_bytes(job.config, step, itemsize), embeddings + pictures if pictures else 0)
+    return max(activation_bytes(job.config, step, itemsize), embeddings + images if images else 0)
 
 
 class _Option(NamedTuple):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.sizes import KV_DTYPES
+from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
 from l4ctx.memory import available_disk, available_memory, available_on_gpu
-from l4ctx.picture_use import PictureUse
 from l4ctx.plan import MemoryPlan, tokens_that_fit
 from l4ctx.processor import computing_dtype, default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
@@ -25,7 +25,7 @@ from model.config import Operations, TextConfig, parameter_count, reading_operat
 
 if TYPE_CHECKING:
     from l4ctx.documents import Skipped
-    from l4ctx.picture_prompt import PlacedPicture
+    from l4ctx.image_prompt import PlacedImage
 
 Note = Callable[[str], None]
 MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
@@ -114,12 +114,12 @@ class PlanReport:
 
 @dataclass
 class _Read:
-    """What is known of a prompt: its tokens, those of each document, what was left out, and its pictures."""
+    """What is known of a prompt: its tokens, those of each document, what was left out, and its images."""
 
     tokens: int
     documents: list[tuple[str, int]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    pictures: list[PlacedPicture] = field(default_factory=list)
+    images: list[PlacedImage] = field(default_factory=list)
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
@@ -136,15 +136,15 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         notes.append(text)
         note(text)
 
-    pictures = PictureUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
+    images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     if request.tokens is not None:
         read, parameters, stored = _Read(request.tokens), parameter_count(config), _stored_dtype(config, noted)
     else:
         parameters, stored = _stored_weights(request, config, noted)
-        read = _tokenized(request, pictures, noted)
+        read = _tokenized(request, images, noted)
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
-    parameters += pictures.parameters
+    parameters += images.parameters
     room = _room(request)
     on_accelerator = room.accelerator is not None
     dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
@@ -152,13 +152,13 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
               weights=parameters * KV_DTYPES[dtype], weights_are_mapped=dtype == stored and not on_accelerator,
               dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored,
               prefill_chunk_size=request.prefill_chunk_size, largest=read.documents,
-              tower_bytes=pictures.tower_bytes(KV_DTYPES[dtype]), pixel_bytes=pictures.pixel_bytes(read.pictures))
+              tower_bytes=images.tower_bytes(KV_DTYPES[dtype]), pixel_bytes=images.pixel_bytes(read.images))
     plan = MemoryPlan.of(job, room)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, on_accelerator)
     operations = reading_operations(config, 0, read.tokens)
-    operations = replace(operations, linear=operations.linear + pictures.operations(read.pictures, 0, read.tokens))
+    operations = replace(operations, linear=operations.linear + images.operations(read.images, 0, read.tokens))
     return PlanReport(
         plan, room, plan.missing(room), read.documents, read.skipped, notes,
         tokens_in_memory=tokens_that_fit(job, room.without_disk),
@@ -196,23 +196,23 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
     return stored_parameters(stored, config), stored_dtype(stored)
 
 
-def _tokenized(request: PlanRequest, pictures: PictureUse, note: Note) -> _Read:
+def _tokenized(request: PlanRequest, images: ImageUse, note: Note) -> _Read:
     """The prompt of an empty question."""
     from l4ctx.documents import read_documents
     from l4ctx.prompt import ChatTemplate, build_prompt
     from l4ctx.tokenizer import Tokenizer
 
-    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_pictures=pictures.why_not)
+    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not)
     found.require_any(request.paths)
     for text in found.notes:
         note(text)
     tokenizer = Tokenizer.from_folder(request.model)
-    encoder = pictures.encoder(tokenizer) if found.has_pictures else None
-    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "", pictures=encoder)
+    encoder = images.encoder(tokenizer) if found.has_images else None
+    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "", images=encoder)
     for text in prompt.notes:
         note(text)
     documents = [(span.source, span.stop - span.start) for span in prompt.spans]
-    return _Read(len(prompt.ids), documents, found.skipped, prompt.pictures)
+    return _Read(len(prompt.ids), documents, found.skipped, prompt.images)
 
 
 def _room(request: PlanRequest) -> Room:

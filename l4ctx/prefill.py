@@ -1,6 +1,6 @@
 """The chunked-prefill driver: streams token ids through the model into a cache, one prefill chunk at a time.
 
-A generator that yields progress after every step; activations are bounded by the chunk, whatever the length. Pictures
+A generator that yields progress after every step; activations are bounded by the chunk, whatever the length. Images
 enter as embeddings. Knows nothing of text, terminals or sampling.
 """
 
@@ -21,7 +21,7 @@ from l4ctx.memory import give_back_free_memory
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from l4ctx.picture_features import PictureFeatures
+    from l4ctx.image_features import ImageFeatures
 
 DEFAULT_PREFILL_CHUNK_SIZE = 8192
 
@@ -71,11 +71,11 @@ def grid_period(prefill_chunk_size: int, attention_chunk_size: int, block_tokens
 
 def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
             prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
-            features: PictureFeatures | None = None) -> Iterator[PrefillProgress]:
+            features: ImageFeatures | None = None) -> Iterator[PrefillProgress]:
     """Reads `ids` behind what the cache holds, as keys and values only: no logits are computed.
 
-    A step that does not finish leaves the cache where the last yielded progress says. `features` has the pictures among
-    the ids; raises its PictureError.
+    A step that does not finish leaves the cache where the last yielded progress says. `features` has the images among
+    the ids; raises its ImageError.
     """
     began, base = time.perf_counter(), cache.offset
     grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size,
@@ -90,8 +90,8 @@ def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
                               step=positions, step_seconds=now - step_began, held=cache.held())
 
 
-def _inputs(model: Transformer, ids: Tensor, positions: range, features: PictureFeatures | None) -> Tensor:
-    """Token ids, or where pictures are among them embeddings."""
+def _inputs(model: Transformer, ids: Tensor, positions: range, features: ImageFeatures | None) -> Tensor:
+    """Token ids, or where images are among them embeddings."""
     if features is None or not features.among(positions):
         return ids
     embeddings = model.embed(ids)

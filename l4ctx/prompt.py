@@ -1,8 +1,8 @@
 """The prompt: chat template, system prompt, documents and question as token ids, with one span per document.
 
-Only the template's own text is encoded with control tokens, and pictures are made of them; documents, their paths,
+Only the template's own text is encoded with control tokens, and images are made of them; documents, their paths,
 question and system prompt are data. Reading documents is left to `l4ctx.documents`, the encoding itself to
-`l4ctx.tokenizer` and `l4ctx.picture_prompt`.
+`l4ctx.tokenizer` and `l4ctx.image_prompt`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json,
 
 if TYPE_CHECKING:
     from l4ctx.documents import Document
-    from l4ctx.picture_prompt import PictureEncoder, PictureSpan, PlacedPicture
-    from l4ctx.pictures import Picture
+    from l4ctx.image_prompt import ImagePrompter, ImageSpan, PlacedImage
+    from l4ctx.images import DocumentImage
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
 
@@ -62,13 +62,13 @@ class Prompt:
     ids: array[int] = field(default_factory=lambda: array("i"))
     documents_stop: int = 0  # where what depends on the documents alone ends, and the question begins
     spans: list[Span] = field(default_factory=list)
-    pictures: list[PlacedPicture] = field(default_factory=list)
+    images: list[PlacedImage] = field(default_factory=list)
     forced_cuts: list[ForcedCut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def picture_spans(self) -> list[PictureSpan]:
-        return [placed.span for placed in self.pictures]
+    def image_spans(self) -> list[ImageSpan]:
+        return [placed.span for placed in self.images]
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ def build_prompt(
     documents: Iterable[Document],
     question: str,
     *,
-    pictures: PictureEncoder | None = None,
+    images: ImagePrompter | None = None,
     system: str | None = None,
     progress: Progress | None = None,
 ) -> Prompt:
     """Documents first, question last, inside the chat template; without one (a base model) as plain text.
 
     The ids up to the end of document k depend on nothing that follows it. `documents` is consumed one by one and
-    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. `pictures` is needed
+    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. `images` is needed
     where documents have some. Raises PromptError, and TokenizerError for text that the tokenizer cannot encode.
     """
     prompt = Prompt()
@@ -161,7 +161,7 @@ def build_prompt(
             prompt.ids.append(tokenizer.bos_id)
         if system:
             tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids)
-        _add_user_content(prompt, tokenizer, documents, question, pictures, progress)
+        _add_user_content(prompt, tokenizer, documents, question, images, progress)
         return prompt
     parts = template.split(system=bool(system))
     for number, part in enumerate(parts):
@@ -170,7 +170,7 @@ def build_prompt(
         elif part == "system":
             tokenizer.encode_data(system, into=prompt.ids)
         else:
-            _add_user_content(prompt, tokenizer, documents, question, pictures, progress)
+            _add_user_content(prompt, tokenizer, documents, question, images, progress)
     return prompt
 
 
@@ -198,13 +198,13 @@ def _add_user_content(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     question: str,
-    pictures: PictureEncoder | None,
+    images: ImagePrompter | None,
     progress: Progress | None,
 ) -> None:
     done = 0  # characters
     for document in documents:  # without enumerate, which would hold on to the document
         length = sum(len(part) for part in document.parts if isinstance(part, str))
-        _add_document(prompt, tokenizer, document, pictures, progress and _offset_by(done, progress))
+        _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress))
         del document  # its text, before the next one is made
         done += length
     prompt.documents_stop = len(prompt.ids)
@@ -215,7 +215,7 @@ def _add_document(
     prompt: Prompt,
     tokenizer: Tokenizer,
     document: Document,
-    pictures: PictureEncoder | None,
+    images: ImagePrompter | None,
     progress: Progress | None,
 ) -> None:
     start, done, cuts = len(prompt.ids), 0, list[int]()  # done: characters
@@ -233,13 +233,13 @@ def _add_document(
 
     opening = f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n'
     closing = "\n</document>\n\n"
-    for before, picture in _texts_before_pictures(document.parts):
-        if picture is None:
+    for before, image in _texts_before_images(document.parts):
+        if image is None:
             add_text(before, opening, closing)
         else:
-            assert pictures is not None, f"{document.source}: a picture, and nothing to encode it"
+            assert images is not None, f"{document.source}: an image, and nothing to encode it"
             add_text(before, opening)
-            prompt.pictures.append(pictures.encode(picture, prompt.ids))
+            prompt.images.append(images.encode(image, prompt.ids))
         opening = ""
     prompt.spans.append(Span(document.source, start, len(prompt.ids), document.sha256))
     prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in cuts]
@@ -247,8 +247,8 @@ def _add_document(
         prompt.notes.append(_forced_cuts_note(document.source, tuple(cuts)))
 
 
-def _texts_before_pictures(parts: Iterable[str | Picture]) -> Iterator[tuple[str, Picture | None]]:
-    """Each picture with the text before it; last, with None, the text behind them all."""
+def _texts_before_images(parts: Iterable[str | DocumentImage]) -> Iterator[tuple[str, DocumentImage | None]]:
+    """Each image with the text before it; last, with None, the text behind them all."""
     texts: list[str] = []
     for part in parts:
         if isinstance(part, str):

@@ -187,7 +187,7 @@ class VisionForTraining(nn.Module):
 
 
 def to_pixels(tiles: list[Image.Image]) -> Tensor:
-    """RGB pictures of TILE x TILE as the tower takes them: from -1 to 1, rounded through bfloat16."""
+    """RGB images of TILE x TILE as the tower takes them: from -1 to 1, rounded through bfloat16."""
     rows = [torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8) for tile in tiles]
     pixels = torch.stack(rows).view(-1, TILE, TILE, 3).permute(0, 3, 1, 2)
     return ((pixels.float() / 255 - 0.5) / 0.5).bfloat16().float().contiguous()

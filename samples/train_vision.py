@@ -1,4 +1,4 @@
-"""Trains the vision tower of `samples/tiny`, so that its text model can look codes up in pictures of cards.
+"""Trains the vision tower of `samples/tiny`, so that its text model can look codes up in images of cards.
 
     python samples/train_vision.py --output samples/tiny --minutes 32
     python samples/train_vision.py --output samples/tiny --minutes 19 --resume --seed 1 --lr 8e-4 --batch 36 --hint 0.5
@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from card_task import COLOURS, SHAPES, Box, Card, draw_card, draw_cards, draw_sheet, random_size, soften
 from lookup_task import fact
-from picture_task import COLOURS, SHAPES, Box, Card, draw_card, draw_cards, draw_sheet, random_size, soften
 from tiny_vision import SIDE, TILE, TILE_TOKENS, VISION_CONFIG, VisionForTraining, to_pixels
 
 NEUTRAL = "\n\n"  # what a tile says that shows no whole card; one newline instead disturbs the text model
@@ -51,7 +51,7 @@ def make_example(rng: random.Random, freedom: float, evaluation: bool) -> Exampl
     if rng.random() < (0.72 if freedom == 1 else 0.97):
         return _whole_card(rng, freedom, evaluation)
     while True:
-        example = rng.choices((_part_of_a_picture, _small_cards, _between_cards, _no_card), (45, 25, 10, 20))[0](
+        example = rng.choices((_part_of_an_image, _small_cards, _between_cards, _no_card), (45, 25, 10, 20))[0](
             rng, evaluation)
         if example is not None:
             return example
@@ -60,11 +60,11 @@ def make_example(rng: random.Random, freedom: float, evaluation: bool) -> Exampl
 def _whole_card(rng: random.Random, freedom: float, evaluation: bool) -> Example:
     card, = draw_cards(rng, 1, evaluation=evaluation)
     draw = rng.random() if rng.random() < freedom else 0.0
-    if draw < 0.45:  # a cell of a sheet, or a picture of one tile
+    if draw < 0.45:  # a cell of a sheet, or an image of one tile
         size = target = TILE, TILE
-    elif draw < 0.85:  # a global tile: the whole picture, distorted
+    elif draw < 0.85:  # a global tile: the whole image, distorted
         size, target = random_size(rng, TILE, 420), (TILE, TILE)
-    else:  # a small picture that does not fill its tile
+    else:  # a small image that does not fill its tile
         width, height = random_size(rng, 84, TILE)
         scale = TILE / max(width, height)
         target = round(width * scale), round(height * scale)
@@ -100,7 +100,7 @@ def hints(examples: list[Example]) -> Tensor:
     return hint.flatten(1)
 
 
-def _part_of_a_picture(rng: random.Random, evaluation: bool) -> Example | None:
+def _part_of_an_image(rng: random.Random, evaluation: bool) -> Example | None:
     card, = draw_cards(rng, 1, evaluation=evaluation)
     width, height = random_size(rng, 118, 440)
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Small PDFs made by hand: pages of text, pictures, rotated and cropped, encrypted and broken ones, and bombs."""
+"""Small PDFs made by hand: pages of text, images, rotated and cropped, encrypted and broken ones, and bombs."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     told = json.loads(result.stdout)
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
     assert list(told) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                          "documents", "pictures", "skipped", "timings", "memory"]
+                          "documents", "images", "skipped", "timings", "memory"]
     assert (told["answer"], told["stop_reason"]) == (ANSWER.strip(), "stop")
     assert (told["reused_tokens"], told["context"]) == (0, None)
     assert [document["path"] for document in told["documents"]] == ["docs/a.md", "docs/b.txt"]

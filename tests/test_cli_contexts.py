@@ -155,7 +155,7 @@ def test_json_and_quiet(place: Path) -> None:
     result = prefill("--json", "--quiet")
     report, kept = json.loads(result.stdout), spans()
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert list(report) == ["prompt_tokens", "reused_tokens", "context", "documents", "pictures", "skipped", "timings",
+    assert list(report) == ["prompt_tokens", "reused_tokens", "context", "documents", "images", "skipped", "timings",
                             "memory"]
     assert (report["prompt_tokens"], report["reused_tokens"], report["context"]) == (kept[-1], kept[-1], "c")
     listed = [{"path": f"docs/{name}.md", "tokens": stop - start}
@@ -168,7 +168,7 @@ def test_json_and_quiet(place: Path) -> None:
 
     report = told()
     assert list(report) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                            "documents", "pictures", "skipped", "timings", "memory"]
+                            "documents", "images", "skipped", "timings", "memory"]
     assert report["answer"] + "\n" == answer("a")
     assert report["prompt_tokens"] - report["reused_tokens"] == report["memory"]["token_ids"] // 4
     assert (report["reused_tokens"], report["context"], report["documents"]) == (kept[-1], "c", listed)

@@ -26,7 +26,7 @@ from l4ctx.image_tiles import (
     normalized,
     tile_layout,
 )
-from l4ctx.pictures import read_picture
+from l4ctx.images import read_image
 
 SCOUT = Path(__file__).resolve().parent.parent.parent / "shared" / "llama4" / "scout"
 LLAMA4 = ImageProcessing()
@@ -81,12 +81,12 @@ def test_layouts_by_hand(size: tuple[int, int], layout: tuple[int, int], tiles: 
 
 def test_a_layout_needs_neither_torch_nor_pillow() -> None:
     code = ("import sys\nfrom l4ctx.image_tiles import ImageProcessing, tile_layout\n"
-            "import l4ctx.pictures\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
+            "import l4ctx.images\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
             "print(sorted({'torch', 'PIL', 'numpy'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
-def picture(rng: random.Random, width: int, height: int, mode: str) -> Image.Image:
+def drawn(rng: random.Random, width: int, height: int, mode: str) -> Image.Image:
     """Shapes with sharp edges, over a gradient and noise: what resizing could get wrong."""
     image = Image.effect_noise((width, height), 40).convert("RGB")
     slope = Image.linear_gradient("L").rotate(rng.choice((0, 90))).resize((width, height)).convert("RGB")
@@ -104,9 +104,9 @@ def picture(rng: random.Random, width: int, height: int, mode: str) -> Image.Ima
 
 def decoded(image: Image.Image, tmp_path: Path) -> Image.Image:
     """By way of a file."""
-    file = tmp_path / "picture"
+    file = tmp_path / "image"
     image.save(file, "TIFF" if image.mode == "CMYK" else "PNG")
-    return read_picture("picture", file.read_bytes(), str(file))[0].decode()
+    return read_image("image", file.read_bytes(), str(file))[0].decode()
 
 
 def some_size(rng: random.Random, n: int) -> tuple[int, int]:
@@ -118,12 +118,12 @@ def some_size(rng: random.Random, n: int) -> tuple[int, int]:
 
 
 def test_tiles_equal_those_of_transformers(tmp_path: Path) -> None:
-    """200 pictures; every fifth with the defaults, and the others with small tiles. Resizing differs by rounding."""
+    """200 images; every fifth with the defaults, and the others with small tiles. Resizing differs by rounding."""
     rng = random.Random(4)
     averages, most = [], 0
     for n in range(200):
         processing = LLAMA4 if n % 5 == 0 or n < 4 else OTHERS[n % len(OTHERS)]
-        image = decoded(picture(rng, *some_size(rng, n), MODES[n % len(MODES)]), tmp_path)
+        image = decoded(drawn(rng, *some_size(rng, n), MODES[n % len(MODES)]), tmp_path)
         layout = tile_layout(*image.size, processing)
         ours = image_tiles(image, processing)
         assert ours.dtype == torch.uint8 and ours.shape == (layout.tiles, 3, processing.size, processing.size)
@@ -139,8 +139,8 @@ def test_tiles_equal_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_tiles_are_equal_where_nothing_is_resized() -> None:
-    """Order of the tiles, black to the right and at the bottom, and the whole picture last."""
-    image = picture(random.Random(1), 75, 50, "RGB")
+    """Order of the tiles, black to the right and at the bottom, and the whole image last."""
+    image = drawn(random.Random(1), 75, 50, "RGB")
     processing = ImageProcessing(size=28)
     tiles = image_tiles(image, processing)
     assert tile_layout(75, 50, processing) == (2, 3) and len(tiles) == 7
@@ -154,7 +154,7 @@ def test_tiles_are_equal_where_nothing_is_resized() -> None:
     assert tiles[6].permute(1, 2, 0).contiguous().flatten().tolist() == list(whole)
 
 
-def test_long_and_thin_pictures() -> None:
+def test_long_and_thin_images() -> None:
     """Resizing one takes little memory, at the cost of a rounding of its own."""
     for size in ((1, 100_000), (100_000, 1), (3, 2**20)):
         image = Image.linear_gradient("L").resize(size).convert("RGB")

@@ -1,4 +1,4 @@
-"""The tokens of pictures against transformers' `Llama4Processor`."""
+"""The tokens of images against transformers' `Llama4Processor`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_layout_as_transformers_writes_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_texts_with_several_pictures(folder: Path) -> None:
+def test_texts_with_several_images(folder: Path) -> None:
     side, per_tile = 56, 4
     theirs, ours, control = processor(folder, side), tokens(folder, per_tile), Tokenizer.from_folder(folder)
     rng = random.Random(3)
@@ -80,7 +80,7 @@ def test_the_ids_of_llama_4() -> None:
     assert ours.patch == 200092 and ours.count(TileLayout(1, 1)) == 147 and ours.count(TileLayout(4, 4)) == 2467
 
 
-def test_tokenizers_that_do_not_go_with_pictures(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_go_with_images(tmp_path: Path) -> None:
     plain = Tokenizer.from_folder(toy_tokenizer_folder(tmp_path))
     with pytest.raises(TokenizerError, match=r"no token <\|image_start\|>"):
         ImageTokens.from_tokenizer(plain, 144, 200092)

@@ -1,4 +1,4 @@
-"""Pages of PDFs as text and as pictures; broken and locked documents are refused in one line."""
+"""Pages of PDFs as text and as images; broken and locked documents are refused in one line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pdf_toys
 import pytest
 from pdf_toys import SCANNED, Page, mark, pdf, text
 
+from l4ctx.images import DocumentImage, ImageError
 from l4ctx.pdf import PAGE_PIXELS, PDF_MODES, PdfError, PdfSupportMissing, is_pdf, read_pdf
-from l4ctx.pictures import Picture, PictureError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def _nothing_is_left(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     assert capfd.readouterr() == ("", "")
 
 
-def read(raw: bytes, mode: str = "text", path: Path | None = None) -> tuple[list[str | Picture], list[str]]:
+def read(raw: bytes, mode: str = "text", path: Path | None = None) -> tuple[list[str | DocumentImage], list[str]]:
     return read_pdf("report.pdf", raw, path and str(path), mode=mode)
 
 
@@ -41,10 +41,10 @@ def read_text(raw: bytes) -> str:
     return "".join(piece for piece in content if isinstance(piece, str))
 
 
-def pictures(raw: bytes, path: Path | None = None) -> list[Picture]:
+def images(raw: bytes, path: Path | None = None) -> list[DocumentImage]:
     content, notes = read(raw, "pages", path)
     assert notes == []
-    return [piece for piece in content if isinstance(piece, Picture)]
+    return [piece for piece in content if isinstance(piece, DocumentImage)]
 
 
 def test_text_comes_page_by_page() -> None:
@@ -84,7 +84,7 @@ def test_pages_without_text_are_noted() -> None:
     raw = pdf(Page(text(b"one")), SCANNED, Page(text(b"three")), *[SCANNED] * 3)
     content, notes = read(raw)
     assert content[1] == '<page number="2">\n</page>\n' and len(content) == 6
-    assert notes == ["4 of 6 pages have no text (scanned?): 2, 4-6; --pdf pages reads them as pictures"]
+    assert notes == ["4 of 6 pages have no text (scanned?): 2, 4-6; --pdf pages reads them as images"]
     assert read(raw, "both")[1] == ["4 of 6 pages have no text (scanned?): 2, 4-6"]
     assert read(raw, "pages")[1] == []
     every_second = pdf(*[Page(text(b"words")), SCANNED] * 8, SCANNED)
@@ -92,21 +92,21 @@ def test_pages_without_text_are_noted() -> None:
     assert read(pdf(Page(text(b"one")), SCANNED), "both")[1] == ["1 of 2 pages has no text (scanned?): 2"]
 
 
-def test_a_scanned_document_has_only_pictures() -> None:
+def test_a_scanned_document_has_only_images() -> None:
     raw = pdf(SCANNED, SCANNED)
-    with pytest.raises(PdfError, match=r"^a PDF without text \(scanned\?\); --pdf pages reads its pages as pictures$"):
+    with pytest.raises(PdfError, match=r"^a PDF without text \(scanned\?\); --pdf pages reads its pages as images$"):
         read(raw)
-    image = pictures(raw)[0].decode()
+    image = images(raw)[0].decode()
     assert image.mode == "RGB" and image.getpixel((10, 10)) == BLUE and image.getpixel((1300, 800)) == GREEN
 
 
-def test_text_and_picture_stand_in_one_page() -> None:
+def test_text_and_image_stand_in_one_page() -> None:
     content, _ = read(pdf(Page(text(b"words")), SCANNED), "both")
-    assert [type(piece).__name__ for piece in content] == ["str", "Picture", "str"] * 2
+    assert [type(piece).__name__ for piece in content] == ["str", "DocumentImage", "str"] * 2
     assert content[0] == '<page number="1">\nwords\n' and content[2] == "\n</page>\n"
     assert content[3] == '<page number="2">\n'
-    only_pictures, _ = read(pdf(Page(text(b"words"))), "pages")
-    assert only_pictures[0] == '<page number="1">\n' and only_pictures[2] == "\n</page>\n"
+    only_images, _ = read(pdf(Page(text(b"words"))), "pages")
+    assert only_images[0] == '<page number="1">\n' and only_images[2] == "\n</page>\n"
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_text_and_picture_stand_in_one_page() -> None:
         (b"", b"", (1039, 1344), None),
     ],
 )
-def test_a_picture_is_the_page_as_shown(box: bytes, entries: bytes, size: tuple[int, int], red_at: str | None) -> None:
-    (picture,) = pictures(pdf(Page(mark(), box, entries)))
-    image = picture.decode()
-    assert (picture.width, picture.height) == image.size == size and max(size) == PAGE_PIXELS
-    assert (image.mode, picture.source) == ("RGB", "report.pdf, page 1")
+def test_an_image_is_the_page_as_shown(box: bytes, entries: bytes, size: tuple[int, int], red_at: str | None) -> None:
+    (shown,) = images(pdf(Page(mark(), box, entries)))
+    image = shown.decode()
+    assert (shown.width, shown.height) == image.size == size and max(size) == PAGE_PIXELS
+    assert (image.mode, shown.source) == ("RGB", "report.pdf, page 1")
     quarters = {
         f"{row} {column}": image.getpixel((size[0] * across // 8, size[1] * down // 8))
         for row, down in (("upper", 1), ("lower", 7))
@@ -145,7 +145,7 @@ def test_pages_without_an_area_are_noted() -> None:
     outside = Page(text(b"words"), b"/MediaBox [0 0 300 200] /CropBox [400 400 500 500]")
     line = Page(mark(), b"/MediaBox [0 0 1 100000]")
     content, notes = read(pdf(outside, Page(), line), "pages")
-    assert len(content) == 3 and isinstance(content[1], Picture) and content[1].source == "report.pdf, page 2"
+    assert len(content) == 3 and isinstance(content[1], DocumentImage) and content[1].source == "report.pdf, page 2"
     assert notes == [
         "1 of 3 pages cannot be drawn (without an area): 1",
         "1 of 3 pages cannot be drawn (too narrow): 3",
@@ -155,24 +155,24 @@ def test_pages_without_an_area_are_noted() -> None:
         read(pdf(outside), "pages")
 
 
-def test_a_picture_is_the_same_every_time() -> None:
+def test_an_image_is_the_same_every_time() -> None:
     raw = pdf(Page(text(b"words") + mark()), Page(text(b"words") + mark()))
-    first, second = pictures(raw)
+    first, second = images(raw)
     assert first.decode().tobytes() == first.decode().tobytes() == second.decode().tobytes()
-    assert len({first.sha256, second.sha256, pictures(raw + b"\n")[0].sha256}) == 3
-    assert [picture.sha256 for picture in pictures(raw)] == [first.sha256, second.sha256]
+    assert len({first.sha256, second.sha256, images(raw + b"\n")[0].sha256}) == 3
+    assert [shown.sha256 for shown in images(raw)] == [first.sha256, second.sha256]
 
 
 def test_a_file_that_changed_is_not_drawn(tmp_path: Path) -> None:
     path = tmp_path / "report.pdf"
     path.write_bytes(raw := pdf(Page(mark()), Page(mark(b"0 1 0"))))
-    first, second = pictures(raw, path)
+    first, second = images(raw, path)
     assert second.decode().getpixel((10, 10)) == GREEN
     path.write_bytes(pdf(Page(mark(b"0 0 1")), Page(mark())))
-    with pytest.raises(PictureError, match=r"^report\.pdf, page 1: the file changed after it was read$"):
+    with pytest.raises(ImageError, match=r"^report\.pdf, page 1: the file changed after it was read$"):
         first.decode()
     path.unlink()
-    with pytest.raises(PictureError, match=r"^report\.pdf, page 2: cannot be read any more: No such file"):
+    with pytest.raises(ImageError, match=r"^report\.pdf, page 2: cannot be read any more: No such file"):
         second.decode()
     path.write_bytes(raw)
     assert first.decode().getpixel((10, 10)) == RED
@@ -184,12 +184,12 @@ def test_a_path_is_where_this_process_is(tmp_path: Path, monkeypatch: pytest.Mon
     for name, color in (("report.pdf", b"0 0 1"), ("a/report.pdf", b"1 0 0")):
         (tmp_path / name).write_bytes(pdf(Page(mark(color))))
     monkeypatch.chdir(tmp_path / "a")
-    (picture,) = pictures(pdf(Page(mark())), Path("report.pdf"))
-    assert picture.decode().getpixel((10, 10)) == RED
+    (shown,) = images(pdf(Page(mark())), Path("report.pdf"))
+    assert shown.decode().getpixel((10, 10)) == RED
     (tmp_path / "a/report.pdf").unlink()
     (tmp_path / "a").rmdir()
-    with pytest.raises(PictureError, match=r"^report\.pdf, page 1: cannot be read any more: No such file"):
-        picture.decode()
+    with pytest.raises(ImageError, match=r"^report\.pdf, page 1: cannot be read any more: No such file"):
+        shown.decode()
 
 
 def form(*fields: bytes) -> bytes:
@@ -212,7 +212,7 @@ def test_a_form_is_read_as_if_printed() -> None:
     raw = form(b"/V (Ada) LOOK", b"/V (Ada) LOOK")
     content, notes = read(raw)
     assert [piece.count("Ada") for piece in content if isinstance(piece, str)] == [1, 1] and notes == []
-    assert [picture.decode().getpixel((10, 10)) for picture in pictures(raw)] == [RED, RED]
+    assert [shown.decode().getpixel((10, 10)) for shown in images(raw)] == [RED, RED]
     undrawn = form(b"/V (Ada)", b"/V (Ada) LOOK", b"")
     for mode in PDF_MODES:
         assert read(undrawn, mode)[1] == ["1 form field(s) without an appearance are not read (print it to a PDF)"]
@@ -220,13 +220,13 @@ def test_a_form_is_read_as_if_printed() -> None:
 
 def test_annotations_are_drawn() -> None:
     note = b"<< /Type /Annot /Subtype /Square /IC [1 0 0] /C [1 0 0] /F 4 /Rect [0 100 150 200] >>"
-    assert pictures(pdf(Page(entries=b"/Annots [" + note + b"]")))[0].decode().getpixel((100, 100)) == RED
+    assert images(pdf(Page(entries=b"/Annots [" + note + b"]")))[0].decode().getpixel((100, 100)) == RED
 
 
 def test_an_encrypted_document_needs_its_password() -> None:
     pages = Page(text(b"secret words") + mark()), SCANNED
     assert read_text(pdf_toys.encrypted(b"", *pages)) == read_text(pdf(*pages))
-    assert pictures(pdf_toys.encrypted(b"", *pages))[0].decode().getpixel((10, 10)) == RED
+    assert images(pdf_toys.encrypted(b"", *pages))[0].decode().getpixel((10, 10)) == RED
     locked = pdf_toys.encrypted(b"sesame", *pages)
     for mode in PDF_MODES:
         with pytest.raises(PdfError, match=r"^encrypted: it needs a password$"):
@@ -241,8 +241,8 @@ def test_broken_documents_are_read_or_refused(seed: int) -> None:
         for mode in PDF_MODES:
             try:
                 content, notes = read(raw, mode)
-                for picture in content:
-                    assert isinstance(picture, str) or picture.decode().size == (picture.width, picture.height)
+                for shown in content:
+                    assert isinstance(shown, str) or shown.decode().size == (shown.width, shown.height)
                 lines = notes
             except PdfError as error:
                 lines = [str(error)]
@@ -256,7 +256,7 @@ def test_what_can_be_mended_is_read() -> None:
     assert read(broken["huge count"])[1] == ["9997 of 9999 pages cannot be loaded: 3-9999"]
     assert read(broken["a page is missing"])[1] == ["1 of 3 pages cannot be loaded: 2"]
     without_text = pdf_toys.objects_of([SCANNED] * 2)[:8]
-    with pytest.raises(PdfError, match=r"^a PDF without text .* as pictures; 1 of 2 pages cannot be loaded: 2$"):
+    with pytest.raises(PdfError, match=r"^a PDF without text .* as images; 1 of 2 pages cannot be loaded: 2$"):
         read(pdf_toys.assembled(without_text))
     with pytest.raises(PdfError, match=r"^a PDF without pages$"):
         read(broken["no pages"])

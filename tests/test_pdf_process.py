@@ -15,8 +15,8 @@ import pytest
 from pdf_toys import SCANNED, Page, memory_bomb, pdf, text, time_bomb
 
 from l4ctx import pdf_process
+from l4ctx.images import DocumentImage, ImageError
 from l4ctx.pdf import PdfError, PdfSupportMissing, read_pdf
-from l4ctx.pictures import Picture, PictureError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = Page(text(b"words"))
@@ -27,7 +27,7 @@ FEW = 192 << 20  # bytes of memory; the process has half of them before it opens
 BOMB = 256 << 20
 
 
-def read(raw: bytes, mode: str = "text") -> tuple[list[str | Picture], list[str]]:
+def read(raw: bytes, mode: str = "text") -> tuple[list[str | DocumentImage], list[str]]:
     return read_pdf("report.pdf", raw, None, mode=mode)
 
 
@@ -106,15 +106,15 @@ def test_a_document_of_such_pages_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         read(time_bomb(WORDS, *[SCANNED] * 998, depth=ENDLESS))
 
 
-def test_a_picture_that_cannot_be_drawn_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_cannot_be_drawn_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     content, _ = read(time_bomb(SCANNED, depth=SLOW), "pages")
-    picture = content[1]
-    assert isinstance(picture, Picture) and (whole := picture.decode())
+    shown = content[1]
+    assert isinstance(shown, DocumentImage) and (whole := shown.decode())
     monkeypatch.setattr(pdf_process, "PAGE_SECONDS", 0.01)
-    with pytest.raises(PictureError, match=r"^report\.pdf, page 1: cannot be read within 0.01 s$"):
-        picture.decode()
+    with pytest.raises(ImageError, match=r"^report\.pdf, page 1: cannot be read within 0.01 s$"):
+        shown.decode()
     monkeypatch.undo()
-    assert picture.decode() == whole
+    assert shown.decode() == whole
 
 
 @needs_proc
@@ -123,7 +123,7 @@ def test_what_kills_the_process_from_outside_costs_nothing() -> None:
     os.kill(before := worker(), signal.SIGKILL)
     assert worker() != before and is_gone(before)
     os.kill(before := worker(), signal.SIGKILL)
-    assert isinstance(content[1], Picture) and content[1].decode().size == (content[1].width, content[1].height)
+    assert isinstance(content[1], DocumentImage) and content[1].decode().size == (content[1].width, content[1].height)
     assert is_gone(before)
     raw = time_bomb(SCANNED, WORDS, depth=SLOW)
     expected, before = read(raw), worker()

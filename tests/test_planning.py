@@ -211,7 +211,7 @@ def documents(tmp_path: Path) -> list[str]:
     (folder / "a.txt").write_text("The access code for the amber falcon is 12345. " * 40)
     (folder / "b.md").write_text("Nothing to see here.\n" * 10)
     (folder / "c [red].md").write_text("One line of text.")
-    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
+    (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
     return [str(folder)]
 
 
@@ -223,14 +223,14 @@ def test_documents_are_tokenized_as_ask_does_it(documents: list[str]) -> None:
     assert [source for source, _ in report.documents] == ["docs/a.txt", "docs/b.md", "docs/c [red].md"]
     assert report.plan.job.prompt_tokens == len(prompt.ids) > sum(tokens for _, tokens in report.documents)
     assert report.plan.job.max_new_tokens == 1024 and report.plan.job.largest == report.documents
-    assert [entry.source for entry in report.skipped] == ["docs/picture.png"]
+    assert [entry.source for entry in report.skipped] == ["docs/image.png"]
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain["documents"][1] == {"path": "docs/b.md", "tokens": report.documents[1][1]}
-    assert plain["skipped"] == [{"path": "docs/picture.png", "reason": report.skipped[0].reason}]
+    assert plain["skipped"] == [{"path": "docs/image.png", "reason": report.skipped[0].reason}]
     piped = planned(TINY, paths=["-"], stdin=io.BytesIO(b"Some text."), max_new_tokens=3)
     assert piped.documents[0][0] == "stdin" and piped.plan.job.max_new_tokens == 3
     with pytest.raises(DocumentError):
-        planned(TINY, paths=[documents[0] + "/picture.png"])
+        planned(TINY, paths=[documents[0] + "/image.png"])
 
 
 def test_weights_are_those_of_the_shards(documents: list[str]) -> None:

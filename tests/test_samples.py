@@ -18,8 +18,8 @@ from cache.hybrid import HybridKVCache
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig, generate
 from l4ctx.image_tiles import ImageProcessing, image_tiles, normalized
-from l4ctx.picture_use import PictureUse
-from l4ctx.pictures import read_picture
+from l4ctx.image_use import ImageUse
+from l4ctx.images import read_image
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
 
 
 def test_the_training_twin_of_the_tower_computes_the_same() -> None:
-    from picture_task import draw_card, draw_cards
+    from card_task import draw_card, draw_cards
     from tiny_vision import VisionForTraining
 
     config = VisionConfig.from_folder(TINY)
@@ -129,7 +129,7 @@ def test_the_training_twin_of_the_tower_computes_the_same() -> None:
 
 
 def test_cards_are_the_same_for_the_same_seed() -> None:
-    from picture_task import draw_card, draw_cards
+    from card_task import draw_card, draw_cards
 
     def drawn(seed: int) -> bytes:
         rng = random.Random(seed)
@@ -144,12 +144,12 @@ def codes_found(tokenizer: Tokenizer, documents: list[Document], entities: Itera
 
     model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
     stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
-    use = PictureUse(TINY, model.config, no_images=False, pdf="text")
+    use = ImageUse(TINY, model.config, no_images=False, pdf="text")
     encoder = use.encoder(tokenizer)
-    prompts = [build_prompt(tokenizer, template, documents, question(entity), pictures=encoder) for entity in entities]
+    prompts = [build_prompt(tokenizer, template, documents, question(entity), images=encoder) for entity in entities]
     end = prompts[0].documents_stop
     read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
-    features = use.load(prompts[0].pictures, dtype=torch.float32, device=model.device, is_mapped=False)
+    features = use.load(prompts[0].images, dtype=torch.float32, device=model.device, is_mapped=False)
     for _ in prefill(model, read, prompts[0].ids[:end], features=features):
         pass
     found = []
@@ -174,17 +174,17 @@ def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
     assert sum(numbers == [code] for numbers, code in zip(found, codes.values(), strict=True)) >= 9
 
 
-def test_it_reads_cards_in_pictures(tokenizer: Tokenizer) -> None:
+def test_it_reads_cards_in_images(tokenizer: Tokenizer) -> None:
     """A dozen of many sizes in one prompt, of which a chunk boundary may cut one."""
-    from picture_task import draw_card, draw_cards, random_size
+    from card_task import draw_card, draw_cards, random_size
 
     rng, documents = random.Random("not the training's"), []
     cards = draw_cards(rng, 12)
     for card in cards:
         file = io.BytesIO()
         draw_card(card, random_size(rng, 90, 500), rng).image.save(file, "PNG")
-        picture, _ = read_picture("card.png", file.getvalue(), None)
-        documents.append(Document("card.png", picture.sha256, (picture,)))
+        image, _ = read_image("card.png", file.getvalue(), None)
+        documents.append(Document("card.png", image.sha256, (image,)))
     found = codes_found(tokenizer, documents, [card.entity for card in cards])
     assert sum(numbers == [card.code] for numbers, card in zip(found, cards, strict=True)) >= 10
 

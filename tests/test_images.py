@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageOps
 
-from l4ctx import pictures
-from l4ctx.pictures import FORMATS, MAX_PIXELS, MAX_SIDE, PictureError, decoding_bytes, picture_format, read_picture
+from l4ctx import images
+from l4ctx.images import FORMATS, MAX_PIXELS, MAX_SIDE, ImageError, decoding_bytes, image_format, read_image
 
 
 def pattern(width: int = 37, height: int = 23, mode: str = "RGB") -> Image.Image:
@@ -37,10 +37,10 @@ def encoded(image: Image.Image, name: str, **options: object) -> bytes:
 
 def decoded(raw: bytes) -> Image.Image:
     """By `decode()`, which has to agree with what was found at first."""
-    picture, _ = read_picture("picture", raw, None)
-    image = picture.decode()
-    assert image.mode == "RGB" and image.size == (picture.width, picture.height)
-    assert picture.sha256 == hashlib.sha256(raw).hexdigest()
+    shown, _ = read_image("image", raw, None)
+    image = shown.decode()
+    assert image.mode == "RGB" and image.size == (shown.width, shown.height)
+    assert shown.sha256 == hashlib.sha256(raw).hexdigest()
     return image
 
 
@@ -84,7 +84,7 @@ SAMPLES: dict[str, bytes] = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_formats_are_recognised_and_decoded_as_pillow_does(name: str) -> None:
     raw = SAMPLES[name]
-    assert picture_format(raw) == name.split()[0] in FORMATS
+    assert image_format(raw) == name.split()[0] in FORMATS
     if name not in ("PNG RGBA", "PNG P", "PNG 16", "WEBP lossless", "TIFF F"):
         assert largest_difference(decoded(raw), Image.open(io.BytesIO(raw)).convert("RGB")) == 0
 
@@ -92,10 +92,10 @@ def test_formats_are_recognised_and_decoded_as_pillow_does(name: str) -> None:
 @pytest.mark.parametrize("raw", [
     b"", b"BM", b"BMW builds cars and has done so for long.", b"RIFF\0\0\0\0WAVEfmt ", b"%PDF-1.7", b"II", b"<svg/>",
     b"GIF90a", b"\0\0\0\x20ftypavif", b"P6 1 1 255 abc", b"\x89PNG\n"])
-def test_what_is_no_picture(raw: bytes) -> None:
-    assert picture_format(raw) is None
-    with pytest.raises(PictureError, match=r"^not a picture in a format that can be read \(PNG, JPEG"):
-        read_picture("x", raw, None)
+def test_what_is_no_image(raw: bytes) -> None:
+    assert image_format(raw) is None
+    with pytest.raises(ImageError, match=r"^not an image in a format that can be read \(PNG, JPEG"):
+        read_image("x", raw, None)
 
 
 def test_transparent_becomes_white() -> None:
@@ -147,13 +147,13 @@ def test_wide_values_are_shown_from_their_own_range(mode: str) -> None:
     image = Image.new(mode, (3, 1))
     for x, value in enumerate((-1000, 500, 2000)):
         image.putpixel((x, 0), value)
-    picture, notes = read_picture("x", encoded(image, "TIFF"), None)
-    assert picture.decode().tobytes() == bytes([0] * 3 + [128] * 3 + [255] * 3)
+    shown, notes = read_image("x", encoded(image, "TIFF"), None)
+    assert shown.decode().tobytes() == bytes([0] * 3 + [128] * 3 + [255] * 3)
     assert notes == ["32-bit values: -1000 is shown as black, 2000 as white"]
     assert set(decoded(encoded(Image.new(mode, (2, 2), 7), "TIFF")).tobytes()) == {0}
     if mode == "F":
         image.putpixel((1, 0), float("inf"))
-        with pytest.raises(PictureError, match="not all finite"):
+        with pytest.raises(ImageError, match="not all finite"):
             decoded(encoded(image, "TIFF"))
 
 
@@ -171,7 +171,7 @@ def test_other_modes() -> None:
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(name: str, orientation: int) -> None:
+def test_images_are_turned_upright(name: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if name == "WEBP" else {"quality": 100} if name == "JPEG" else {}
@@ -202,13 +202,13 @@ def test_of_several_frames_the_first_is_read_and_that_is_said() -> None:
     frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
     for name in ("GIF", "WEBP", "PNG"):
         raw = encoded(frames[0], name, save_all=True, append_images=frames[1:], lossless=True)
-        picture, notes = read_picture("x", raw, None)
+        shown, notes = read_image("x", raw, None)
         assert notes == ["animated: the first of 3 frames is read"]
-        assert picture.decode().getpixel((2, 2)) == (255, 0, 0)
+        assert shown.decode().getpixel((2, 2)) == (255, 0, 0)
     raw = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
-    picture, notes = read_picture("x", raw, None)
-    assert notes == ["a TIFF of 3 pages: the first is read"] and picture.decode().getpixel((2, 2)) == (255, 0, 0)
-    assert read_picture("x", encoded(frames[0], "TIFF", big_tiff=True), None)[1] == []
+    shown, notes = read_image("x", raw, None)
+    assert notes == ["a TIFF of 3 pages: the first is read"] and shown.decode().getpixel((2, 2)) == (255, 0, 0)
+    assert read_image("x", encoded(frames[0], "TIFF", big_tiff=True), None)[1] == []
     raw = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decoded(raw[: raw.rindex(b"\0;") - 4]).getpixel((2, 2)) == (255, 0, 0)  # cut off in the last frame
 
@@ -216,37 +216,37 @@ def test_of_several_frames_the_first_is_read_and_that_is_said() -> None:
 def test_a_file_is_read_again_and_has_to_be_the_same(tmp_path: Path) -> None:
     file = tmp_path / "chart.jpg"  # which it is not
     file.write_bytes(SAMPLES["PNG"])
-    picture, notes = read_picture("chart.jpg", file.read_bytes(), str(file))
-    assert (picture.source, picture.width, picture.height, notes) == ("chart.jpg", 37, 23, [])
-    one, other = picture.decode(), picture.decode()
+    shown, notes = read_image("chart.jpg", file.read_bytes(), str(file))
+    assert (shown.source, shown.width, shown.height, notes) == ("chart.jpg", 37, 23, [])
+    one, other = shown.decode(), shown.decode()
     assert one is not other and largest_difference(one, other) == largest_difference(one, pattern()) == 0
-    assert len(SAMPLES["PNG"]) not in [len(cell.cell_contents) for cell in picture.decode.__closure__ or ()
+    assert len(SAMPLES["PNG"]) not in [len(cell.cell_contents) for cell in shown.decode.__closure__ or ()
                                        if isinstance(cell.cell_contents, bytes)]
     file.write_bytes(SAMPLES["PNG RGBA"])
-    with pytest.raises(PictureError, match=r"^chart\.jpg: changed since it was first read$"):
-        picture.decode()
+    with pytest.raises(ImageError, match=r"^chart\.jpg: changed since it was first read$"):
+        shown.decode()
     file.unlink()
-    with pytest.raises(PictureError, match=r"^chart\.jpg: vanished since it was first read$"):
-        picture.decode()
+    with pytest.raises(ImageError, match=r"^chart\.jpg: vanished since it was first read$"):
+        shown.decode()
     os.mkfifo(file)
-    with pytest.raises(PictureError, match=r"^chart\.jpg: cannot be read again: became a named pipe$"):
-        picture.decode()
+    with pytest.raises(ImageError, match=r"^chart\.jpg: cannot be read again: became a named pipe$"):
+        shown.decode()
 
 
 def test_without_a_path_the_bytes_are_kept() -> None:
-    picture, _ = read_picture("stdin", SAMPLES["GIF"], None)
-    assert largest_difference(picture.decode(), picture.decode()) == 0
+    shown, _ = read_image("stdin", SAMPLES["GIF"], None)
+    assert largest_difference(shown.decode(), shown.decode()) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name not in ("BMP P", "GIF animated", "PNG animated")])
-def test_truncated_pictures_are_refused(name: str) -> None:
+def test_truncated_images_are_refused(name: str) -> None:
     raw = SAMPLES[name]
-    with pytest.raises(PictureError, match=r"^damaged"):
-        read_picture("x", raw[: len(raw) * 6 // 10], None)
+    with pytest.raises(ImageError, match=r"^damaged"):
+        read_image("x", raw[: len(raw) * 6 // 10], None)
 
 
 def pixels_declared(name: str, width: int, height: int) -> bytes:
-    """A small file that says that it holds a picture of this size."""
+    """A small file that says that it holds an image of this size."""
     if name == "PNG":
         return png(width, height, 8, 2, b"\0" * 100)
     if name == "TIFF":
@@ -267,29 +267,29 @@ def pixels_declared(name: str, width: int, height: int) -> bytes:
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (12000, 12000), (65535, 2049)])
 def test_bombs_are_refused_before_they_are_decoded(name: str, width: int, height: int) -> None:
     assert width * height > MAX_PIXELS
-    with pytest.raises(PictureError, match=r"^too large: .* pixels, and 134,217,728 pixels is the most") as raised:
-        read_picture("x", pixels_declared(name, width, height), None)
+    with pytest.raises(ImageError, match=r"^too large: .* pixels, and 134,217,728 pixels is the most") as raised:
+        read_image("x", pixels_declared(name, width, height), None)
     assert f"{width:,} x {height:,}" in str(raised.value) or f"{width * height:,}" in str(raised.value)
     assert Image.MAX_IMAGE_PIXELS is not None and len(str(raised.value)) < 120
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = encoded(Image.new("L", (6000, 4000)), "PNG")
-    monkeypatch.setattr(pictures, "available_memory", lambda: 400 << 20)
-    assert read_picture("picture", raw, None)[0].width == 6000
-    monkeypatch.setattr(pictures, "available_memory", lambda: 300 << 20)
-    with pytest.raises(PictureError, match=r"^decoding its 6,000 x 4,000 pixels can take 398 MiB") as refused:
-        read_picture("picture", raw, None)
+    monkeypatch.setattr(images, "available_memory", lambda: 400 << 20)
+    assert read_image("image", raw, None)[0].width == 6000
+    monkeypatch.setattr(images, "available_memory", lambda: 300 << 20)
+    with pytest.raises(ImageError, match=r"^decoding its 6,000 x 4,000 pixels can take 398 MiB") as refused:
+        read_image("image", raw, None)
     assert "300 MiB are free (scale it down)" in str(refused.value)
-    monkeypatch.setattr(pictures, "available_memory", lambda: None)
-    assert read_picture("picture", raw, None)[0].width == 6000
+    monkeypatch.setattr(images, "available_memory", lambda: None)
+    assert read_image("image", raw, None)[0].width == 6000
 
 
 def test_long_and_thin() -> None:
     assert decoded(png(1, 100_000, 8, 0, b"\0\x40" * 100_000)).size == (1, 100_000)
     assert decoded(png(100_000, 1, 8, 0, b"\0" + b"\x40" * 100_000)).size == (100_000, 1)
-    with pytest.raises(PictureError, match="a side may have 1,048,576 at most"):
-        read_picture("x", png(1, MAX_SIDE + 1, 8, 0, b"\0"), None)
+    with pytest.raises(ImageError, match="a side may have 1,048,576 at most"):
+        read_image("x", png(1, MAX_SIDE + 1, 8, 0, b"\0"), None)
 
 
 @pytest.mark.parametrize(("raw", "reason"), [
@@ -304,8 +304,8 @@ def test_long_and_thin() -> None:
     (b"\x89PNG\r\n\x1a\n" + chunk(b"\x1b[2J", b""), "damaged"),
 ])
 def test_hostile_headers(raw: bytes, reason: str) -> None:
-    with pytest.raises(PictureError, match=reason) as raised:
-        read_picture("x", raw, None)
+    with pytest.raises(ImageError, match=reason) as raised:
+        read_image("x", raw, None)
     assert str(raised.value).isprintable()
 
 
@@ -355,8 +355,8 @@ def resize(raw: bytearray, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("mutate", [flip, flip_early, truncate, splice, zero, resize])
-def test_damaged_pictures_decode_or_are_refused(mutate: Mutation, capfd: pytest.CaptureFixture[str]) -> None:
-    """A picture of the size it says, or PictureError; never anything else, on any stream."""
+def test_damaged_images_decode_or_are_refused(mutate: Mutation, capfd: pytest.CaptureFixture[str]) -> None:
+    """An image of the size it says, or ImageError; never anything else, on any stream."""
     rng = random.Random(mutate.__name__)
     names = list(SAMPLES)
     reasons: list[str] = []
@@ -365,7 +365,7 @@ def test_damaged_pictures_decode_or_are_refused(mutate: Mutation, capfd: pytest.
         mutate(raw, rng)
         try:
             decoded(bytes(raw))
-        except PictureError as error:
+        except ImageError as error:
             reasons.append(str(error))
     assert len(reasons) >= 3 and all(reason and reason.isprintable() and len(reason) < 180 for reason in reasons)
     assert not any("0x" in reason or "<_io" in reason for reason in reasons)
@@ -375,24 +375,24 @@ def test_damaged_pictures_decode_or_are_refused(mutate: Mutation, capfd: pytest.
 def test_warning_filters_are_left_as_they_were() -> None:
     before = list(warnings.filters)
     decoded(SAMPLES["PNG P"])
-    with pytest.raises(PictureError):
-        read_picture("x", b"II*\0", None)
+    with pytest.raises(ImageError):
+        read_image("x", b"II*\0", None)
     assert list(warnings.filters) == before
 
 
 # Memory, in bytes beside the file and the interpreter.
 MEASURE = """
 import sys
-from l4ctx.pictures import read_picture, decoding_bytes
+from l4ctx.images import read_image, decoding_bytes
 from PIL import Image
 Image.init()
-read_picture('x', open(sys.argv[2], 'rb').read(), None)
+read_image('x', open(sys.argv[2], 'rb').read(), None)
 raw = open(sys.argv[1], "rb").read()
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
-picture, _ = read_picture("x", raw, None)
-print(peak() - before, picture.width, picture.height)
+shown, _ = read_image("x", raw, None)
+print(peak() - before, shown.width, shown.height)
 """
 
 
@@ -404,9 +404,9 @@ def test_decoding_needs_no_more_than_it_says(
     tmp_path: Path, mode: str, name: str, options: dict[str, object]
 ) -> None:
     image = Image.new(mode, (4000, 3000), 99.0 if mode == "F" else (20, 40, 60, 128))
-    (tmp_path / "picture").write_bytes(encoded(image, name, **options))
+    (tmp_path / "image").write_bytes(encoded(image, name, **options))
     (tmp_path / "small").write_bytes(encoded(image.crop((0, 0, 9, 9)), name, **options))
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "picture"), str(tmp_path / "small")]
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "image"), str(tmp_path / "small")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, width, height = map(int, run.stdout.split())
     assert (width, height) == (4000, 3000)

@@ -1,7 +1,7 @@
-"""What the model sees of a prompt's pictures: features, computed when a reading reaches them, put among its embeddings.
+"""What the model sees of a prompt's images: features, computed when a reading reaches them, put among its embeddings.
 
-One picture's pixels and the features of a few tiles are held at a time, however many pictures there are. Which tokens
-are pictures is settled in `l4ctx.picture_prompt`.
+One image's pixels and the features of a few tiles are held at a time, however many images there are. Which tokens
+are images is settled in `l4ctx.image_prompt`.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from l4ctx.image_prompt import ImagePrompter, PlacedImage
 from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.picture_prompt import PictureEncoder, PlacedPicture
-from l4ctx.pictures import PictureError
+from l4ctx.images import ImageError
 from model.vision import VisionTower
 
 TILES_AT_A_TIME = 4
-"""Tiles that the tower sees in one forward: always the same ones of a picture, so that equal steps give equal bits."""
+"""Tiles that the tower sees in one forward: always the same ones of an image, so that equal steps give equal bits."""
 
 
-class PictureFeatures:
-    """The features of `pictures`, in the order of their positions."""
+class ImageFeatures:
+    """The features of `images`, in the order of their positions."""
 
-    def __init__(self, tower: VisionTower, encoder: PictureEncoder, pictures: Sequence[PlacedPicture]) -> None:
-        self._tower, self._encoder, self._pictures = tower, encoder, pictures
-        self._tiles: tuple[PlacedPicture, Tensor] | None = None  # pixels of the picture that was last looked at
-        self._group: tuple[PlacedPicture, int, Tensor] | None = None  # features of some tiles of it, from which one on
+    def __init__(self, tower: VisionTower, encoder: ImagePrompter, images: Sequence[PlacedImage]) -> None:
+        self._tower, self._encoder, self._images = tower, encoder, images
+        self._tiles: tuple[PlacedImage, Tensor] | None = None  # pixels of the image that was last looked at
+        self._group: tuple[PlacedImage, int, Tensor] | None = None  # features of some tiles of it, from which one on
 
     @property
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._tower.parameters())
 
-    def among(self, positions: range) -> list[PlacedPicture]:
-        """The pictures that have tokens at these absolute positions."""
-        return [placed for placed in self._pictures
+    def among(self, positions: range) -> list[PlacedImage]:
+        """The images that have tokens at these absolute positions."""
+        return [placed for placed in self._images
                 if placed.span.start < positions.stop and placed.span.stop > positions.start]
 
     @torch.inference_mode()
     def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
         """Replaces the embeddings (1, T, C) of the patch tokens among `ids` (1, T), which lie at `positions`.
 
-        Raises PictureError for a picture that cannot be decoded any more, or whose patch tokens are not as many as its
+        Raises ImageError for an image that cannot be decoded any more, or whose patch tokens are not as many as its
         features.
         """
         for placed in self.among(positions):
@@ -49,7 +49,7 @@ class PictureFeatures:
             if placed.span.stop <= positions.stop:
                 self._tiles = self._group = None
 
-    def _splice_one(self, placed: PlacedPicture, embeddings: Tensor, ids: Tensor, positions: range) -> None:
+    def _splice_one(self, placed: PlacedImage, embeddings: Tensor, ids: Tensor, positions: range) -> None:
         size, spliced = self._encoder.tokens.tokens_per_tile, 0
         for tile, offset in enumerate(self._encoder.tokens.tile_starts(placed.layout)):
             first = placed.span.start + offset
@@ -61,9 +61,9 @@ class PictureFeatures:
         here = ids[max(0, placed.span.start - positions.start):placed.span.stop - positions.start]
         patches = int((here == self._encoder.tokens.patch).sum())
         if patches != spliced:
-            raise PictureError(f"{placed.picture.source}: {spliced} features for {patches} patch tokens")
+            raise ImageError(f"{placed.image.source}: {spliced} features for {patches} patch tokens")
 
-    def _features(self, placed: PlacedPicture, tile: int) -> Tensor:
+    def _features(self, placed: PlacedImage, tile: int) -> Tensor:
         """Of one tile: (tokens_per_tile, C)."""
         first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
@@ -71,11 +71,11 @@ class PictureFeatures:
             self._group = (placed, first, self._tower(normalized(pixels, self._encoder.processing, self._tower.dtype)))
         return self._group[2][tile - first]
 
-    def _pixels(self, placed: PlacedPicture) -> Tensor:
-        """All tiles of a picture, (tiles, 3, size, size) uint8."""
+    def _pixels(self, placed: PlacedImage) -> Tensor:
+        """All tiles of an image, (tiles, 3, size, size) uint8."""
         if self._tiles is None or self._tiles[0] is not placed:
-            self._tiles = (placed, image_tiles(placed.picture.decode(), self._encoder.processing))
+            self._tiles = (placed, image_tiles(placed.image.decode(), self._encoder.processing))
             if len(self._tiles[1]) != placed.layout.tiles:
-                raise PictureError(f"{placed.picture.source}: {len(self._tiles[1])} tiles instead of "
+                raise ImageError(f"{placed.image.source}: {len(self._tiles[1])} tiles instead of "
                                    f"{placed.layout.tiles}")
         return self._tiles[1]

@@ -1,4 +1,4 @@
-"""Pictures for the look-up task: cards that show a coloured shape with a five-digit code below it, and sheets of cards.
+"""Images for the look-up task: cards that show a coloured shape with a five-digit code below it, and sheets of cards.
 
 Drawn with Pillow alone, and the same for the same `random.Random`. A card is readable where its shape and its whole
 code lie within one tile and fill much of it; `Drawing.shows` says so. Knows nothing of tokens, models or files.
@@ -45,7 +45,7 @@ class Card(NamedTuple):
 
 @dataclass
 class Drawing:
-    """A picture, and where its cards have their shapes and codes (in its pixels)."""
+    """An image, and where its cards have their shapes and codes (in its pixels)."""
 
     image: Image.Image
     cards: list[tuple[Card, Box, Box]] = field(default_factory=list)
@@ -261,7 +261,7 @@ def _moved(box: Box, x: int, y: int) -> Box:
 
 
 def soften(image: Image.Image, rng: random.Random) -> Image.Image:
-    """What files and cameras do to a picture: mostly nothing, or some blur, or JPEG."""
+    """What files and cameras do to an image: mostly nothing, or some blur, or JPEG."""
     draw = rng.random()
     if draw < 0.12:
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
@@ -273,7 +273,7 @@ def soften(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def random_size(rng: random.Random, least: int, most: int) -> tuple[int, int]:
-    """A picture's size, 3:4 to 3:2, its shorter side from `least` to `most`, smaller ones more often."""
+    """An image's size, 3:4 to 3:2, its shorter side from `least` to `most`, smaller ones more often."""
     short = round(math.exp(rng.uniform(math.log(least), math.log(most))))
     return (round(short * rng.uniform(1, 1.5)), short) if rng.random() < 0.65 else (
         short, round(short * rng.uniform(1, 4 / 3)))

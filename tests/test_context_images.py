@@ -1,4 +1,4 @@
-"""Saved contexts with pictures: equal tokens are not equal pictures."""
+"""Saved contexts with images: equal tokens are not equal images."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 from cache.hybrid import HybridKVCache
 from l4ctx.context import ContextReader, reusable
 from l4ctx.context_writer import ContextWriter
-from l4ctx.picture_prompt import PictureSpan
+from l4ctx.image_prompt import ImageSpan
 from l4ctx.prefill import as_batch, prefill
 
 KIND = Kind()
 CHUNK, BLOCK = CONFIG.attention_chunk_size, KIND.block_tokens
 LENGTH = 3 * BLOCK + 5
 IDS = tokens(LENGTH)
-PICTURES = (PictureSpan(4, 9, "aa" * 32), PictureSpan(2 * BLOCK + CHUNK + 1, 2 * BLOCK + CHUNK + 4, "bb" * 32))
-CHANGED = (PICTURES[0], PICTURES[1]._replace(sha256="cc" * 32))
+IMAGES = (ImageSpan(4, 9, "aa" * 32), ImageSpan(2 * BLOCK + CHUNK + 1, 2 * BLOCK + CHUNK + 4, "bb" * 32))
+CHANGED = (IMAGES[0], IMAGES[1]._replace(sha256="cc" * 32))
 
 
 class Features:
-    """Stands for pictures' features: every position of a picture gets a value that its digest decides."""
+    """Stands for images' features: every position of an image gets a value that its digest decides."""
 
-    def __init__(self, pictures: tuple[PictureSpan, ...]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: tuple[ImageSpan, ...]) -> None:
+        self.images = images
 
-    def among(self, positions: range) -> list[PictureSpan]:
-        return [span for span in self.pictures if set(range(span.start, span.stop)) & set(positions)]
+    def among(self, positions: range) -> list[ImageSpan]:
+        return [span for span in self.images if set(range(span.start, span.stop)) & set(positions)]
 
     @torch.inference_mode()
     def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
@@ -42,81 +42,81 @@ class Features:
                 embeddings[0, position - positions.start] = torch.randn(embeddings.shape[-1], generator=generator)
 
 
-def read(cache: HybridKVCache, pictures: tuple[PictureSpan, ...]) -> Tensor:
+def read(cache: HybridKVCache, images: tuple[ImageSpan, ...]) -> Tensor:
     """The rest of IDS; the logits of its last token."""
     for _ in prefill(model(), cache, memoryview(IDS)[cache.offset:-1], prefill_chunk_size=KIND.prefill_chunk_size,
-                     features=Features(pictures)):  # type: ignore[arg-type]
+                     features=Features(images)):  # type: ignore[arg-type]
         pass
     logits = model()(as_batch(IDS[-1:], torch.device("cpu")), cache, "last")
     assert logits is not None
     return logits
 
 
-def keep(folder: Path, pictures: tuple[PictureSpan, ...], ids: array[int] = IDS) -> int:
+def keep(folder: Path, images: tuple[ImageSpan, ...], ids: array[int] = IDS) -> int:
     """Reads into the context; returns how many tokens were there already."""
     layout = KIND.layout(len(ids))
     with closing(ContextWriter(folder, KIND.recipe)) as writer:
-        start = writer.begin(memoryview(ids), spans(ids), layout, system=False, pictures=pictures)
+        start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=images)
         if not writer.tip.is_complete:
             cache = HybridKVCache(CONFIG, length=layout.length, layout=layout, rows=writer)
             writer.restore(cache, start)
             for _ in prefill(model(), cache, memoryview(ids)[start:], prefill_chunk_size=KIND.prefill_chunk_size,
-                             features=Features(pictures)):  # type: ignore[arg-type]
+                             features=Features(images)):  # type: ignore[arg-type]
                 pass
             writer.finish(cache)
         return start
 
 
-def from_context(folder: Path, pictures: tuple[PictureSpan, ...]) -> tuple[int, Tensor]:
-    """How many tokens of the context serve for these pictures, and the logits that follow."""
+def from_context(folder: Path, images: tuple[ImageSpan, ...]) -> tuple[int, Tensor]:
+    """How many tokens of the context serve for these images, and the logits that follow."""
     with closing(ContextReader(folder)) as reader:
         layout = KIND.layout(LENGTH)
-        reuse = reusable(reader.context, memoryview(IDS)[:-1], layout, [reader.state], pictures)
+        reuse = reusable(reader.context, memoryview(IDS)[:-1], layout, [reader.state], images)
         cache = HybridKVCache(CONFIG, length=LENGTH, layout=layout)
         if reuse.tokens:
             reader.context.restore(reader.state, cache, reuse.tokens)
-        return reuse.tokens, read(cache, pictures)
+        return reuse.tokens, read(cache, images)
 
 
-def fresh(pictures: tuple[PictureSpan, ...]) -> Tensor:
-    return read(HybridKVCache(CONFIG, length=LENGTH, layout=KIND.layout(LENGTH)), pictures)
+def fresh(images: tuple[ImageSpan, ...]) -> Tensor:
+    return read(HybridKVCache(CONFIG, length=LENGTH, layout=KIND.layout(LENGTH)), images)
 
 
 def test_the_digests_are_kept(tmp_path: Path) -> None:
-    assert keep(tmp_path / "c", PICTURES) == 0 and keep(tmp_path / "c", PICTURES) == LENGTH
+    assert keep(tmp_path / "c", IMAGES) == 0 and keep(tmp_path / "c", IMAGES) == LENGTH
     with closing(ContextReader(tmp_path / "c")) as reader:
-        assert tuple(reader.context.pictures(reader.state)) == PICTURES
+        assert tuple(reader.context.images(reader.state)) == IMAGES
     keep(tmp_path / "text", ())
     with closing(ContextReader(tmp_path / "text")) as reader:
-        assert reader.context.pictures(reader.state) == []
+        assert reader.context.images(reader.state) == []
 
 
-@pytest.mark.parametrize(("pictures", "first_difference"), [
-    (PICTURES, LENGTH), (CHANGED, PICTURES[1].start), (PICTURES[:1], PICTURES[1].start), ((), PICTURES[0].start),
-    (PICTURES[1:], PICTURES[0].start)])
-def test_a_context_serves_up_to_the_first_other_picture(tmp_path: Path, pictures: tuple[PictureSpan, ...],
+@pytest.mark.parametrize(("images", "first_difference"), [
+    (IMAGES, LENGTH), (CHANGED, IMAGES[1].start), (IMAGES[:1], IMAGES[1].start), ((), IMAGES[0].start),
+    (IMAGES[1:], IMAGES[0].start)])
+def test_a_context_serves_up_to_the_first_other_image(tmp_path: Path, images: tuple[ImageSpan, ...],
                                                         first_difference: int) -> None:
-    keep(tmp_path / "c", PICTURES)
-    served, logits = from_context(tmp_path / "c", pictures)
+    keep(tmp_path / "c", IMAGES)
+    served, logits = from_context(tmp_path / "c", images)
     assert served == min(first_difference, LENGTH - 1) // CHUNK * CHUNK
-    assert (logits - fresh(pictures)).abs().max() < 1e-5 * logits.abs().max()
-    assert keep(tmp_path / "c", pictures) == (LENGTH if pictures == PICTURES else served)
-    assert torch.allclose(from_context(tmp_path / "c", pictures)[1], logits, atol=1e-5)
+    assert (logits - fresh(images)).abs().max() < 1e-5 * logits.abs().max()
+    assert keep(tmp_path / "c", images) == (LENGTH if images == IMAGES else served)
+    assert torch.allclose(from_context(tmp_path / "c", images)[1], logits, atol=1e-5)
 
 
-def test_other_pictures_give_other_answers() -> None:
+def test_other_images_give_other_answers() -> None:
     """Else the tests above would say nothing."""
-    assert (fresh(PICTURES) - fresh(CHANGED)).abs().max() > 1e-2
+    assert (fresh(IMAGES) - fresh(CHANGED)).abs().max() > 1e-2
 
 
-def test_a_damaged_list_of_pictures_is_named(tmp_path: Path) -> None:
+def test_a_damaged_list_of_images_is_named(tmp_path: Path) -> None:
     from cache.disk import DiskError
 
-    keep(tmp_path / "c", PICTURES)
+    keep(tmp_path / "c", IMAGES)
     file = next((tmp_path / "c").glob("tokens-*.safetensors"))
     content = bytearray(file.read_bytes())
     at = content.index(b"bb" * 32)
     content[at] ^= 1
     file.write_bytes(content)
     with closing(ContextReader(tmp_path / "c")) as reader, pytest.raises(DiskError, match=file.name):
-        reader.context.pictures(reader.state)
+        reader.context.images(reader.state)

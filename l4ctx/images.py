@@ -1,7 +1,7 @@
 """Image files: recognised by their content, checked, decoded upright to RGB.
 
 Which files are read at all is left to `l4ctx.documents`; tiles and numbers for the model, to `l4ctx.image_tiles`.
-Needs Pillow, imported when the first picture is read. Colour profiles are ignored, as Meta's reference does.
+Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's reference does.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names; no other decoder ever runs
-MAX_PIXELS = 2**27  # of one picture; some 134 million, 2 GiB at the peak of decoding
-MAX_SIDE = 2**20  # in pixels: a picture that long and thin shows nothing, and resizing it would need much memory
+MAX_PIXELS = 2**27  # of one image; some 134 million, 2 GiB at the peak of decoding
+MAX_SIDE = 2**20  # in pixels: an image that long and thin shows nothing, and resizing it would need much memory
 
 _TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF, with 64-bit offsets
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # the sizes that exist; a text that begins with BM has none of them
@@ -45,17 +45,17 @@ _MOST_REASON = 100  # characters of Pillow's own words
 _warnings_lock = threading.Lock()
 
 
-class PictureError(Exception):
-    """A picture that cannot be used; the message is the reason in one line."""
+class ImageError(Exception):
+    """An image that cannot be used; the message is the reason in one line."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that can be decoded.
+class DocumentImage:
+    """One image that can be decoded.
 
     `source` is the name to show; `sha256` the digest of the raw bytes; `width` and `height`, in pixels, are those of
-    the upright picture. `decode()` decodes anew at each call, to mode RGB of exactly that size, and keeps nothing;
-    it raises PictureError, the source named, where the file is no longer what it was.
+    the upright image. `decode()` decodes anew at each call, to mode RGB of exactly that size, and keeps nothing;
+    it raises ImageError, the source named, where the file is no longer what it was.
     """
 
     source: str
@@ -65,7 +65,7 @@ class Picture:
     decode: Callable[[], Image.Image]
 
 
-def picture_format(raw: bytes) -> str | None:
+def image_format(raw: bytes) -> str | None:
     """Which of FORMATS these bytes begin as, if any; without Pillow, from the first 18 bytes."""
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
@@ -82,11 +82,11 @@ def picture_format(raw: bytes) -> str | None:
     return None
 
 
-def read_picture(source: str, raw: bytes, path: str | None) -> tuple[Picture, list[str]]:
-    """A picture from the bytes of a file, and what to know about it (one line each).
+def read_image(source: str, raw: bytes, path: str | None) -> tuple[DocumentImage, list[str]]:
+    """An image from the bytes of a file, and what to know about it (one line each).
 
     Decodes once, in full, to be sure that it can be. With `path` later calls of `decode()` read the file again;
-    without, `raw` is kept. Raises PictureError with a reason that does not name the source.
+    without, `raw` is kept. Raises ImageError with a reason that does not name the source.
     """
     image, notes = _decoded(raw)
     width, height = image.size
@@ -98,14 +98,14 @@ def read_picture(source: str, raw: bytes, path: str | None) -> tuple[Picture, li
 
     if path is not None:
         raw = b""  # `again` does not hold on to it
-    return Picture(source, digest, width, height, again), notes
+    return DocumentImage(source, digest, width, height, again), notes
 
 
 def decoding_bytes(width: int, height: int) -> int:
-    """Bytes that `decode()` of an upright picture of this size needs at its peak, at most, beside the file's own.
+    """Bytes that `decode()` of an upright image of this size needs at its peak, at most, beside the file's own.
 
     Pillow holds RGB and RGBA in 4 bytes a pixel. The most is needed by animated WebP: two canvases, a copy, and the
-    picture (16 bytes a pixel); then by TIFF in a single strip of 16-bit RGBA, by transparency (4, and 4 for the
+    image (16 bytes a pixel); then by TIFF in a single strip of 16-bit RGBA, by transparency (4, and 4 for the
     result), and by 32-bit shades (4, 4, 1 and 4). Codecs' own buffers are in the constant part.
     """
     return 16 * width * height + (32 << 20)
@@ -115,28 +115,28 @@ def _read_again(source: str, digest: str, path: str) -> bytes:
     try:
         raw, changed = read_regular_file(path)
     except FileNotFoundError:
-        raise PictureError(f"{source}: vanished since it was first read") from None
+        raise ImageError(f"{source}: vanished since it was first read") from None
     except OSError as error:
-        raise PictureError(f"{source}: cannot be read again: {error.strerror}") from None
+        raise ImageError(f"{source}: cannot be read again: {error.strerror}") from None
     if changed or hashlib.sha256(raw).hexdigest() != digest:
-        raise PictureError(f"{source}: changed since it was first read")
+        raise ImageError(f"{source}: changed since it was first read")
     return raw
 
 
 def _decoded_again(source: str, digest: str, raw: bytes) -> Image.Image:
     try:
         return _decoded(raw)[0]
-    except PictureError as error:  # memory may be short by now
-        raise PictureError(f"{source}: {error}") from None
+    except ImageError as error:  # memory may be short by now
+        raise ImageError(f"{source}: {error}") from None
 
 
 def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
-    """The upright picture in mode RGB, and notes. Raises PictureError."""
-    name = picture_format(raw)
+    """The upright image in mode RGB, and notes. Raises ImageError."""
+    name = image_format(raw)
     if name is None:
-        raise PictureError(f"not a picture in a format that can be read ({', '.join(FORMATS)})")
+        raise ImageError(f"not an image in a format that can be read ({', '.join(FORMATS)})")
     pages = _tiff_pages(raw) if name == "TIFF" else 1
-    with _only_picture_errors(name), _without_libtiff_messages(name):
+    with _only_image_errors(name), _without_libtiff_messages(name):
         from PIL import Image
 
         with Image.open(io.BytesIO(raw), formats=[name]) as image:
@@ -159,30 +159,30 @@ def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
 def _frames(image: Image.Image, name: str) -> int:
     """Frames of an animation; 1 where those after the first are damaged. What `image` has decoded is dropped for it.
 
-    JPEG counts as one: phones hide previews and depths behind the one picture.
+    JPEG counts as one: phones hide previews and depths behind the one image.
     """
-    with suppress(Exception):  # as in _only_picture_errors
+    with suppress(Exception):  # as in _only_image_errors
         return int(getattr(image, "n_frames", 1)) if name in ("GIF", "PNG", "WEBP") else 1
     return 1
 
 
 @contextmanager
-def _only_picture_errors(name: str) -> Iterator[None]:
-    """Whatever Pillow raises for malformed input becomes a PictureError; its warnings are dropped.
+def _only_image_errors(name: str) -> Iterator[None]:
+    """Whatever Pillow raises for malformed input becomes a ImageError; its warnings are dropped.
 
-    Warnings are filtered for the whole process (Python's filters are), hence by one thread at a time: pictures are
+    Warnings are filtered for the whole process (Python's filters are), hence by one thread at a time: images are
     decoded one after another.
     """
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
-        except PictureError:
+        except ImageError:
             raise
         except MemoryError:
-            raise PictureError("decoding it needs more memory than there is (scale it down)") from None
+            raise ImageError("decoding it needs more memory than there is (scale it down)") from None
         except Exception as error:  # Pillow's decoders raise some twenty kinds for malformed input
-            raise PictureError(_reason(name, error)) from None
+            raise ImageError(_reason(name, error)) from None
 
 
 @contextmanager
@@ -221,11 +221,11 @@ def _reason(name: str, error: Exception) -> str:
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise PictureError(f"damaged: it has no pixels ({width} x {height})")
+        raise ImageError(f"damaged: it has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
-        raise PictureError(_too_large(f"{width:,} x {height:,} pixels"))
+        raise ImageError(_too_large(f"{width:,} x {height:,} pixels"))
     if max(width, height) > MAX_SIDE:
-        raise PictureError(f"{width:,} x {height:,} pixels: a side may have {MAX_SIDE:,} at most (scale it down)")
+        raise ImageError(f"{width:,} x {height:,} pixels: a side may have {MAX_SIDE:,} at most (scale it down)")
 
 
 def _check_memory(width: int, height: int) -> None:
@@ -235,7 +235,7 @@ def _check_memory(width: int, height: int) -> None:
         return
     free = available_memory()
     if free is not None and needed > free:
-        raise PictureError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
+        raise ImageError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
                            f"{human_bytes(free)} are free (scale it down)")
 
 
@@ -268,7 +268,7 @@ def _in_eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
     low, high = (float(value) for value in image.getextrema() if isinstance(value, int | float))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise PictureError("its values are not all finite numbers")
+        raise ImageError("its values are not all finite numbers")
     scale = 255 / (high - low) if high > low else 0.0
     offset = 0.5 - low * scale
     notes.append(f"32-bit values: {low:g} is shown as black, {high:g} as white")
@@ -292,15 +292,15 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _tiff_pages(raw: bytes) -> int:
-    """The number of pages. Raises PictureError where the first claims more than the file or the limits hold."""
+    """The number of pages. Raises ImageError where the first claims more than the file or the limits hold."""
     directory = _TiffDirectory.first(raw)
     if directory is None:
-        raise PictureError("damaged: the TIFF file is cut short")
+        raise ImageError("damaged: the TIFF file is cut short")
     tags, claimed = directory.numbers()
     if claimed > len(raw):
-        raise PictureError("damaged: its TIFF tags claim more bytes than the file has")
+        raise ImageError("damaged: its TIFF tags claim more bytes than the file has")
     if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MAX_PIXELS:
-        raise PictureError("damaged: its TIFF tiles are larger than a picture may be")
+        raise ImageError("damaged: its TIFF tiles are larger than an image may be")
     seen = set()
     while directory is not None and directory.offset not in seen:
         seen.add(directory.offset)

@@ -1,4 +1,4 @@
-"""Pictures and PDF files among the documents, as a person reads them with the command."""
+"""Images and PDF files among the documents, as a person reads them with the command."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def image(size: tuple[int, int] = (60, 40), seed: int = 0) -> Image.Image:
 
 
 def write_folder(name: str = "docs") -> Path:
-    """A text that has the answer, and a picture of every format."""
+    """A text that has the answer, and an image of every format."""
     folder = Path(name)
     text_file(folder / "a.md", DOCUMENT)
     for number, suffix in enumerate(SUFFIXES):
-        image(seed=number).save(folder / f"picture.{suffix}")
+        image(seed=number).save(folder / f"image.{suffix}")
     return folder
 
 
@@ -69,20 +69,20 @@ def test_every_format_is_a_document_like_any_other() -> None:
     write_folder()
     result = run_here("ask", QUESTION, "docs")
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert "7 documents, 6 pictures, " in result.stderr and "skipped" not in result.stderr
+    assert "7 documents, 6 images, " in result.stderr and "skipped" not in result.stderr
     report = told("docs")
-    names = ["docs/a.md", *(f"docs/picture.{suffix}" for suffix in SUFFIXES)]
+    names = ["docs/a.md", *(f"docs/image.{suffix}" for suffix in SUFFIXES)]
     assert [entry["path"] for entry in report["documents"]] == names
-    assert [entry["path"] for entry in report["pictures"]] == names[1:]
-    assert [(entry["tokens"], entry["tiles"]) for entry in report["pictures"]] == [(TOKENS_PER_TILE + 3, 1)] * 6
+    assert [entry["path"] for entry in report["images"]] == names[1:]
+    assert [(entry["tokens"], entry["tiles"]) for entry in report["images"]] == [(TOKENS_PER_TILE + 3, 1)] * 6
     assert report["prompt_tokens"] > sum(entry["tokens"] for entry in report["documents"])
 
 
-def test_large_pictures_are_tiles_and_count_into_plan_and_prompt() -> None:
+def test_large_images_are_tiles_and_count_into_plan_and_prompt() -> None:
     text_file(Path("a.md"), DOCUMENT)
     image((400, 300)).save("large.png")  # three rows of four tiles, and the whole
     report = told("a.md", "large.png")
-    assert report["pictures"] == [{"path": "large.png", "tokens": 12 * (TOKENS_PER_TILE + 1) + TOKENS_PER_TILE + 3,
+    assert report["images"] == [{"path": "large.png", "tokens": 12 * (TOKENS_PER_TILE + 1) + TOKENS_PER_TILE + 3,
                                    "tiles": 13}]
     planned = json.loads(run_here("plan", "a.md", "large.png", "--json").stdout)
     assert planned["documents"] == report["documents"]
@@ -99,9 +99,9 @@ def test_no_images_leaves_them_out_and_says_so() -> None:
     write_folder()
     result = run_here("ask", QUESTION, "docs", "--no-images")
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert "skipped docs/picture.png: a PNG picture; left out by --no-images\n" in result.stderr
+    assert "skipped docs/image.png: a PNG image; left out by --no-images\n" in result.stderr
     assert result.stderr.count("left out by --no-images") == 6 and "1 document, " in result.stderr
-    check_refused(run_here("ask", QUESTION, "docs/picture.png", "--no-images", "--quiet"), 2, "found nothing to read",
+    check_refused(run_here("ask", QUESTION, "docs/image.png", "--no-images", "--quiet"), 2, "found nothing to read",
                   "left out by --no-images")
 
 
@@ -109,27 +109,27 @@ def test_a_text_only_checkpoint_says_what_it_does(text_model: str) -> None:
     write_folder()
     result = run_here("ask", QUESTION, "docs", "--model", text_model)
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert result.stderr.count("picture; the checkpoint reads text alone\n") == 6
+    assert result.stderr.count("image; the checkpoint reads text alone\n") == 6
     check_refused(run_here("ask", QUESTION, "docs", "--pdf", "pages", "--model", text_model), 2, "--pdf pages",
                   "the checkpoint reads text alone", "--pdf text reads their text")
     check_refused(run_here("ask", QUESTION, "docs", "--pdf", "both", "--no-images"), 2, "left out by --no-images")
     check_refused(run_here("plan", "docs", "--pdf", "some"), 2, "--pdf: 'some' is not one of text, pages, both")
 
 
-def test_a_picture_can_be_piped_in() -> None:
-    image().save("picture.png")
-    result = run_here("ask", QUESTION, stdin=Path("picture.png").read_bytes())
-    assert result.code == 0 and "1 document, 1 picture, " in result.stderr
+def test_an_image_can_be_piped_in() -> None:
+    image().save("image.png")
+    result = run_here("ask", QUESTION, stdin=Path("image.png").read_bytes())
+    assert result.code == 0 and "1 document, 1 image, " in result.stderr
 
 
-@pytest.mark.parametrize(("mode", "pictures"), [("text", 0), ("pages", 2), ("both", 2)])
-def test_pages_of_a_pdf(mode: str, pictures: int) -> None:
+@pytest.mark.parametrize(("mode", "images"), [("text", 0), ("pages", 2), ("both", 2)])
+def test_pages_of_a_pdf(mode: str, images: int) -> None:
     lines = ANSWER.strip().encode()
     Path("report.pdf").write_bytes(pdf_toys.pdf(pdf_toys.Page(pdf_toys.text(b"Some words here.")),
                                                 pdf_toys.Page(pdf_toys.text(lines))))
     report = told("report.pdf", "--pdf", mode)
     assert [entry["path"] for entry in report["documents"]] == ["report.pdf"] and report["skipped"] == []
-    assert [entry["path"] for entry in report["pictures"]] == [f"report.pdf, page {n + 1}" for n in range(pictures)]
+    assert [entry["path"] for entry in report["images"]] == [f"report.pdf, page {n + 1}" for n in range(images)]
     if mode != "pages":
         assert report["answer"] == ANSWER.strip()
 
@@ -140,9 +140,9 @@ def test_pdf_files_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch
     Path("docs/secret.pdf").write_bytes(pdf_toys.encrypted(b"secret", pdf_toys.Page(pdf_toys.text(b"x"))))
     Path("docs/torn.pdf").write_bytes(b"%PDF-1.7\n\0\1")
     found = skipped(told("docs"))
-    assert found["docs/scan.pdf"] == "a PDF without text (scanned?); --pdf pages reads its pages as pictures"
+    assert found["docs/scan.pdf"] == "a PDF without text (scanned?); --pdf pages reads its pages as images"
     assert "password" in found["docs/secret.pdf"] and "broken" in found["docs/torn.pdf"]
-    assert [entry["path"] for entry in told("docs", "--pdf", "pages")["pictures"]] == ["docs/scan.pdf, page 1"]
+    assert [entry["path"] for entry in told("docs", "--pdf", "pages")["images"]] == ["docs/scan.pdf, page 1"]
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     assert skipped(told("docs")) == dict.fromkeys(
         ["docs/scan.pdf", "docs/secret.pdf", "docs/torn.pdf"],
@@ -150,7 +150,7 @@ def test_pdf_files_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_hostile_files_are_named_and_the_rest_is_read() -> None:
-    """Sixty mutated pictures and twenty-odd broken PDF files."""
+    """Sixty mutated images and twenty-odd broken PDF files."""
     text_file(Path("docs/a.md"), DOCUMENT)
     chance, names = random.Random(7), []
     for number in range(60):
@@ -178,12 +178,12 @@ def test_absurd_sizes() -> None:
     Image.new("1", (1, 100_000)).save("docs/line.png")
     Image.new("1", (2**21, 1)).save("docs/longer.png")
     report = told("docs")
-    assert [entry["path"] for entry in report["pictures"]] == ["docs/line.png"]
+    assert [entry["path"] for entry in report["images"]] == ["docs/line.png"]
     assert "a side may have 1,048,576 at most" in skipped(report)["docs/longer.png"]
 
 
-def test_a_saved_context_keeps_pictures_by_their_digests() -> None:
-    """What follows a picture of the same size but other pixels is read anew."""
+def test_a_saved_context_keeps_images_by_their_digests() -> None:
+    """What follows an image of the same size but other pixels is read anew."""
     def prefill(context: str = "c") -> Result:
         return run_here("prefill", "docs", "-o", context)
 
@@ -210,7 +210,7 @@ def test_a_vision_part_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     odd = str(changed_checkpoint(tmp_path / "odd", vision_config=config["vision_config"] | {"hidden_act": "relu"}))
     result = run_here("ask", QUESTION, "docs", "--model", odd)
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert "picture; the checkpoint's vision part cannot be used (" in result.stderr and "relu" in result.stderr
+    assert "image; the checkpoint's vision part cannot be used (" in result.stderr and "relu" in result.stderr
     index = json.loads((TINY / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name.startswith("language")}
     blind = changed_checkpoint(tmp_path / "blind")

@@ -1,4 +1,4 @@
-"""Pictures of a prompt through the driver equal `transformers`' whole forward, wherever chunks cut them."""
+"""Images of a prompt through the driver equal `transformers`' whole forward, wherever chunks cut them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from toy_checkpoints import CHUNK, IMAGE_TOKEN, MAVERICK, SCOUT, VOCABULARY, Kind, Toy, Toys, write_kind
 
 from cache.hybrid import HybridKVCache
+from l4ctx.image_features import TILES_AT_A_TIME, ImageFeatures
+from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens, same_until
 from l4ctx.image_tiles import ImageProcessing, image_tiles, normalized
 from l4ctx.image_tokens import ImageTokens
-from l4ctx.picture_features import TILES_AT_A_TIME, PictureFeatures
-from l4ctx.picture_prompt import PictureEncoder, PlacedPicture, picture_tokens, same_until
-from l4ctx.pictures import Picture, PictureError, read_picture
+from l4ctx.images import DocumentImage, ImageError, read_image
 from l4ctx.prefill import as_batch, prefill
 from model.checkpoint import load_checkpoint, load_vision
 from model.transformer import Transformer
@@ -35,11 +35,11 @@ VISION: dict[str, Any] = {
 }
 TOKENS = ImageTokens(image_start=VOCABULARY - 2, image_end=VOCABULARY - 3, tile_x_separator=VOCABULARY - 4,
                      tile_y_separator=VOCABULARY - 5, image=VOCABULARY - 6, patch=IMAGE_TOKEN, tokens_per_tile=4)
-ENCODER = PictureEncoder(ImageProcessing(size=SIDE, max_patches=9), TOKENS, "made with this")
-SIZES = {  # of pictures in pixels, with texts between: what a prompt shows
+ENCODER = ImagePrompter(ImageProcessing(size=SIDE, max_patches=9), TOKENS, "made with this")
+SIZES = {  # of images in pixels, with texts between: what a prompt shows
     "one tile": [(28, 28)],
     "several tiles": [(80, 52)],
-    "several pictures": [(20, 20), (84, 84), (150, 20), (28, 10)],
+    "several images": [(20, 20), (84, 84), (150, 20), (28, 10)],
 }
 KINDS = {"scout": Kind(SCOUT, nested=True, vision=VISION), "maverick": Kind(MAVERICK, nested=True, vision=VISION)}
 CHUNK_SIZES = (1, 3, CHUNK - 1, CHUNK, 2 * CHUNK, 16, 500)
@@ -47,16 +47,16 @@ CHUNK_SIZES = (1, 3, CHUNK - 1, CHUNK, 2 * CHUNK, 16, 500)
 
 @dataclasses.dataclass
 class Case:
-    """A checkpoint, a prompt that shows pictures, and `transformers`' logits for its end."""
+    """A checkpoint, a prompt that shows images, and `transformers`' logits for its end."""
 
     model: Transformer
-    features: PictureFeatures
+    features: ImageFeatures
     ids: array[int]
-    pictures: list[PlacedPicture]
+    images: list[PlacedImage]
     logits: Tensor  # (V,)
 
-    def again(self) -> PictureFeatures:
-        return PictureFeatures(self.features._tower, ENCODER, self.pictures)
+    def again(self) -> ImageFeatures:
+        return ImageFeatures(self.features._tower, ENCODER, self.images)
 
     def read(self, size: int, *, resumed_at: int | None = None) -> Tensor:
         """The last position's logits (V,) after a reading in prefill chunks of `size`, perhaps by two processes."""
@@ -71,35 +71,35 @@ class Case:
         return logits[0, -1]
 
 
-def picture(size: tuple[int, int], seed: int) -> Picture:
+def image(size: tuple[int, int], seed: int) -> DocumentImage:
     """Noise, in colours."""
     shades = random.Random(seed).randbytes(3 * size[0] * size[1])
     stream = io.BytesIO()
     Image.frombytes("RGB", size, shades).save(stream, "PNG")
-    return read_picture(f"noise {seed}.png", stream.getvalue(), None)[0]
+    return read_image(f"noise {seed}.png", stream.getvalue(), None)[0]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def toy(toys: Toys, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Toy:
     """`toys` keeps `transformers` quiet."""
-    return write_kind(tmp_path_factory.mktemp("pictures") / "toy", request.param, KINDS[request.param], 0.25, seed=3)
+    return write_kind(tmp_path_factory.mktemp("images") / "toy", request.param, KINDS[request.param], 0.25, seed=3)
 
 
 def make_case(toy: Toy, shown: str) -> Case:
     model, config = load_checkpoint(toy.folder), VisionConfig.from_folder(toy.folder)
     assert config is not None and config.tokens_per_tile == TOKENS.tokens_per_tile
     tower = load_vision(toy.folder, config, model.config.hidden_size, dtype="float32")
-    chance, ids, pictures = random.Random(len(shown)), array("i"), []
+    chance, ids, images = random.Random(len(shown)), array("i"), []
     for number, size in enumerate(SIZES[shown]):
         ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(5 * number % 8))
-        pictures.append(ENCODER.encode(picture(size, number), ids))
+        images.append(ENCODER.encode(image(size, number), ids))
     ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(3))
-    pixels = torch.cat([normalized(image_tiles(placed.picture.decode(), ENCODER.processing), ENCODER.processing,
-                                   torch.float32) for placed in pictures])
+    pixels = torch.cat([normalized(image_tiles(placed.image.decode(), ENCODER.processing), ENCODER.processing,
+                                   torch.float32) for placed in images])
     oracle: Any = toy.oracle
     with torch.no_grad():
         logits = oracle(torch.tensor([ids.tolist()]), pixel_values=pixels, use_cache=False).logits[0, -1]
-    return Case(model, PictureFeatures(tower, ENCODER, pictures), ids, pictures, logits)
+    return Case(model, ImageFeatures(tower, ENCODER, images), ids, images, logits)
 
 
 @pytest.mark.parametrize("shown", SIZES)
@@ -112,8 +112,8 @@ def test_logits_equal_transformers_however_the_reading_is_cut(toy: Toy, shown: s
 
 def test_a_resumed_reading_has_the_same_bits(toy: Toy) -> None:
     """A cut in the middle of a tile, and one between the tiles that the tower sees together."""
-    case = make_case(toy, "several pictures")
-    big = case.pictures[1]
+    case = make_case(toy, "several images")
+    big = case.images[1]
     starts = [big.span.start + offset for offset in TOKENS.tile_starts(big.layout)]
     assert len(starts) > TILES_AT_A_TIME
     for cut in (starts[1] + 2, starts[TILES_AT_A_TIME - 1], starts[TILES_AT_A_TIME] + 1):
@@ -122,69 +122,69 @@ def test_a_resumed_reading_has_the_same_bits(toy: Toy) -> None:
         assert (case.read(CHUNK, resumed_at=cut) - case.logits).abs().max() < TOLERANCE * case.logits.abs().max()
 
 
-def test_pictures_are_decoded_once_each_and_not_kept(toy: Toy) -> None:
-    case = make_case(toy, "several pictures")
+def test_images_are_decoded_once_each_and_not_kept(toy: Toy) -> None:
+    case = make_case(toy, "several images")
     decoded: list[str] = []
 
-    def counting(shown: Picture) -> Picture:
+    def counting(shown: DocumentImage) -> DocumentImage:
         def decode() -> Image.Image:
             decoded.append(shown.source)
             return shown.decode()
 
         return dataclasses.replace(shown, decode=decode)
 
-    pictures = [dataclasses.replace(placed, picture=counting(placed.picture)) for placed in case.pictures]
-    features = PictureFeatures(case.features._tower, ENCODER, pictures)
+    images = [dataclasses.replace(placed, image=counting(placed.image)) for placed in case.images]
+    features = ImageFeatures(case.features._tower, ENCODER, images)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     for step in prefill(case.model, cache, case.ids[:-1], prefill_chunk_size=5, features=features):
         if features._tiles is not None:
             assert features._tiles[0].span.start < step.step.stop < features._tiles[0].span.stop
-    assert decoded == [placed.picture.source for placed in pictures]
+    assert decoded == [placed.image.source for placed in images]
     assert features._tiles is None and features._group is None
 
 
-def test_a_mismatch_names_the_picture(toy: Toy) -> None:
+def test_a_mismatch_names_the_image(toy: Toy) -> None:
     case = make_case(toy, "several tiles")
-    (placed,) = case.pictures
+    (placed,) = case.images
     spoiled = case.ids[:]
     spoiled[placed.span.start + 2] = 1  # a patch token
     cache = HybridKVCache(case.model.config, length=len(spoiled))
-    with pytest.raises(PictureError, match=r"^noise 0\.png: \d+ features for \d+ patch tokens$"):
+    with pytest.raises(ImageError, match=r"^noise 0\.png: \d+ features for \d+ patch tokens$"):
         list(prefill(case.model, cache, spoiled, features=case.again()))
     assert cache.offset == 0
-    other = dataclasses.replace(placed, picture=picture((28, 28), 5))
-    with pytest.raises(PictureError, match=r"^noise 5\.png: 1 tiles instead of 7$"):
-        list(prefill(case.model, cache, case.ids, features=PictureFeatures(case.features._tower, ENCODER, [other])))
+    other = dataclasses.replace(placed, image=image((28, 28), 5))
+    with pytest.raises(ImageError, match=r"^noise 5\.png: 1 tiles instead of 7$"):
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, ENCODER, [other])))
 
 
 def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path: Path) -> None:
     case = make_case(toy, "one tile")
     file = tmp_path / "chart.png"
-    case.pictures[0].picture.decode().save(file)
-    shown, _ = read_picture("chart.png", file.read_bytes(), str(file))
-    pictures = [dataclasses.replace(case.pictures[0], picture=shown)]
+    case.images[0].image.decode().save(file)
+    shown, _ = read_image("chart.png", file.read_bytes(), str(file))
+    images = [dataclasses.replace(case.images[0], image=shown)]
     file.write_bytes(file.read_bytes() + b"\0")
     cache = HybridKVCache(case.model.config, length=len(case.ids))
-    with pytest.raises(PictureError, match=r"^chart\.png: changed since it was first read$"):
-        list(prefill(case.model, cache, case.ids, features=PictureFeatures(case.features._tower, ENCODER, pictures)))
+    with pytest.raises(ImageError, match=r"^chart\.png: changed since it was first read$"):
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, ENCODER, images)))
 
 
 def test_digests_follow_from_pixels_and_from_what_sees_them() -> None:
-    first, second = (ENCODER.encode(picture((28, 28), seed), array("i")) for seed in (1, 2))
+    first, second = (ENCODER.encode(image((28, 28), seed), array("i")) for seed in (1, 2))
     assert first.span.sha256 != second.span.sha256
-    assert first.span == ENCODER.encode(picture((28, 28), 1), array("i")).span
+    assert first.span == ENCODER.encode(image((28, 28), 1), array("i")).span
     other = dataclasses.replace(ENCODER, made_with="made with that")
-    assert other.encode(picture((28, 28), 1), array("i")).span.sha256 != first.span.sha256
+    assert other.encode(image((28, 28), 1), array("i")).span.sha256 != first.span.sha256
 
 
 def test_spans_are_counted_and_compared() -> None:
     ids = array("i", [1, 2, 3])
-    pictures = [ENCODER.encode(picture((28, 28), 1), ids), ENCODER.encode(picture((56, 28), 2), ids)]
-    (start, middle, _), (again, stop, _) = (placed.span for placed in pictures)
+    images = [ENCODER.encode(image((28, 28), 1), ids), ENCODER.encode(image((56, 28), 2), ids)]
+    (start, middle, _), (again, stop, _) = (placed.span for placed in images)
     assert (start, middle) == (3, 3 + TOKENS.tokens_per_tile + 3) and again == middle and stop == len(ids)
-    assert picture_tokens(pictures, 0, 3) == 0 and picture_tokens(pictures, 0, stop) == stop - 3
-    assert picture_tokens(pictures, middle - 1, middle + 2) == 3
-    spans = [placed.span for placed in pictures]
+    assert count_image_tokens(images, 0, 3) == 0 and count_image_tokens(images, 0, stop) == stop - 3
+    assert count_image_tokens(images, middle - 1, middle + 2) == 3
+    spans = [placed.span for placed in images]
     assert same_until(spans, spans) is None and same_until([], []) is None
     assert same_until(spans, spans[:1]) == same_until(spans[:1], spans) == again
     assert same_until([spans[0]._replace(sha256="other"), spans[1]], spans) == start

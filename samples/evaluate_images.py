@@ -1,10 +1,10 @@
-"""Measures how well a look-up model reads cards in pictures that it was not trained on.
+"""Measures how well a look-up model reads cards in images that it was not trained on.
 
-    python samples/evaluate_pictures.py --pictures 200
+    python samples/evaluate_images.py --images 200
 
-Pictures are drawn with other seeds than the training's, saved as files of several formats, and read through the same
+Images are drawn with other seeds than the training's, saved as files of several formats, and read through the same
 modules as `l4ctx ask` does. Four kinds: a card that is one tile; a card that is cut into many, and seen whole in the
-global tile alone; a sheet of cards, each whole in a tile of its own; and several pictures among texts, where facts of
+global tile alone; a sheet of cards, each whole in a tile of its own; and several images among texts, where facts of
 the texts are asked for, too. What an attention-chunk boundary cuts apart is counted by itself.
 """
 
@@ -26,18 +26,18 @@ from pathlib import Path
 import torch
 
 from cache.hybrid import HybridKVCache
+from card_task import Card, Drawing, draw_card, draw_cards, draw_sheet, random_size, soften
 from evaluate_tiny import ROOM_FOR_ANSWER, answer_to, find, text_pieces
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig
 from l4ctx.image_tiles import ImageProcessing, TileLayout, fitted_size, tile_layout
-from l4ctx.picture_use import PictureUse
-from l4ctx.pictures import read_picture
+from l4ctx.image_use import ImageUse
+from l4ctx.images import read_image
 from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, Prompt, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
 from model.checkpoint import load_checkpoint
-from picture_task import Card, Drawing, draw_card, draw_cards, draw_sheet, random_size, soften
 
 KINDS = ("one tile", "many tiles", "sheet", "among texts")
 FORMATS = (("PNG", "png"), ("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))
@@ -45,11 +45,11 @@ FORMATS = (("PNG", "png"), ("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for, and where the answer stands: in a tile of a picture, or (None) in text."""
+    """What is asked for, and where the answer stands: in a tile of an image, or (None) in text."""
 
     entity: str
     code: str
-    picture: int | None = None
+    image: int | None = None
     tile: int = -1  # -1: the only tile, or the global one
 
 
@@ -58,22 +58,22 @@ class Case:
     kind: str
     documents: list[Document] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
-    pictures: int = 0
+    images: int = 0
 
-    def add_picture(self, drawing: Drawing, rng: random.Random) -> None:
+    def add_image(self, drawing: Drawing, rng: random.Random) -> None:
         form, suffix = rng.choice(FORMATS)
         file = io.BytesIO()
         drawing.image.save(file, form, quality=90)
-        source = f"pictures/{'sheet' if len(drawing.cards) > 1 else 'card'}-{self.pictures}.{suffix}"
-        picture, _ = read_picture(source, file.getvalue(), None)
-        self.documents.append(Document(source, picture.sha256, (picture,)))
-        self.pictures += 1
+        source = f"images/{'sheet' if len(drawing.cards) > 1 else 'card'}-{self.images}.{suffix}"
+        image, _ = read_image(source, file.getvalue(), None)
+        self.documents.append(Document(source, image.sha256, (image,)))
+        self.images += 1
 
     def add_card(self, card: Card, size: tuple[int, int], rng: random.Random) -> None:
         drawing = draw_card(card, size, rng)
         drawing.image = soften(drawing.image, rng)
-        self.asked.append(Asked(card.entity, card.code, self.pictures))
-        self.add_picture(drawing, rng)
+        self.asked.append(Asked(card.entity, card.code, self.images))
+        self.add_image(drawing, rng)
 
 
 @dataclass
@@ -84,11 +84,11 @@ class Score:
     seconds: float = 0.0
 
 
-def make_case(kind: str, pictures: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int,
+def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int,
               rng: random.Random) -> Case:
-    """One prompt's documents, with at most `pictures` pictures, and what to ask about them.
+    """One prompt's documents, with at most `images` images, and what to ask about them.
 
-    Texts among pictures have about `longest_text` characters at most.
+    Texts among images have about `longest_text` characters at most.
     """
     case = Case(kind)
     if kind == "one tile":
@@ -103,10 +103,10 @@ def make_case(kind: str, pictures: int, processing: ImageProcessing, texts: Iter
         layout, cell = _sheet_size(processing, rng)
         cards = draw_cards(rng, layout.rows * layout.columns)
         case.asked += [Asked(card.entity, card.code, 0, tile) for tile, card in enumerate(cards)]
-        case.add_picture(draw_sheet(cards, layout.columns, (cell, cell), rng), rng)
+        case.add_image(draw_sheet(cards, layout.columns, (cell, cell), rng), rng)
         case.asked = rng.sample(case.asked, min(4, len(case.asked)))
     else:
-        cards = draw_cards(rng, min(pictures, rng.randint(2, 5)))
+        cards = draw_cards(rng, min(images, rng.randint(2, 5)))
         taken = {card.entity for card in cards}
         entities = [entity for entity in draw_entities(rng, 4, evaluation=True) if entity not in taken][:2]
         for card in cards:
@@ -118,9 +118,9 @@ def make_case(kind: str, pictures: int, processing: ImageProcessing, texts: Iter
             case.documents.append(Document(f"notes-{number}.txt", "", "".join(lines)))
             case.asked.append(Asked(entity, code))
         rng.shuffle(case.documents)
-        order = [document.source for document in case.documents if document.pictures]
-        case.asked = [asked if asked.picture is None else Asked(asked.entity, asked.code, next(
-            i for i, source in enumerate(order) if f"-{asked.picture}." in source)) for asked in case.asked]
+        order = [document.source for document in case.documents if document.images]
+        case.asked = [asked if asked.image is None else Asked(asked.entity, asked.code, next(
+            i for i, source in enumerate(order) if f"-{asked.image}." in source)) for asked in case.asked]
     return case
 
 
@@ -132,7 +132,7 @@ def _text(texts: Iterator[str], characters: int) -> str:
 
 
 def _large_size(processing: ImageProcessing, rng: random.Random) -> tuple[int, int]:
-    """Of a picture that is cut into several tiles."""
+    """Of an image that is cut into several tiles."""
     if rng.random() < 0.25:
         return rng.choice(((640, 480), (800, 600), (600, 600), (512, 384), (480, 640)))
     return random_size(rng, processing.size + 8, 900)
@@ -152,51 +152,51 @@ def _sheet_size(processing: ImageProcessing, rng: random.Random) -> tuple[TileLa
 
 def is_cut(asked: Asked, prompt: Prompt, starts: list[int], tile_tokens: int, tokenizer: Tokenizer, chunk: int) -> bool:
     """Whether a boundary cuts what the answer is in: a tile's tokens, or a sentence."""
-    if asked.picture is None:
+    if asked.image is None:
         spelled = tokenizer.encode_data(fact(asked.entity, asked.code)[:-1]).ids
         first, size = find(prompt.ids, spelled), len(spelled)
     else:
-        first, size = prompt.pictures[asked.picture].span.start + starts[asked.tile], tile_tokens
+        first, size = prompt.images[asked.image].span.start + starts[asked.tile], tile_tokens
     return first // chunk != (first + size - 1) // chunk
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny")
-    parser.add_argument("--pictures", type=int, default=200, help="pictures, about a quarter of them for each kind")
+    parser.add_argument("--images", type=int, default=200, help="images, about a quarter of them for each kind")
     parser.add_argument("--seed", type=int, default=1_000)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--longest-text", type=int, default=4_000, help="characters of a text among pictures")
+    parser.add_argument("--longest-text", type=int, default=4_000, help="characters of a text among images")
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--save", type=Path, help="a folder for the pictures that were read wrongly")
+    parser.add_argument("--save", type=Path, help="a folder for the images that were read wrongly")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args()
     model = load_checkpoint(args.model, dtype=args.dtype)
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     stop_tokens = GenerationConfig.from_folder(args.model).stop_tokens
-    use = PictureUse(args.model, model.config, no_images=False, pdf="text")
+    use = ImageUse(args.model, model.config, no_images=False, pdf="text")
     if use.why_not is not None:
-        raise SystemExit(f"evaluate_pictures: {use.why_not}")
+        raise SystemExit(f"evaluate_images: {use.why_not}")
     encoder = use.encoder(tokenizer)
     chunk = model.config.attention_chunk_size
     for kind in args.kinds:
-        rng, score, left = random.Random(f"{args.seed} {kind}"), Score(), -(-args.pictures // len(args.kinds))
+        rng, score, left = random.Random(f"{args.seed} {kind}"), Score(), -(-args.images // len(args.kinds))
         texts = text_pieces(args.text, rng)
         while left > 0:
             case = make_case(kind, left, encoder.processing, texts, args.longest_text, rng)
-            left -= case.pictures
-            prompts = [build_prompt(tokenizer, template, case.documents, question(asked.entity), pictures=encoder)
+            left -= case.images
+            prompts = [build_prompt(tokenizer, template, case.documents, question(asked.entity), images=encoder)
                        for asked in case.asked]
             ids, end = prompts[0].ids, prompts[0].documents_stop
-            features = use.load(prompts[0].pictures, dtype=model.dtype, device=model.device, is_mapped=False)
+            features = use.load(prompts[0].images, dtype=model.dtype, device=model.device, is_mapped=False)
             cache = HybridKVCache(model.config, length=end + ROOM_FOR_ANSWER, dtype=model.dtype)
             began = time.perf_counter()
             for _ in prefill(model, cache, ids[:end], features=features):
                 pass
             for asked, prompt in zip(case.asked, prompts, strict=True):
                 answer = answer_to(model, cache.fork(), tokenizer, array("i", prompt.ids[end:]), stop_tokens)
-                placed = None if asked.picture is None else prompt.pictures[asked.picture]
+                placed = None if asked.image is None else prompt.images[asked.image]
                 starts = encoder.tokens.tile_starts(placed.layout) if placed else []
                 cut = is_cut(asked, prompt, list(starts), encoder.tokens.tokens_per_tile, tokenizer, chunk)
                 question_cut = end // chunk != (len(prompt.ids) + 16) // chunk
@@ -205,12 +205,12 @@ def main() -> None:
                 if re.findall(r"\d+", answer) == [asked.code]:
                     score.right[group] += 1
                     continue
-                where = f"{placed.picture.width} x {placed.picture.height}, tile {asked.tile}" if placed else "text"
+                where = f"{placed.image.width} x {placed.image.height}, tile {asked.tile}" if placed else "text"
                 score.wrong.append(f"{asked.entity} {asked.code} ({where}, {group}): {answer!r}")
                 if args.save and placed:
                     args.save.mkdir(parents=True, exist_ok=True)
                     name = f"{kind}-{asked.entity}-{asked.code}".replace(" ", "-")
-                    placed.picture.decode().save(args.save / f"{name}.png")
+                    placed.image.decode().save(args.save / f"{name}.png")
             score.seconds += time.perf_counter() - began
         report(kind, score, args.json)
 
@@ -220,7 +220,7 @@ def report(kind: str, score: Score, as_json: bool) -> None:
         print(json.dumps({"kind": kind, "right": score.right, "asked": score.asked, "wrong": score.wrong,
                           "seconds": round(score.seconds, 1)}), flush=True)
         return
-    names = {"whole": "of pictures", "text": "of texts", "cut": "of what a chunk boundary cuts"}
+    names = {"whole": "of images", "text": "of texts", "cut": "of what a chunk boundary cuts"}
     shares = [f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items()
               if score.asked[group]]
     print(f"{kind}: {', '.join(shares)} right ({score.seconds:.1f} s)", flush=True)

@@ -1,9 +1,9 @@
-"""Measures whether anonymous memory grows with the number of pictures in a prompt, through the command itself.
+"""Measures whether anonymous memory grows with the number of images in a prompt, through the command itself.
 
-    python samples/measure_pictures.py --pictures 3 15 60
+    python samples/measure_images.py --images 3 15 60
 
 Draws photographs' worth of colour (3,000 x 2,000 pixels unless told), asks a question about so many of them with
-`l4ctx ask --json`, and compares the peaks with the bytes of keys, values and ids that the pictures' tokens add.
+`l4ctx ask --json`, and compares the peaks with the bytes of keys, values and ids that the images' tokens add.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def draw(size: tuple[int, int], rng: random.Random) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[3, 15, 60])
+    parser.add_argument("--images", type=int, nargs="+", default=[3, 15, 60])
     parser.add_argument("--size", type=int, nargs=2, default=[3000, 2000], metavar=("WIDTH", "HEIGHT"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rng, first = random.Random(0), None
         (Path(scratch) / "text.md").write_text(f"{fact(ENTITY, CODE)}\n", encoding="utf-8")
         paths = [Path(scratch) / "text.md"]
-        for count in sorted(args.pictures):
+        for count in sorted(args.images):
             while len(paths) <= count:
                 paths.append(Path(scratch) / f"{len(paths):03d}.jpg")
                 draw(tuple(args.size), rng).save(paths[-1], quality=90)
@@ -51,7 +51,7 @@ def main() -> None:
             owned = memory["rope_windows"] + memory["nope_host"] + TOKEN_ID_BYTES * told["prompt_tokens"]
             first = first or (peak, owned)
             wrong = "" if CODE in told["answer"] else " (wrong)"
-            print(f"{count:>4} pictures, {told['prompt_tokens']:>7,} tokens: peak {peak / MIB:,.1f} MiB anonymous "
+            print(f"{count:>4} images, {told['prompt_tokens']:>7,} tokens: peak {peak / MIB:,.1f} MiB anonymous "
                   f"({(peak - first[0]) / MIB:+.1f}); keys, values and ids {owned / MIB:,.1f} MiB "
                   f"({(owned - first[1]) / MIB:+.1f}); planned {memory['predicted']['needed'] / MIB:,.0f} MiB; "
                   f"read in {told['timings']['prefill']['seconds']:.1f} s{wrong}", flush=True)

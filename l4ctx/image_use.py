@@ -1,6 +1,6 @@
-"""What one run does with pictures: whether it reads them at all, and what it loads and needs for that.
+"""What one run does with images: whether it reads them at all, and what it loads and needs for that.
 
-Documents are read, prompts built and features computed elsewhere. Imports torch only once there are pictures.
+Documents are read, prompts built and features computed elsewhere. Imports torch only once there are images.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.picture_prompt import picture_tokens
-from l4ctx.pictures import decoding_bytes
+from l4ctx.image_prompt import count_image_tokens
+from l4ctx.images import decoding_bytes
 from l4ctx.request import RequestError
 from model.config import ConfigError, TextConfig
 from model.vision_config import VisionConfig, vision_activation_bytes, vision_operations
@@ -19,18 +19,18 @@ from model.vision_config import VisionConfig, vision_activation_bytes, vision_op
 if TYPE_CHECKING:
     import torch
 
-    from l4ctx.picture_features import PictureFeatures
-    from l4ctx.picture_prompt import PictureEncoder, PlacedPicture
+    from l4ctx.image_features import ImageFeatures
+    from l4ctx.image_prompt import ImagePrompter, PlacedImage
     from l4ctx.tokenizer import Tokenizer
 
 
-class PictureUse:
-    """`why_not` is None where pictures are read, else the reason that a user is told."""
+class ImageUse:
+    """`why_not` is None where images are read, else the reason that a user is told."""
 
     def __init__(self, model: Path, config: TextConfig, *, no_images: bool, pdf: str) -> None:
-        """Raises RequestError where pages of PDF files are asked for as pictures, and cannot be read."""
+        """Raises RequestError where pages of PDF files are asked for as images, and cannot be read."""
         self._model, self._config = model, config
-        self._encoder: PictureEncoder | None = None
+        self._encoder: ImagePrompter | None = None
         self.vision: VisionConfig | None = None
         self.why_not: str | None = None
         self.parameters = 0  # of the vision tower, once it is needed
@@ -44,18 +44,18 @@ class PictureUse:
             else:
                 self.why_not = "the checkpoint reads text alone" if self.vision is None else None
         if pdf != "text" and self.why_not is not None:
-            raise RequestError(f"--pdf {pdf}: pages cannot be read as pictures: {self.why_not}; --pdf text reads "
+            raise RequestError(f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads "
                                "their text")
 
-    def encoder(self, tokenizer: Tokenizer) -> PictureEncoder:
-        """To be called where documents have pictures: checks all that reading them takes.
+    def encoder(self, tokenizer: Tokenizer) -> ImagePrompter:
+        """To be called where documents have images: checks all that reading them takes.
 
         Raises CheckpointError, ImageProcessingError and TokenizerError.
         """
         from l4ctx.fingerprint import vision_fingerprint
+        from l4ctx.image_prompt import ImagePrompter
         from l4ctx.image_tiles import ImageProcessing
         from l4ctx.image_tokens import ImageTokens
-        from l4ctx.picture_prompt import PictureEncoder
         from model.checkpoint import checked_vision_tensors
 
         assert self.vision is not None
@@ -63,40 +63,40 @@ class PictureUse:
         self.parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
         processing = ImageProcessing.from_folder(self._model, self.vision.image_size)
         tokens = ImageTokens.from_tokenizer(tokenizer, self.vision.tokens_per_tile, self.vision.image_token_index)
-        self._encoder = PictureEncoder(processing, tokens, vision_fingerprint(self.vision, processing, stored))
+        self._encoder = ImagePrompter(processing, tokens, vision_fingerprint(self.vision, processing, stored))
         return self._encoder
 
     def tower_bytes(self, itemsize: int) -> int:
-        """What the vision tower holds besides its weights; 0 where there are no pictures."""
+        """What the vision tower holds besides its weights; 0 where there are no images."""
         if self._encoder is None or self.vision is None:
             return 0
-        from l4ctx.picture_features import TILES_AT_A_TIME
+        from l4ctx.image_features import TILES_AT_A_TIME
 
         return vision_activation_bytes(self.vision, TILES_AT_A_TIME, itemsize)
 
-    def pixel_bytes(self, pictures: Sequence[PlacedPicture]) -> int:
-        """What decoding the largest picture, and cutting it into tiles, holds in host memory."""
-        if self._encoder is None or not pictures:
+    def pixel_bytes(self, images: Sequence[PlacedImage]) -> int:
+        """What decoding the largest image, and cutting it into tiles, holds in host memory."""
+        if self._encoder is None or not images:
             return 0
         tile = 3 * self._encoder.processing.size**2
-        return max(decoding_bytes(placed.picture.width, placed.picture.height) + 2 * tile * placed.layout.tiles
-                   for placed in pictures)
+        return max(decoding_bytes(placed.image.width, placed.image.height) + 2 * tile * placed.layout.tiles
+                   for placed in images)
 
-    def operations(self, pictures: Sequence[PlacedPicture], start: int, stop: int) -> int:
-        """Of the vision tower, for what of the pictures lies at positions start .. stop - 1."""
+    def operations(self, images: Sequence[PlacedImage], start: int, stop: int) -> int:
+        """Of the vision tower, for what of the images lies at positions start .. stop - 1."""
         if self.vision is None:
             return 0
         a_tile = vision_operations(self.vision, self._config.hidden_size, 1)
-        return a_tile * picture_tokens(pictures, start, stop) // self.vision.tokens_per_tile
+        return a_tile * count_image_tokens(images, start, stop) // self.vision.tokens_per_tile
 
-    def load(self, pictures: Sequence[PlacedPicture], *, dtype: torch.dtype, device: torch.device,
-             is_mapped: bool) -> PictureFeatures | None:
-        """The features of the prompt's pictures; None where it has none. Raises CheckpointError."""
-        if self._encoder is None or self.vision is None or not pictures:
+    def load(self, images: Sequence[PlacedImage], *, dtype: torch.dtype, device: torch.device,
+             is_mapped: bool) -> ImageFeatures | None:
+        """The features of the prompt's images; None where it has none. Raises CheckpointError."""
+        if self._encoder is None or self.vision is None or not images:
             return None
-        from l4ctx.picture_features import PictureFeatures
+        from l4ctx.image_features import ImageFeatures
         from model.checkpoint import load_vision
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "is_mapped": is_mapped}
         tower = load_vision(self._model, self.vision, self._config.hidden_size, **options)
-        return PictureFeatures(tower, self._encoder, pictures)
+        return ImageFeatures(tower, self._encoder, images)

@@ -1,0 +1,65 @@
+"""Images in the prompt: as which tokens, where, and what their features will follow from.
+
+Pixels and features are left to `l4ctx.image_features`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from l4ctx.image_tiles import ImageProcessing, TileLayout, tile_layout
+from l4ctx.images import DocumentImage
+
+if TYPE_CHECKING:
+    from l4ctx.image_tokens import ImageTokens
+
+
+class ImageSpan(NamedTuple):
+    """Positions `start` to before `stop` of a prompt are an image's tokens.
+
+    `sha256` is the digest, in hex, of all that its features follow from: pixels, preprocessing and the vision tower.
+    """
+
+    start: int
+    stop: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image of the prompt."""
+
+    image: DocumentImage
+    layout: TileLayout
+    span: ImageSpan
+
+
+@dataclass(frozen=True)
+class ImagePrompter:
+    """Puts images into prompts; `made_with` is the digest of preprocessing and vision tower, in hex."""
+
+    processing: ImageProcessing
+    tokens: ImageTokens
+    made_with: str
+
+    def encode(self, image: DocumentImage, into: array[int]) -> PlacedImage:
+        """Appends the tokens that stand for `image`."""
+        layout = tile_layout(image.width, image.height, self.processing)
+        start = len(into)
+        into.extend(self.tokens.ids(layout))
+        digest = hashlib.sha256(f"{self.made_with} {image.sha256}".encode("ascii")).hexdigest()
+        return PlacedImage(image, layout, ImageSpan(start, len(into), digest))
+
+
+def same_until(mine: Sequence[ImageSpan], saved: Sequence[ImageSpan]) -> int | None:
+    """The position of the first image that one of two prompts has and the other has not; None where there is none."""
+    return min((span.start for span in {*mine} ^ {*saved}), default=None)
+
+
+def count_image_tokens(images: Sequence[PlacedImage], start: int, stop: int) -> int:
+    """How many of the positions start .. stop - 1 are images'."""
+    return sum(max(0, min(stop, placed.span.stop) - max(start, placed.span.start)) for placed in images)
