@@ -10,11 +10,16 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from time import monotonic
+from typing import TYPE_CHECKING
 
+from l4ctx.images import DocumentImage, ImageError, pixels_digest
 from l4ctx.memory import human_bytes
 from l4ctx.pdf_process import (
+    MOST_LEFT,
     MOST_TEXT,
     LibraryMissingError,
     NoWorkerError,
@@ -28,10 +33,11 @@ from l4ctx.pdf_process import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from l4ctx.images import DocumentImage
-
 PDF_MODES = ("text", "pages", "both")  # each page's text, its image, or its text and then its image
 PAGE_PIXELS = 1344  # the longer side of a page's image: 4 tiles of 336
+DOCUMENT_SECONDS = 600.0  # for reading a document, and for every page
+SECONDS_A_PAGE = 1.0  # so much more; what is left of the document then is not read
+MOST_DECODED = 384 << 20  # bytes that pdfium is expected to need for a page, see `page_bytes`
 
 _HEADER_BYTES = 1024  # readers look for the header in so many bytes
 _HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is only mentioned
@@ -63,12 +69,13 @@ def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[l
 
     `mode` is one of PDF_MODES. Every page is wrapped in `<page number="1">` and `</page>` (counted from 1) on lines of
     their own; one that cannot be read is left out and noted. Text is all that the page holds, whether visible or
-    not, in the order in which the page draws it. An image's longer side has PAGE_PIXELS pixels; it is drawn once to
-    be sure that it can be, and again when it is decoded, from the file at `path`, which must still be the same then,
-    or from `raw` where `path` is None.
-    Raises PdfError where nothing can be read: encrypted, broken, no page, in mode text no text, or pdfium failing on
-    _MOST_LOST pages (it crashes, needs too much memory, or more than l4ctx.pdf_process.PAGE_SECONDS);
-    PdfSupportMissing.
+    not, in the order in which the page draws it. An image's longer side has PAGE_PIXELS pixels; it is drawn once for
+    its digest, and again when it is decoded, from the file at `path`, where the page must still show the same, or from
+    `raw` where `path` is None.
+    Pages that are not read within DOCUMENT_SECONDS and SECONDS_A_PAGE for each (and the page that is being read then)
+    are noted as well. Raises PdfError where nothing can be read: encrypted, broken, no page, in mode text no text, or
+    pdfium failing on _MOST_LOST pages (it crashes, needs too much memory, or more than
+    l4ctx.pdf_process.PAGE_SECONDS); PdfSupportMissing.
     """
     if mode not in PDF_MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(PDF_MODES)}")
@@ -86,54 +93,72 @@ def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[l
     return read.content, read.notes()
 
 
+def page_bytes(document_bytes: int) -> int:
+    """Bytes of memory that drawing a page takes at most, in this process and in pdfium's together, while it lasts.
+
+    That is MOST_LEFT (what pdfium's process holds between pages), the document's bytes, three times the page's image
+    (in that process, as received, and as Pillow holds it), and MOST_DECODED: the page's own bytes, which pdfium copies,
+    its fonts, and its images decoded. A document without a path is in this process before and after, too.
+    Assumed is MOST_DECODED: a page that needs more may take it, up to `memory_limit`. Measured beside the document's
+    bytes: 45 MiB for pages of text; for scanned ones of A4, 60 to 110 as JPEG, and at 600 dpi 315 as RGB with a mask
+    and 340 as JPEG 2000; for A3 at 850 dpi as JPEG, 170.
+    """
+    return MOST_LEFT + document_bytes + 3 * 4 * PAGE_PIXELS**2 + MOST_DECODED
+
+
 class _File:
     """A document from which pages are drawn."""
 
     def __init__(self, source: str, raw: bytes, path: str | None) -> None:
-        self.source = source
+        self._source = source
         self._path = path
-        self._sha256 = hashlib.sha256(raw).hexdigest()
         self._raw = raw if path is None else b""  # a file is read anew
-        self.memory = memory_limit(len(raw))  # for all pages at all times: what could be drawn once can be again
+        self._bytes = len(raw)
 
-    def image(self, number: int, width: int, height: int) -> DocumentImage:
-        """Of a page."""
-        from l4ctx.images import DocumentImage, ImageError
-
-        name = f"{self.source}, page {number}"
+    def image(self, number: int, width: int, height: int, sha256: str) -> DocumentImage:
+        """Of a page, with the digest of its pixels."""
+        name = f"{self._source}, page {number}"
 
         def decode() -> Image:
             try:
-                return self._drawn(number, width, height)
+                return self._drawn(number, sha256)
             except (RefusedError, PdfiumError, NoWorkerError) as error:
                 raise ImageError(f"{name}: {error}") from None
 
-        parameters = f"PDF {self._sha256} page {number} longer side {PAGE_PIXELS} size {width} x {height} RGB on white"
-        return DocumentImage(name, hashlib.sha256(parameters.encode()).hexdigest(), width, height, decode)
+        return DocumentImage(name, sha256, width, height, decode, page_bytes(self._bytes))
 
-    def _drawn(self, number: int, width: int, height: int) -> Image:
+    def _drawn(self, number: int, sha256: str) -> Image:
         from PIL import Image
 
-        path = self._path
-        if path is not None:
-            try:
-                path = os.path.join(os.getcwd(), path)  # the process may be in another folder
-            except OSError as error:
-                raise RefusedError(f"cannot be read any more: {error.strerror}") from None
-        header = {"do": "draw", "path": path, "sha256": self._sha256, "page": number, "size": (width, height),
-                  "memory": self.memory}
         try:
-            pixels = _only_reply(header, self._raw)
+            reply = self._page(number)
         except PdfiumError as error:
             if not error.try_again:
                 raise
-            pixels = _only_reply(header, self._raw)
-        return Image.frombytes("RGB", (width, height), pixels, "raw", "BGR")
+            reply = self._page(number)
+        width, height = reply.header["size"]
+        if pixels_digest(width, height, memoryview(reply.body)) != sha256:
+            raise RefusedError("changed since it was first read")
+        return Image.frombytes("RGB", (width, height), reply.body)
 
+    def _page(self, number: int) -> Reply:
+        path, size, sha256 = self._path, len(self._raw), None
+        if path is None:
+            sha256 = self._sha256
+        else:
+            try:
+                path = os.path.join(os.getcwd(), path)  # the process may be in another folder
+                size = os.stat(path).st_size
+            except OSError as error:
+                raise RefusedError(f"cannot be read any more: {error.strerror}") from None
+        header = {"do": "draw", "path": path, "sha256": sha256, "page": number, "longer_side": PAGE_PIXELS,
+                  "memory": memory_limit(size)}
+        with request(header, self._raw) as receive:
+            return receive()
 
-def _only_reply(header: dict[str, Any], body: bytes) -> bytearray:
-    with request(header, body) as receive:
-        return receive().body
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self._raw).hexdigest()
 
 
 @dataclass
@@ -142,6 +167,7 @@ class _Read:
 
     file: _File
     mode: str
+    seconds: float = 0.0  # spent on it
     pages: int = 0  # 0 until the document could be opened
     next: int = 1  # number of a page
     text_bytes: int = 0
@@ -154,6 +180,9 @@ class _Read:
     def all_pages(self, raw: bytes) -> None:
         """Raises PdfError, RefusedError and NoWorkerError."""
         while not self.pages or self.next <= self.pages:
+            if not self._has_time():
+                self._leave_the_rest()
+                return
             try:
                 self._further_pages(raw)
             except PdfiumError as error:
@@ -162,14 +191,33 @@ class _Read:
 
     def _further_pages(self, raw: bytes) -> None:
         """All that are left, in one process."""
-        header = {"do": "read", "path": None, "mode": self.mode, "first": self.next, "longer_side": PAGE_PIXELS,
-                  "memory": self.file.memory}
+        header = {"do": "read", "mode": self.mode, "first": self.next, "longer_side": PAGE_PIXELS,
+                  "memory": memory_limit(len(raw))}
         with request(header, raw) as receive:
-            self.pages = receive().header["pages"]
+            self.pages = self._timed(receive).header["pages"]
             while self.next <= self.pages:
-                self._add_page(receive())
+                if not self._has_time():
+                    return  # which ends the process
+                self._add_page(self._timed(receive))
                 self.next += 1
             receive()  # that the document is closed
+
+    def _timed(self, receive: Callable[[], Reply]) -> Reply:
+        began = monotonic()
+        try:
+            return receive()
+        finally:
+            self.seconds += monotonic() - began
+
+    def _most_seconds(self) -> float:
+        return DOCUMENT_SECONDS + SECONDS_A_PAGE * self.pages
+
+    def _has_time(self) -> bool:
+        return self.seconds <= self._most_seconds()
+
+    def _leave_the_rest(self) -> None:
+        reason = f"cannot be read (the document takes longer than {self._most_seconds():,.0f} s)"
+        self.failures.setdefault(reason, []).extend(range(self.next, self.pages + 1))
 
     def _add_page(self, reply: Reply) -> None:
         number, header = self.next, reply.header
@@ -186,7 +234,8 @@ class _Read:
             if not text or text.isspace():
                 self.without_text.append(number)
         if "size" in header:
-            image = self.file.image(number, *header["size"])
+            width, height = header["size"]
+            image = self.file.image(number, width, height, header["sha256"])
         if text is not None or image is not None:
             self.content += _wrapped(number, text, image)
 

@@ -26,7 +26,7 @@ PAGE_SECONDS = 60.0  # for one page, and for opening the document
 START_SECONDS = 60.0
 MOST_MEMORY = 4 << 30  # bytes of address space of the process, beside what the document takes
 LEAST_MEMORY = 1 << 30  # the same where hardly any memory is free: below it, sound pages would fail
-MOST_LEFT = 64 << 20  # bytes that it may still hold after a document; else it is ended, as they would never come back
+MOST_LEFT = 64 << 20  # bytes that it may still hold after a request, beside a document that it keeps; else it is ended
 MOST_TEXT = 2**27  # bytes of text in UTF-8: more than any model reads
 
 _COMMAND = (sys.executable, "-P", "-c", "from l4ctx.pdf_worker import main; main()")
@@ -65,9 +65,10 @@ class Reply:
 
 
 def memory_limit(document_bytes: int) -> int:
-    """Bytes of address space that the process may have for a document of that size.
+    """Bytes of address space that the process may have for a request about a document of that size.
 
-    At most about half of the memory that is free now, and never less than LEAST_MEMORY beside the document.
+    At most about half of the memory that is free now, and never less than LEAST_MEMORY beside the document. To be asked
+    before every request: models, keys and values take memory after documents are read and before pages are drawn.
     """
     most, free = MOST_MEMORY + 2 * document_bytes, available_memory()
     return most if free is None else min(most, max(free // 2, LEAST_MEMORY + document_bytes))
@@ -77,16 +78,16 @@ def memory_limit(document_bytes: int) -> int:
 def request(header: dict[str, Any], body: bytes = b"") -> Iterator[Callable[[], Reply]]:
     """Asks the process, starting one where none runs; yields a function that awaits the next reply.
 
-    One thread at a time. `header` says what to "do", the "memory" to do it in (bytes), the "path" and "sha256" of the
-    file with the document (a path of None: the document is `body`), and what else the task needs. Who leaves before
-    the last reply, by an exception or not, ends the process. Raises NoWorkerError; RefusedError and PdfiumError, as
-    does the function, which waits for PAGE_SECONDS.
+    One thread at a time. `header` says what to "do" ("read" or "draw"), the "memory" to do it in (bytes), and what else
+    the task needs. What is read is `body`; what is drawn from, the file at "path" or, where that is None, `body`, whose
+    digest is "sha256": it is kept open from one request to the next, see `l4ctx.pdf_worker`. Who leaves before the last
+    reply, by an exception or not, ends the process. Raises NoWorkerError; RefusedError and PdfiumError, as does the
+    function, which waits for PAGE_SECONDS.
     """
     with _one_at_a_time:
         worker = _started()
         try:
-            worker.send(header, body)
-            worker.receive(None)  # it has the document; until then it waits for a file, as anyone would
+            worker.ask(header, body)
             yield lambda: worker.receive(PAGE_SECONDS)
         finally:
             if not (worker.is_idle and worker.is_small()):
@@ -105,6 +106,7 @@ class _Worker:
         self.end = weakref.finalize(self, _end, self.process)
         self.is_idle = False  # and not between a request and its last reply
         self._requests = 0
+        self._kept = 0  # bytes of the document that it keeps open
         assert self.process.stdin is not None and isinstance(self.process.stdout, io.FileIO)
         self._stdin, self._stdout = self.process.stdin, self.process.stdout
         self._poll = select.poll() if hasattr(select, "poll") else None  # without: waits as long as it takes
@@ -132,18 +134,23 @@ class _Worker:
 
     def is_small(self) -> bool:
         held = process_memory(self.process.pid)
-        return held is None or held.anonymous <= MOST_LEFT
+        return held is None or held.anonymous <= MOST_LEFT + self._kept
 
-    def send(self, header: dict[str, Any], body: bytes) -> None:
-        """A request. Raises PdfiumError."""
+    def ask(self, header: dict[str, Any], body: bytes) -> None:
+        """A request; until it has the document, it waits for a file, as anyone would. Raises as `receive` does."""
         self._requests += 1
         self.is_idle = False
         raw = json.dumps(header).encode()
+        self._send(FRAME.pack(len(raw), len(body)) + raw)
+        if "wanted" in self.receive(None).header:
+            self._send(body)
+            self.receive(None)
+
+    def _send(self, raw: bytes) -> None:
+        left = memoryview(raw)
         try:
-            for piece in (FRAME.pack(len(raw), len(body)) + raw, body):
-                left = memoryview(piece)
-                while left:
-                    left = left[self._stdin.write(left) :]
+            while left:
+                left = left[self._stdin.write(left) :]
         except BrokenPipeError:
             raise self._failed() from None
 
@@ -159,6 +166,7 @@ class _Worker:
         except TimeoutError:
             raise PdfiumError(f"cannot be read within {seconds:g} s") from None
         self.is_idle = "last" in header
+        self._kept = header.get("kept", self._kept)
         if "error" in header:
             raise RefusedError(header["error"])
         return Reply(header, body)

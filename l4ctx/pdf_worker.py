@@ -1,14 +1,18 @@
 """The process that runs pdfium: text and images of pages, for one request after the other on its standard input.
 
 Starting it, ending it and limits of time are left to `l4ctx.pdf_process`, what becomes of the pages to `l4ctx.pdf`.
-Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body. pdfium may end the process
-at any moment: it aborts where memory is short. Every other error ends it too, and its reader says so.
+Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body; that of a request is to
+follow the reply that it is "wanted". pdfium may end the process at any moment: it aborts where memory is short. Every
+other error ends it too, and its reader says so.
+
+The document that pages are drawn from stays open between requests: one, until another is read or drawn from, or nobody
+has asked for _KEPT_SECONDS. Beside its bytes, pdfium holds what it has parsed and copied of it: _MOST_GROWTH and a page
+at most, then it is opened anew.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 import json
 import math
@@ -18,12 +22,13 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from l4ctx.files import read_regular_file
+from l4ctx.images import pixels_digest
+from l4ctx.memory import give_back_free_memory, process_memory
 
 try:
     import resource
@@ -32,11 +37,15 @@ except ImportError:  # not on every system; there, memory has no limit
 
 FRAME = struct.Struct("!IQ")  # bytes of the header, bytes of the body
 
+_KEPT_SECONDS = 10.0  # reading a document again takes much less, even one of gigabytes
+_MOST_GROWTH = 16 << 20  # bytes
+
 _LINE_ENDS = re.compile("\r\n|[\r\v\f]")
 # U+FFFE stands for "-" and a line break within a word, and for characters without a meaning; U+00AD is invisible.
 _NO_TEXT = re.compile("[\x00\u00ad\ufffe\uffff]")
 
 _Send = Callable[..., None]  # a header, and a body if there is one
+_Receive = Callable[[], bytes]  # the body of the request
 
 
 class _DocumentError(Exception):
@@ -57,7 +66,7 @@ def main() -> None:
     _be_the_first_to_go()
     with open(requests, "rb") as source, open(replies, "wb") as target:
 
-        def send(header: dict[str, Any], body: bytes = b"") -> None:
+        def send(header: dict[str, Any], body: bytes | bytearray = b"") -> None:
             raw = json.dumps(header).encode()
             target.write(FRAME.pack(len(raw), len(body)) + raw)
             target.write(body)
@@ -72,8 +81,9 @@ def main() -> None:
             send({"error": f"pypdfium2 cannot be loaded: {' '.join(str(error).split())}"})
             return
         send({"ready": True})
-        while _serve(pdfium, source, send):
-            pass
+        kept = _Kept(pdfium)
+        while _serve(kept, source, send):
+            kept.wait(source)
 
 
 def _pdfium() -> ModuleType:
@@ -115,46 +125,134 @@ def _limit_memory(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (count if most == resource.RLIM_INFINITY else min(count, most), most))
 
 
-def _serve(pdfium: ModuleType, source: BinaryIO, send: _Send) -> bool:
-    """One request; its last reply says so, and comes when the document is closed. False where there is no request."""
+class _Document:
+    """A document in memory, open in pdfium. No form is started: nothing in it is ever run."""
+
+    def __init__(self, pdfium: ModuleType, raw: bytes) -> None:
+        """Raises _DocumentError."""
+        self.raw = raw  # must be kept until it is closed
+        self._pdfium = pdfium
+        self._open()
+
+    def _open(self) -> None:
+        pdfium = self._pdfium
+        self.handle = pdfium.FPDF_LoadMemDocument64(self.raw, len(self.raw), None)
+        if not self.handle:
+            error = pdfium.FPDF_GetLastError()
+            if error == pdfium.FPDF_ERR_PASSWORD:
+                raise _DocumentError("encrypted: it needs a password")
+            if error == pdfium.FPDF_ERR_SECURITY:
+                raise _DocumentError("encrypted in a way that pdfium does not know")
+            raise _DocumentError("a broken PDF: pdfium finds no document in it")
+        self.has_form = pdfium.FPDF_GetFormType(self.handle) not in (-1, pdfium.FORMTYPE_NONE)
+        self._held_at_first = _held()
+
+    def close(self) -> None:
+        if self.handle:
+            self._pdfium.FPDF_CloseDocument(self.handle)
+        self.handle = None
+        give_back_free_memory()
+
+    def slim(self) -> None:
+        """Opens it anew where pdfium has copied much of it: streams of every page seen stay until it is closed."""
+        if _held() - self._held_at_first > _MOST_GROWTH:
+            self.close()
+            self._open()
+
+
+def _held() -> int:
+    """Bytes that this process holds; 0 where that is not known."""
+    held = process_memory()
+    return 0 if held is None else held.anonymous
+
+
+class _Kept:
+    """The document that pages are drawn from, if any, open from one request to the next."""
+
+    def __init__(self, pdfium: ModuleType) -> None:
+        self.pdfium = pdfium
+        self._document: _Document | None = None
+        self._key: object = None  # what tells it from others, and from what it was before
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self._document is None else len(self._document.raw)
+
+    def document(self, path: str | None, sha256: str | None, receive: _Receive, send: _Send) -> _Document:
+        """What is in the file, or the bytes with that digest, to be received where they are not here.
+
+        Says when it has them, and only then opens them, which may take long. Raises _DocumentError.
+        """
+        try:
+            now = None if path is None else os.stat(path)
+            key = sha256 if now is None else (path, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+            if self._document is not None and key == self._key:
+                send({"received": True})
+                return self._document
+            self.close()
+            raw = receive() if path is None else read_regular_file(path)[0]
+            send({"received": True})
+            self._document, self._key = _Document(self.pdfium, raw), key
+        except OSError as error:
+            raise _DocumentError(f"cannot be read any more: {error.strerror}") from None
+        except _DocumentError as error:
+            raise _DocumentError(_changed(error)) from None
+        return self._document
+
+    def close(self) -> None:
+        document, self._document = self._document, None
+        if document is not None:
+            document.close()
+            del document
+            give_back_free_memory()
+
+    def wait(self, source: BinaryIO) -> None:
+        """For the next request; where that takes long, the document is closed."""
+        if self._document is None or not hasattr(select, "poll"):
+            return
+        coming = select.poll()
+        coming.register(source, select.POLLIN)
+        if not coming.poll(1000 * _KEPT_SECONDS):
+            self.close()
+
+
+def _changed(error: Exception) -> str:
+    """For a document or page that could be drawn at first."""
+    return f"changed since it was first read ({error})"
+
+
+def _serve(kept: _Kept, source: BinaryIO, send: _Send) -> bool:
+    """One request; its last reply says so, and how many bytes of a document are kept. False where there is none."""
     frame = source.read(FRAME.size)
     if len(frame) < FRAME.size:
         return False
     header_bytes, body_bytes = FRAME.unpack(frame)
     request = json.loads(source.read(header_bytes))
     _limit_memory(request["memory"])
-    raw = source.read(body_bytes)
-    pixels = b""
+
+    def receive() -> bytes:
+        send({"wanted": True})
+        return source.read(body_bytes)
+
+    last: dict[str, Any] = {}
+    pixels = bytearray()
     try:
-        if request["path"] is not None:
-            raw = _unchanged(request["path"], request["sha256"])
-        send({"received": True})
         if request["do"] == "read":
-            _read(pdfium, raw, request, send)
+            kept.close()
+            _read(kept.pdfium, receive(), request, send)
+            give_back_free_memory()
         else:
-            pixels = _drawn(pdfium, raw, request)
-        last: dict[str, Any] = {"last": True}
+            last["size"], pixels = _drawn(kept, request, receive, send)
     except (_DocumentError, _PageError) as error:
-        last = {"error": str(error), "last": True}
-    del raw  # by the last reply it holds nothing
-    send(last, pixels)
+        last = {"error": str(error)}
+    send(last | {"last": True, "kept": kept.bytes}, pixels)
     return True
-
-
-def _unchanged(path: str, sha256: str) -> bytes:
-    """What is in the file, which has this digest."""
-    try:
-        raw, _ = read_regular_file(path)
-    except OSError as error:
-        raise _DocumentError(f"cannot be read any more: {error.strerror}") from None
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise _DocumentError("the file changed after it was read")
-    return raw
 
 
 def _read(pdfium: ModuleType, raw: bytes, request: dict[str, Any], send: _Send) -> None:
     """The number of pages, and then a reply for every one from `first` (counted from 1) on, its text as the body."""
-    with _opened(pdfium, raw) as document:
+    send({"received": True})
+    with closing(_Document(pdfium, raw)) as document:
         pages = pdfium.FPDF_GetPageCount(document.handle)
         if pages < 1:
             raise _DocumentError("a PDF without pages")
@@ -169,41 +267,27 @@ def _read(pdfium: ModuleType, raw: bytes, request: dict[str, Any], send: _Send) 
                         header["has_text"] = True
                     if request["mode"] != "text":
                         size = _image_size(pdfium, document, index, request["longer_side"])
-                        _pixels(pdfium, page, *size)  # as it will be: to be sure that it can be drawn
+                        header["sha256"] = pixels_digest(*size, memoryview(_pixels(pdfium, page, *size)))
                         header["size"] = size
             except _PageError as error:
                 header["failure"] = str(error)
             send(header, text.encode())
+            if "failure" not in header:  # of these there may be many, and they leave nothing
+                document.slim()
 
 
-def _drawn(pdfium: ModuleType, raw: bytes, request: dict[str, Any]) -> bytes:
-    with _opened(pdfium, raw) as document, _loaded(pdfium, document, request["page"] - 1) as page:
-        return _pixels(pdfium, page, *request["size"])
-
-
-@dataclass(frozen=True)
-class _Document:
-    """An open document: pdfium's handle of it, and whether it has fields to fill in."""
-
-    handle: Any
-    has_form: bool
-
-
-@contextmanager
-def _opened(pdfium: ModuleType, raw: bytes) -> Iterator[_Document]:
-    """The document in `raw`, which must be kept until it is closed. No form is started: nothing in it is ever run."""
-    handle = pdfium.FPDF_LoadMemDocument64(raw, len(raw), None)
-    if not handle:
-        error = pdfium.FPDF_GetLastError()
-        if error == pdfium.FPDF_ERR_PASSWORD:
-            raise _DocumentError("encrypted: it needs a password")
-        if error == pdfium.FPDF_ERR_SECURITY:
-            raise _DocumentError("encrypted in a way that pdfium does not know")
-        raise _DocumentError("a broken PDF: pdfium finds no document in it")
+def _drawn(kept: _Kept, request: dict[str, Any], receive: _Receive, send: _Send) -> tuple[tuple[int, int], bytearray]:
+    """The size and the pixels of a page that could be drawn before."""
+    pdfium, index = kept.pdfium, request["page"] - 1
+    document = kept.document(request["path"], request["sha256"], receive, send)
     try:
-        yield _Document(handle, pdfium.FPDF_GetFormType(handle) not in (-1, pdfium.FORMTYPE_NONE))
-    finally:
-        pdfium.FPDF_CloseDocument(handle)
+        with _loaded(pdfium, document, index) as page:
+            size = _image_size(pdfium, document, index, request["longer_side"])
+            pixels = _pixels(pdfium, page, *size)
+    except _PageError as error:
+        raise _DocumentError(_changed(error)) from None
+    document.slim()
+    return size, pixels
 
 
 @contextmanager
@@ -286,10 +370,11 @@ def _image_size(pdfium: ModuleType, document: _Document, index: int, longer_side
     return round(width * scale), round(height * scale)
 
 
-def _pixels(pdfium: ModuleType, page: Any, width: int, height: int) -> bytes:
-    """The page as it is shown, with annotations, on white: rows from the top, and blue, green, red of a pixel."""
-    pixels = (ctypes.c_ubyte * (3 * width * height))()
-    bitmap = pdfium.FPDFBitmap_CreateEx(width, height, pdfium.FPDFBitmap_BGR, pixels, 3 * width)
+def _pixels(pdfium: ModuleType, page: Any, width: int, height: int) -> bytearray:
+    """The page as it is shown, with annotations, on white: rows from the top, and red, green, blue of a pixel."""
+    pixels = bytearray(3 * width * height)
+    buffer = (ctypes.c_ubyte * len(pixels)).from_buffer(pixels)
+    bitmap = pdfium.FPDFBitmap_CreateEx(width, height, pdfium.FPDFBitmap_BGR, buffer, 3 * width)
     if not bitmap:
         raise _PageError("cannot be drawn")
     try:
@@ -297,4 +382,5 @@ def _pixels(pdfium: ModuleType, page: Any, width: int, height: int) -> bytes:
         pdfium.FPDF_RenderPageBitmap(bitmap, page, 0, 0, width, height, 0, pdfium.FPDF_ANNOT)
     finally:
         pdfium.FPDFBitmap_Destroy(bitmap)
-    return bytes(pixels)
+    pixels[0::3], pixels[2::3] = pixels[2::3], pixels[0::3]
+    return pixels

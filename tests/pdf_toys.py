@@ -131,6 +131,17 @@ def memory_bomb(*pages: Page, at: int, count: int) -> bytes:
     return assembled(objects)
 
 
+def noise(*, pages: int, side: int) -> bytes:
+    """Every page shows another image of so many bytes, squared."""
+    objects, draw = objects_of([Page(b"300 0 0 200 0 0 cm /I1 Do")] * pages), random.Random(0)
+    look = b"/Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceGray /BitsPerComponent 8 "
+    first = len(objects) + 1
+    for at in range(pages):
+        leaf = objects[6 + 2 * at]
+        objects[6 + 2 * at] = leaf.replace(b"/I1 6 0 R", b"/I1 %d 0 R" % (first + at))
+    return assembled([*objects, *(stream(draw.randbytes(side * side), look % (side, side)) for _ in range(pages))])
+
+
 def time_bomb(*pages: Page, depth: int) -> bytes:
     """What SCANNED shows is a form here: one that draws the next ten times, and so on, and the last one nothing."""
     objects = objects_of(list(pages))

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pdf_toys import SCANNED, Page, memory_bomb, pdf, text, time_bomb
+from pdf_toys import SCANNED, Page, mark, memory_bomb, noise, pdf, text, time_bomb
 
 from l4ctx import pdf_process
 from l4ctx.images import DocumentImage, ImageError
-from l4ctx.pdf import PdfError, PdfSupportMissing, read_pdf
+from l4ctx.memory import process_memory
+from l4ctx.pdf import PdfError, PdfSupportMissing, page_bytes, read_pdf
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = Page(text(b"words"))
@@ -27,13 +28,21 @@ FEW = 192 << 20  # bytes of memory; the process has half of them before it opens
 BOMB = 256 << 20
 
 
-def read(raw: bytes, mode: str = "text") -> tuple[list[str | DocumentImage], list[str]]:
-    return read_pdf("report.pdf", raw, None, mode=mode)
+def read(raw: bytes, mode: str = "text", path: Path | None = None) -> tuple[list[str | DocumentImage], list[str]]:
+    return read_pdf("report.pdf", raw, path and str(path), mode=mode)
+
+
+def images(raw: bytes, path: Path | None = None) -> list[DocumentImage]:
+    return [piece for piece in read(raw, "pages", path)[0] if isinstance(piece, DocumentImage)]
 
 
 def worker() -> int:
     """The number of the process, which has just read a document."""
     assert read(pdf(WORDS)) == ([READ], [])
+    return worker_running()
+
+
+def worker_running() -> int:
     assert pdf_process._worker is not None
     return pdf_process._worker.process.pid
 
@@ -107,9 +116,8 @@ def test_a_document_of_such_pages_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_image_that_cannot_be_drawn_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    content, _ = read(time_bomb(SCANNED, depth=SLOW), "pages")
-    shown = content[1]
-    assert isinstance(shown, DocumentImage) and (whole := shown.decode())
+    (shown,) = images(time_bomb(SCANNED, depth=SLOW - 1))
+    whole = shown.decode()
     monkeypatch.setattr(pdf_process, "PAGE_SECONDS", 0.01)
     with pytest.raises(ImageError, match=r"^report\.pdf, page 1: cannot be read within 0.01 s$"):
         shown.decode()
@@ -119,11 +127,11 @@ def test_an_image_that_cannot_be_drawn_any_more(monkeypatch: pytest.MonkeyPatch)
 
 @needs_proc
 def test_what_kills_the_process_from_outside_costs_nothing() -> None:
-    content, _ = read(pdf(WORDS), "pages")
+    (shown,) = images(pdf(WORDS))
     os.kill(before := worker(), signal.SIGKILL)
     assert worker() != before and is_gone(before)
     os.kill(before := worker(), signal.SIGKILL)
-    assert isinstance(content[1], DocumentImage) and content[1].decode().size == (content[1].width, content[1].height)
+    assert shown.decode().size == (shown.width, shown.height)
     assert is_gone(before)
     raw = time_bomb(SCANNED, WORDS, depth=SLOW)
     expected, before = read(raw), worker()
@@ -139,6 +147,89 @@ def test_a_process_that_holds_much_is_replaced(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pdf_process, "MOST_LEFT", 0)
     before = worker()
     assert is_gone(before) and worker() != before
+
+
+@needs_proc
+def test_memory_is_limited_anew_for_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = images(memory_bomb(WORDS, SCANNED, at=0, count=BOMB))
+    monkeypatch.setattr(pdf_process, "MOST_MEMORY", FEW)
+    with pytest.raises(ImageError, match=rf"^report\.pdf, page 1: {NOT_READ}$"):
+        first.decode()
+    second.decode()
+
+
+def overwrite(path: Path) -> None:
+    """With something else; nothing but its content tells."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("closed_by", ["reading", "drawing", "a change"])
+def test_a_document_stays_open_between_pages(tmp_path: Path, closed_by: str) -> None:
+    path, raw = tmp_path / "a.pdf", pdf(Page(mark()), Page(mark()))
+    path.write_bytes(raw)
+    first, second = images(raw, path)
+    (other,) = images(pdf(Page(mark())))
+    first.decode()
+    overwrite(path)
+    second.decode()
+    if closed_by == "reading":
+        read(pdf(WORDS))
+    elif closed_by == "drawing":
+        other.decode()
+    else:
+        os.utime(path)
+    with pytest.raises(ImageError, match=r"^report\.pdf, page 2: changed since it was first read \(a broken PDF"):
+        second.decode()
+
+
+@needs_proc
+def test_an_open_document_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from l4ctx import pdf_worker; pdf_worker._KEPT_SECONDS = 0.05; pdf_worker.main()"
+    restart(monkeypatch, sys.executable, "-P", "-c", code)
+    path, raw = tmp_path / "report.pdf", pdf(WORDS) + b"%" * (64 << 20)
+    path.write_bytes(raw)
+    (shown,) = images(raw, path)
+    shown.decode()
+    process, end = worker_running(), time.monotonic() + 20
+    while (held := process_memory(process)) is not None and held.anonymous > 48 << 20:
+        assert time.monotonic() < end, held
+        time.sleep(0.01)
+    shown.decode()
+    assert worker_running() == process
+    monkeypatch.undo()
+    restart(monkeypatch)
+
+
+def test_what_has_no_path_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def send(worker: pdf_process._Worker, raw: bytes) -> None:
+        sent.append(raw)
+        whole(worker, raw)
+
+    whole = pdf_process._Worker._send
+    raw = pdf(WORDS, SCANNED)
+    shown = images(raw)
+    monkeypatch.setattr(pdf_process._Worker, "_send", send)
+    for image in shown * 2:
+        image.decode()
+    assert sent.count(raw) == 1 and len(sent) == 5
+
+
+@needs_proc
+def test_what_pdfium_copies_does_not_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, raw = tmp_path / "scan.pdf", noise(pages=12, side=2000)
+    path.write_bytes(raw)
+    monkeypatch.setattr(pdf_process, "MOST_LEFT", 48 << 20)
+    worker()
+    shown, process = images(raw, path), worker_running()
+    for image in shown:
+        image.decode()
+        held = process_memory(process)
+        assert held is not None and held.anonymous < len(raw) + pdf_process.MOST_LEFT and worker_running() == process
 
 
 @needs_proc
@@ -222,3 +313,4 @@ def test_memory_is_limited_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     for free, document, limit in ((None, 0, 4), (64, 0, 4), (64, 3, 10), (6, 0, 3), (1, 0, 1), (0, 2, 3)):
         monkeypatch.setattr(pdf_process, "available_memory", lambda free=free: free if free is None else free * gib)
         assert pdf_process.memory_limit(document * gib) == limit * gib
+        assert page_bytes(document * gib) <= limit * gib  # what is planned for can be had
