@@ -39,7 +39,9 @@ _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 0x0142, 0x0143
 _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
             7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> the PIL.Image.Transpose that undoes it
 _SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
+_MOST_PAGES = 10_000  # of a TIFF, that are counted
 _SURELY_FREE = 2**28  # bytes; for less nobody is asked what is free
+_BAND = 1 << 20  # bytes of RGB that are hashed at once
 _MOST_REASON = 100  # characters of Pillow's own words
 
 _warnings_lock = threading.Lock()
@@ -49,13 +51,18 @@ class ImageError(Exception):
     """An image that cannot be used; the message is the reason in one line."""
 
 
+class ImageMemoryError(ImageError):
+    """An image that there is not enough memory to decode."""
+
+
 @dataclass(frozen=True)
 class DocumentImage:
     """One image that can be decoded.
 
-    `source` is the name to show; `sha256` the digest of the raw bytes; `width` and `height`, in pixels, are those of
-    the upright image. `decode()` decodes anew at each call, to mode RGB of exactly that size, and keeps nothing;
-    it raises ImageError, the source named, where the file is no longer what it was.
+    `source` is the name to show; `width` and `height`, in pixels, are those of the upright image; `sha256` is the
+    `pixels_digest` of what it shows: the same pixels are the same image, whatever file they come from. `decode()`
+    decodes anew at each call, to mode RGB of exactly that size, and keeps nothing; it raises ImageError, the source
+    named, where the pixels are no longer those. `memory` is how many bytes that may take at its peak.
     """
 
     source: str
@@ -63,6 +70,7 @@ class DocumentImage:
     width: int
     height: int
     decode: Callable[[], Image.Image]
+    memory: int
 
 
 def image_format(raw: bytes) -> str | None:
@@ -89,16 +97,24 @@ def read_image(source: str, raw: bytes, path: str | None) -> tuple[DocumentImage
     without, `raw` is kept. Raises ImageError with a reason that does not name the source.
     """
     image, notes = _decoded(raw)
-    width, height = image.size
+    (width, height), digest = image.size, _image_digest(image)
     del image
-    digest = hashlib.sha256(raw).hexdigest()
+
+    memory = decoding_bytes(width, height) + len(raw)
 
     def again() -> Image.Image:
-        return _decoded_again(source, digest, raw if path is None else _read_again(source, digest, path))
+        return _decoded_again(source, digest, raw if path is None else _read_again(source, path))
 
     if path is not None:
         raw = b""  # `again` does not hold on to it
-    return DocumentImage(source, digest, width, height, again), notes
+    return DocumentImage(source, digest, width, height, again, memory), notes
+
+
+def pixels_digest(width: int, height: int, rgb: bytes | memoryview) -> str:
+    """SHA-256, in hexadecimal, of the size in pixels and the RGB bytes, row by row from the top."""
+    digest = _digest_of_size(width, height)
+    digest.update(rgb)
+    return digest.hexdigest()
 
 
 def decoding_bytes(width: int, height: int) -> int:
@@ -111,23 +127,38 @@ def decoding_bytes(width: int, height: int) -> int:
     return 16 * width * height + (32 << 20)
 
 
-def _read_again(source: str, digest: str, path: str) -> bytes:
+def _digest_of_size(width: int, height: int) -> hashlib._Hash:
+    return hashlib.sha256(f"{width} x {height}\n".encode("ascii"))
+
+
+def _image_digest(image: Image.Image) -> str:
+    """`pixels_digest` of an image of mode RGB, without all of its bytes at once."""
+    width, height = image.size
+    digest, rows = _digest_of_size(width, height), max(_BAND // (3 * width), 1)
+    for top in range(0, height, rows):
+        digest.update(image.crop((0, top, width, min(top + rows, height))).tobytes())
+    return digest.hexdigest()
+
+
+def _read_again(source: str, path: str) -> bytes:
     try:
-        raw, changed = read_regular_file(path)
+        return read_regular_file(path)[0]  # changed meanwhile or not: the pixels will tell
     except FileNotFoundError:
         raise ImageError(f"{source}: vanished since it was first read") from None
     except OSError as error:
         raise ImageError(f"{source}: cannot be read again: {error.strerror}") from None
-    if changed or hashlib.sha256(raw).hexdigest() != digest:
-        raise ImageError(f"{source}: changed since it was first read")
-    return raw
 
 
 def _decoded_again(source: str, digest: str, raw: bytes) -> Image.Image:
     try:
-        return _decoded(raw)[0]
-    except ImageError as error:  # memory may be short by now
-        raise ImageError(f"{source}: {error}") from None
+        image = _decoded(raw)[0]
+    except ImageMemoryError as error:
+        raise ImageMemoryError(f"{source}: {error}") from None
+    except ImageError as error:
+        raise ImageError(f"{source}: changed since it was first read: {error}") from None
+    if _image_digest(image) != digest:
+        raise ImageError(f"{source}: changed since it was first read")
+    return image
 
 
 def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
@@ -144,7 +175,10 @@ def _decoded(raw: bytes) -> tuple[Image.Image, list[str]]:
             _check_memory(*image.size)
             image.load()
             _check_size(*image.size)  # a frame of a GIF may exceed what its header declares
-            notes = [f"a TIFF of {pages:,} pages: the first is read"] if pages > 1 else []
+            notes = []
+            if pages > 1:
+                more = "more than " if pages > _MOST_PAGES else ""
+                notes.append(f"a TIFF of {more}{min(pages, _MOST_PAGES):,} pages: the first is read")
             rgb = _on_white(_in_eight_bits(image, notes))
             if name != "TIFF" and (undo := _UPRIGHT.get(_orientation(image))):  # with TIFF, Pillow has done it
                 rgb = rgb.transpose(Image.Transpose[undo])
@@ -168,7 +202,7 @@ def _frames(image: Image.Image, name: str) -> int:
 
 @contextmanager
 def _only_image_errors(name: str) -> Iterator[None]:
-    """Whatever Pillow raises for malformed input becomes a ImageError; its warnings are dropped.
+    """Whatever Pillow raises for malformed input becomes an ImageError; its warnings are dropped.
 
     Warnings are filtered for the whole process (Python's filters are), hence by one thread at a time: images are
     decoded one after another.
@@ -179,9 +213,9 @@ def _only_image_errors(name: str) -> Iterator[None]:
             yield
         except ImageError:
             raise
-        except MemoryError:
-            raise ImageError("decoding it needs more memory than there is (scale it down)") from None
         except Exception as error:  # Pillow's decoders raise some twenty kinds for malformed input
+            if isinstance(error, MemoryError) or str(error).startswith("out of memory"):  # some decoders' OSError
+                raise ImageMemoryError("decoding it needs more memory than there is (scale it down)") from None
             raise ImageError(_reason(name, error)) from None
 
 
@@ -229,14 +263,14 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_memory(width: int, height: int) -> None:
-    """Before it is allocated: under overcommit too much would be a kill."""
+    """Raises ImageMemoryError before it is allocated: under overcommit too much would be a kill."""
     needed = decoding_bytes(width, height)
     if needed < _SURELY_FREE:
         return
     free = available_memory()
     if free is not None and needed > free:
-        raise ImageError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
-                           f"{human_bytes(free)} are free (scale it down)")
+        raise ImageMemoryError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
+                               f"{human_bytes(free)} are free (scale it down)")
 
 
 def _too_large(size: str) -> str:
@@ -292,7 +326,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _tiff_pages(raw: bytes) -> int:
-    """The number of pages. Raises ImageError where the first claims more than the file or the limits hold."""
+    """The number of pages, at most _MOST_PAGES + 1. Raises ImageError where the first claims more than the file or
+    the limits hold."""
     directory = _TiffDirectory.first(raw)
     if directory is None:
         raise ImageError("damaged: the TIFF file is cut short")
@@ -301,8 +336,8 @@ def _tiff_pages(raw: bytes) -> int:
         raise ImageError("damaged: its TIFF tags claim more bytes than the file has")
     if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MAX_PIXELS:
         raise ImageError("damaged: its TIFF tiles are larger than an image may be")
-    seen = set()
-    while directory is not None and directory.offset not in seen:
+    seen: set[int] = set()
+    while directory is not None and directory.offset not in seen and len(seen) <= _MOST_PAGES:
         seen.add(directory.offset)
         directory = directory.following()
     return len(seen)

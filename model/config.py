@@ -7,6 +7,7 @@ torch, so that plans and error messages are quick. Knows nothing of tensors, fil
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,32 +160,39 @@ def read_config(file: Path, missing: str) -> Any:
         raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
 
 
+def shown(value: object) -> str:
+    """A value of a configuration as an error names it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 class FieldReader:
     """Typed access to a configuration's fields; null means the default, a wrong type is named."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields = fields
 
-    def integer(self, name: str, default: int) -> int:
+    def value(self, name: str, default: Any) -> Any:
         value = self.fields.get(name)
-        value = default if value is None else value
+        return default if value is None else value
+
+    def integer(self, name: str, default: int) -> int:
+        value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ConfigError(f"{name}: {value!r} is not a positive integer")
+            raise ConfigError(f"{name}: {shown(value)} is not a positive integer")
         return value
 
     def number(self, name: str, default: float) -> float:
-        value = self.fields.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ConfigError(f"{name}: {value!r} is not a non-negative number")
+        value = self.value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise ConfigError(f"{name}: {shown(value)} is not a non-negative number")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         """Released files hold `attn_temperature_tuning: 4`, which means true."""
-        value = self.fields.get(name)
-        value = default if value is None else value
+        value = self.value(name, default)
         if not isinstance(value, bool | int):
-            raise ConfigError(f"{name}: {value!r} is neither true nor false")
+            raise ConfigError(f"{name}: {shown(value)} is neither true nor false")
         return bool(value)
 
 

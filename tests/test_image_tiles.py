@@ -1,14 +1,12 @@
-"""Canvas, tiles and numbers against transformers' image processor."""
+"""Canvas, tiles and numbers against transformers' image processor; and the memory for them."""
 
 from __future__ import annotations
 
 import functools
-import json
 import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,18 +15,10 @@ from transformers import Llama4ImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.models.llama4 import image_processing_llama4 as reference
 
-from l4ctx.image_tiles import (
-    ImageProcessing,
-    ImageProcessingError,
-    TileLayout,
-    fitted_size,
-    image_tiles,
-    normalized,
-    tile_layout,
-)
-from l4ctx.images import read_image
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import TileLayout, fitted_size, image_tiles, normalized, tile_layout
+from l4ctx.images import decoding_bytes, read_image
 
-SCOUT = Path(__file__).resolve().parent.parent.parent / "shared" / "llama4" / "scout"
 LLAMA4 = ImageProcessing()
 OTHERS = [ImageProcessing(size=size, max_patches=most, resize_to_max_canvas=to_max)
           for size, most, to_max in ((28, 1, False), (56, 4, True), (28, 12, False), (56, 12, True), (28, 16, True))]
@@ -80,7 +70,8 @@ def test_layouts_by_hand(size: tuple[int, int], layout: tuple[int, int], tiles: 
 
 
 def test_a_layout_needs_neither_torch_nor_pillow() -> None:
-    code = ("import sys\nfrom l4ctx.image_tiles import ImageProcessing, tile_layout\n"
+    code = ("import sys\nfrom l4ctx.image_processing import ImageProcessing\n"
+            "from l4ctx.image_tiles import tile_layout\n"
             "import l4ctx.images\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
             "print(sorted({'torch', 'PIL', 'numpy'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
@@ -184,57 +175,39 @@ def test_numbers_equal_those_of_transformers_to_the_bit(processing: ImageProcess
     assert pixels.dtype == torch.uint8
 
 
-# What a checkpoint says.
-def folder_with(path: Path, content: Any, name: str = "preprocessor_config.json") -> Path:
-    path.mkdir(exist_ok=True)
-    (path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
+# Memory, in bytes beside the image and the interpreter.
+MEASURE = """
+import sys
+from PIL import Image
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import image_tiles, tile_layout, tiling_bytes
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+width, height, size, most, to_max, resample = map(int, sys.argv[1:])
+image_tiles(Image.new("RGB", (70, 50)), ImageProcessing(size=28))
+processing = ImageProcessing(size, most, bool(to_max), resample=resample)
+image = Image.new("RGB", (width, height), (20, 40, 60))
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+tiles = image_tiles(image, processing)
+layout = tile_layout(width, height, processing)
+print(*layout, memory("VmHWM") - before, tiling_bytes(layout, processing), tiles.nbytes)
+"""
 
 
-def test_defaults_and_what_transformers_writes(tmp_path: Path) -> None:
-    assert ImageProcessing.from_folder(tmp_path, 336) == LLAMA4
-    assert ImageProcessing.from_folder(tmp_path, 28) == ImageProcessing(size=28)
-    processor = Llama4ImageProcessor(size={"height": 28, "width": 28}, max_patches=5, resize_to_max_canvas=True,
-                                     image_mean=[0.25, 0.5, 0.75], image_std=[0.5, 0.25, 1.0], resample=3,
-                                     rescale_factor=0.5, do_normalize=True)
-    processor.save_pretrained(tmp_path / "flat")
-    expected = ImageProcessing(28, 5, True, (0.25, 0.5, 0.75), (0.5, 0.25, 1.0), 0.5, True, True, 3)
-    assert ImageProcessing.from_folder(tmp_path / "flat", 28) == expected
-    said = json.loads((tmp_path / "flat" / "preprocessor_config.json").read_text())
-    folder = folder_with(tmp_path / "nested", {"image_processor": said, "patch_size": 14}, "processor_config.json")
-    assert ImageProcessing.from_folder(folder, 28) == expected
-    folder_with(folder, {"max_patches": 3})  # transformers 5 does not look at it then
-    assert ImageProcessing.from_folder(folder, 28) == expected
-    folder = folder_with(tmp_path / "old", {"patch_size": 14}, "processor_config.json")
-    assert ImageProcessing.from_folder(folder_with(folder, {"max_patches": 3}), 336) == ImageProcessing(max_patches=3)
-
-
-@pytest.mark.skipif(not SCOUT.is_dir(), reason="the published configuration is not at ../shared")
-def test_the_published_configuration() -> None:
-    assert ImageProcessing.from_folder(SCOUT, 336) == LLAMA4
-
-
-@pytest.mark.parametrize(("content", "named"), [
-    ({"size": {"height": 336, "width": 224}}, "size is .* 336 x 336, the vision tower's image_size"),
-    ({"size": {"height": 448, "width": 448}}, "size is .* 336 x 336"), ({"size": [336, 336]}, "size is"),
-    ({"size": {"height": 336.0, "width": 336}}, "size is"), ({"do_resize": False}, "do_resize is false; .* true"),
-    ({"image_std": [0.5, 0, 0.5]}, "image_std is .* other than 0"), ({"image_std": 0}, "image_std is 0"),
-    ({"image_mean": [0.5, 0.5]}, "image_mean is .* three numbers"), ({"image_mean": "0.5"}, "image_mean is"),
-    ({"image_mean": [1, 2, True]}, "image_mean is"), ('{"image_std": [NaN, 1, 1]}', "image_std is .*NaN"),
-    ({"max_patches": 0}, "max_patches is 0; .* from 1 to 256"), ({"max_patches": 257}, "max_patches is 257"),
-    ({"max_patches": True}, "max_patches is true"), ({"max_patches": "16"}, 'max_patches is "16"'),
-    ({"resample": 4}, r"resample is 4; .*one of 0 \(nearest\), 1 \(lanczos\), 2 \(bilinear\), 3 \(bicubic\)"),
-    ({"rescale_factor": "x" * 999}, "rescale_factor is .* a number"), ({"rescale_factor": 1e999}, "rescale_factor"),
-    ({"do_normalize": 1}, "do_normalize is 1; .* true or false"), ({"resize_to_max_canvas": "no"}, "resize_to_max"),
-    ({"do_rescale": False}, "do_rescale is false"), ("[]", "holds no JSON object"), ("{", "is not JSON"),
-    ("[" * 100_000, "is not JSON")])
-def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, content: Any, named: str) -> None:
-    with pytest.raises(ImageProcessingError, match=rf"^.*preprocessor_config\.json: {named}") as raised:
-        ImageProcessing.from_folder(folder_with(tmp_path, content), 336)
-    assert len(str(raised.value)) < len(str(tmp_path)) + 200 and str(raised.value).isprintable()
-
-
-def test_a_processor_file_that_is_no_object(tmp_path: Path) -> None:
-    folder_with(tmp_path, {"image_processor": [1]}, "processor_config.json")
-    with pytest.raises(ImageProcessingError, match=r"processor_config\.json: image_processor is not an object"):
-        ImageProcessing.from_folder(tmp_path, 336)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize(("size", "processing", "layout"), [
+    ((1344, 1344), (336, 16, False, 2), (4, 4)), ((330, 12000), (336, 16, False, 2), (16, 1)),
+    ((900, 900), (336, 64, True, 3), (8, 8)), ((2687, 2688), (336, 64, False, 1), (8, 8)),
+    ((4000, 3000), (336, 16, False, 2), (3, 4)), ((6000, 9000), (336, 64, True, 1), (9, 6)),
+    ((1, 2**20), (336, 16, False, 1), (16, 1)), ((20, 30), (1344, 1, False, 2), (1, 1))])
+def test_tiling_needs_no_more_than_it_says(
+    size: tuple[int, int], processing: tuple[int, int, bool, int], layout: tuple[int, int]
+) -> None:
+    command = [sys.executable, "-c", MEASURE, *(str(int(number)) for number in (*size, *processing))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, columns, peak, expected, tiles = map(int, run.stdout.split())
+    assert (rows, columns) == layout
+    if size[0] <= columns * processing[0] and max(size) < 2**16:
+        assert tiles < peak <= expected < 2 * peak + (18 << 20), peak / tiles
+    assert tiles < peak <= expected + decoding_bytes(*size) - 4 * size[0] * size[1], peak / tiles

@@ -10,7 +10,8 @@ from PIL import Image
 from tokenizer_fixtures import LLAMA4_TOKENIZER, toy_tokenizer_folder
 from transformers import Llama4ImageProcessor, Llama4Processor, PreTrainedTokenizerFast
 
-from l4ctx.image_tiles import ImageProcessing, TileLayout, tile_layout
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import TileLayout, tile_layout
 from l4ctx.image_tokens import ImageTokens
 from l4ctx.tokenizer import Tokenizer, TokenizerError
 

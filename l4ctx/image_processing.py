@@ -1,0 +1,129 @@
+"""How a checkpoint wants its images cut up and turned into numbers, as its own files say.
+
+Following it is left to `l4ctx.image_tiles`. Imports neither torch nor Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.config import ConfigError, FieldReader, read_config, shown
+
+MOST_TILES = 256  # Llama 4 has 16
+_RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
+_LEAST, _MOST = 1e-6, 1e6  # divisors and factors beyond make numbers that overflow or vanish somewhere in the model
+
+
+class ImageProcessingError(Exception):
+    """A checkpoint's image processing that cannot be followed: the file, the field, and what is accepted."""
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """How images are cut up and turned into numbers; the fields are those of `preprocessor_config.json`.
+
+    `size`: side of a tile in pixels. `max_patches`: tiles of the largest canvas. `resample`: Pillow's number.
+    `image_mean` and `image_std`: of red, green and blue, after rescaling.
+    """
+
+    size: int = 336
+    max_patches: int = 16
+    resize_to_max_canvas: bool = False
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    do_rescale: bool = True
+    do_normalize: bool = True
+    resample: int = 2
+
+    @classmethod
+    def from_folder(cls, folder: Path, image_size: int) -> ImageProcessing:
+        """What a checkpoint says, with Llama 4's values for all that it does not say.
+
+        Read from "image_processor" in `processor_config.json`, as transformers 5 writes it, else from
+        `preprocessor_config.json`. `image_size`: what the vision tower expects, in pixels. Raises
+        ImageProcessingError.
+        """
+        try:
+            file = folder / "processor_config.json"
+            content = _read_object(file).get("image_processor")
+            if content is None:
+                file = folder / "preprocessor_config.json"
+                content = _read_object(file)
+            if not isinstance(content, Mapping):
+                raise ConfigError(f"{file}: image_processor: not an object")
+            try:
+                return cls._from_fields(FieldReader(content), image_size)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from None
+        except ConfigError as error:
+            raise ImageProcessingError(str(error)) from None
+
+    @classmethod
+    def _from_fields(cls, get: FieldReader, image_size: int) -> ImageProcessing:
+        default = cls()
+        if not get.boolean("do_resize", True):
+            raise ConfigError("do_resize: False is not supported; true is (images are always resized to tiles)")
+        do_rescale, do_normalize = get.boolean("do_rescale", True), get.boolean("do_normalize", True)
+        if do_normalize and not do_rescale:
+            raise ConfigError("do_rescale: False is not supported where do_normalize is true; true is")
+        max_patches = get.integer("max_patches", default.max_patches)
+        if max_patches > MOST_TILES:
+            raise ConfigError(f"max_patches: {max_patches} is more than {MOST_TILES}")
+        return cls(
+            size=_size(get, image_size),
+            max_patches=max_patches,
+            resize_to_max_canvas=get.boolean("resize_to_max_canvas", default.resize_to_max_canvas),
+            image_mean=_three(get, "image_mean", default.image_mean, -_MOST),
+            image_std=_three(get, "image_std", default.image_std, _LEAST),
+            rescale_factor=_number("rescale_factor", get.value("rescale_factor", default.rescale_factor), _LEAST),
+            do_rescale=do_rescale,
+            do_normalize=do_normalize,
+            resample=_resample(get, default.resample),
+        )
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    """Empty where there is no such file."""
+    content = read_config(file, "") if file.exists() else {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{file}: the top level is not an object")
+    return content
+
+
+def _size(get: FieldReader, image_size: int) -> int:
+    """One number, or height and width; they can only be what the vision tower expects."""
+    value = get.value("size", image_size)
+    sides = [value.get("height"), value.get("width")] if isinstance(value, Mapping) else [value, value]
+    if any(type(side) is not int or side != image_size for side in sides):
+        raise ConfigError(f"size: {shown(value)} is not {image_size} x {image_size}, the vision tower's image_size")
+    return image_size
+
+
+def _three(get: FieldReader, name: str, default: tuple[float, float, float], least: float
+           ) -> tuple[float, float, float]:
+    """Of red, green and blue; a single number stands for all three."""
+    value = get.value(name, default)
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3:
+        raise ConfigError(f"{name}: {shown(value)} is not a list of three numbers")
+    red, green, blue = (_number(name, number, least) for number in values)
+    return red, green, blue
+
+
+def _number(name: str, value: object, least: float) -> float:
+    """From `least` to _MOST."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
+        raise ConfigError(f"{name}: {shown(value)} is not a number from {least:g} to {_MOST:g}")
+    return float(value)
+
+
+def _resample(get: FieldReader, default: int) -> int:
+    value: object = get.value("resample", default)
+    if type(value) is not int or value not in _RESAMPLE_NAMES:
+        known = ", ".join(f"{number} ({name.lower()})" for number, name in _RESAMPLE_NAMES.items())
+        raise ConfigError(f"resample: {shown(value)} is not supported; one of {known} is")
+    return value
