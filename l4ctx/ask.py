@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache.sizes import KV_DTYPES
 from l4ctx.context_use import ContextUse
@@ -40,13 +40,15 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.generate import GenerationConfig, Sampling
     from l4ctx.image_features import ImageFeatures
+    from l4ctx.image_use import ImageReading
     from l4ctx.prefill import PrefillProgress
-    from l4ctx.prompt import Prompt, Span
+    from l4ctx.prompt import Prompt
     from l4ctx.tokenizer import Tokenizer
     from model.checkpoint import StoredTensor
     from model.transformer import Transformer
 
 SKIPPED_LINES = 12
+NOTE_SECONDS = 15
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Run:
     plan: MemoryPlan = field(init=False)
     model: Transformer = field(init=False)
     cache: HybridKVCache = field(init=False)
+    _images: ImageReading | None = field(init=False, default=None)  # where images are among the documents
     _features: ImageFeatures | None = field(init=False, default=None)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
@@ -101,7 +104,7 @@ class Run:
         self.images = ImageUse(self.request.model, self.config, no_images=self.request.no_images,
                                    pdf=self.request.pdf)
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
-                                         no_images=self.images.why_not)
+                                         no_images=self.images.why_not, progress=self._tell_of_documents())
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
             raise RequestError(f"standard input has nothing to read: {self.skipped[0].reason} "
@@ -135,9 +138,11 @@ class Run:
         if template is None:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
-        encoder = self.images.encoder(self.tokenizer) if self._documents.has_images else None
+        if self._documents.has_images:
+            self._images = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
+                                               with_digests=self.contexts.folder is not None)
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   images=encoder, system=self.request.system)
+                                   images=self._images.prompter if self._images else None, system=self.request.system)
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -160,11 +165,10 @@ class Run:
 
         Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
         """
-        from model.checkpoint import stored_dtype
+        from model.checkpoint import stored_dtype, stored_parameters
 
         stored = stored_dtype(self._stored)
-        parameters = sum(tensor.num_bytes for tensor in self._stored.values()) // KV_DTYPES[stored]
-        parameters += self.images.parameters
+        parameters = stored_parameters(self._stored, self.config)
         self._before = process_memory()
         room = self._room()
         on_accelerator = self._device.type != "cpu"
@@ -181,8 +185,7 @@ class Run:
                   new_tokens=len(self.prompt.ids),
                   stored_dtype=stored, largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
-                  tower_bytes=self.images.tower_bytes(KV_DTYPES[dtype]),
-                  pixel_bytes=self.images.pixel_bytes(self.prompt.images))
+                  images=self._images.work(self.prompt.images) if self._images else None)
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -207,8 +210,10 @@ class Run:
         began = time.perf_counter()
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
                                      attention=self._attention, is_mapped=self.plan.weights_are_mapped)
-        self._features = self.images.load(self.prompt.images, dtype=self.model.dtype, device=self._device,
-                                            is_mapped=self.plan.weights_are_mapped)
+        unread = [placed for placed in self.prompt.images if placed.span.stop > self.contexts.reused]
+        if self._images is not None and unread:
+            self._features = self._images.load(unread, dtype=self.model.dtype, device=self._device,
+                                               is_mapped=self.plan.weights_are_mapped)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
         self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,
@@ -233,8 +238,7 @@ class Run:
     def work(self, start: int, stop: int) -> Operations:
         """What reading positions start .. stop - 1 of the prompt takes."""
         operations = reading_operations(self.config, start, stop)
-        return replace(operations, linear=operations.linear + self.images.operations(
-            self.prompt.images, start, stop))
+        return self._images.with_images(operations, self.prompt.images, start, stop) if self._images else operations
 
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.prefill import prefill
@@ -242,11 +246,21 @@ class Run:
         first = self.prompt_tokens - len(self.prompt.ids)  # position of the prompt's first own token
         ids = memoryview(self.prompt.ids)[self.cache.offset - first:stop - first]
         before = self.timings["prefill"]
-        with self.contexts.naming_the_mend():
+        with self.contexts.naming_the_mend(), self._telling_what_is_kept():
             for step in prefill(self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size,
                                 features=self._features):
                 self.timings["prefill"] = Timing(before.seconds + step.seconds, before.tokens + step.done)
                 yield step
+
+    @contextmanager
+    def _telling_what_is_kept(self) -> Iterator[None]:
+        """An image that cannot be read any more ends the run; what was read before it may be kept."""
+        from l4ctx.images import ImageError
+
+        try:
+            yield
+        except ImageError as error:
+            raise type(error)(f"{error}; {self.kept()}") from None
 
     def decode(self) -> Iterator[str]:
         """The answer in pieces of text, as they are known. Raises GenerationError."""
@@ -300,21 +314,17 @@ class Run:
             process_peak=self._sampler.peak,
             accelerator_peak=torch.cuda.max_memory_allocated(self._device) if on_gpu else None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that --json prints; bytes, seconds and tokens are plain numbers."""
-        return {
-            **({} if self.request.question is None else {
-                "answer": self.answer, "stop_reason": self.stop_reason, "generated_tokens": self.generated_tokens}),
-            "prompt_tokens": self.prompt_tokens,
-            "reused_tokens": self.contexts.reused,
-            "context": str(self.contexts.folder) if self.contexts.folder else None,
-            "documents": [{"path": span.source, "tokens": span.stop - span.start} for span in self._spans()],
-            "images": [{"path": placed.image.source, "tokens": placed.span.stop - placed.span.start,
-                          "tiles": placed.layout.tiles} for placed in self.prompt.images],
-            "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
-            "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
-            "memory": self.memory_report().as_dict(),
-        }
+    def _tell_of_documents(self) -> Callable[[int], None]:
+        """A note now and then: images and PDF files are decoded while documents are read."""
+        told = time.monotonic()
+
+        def tell(count: int) -> None:
+            nonlocal told
+            if time.monotonic() - told > NOTE_SECONDS:
+                told = time.monotonic()
+                self.note(f"{count:,} documents are read so far")
+
+        return tell
 
     def _check_checkpoint(self) -> None:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
@@ -343,11 +353,6 @@ class Run:
             self.prompt_tokens = self.contexts.reader.state.tokens + len(self.prompt.ids)
         else:
             self.prompt_tokens = len(self.prompt.ids)
-
-    def _spans(self) -> list[Span]:
-        if self.contexts.reader is not None and not self.request.paths:
-            return self.contexts.documents()
-        return self.prompt.spans
 
     def _largest(self) -> list[tuple[str, int]]:
         spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)

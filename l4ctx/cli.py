@@ -133,8 +133,12 @@ def ask(
         text, documents, stdin = inputs(question, question_file, paths or [], reads_pipe=context is None)
         if save_context is not None and not documents:
             raise UsageError("--save-context keeps documents: name some, or pipe a text in")
-        if context is not None and not documents and system is not None:
-            raise UsageError("--system: the system prompt is part of what the context holds; give it to l4ctx prefill")
+        if context is not None and not documents:
+            for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text"),
+                                     ("--no-images", no_images)):
+                if is_given:
+                    raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx "
+                                     "prefill")
         return Request(model=_model(model), question=text, paths=documents, stdin=stdin, system=system,
                        context=asked, save_context=kept, no_images=no_images, pdf=pdf, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
@@ -307,6 +311,7 @@ def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
 def _run(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
     """Carries the request out; prints the answer as it comes, then what there is to report."""
     from l4ctx.ask import Run
+    from l4ctx.report import run_report
     from l4ctx.terminal import memory_table, notes, show_reading, show_waiting, stderr_console
 
     console = stderr_console()
@@ -330,7 +335,7 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
             note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
                  f"--context {shlex.quote(str(request.save_context))}")
         if json:
-            write_json(run.as_dict())
+            write_json(run_report(run))
     if memory_report:
         console.print(memory_table(run.memory_report()))
 

@@ -200,7 +200,7 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
 
 
 def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State],
-             images: Sequence[ImageSpan] = ()) -> Reuse:
+             images: Sequence[ImageSpan]) -> Reuse:
     """The longest prefix of `ids`, with these images among them, that one of the states holds, as far as it can be
     gone on from. Raises DiskError.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.context import ContextReader
     from l4ctx.context_writer import ContextWriter
+    from l4ctx.image_prompt import ImageSpan
     from l4ctx.prompt import Prompt, Span
 
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
@@ -147,6 +148,12 @@ class ContextUse:
         assert self.reader is not None
         with self.naming_the_mend():
             return self.reader.context.documents(self.reader.state)
+
+    def images(self) -> list[ImageSpan]:
+        """Those of a context that is answered from without reading any. Raises ContextError."""
+        assert self.reader is not None
+        with self.naming_the_mend():
+            return self.reader.context.images(self.reader.state)
 
     def restore(self, cache: HybridKVCache) -> None:
         """Fills an empty cache with what need not be read. Raises ContextError."""

@@ -104,7 +104,7 @@ class ContextWriter:
         return list(found.values())
 
     def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool,
-              images: Sequence[ImageSpan] = ()) -> int:
+              images: Sequence[ImageSpan]) -> int:
         """Starts to read `ids`, or goes on with it; returns how many of them need not be read.
 
         Raises DiskError and DiskFullError.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -98,16 +98,16 @@ class DocumentSet:
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
-                   no_images: str | None = None) -> DocumentSet:
+                   no_images: str | None = None, progress: Callable[[int], None] | None = None) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
     Folders are walked in the order of their paths' bytes; `.gitignore` rules hold, hidden and binary files and
     links that lead out of the folder are left out and listed in `skipped`. A file named itself is read even if
     hidden or ignored. A file reached twice is read once. `pdf` is one of l4ctx.pdf.PDF_MODES; `no_images` says why
-    image files are left out, if they are. Raises DocumentError for a path that is missing, is not a file or folder, or
-    cannot be read, and for `-` given twice or without `stdin`.
+    image files are left out, if they are; `progress` is told the number of documents after each. Raises DocumentError
+    for a path that is missing, is not a file or folder, or cannot be read, and for `-` given twice or without `stdin`.
     """
-    reader = _Reader(stdin, pdf, no_images)
+    reader = _Reader(stdin, pdf, no_images, progress)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
     return reader.found
@@ -139,9 +139,10 @@ class _Entry:
 class _Reader:
     """The state of one `read_documents` call."""
 
-    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None) -> None:
+    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None,
+                 progress: Callable[[int], None] | None) -> None:
         self.found = DocumentSet()
-        self._pdf, self._no_images = pdf, no_images
+        self._pdf, self._no_images, self._progress = pdf, no_images, progress
         self._stdin = stdin
         self._stdin_read = False
         self._sources: set[str] = set()
@@ -197,6 +198,9 @@ class _Reader:
             raw, changed = read_regular_file(path)
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        if changed and binary_kind(raw):
+            self._skip(source, "changed while it was read")
+            return
         if changed:
             self.found.notes.append(f"{source}: changed while it was read")
         self._seen[real] = self._add(source, raw, path)
@@ -275,6 +279,8 @@ class _Reader:
         self._sources.add(unique)
         self.found.notes += [f"{unique}: {note}" for note in notes]
         self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content))
+        if self._progress is not None:
+            self._progress(len(self.found.documents))
         return unique
 
     def _content(self, source: str, raw: bytes, path: str | None) -> tuple[Content, list[str]]:

@@ -22,9 +22,10 @@ OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, CONTEXT, INTERRUPTED, CLOSED
 CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
     "l4ctx.exits.OutputError": OUTPUT,
     "l4ctx.exits.UsageError": INPUT, "l4ctx.images.ImageError": INPUT,
+    "l4ctx.images.ImageMemoryError": MEMORY,
     "l4ctx.documents.DocumentError": INPUT, "l4ctx.request.RequestError": INPUT,
     "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
-    "l4ctx.image_tiles.ImageProcessingError": CHECKPOINT,
+    "l4ctx.image_processing.ImageProcessingError": CHECKPOINT,
     "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
     "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
     "l4ctx.manifest.ContextError": CONTEXT, "cache.disk.DiskError": CONTEXT, "cache.disk.DiskFullError": MEMORY,

@@ -18,7 +18,7 @@ from l4ctx.prompt import ChatTemplate
 from l4ctx.tokenizer import TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
-    from l4ctx.image_tiles import ImageProcessing
+    from l4ctx.image_processing import ImageProcessing
     from model.checkpoint import StoredTensor
     from model.config import TextConfig
     from model.vision_config import VisionConfig

@@ -14,10 +14,8 @@ from torch import Tensor
 from l4ctx.image_prompt import ImagePrompter, PlacedImage
 from l4ctx.image_tiles import image_tiles, normalized
 from l4ctx.images import ImageError
+from l4ctx.job import TILES_AT_A_TIME
 from model.vision import VisionTower
-
-TILES_AT_A_TIME = 4
-"""Tiles that the tower sees in one forward: always the same ones of an image, so that equal steps give equal bits."""
 
 
 class ImageFeatures:
@@ -65,7 +63,7 @@ class ImageFeatures:
 
     def _features(self, placed: PlacedImage, tile: int) -> Tensor:
         """Of one tile: (tokens_per_tile, C)."""
-        first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME
+        first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # always the same ones together: equal steps give equal bits
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
             pixels = self._pixels(placed)[first:first + TILES_AT_A_TIME]
             self._group = (placed, first, self._tower(normalized(pixels, self._encoder.processing, self._tower.dtype)))

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from l4ctx.image_tiles import ImageProcessing, TileLayout, tile_layout
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import TileLayout, tile_layout
 from l4ctx.images import DocumentImage
 
 if TYPE_CHECKING:

@@ -6,97 +6,126 @@ Documents are read, prompts built and features computed elsewhere. Imports torch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.image_prompt import count_image_tokens
-from l4ctx.images import decoding_bytes
+from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
+from l4ctx.image_tiles import tiling_bytes
+from l4ctx.job import ImageWork
 from l4ctx.request import RequestError
-from model.config import ConfigError, TextConfig
-from model.vision_config import VisionConfig, vision_activation_bytes, vision_operations
+from model.config import ConfigError, Operations, TextConfig
+from model.vision_config import VisionConfig, vision_operations, vision_parameter_count
 
 if TYPE_CHECKING:
     import torch
 
     from l4ctx.image_features import ImageFeatures
-    from l4ctx.image_prompt import ImagePrompter, PlacedImage
     from l4ctx.tokenizer import Tokenizer
+    from model.checkpoint import StoredTensor
 
 
 class ImageUse:
-    """`why_not` is None where images are read, else the reason that a user is told."""
+    """`why_not` is None where images are read, else the reason that a user is told.
+
+    A fault of the checkpoint's vision part is an error once there are images, and not before: text can be read.
+    """
 
     def __init__(self, model: Path, config: TextConfig, *, no_images: bool, pdf: str) -> None:
-        """Raises RequestError where pages of PDF files are asked for as images, and cannot be read."""
+        """Raises RequestError where pages of PDF files are asked for as images, and images are not read."""
         self._model, self._config = model, config
-        self._encoder: ImagePrompter | None = None
-        self.vision: VisionConfig | None = None
-        self.why_not: str | None = None
-        self.parameters = 0  # of the vision tower, once it is needed
-        if no_images:
-            self.why_not = "left out by --no-images"
-        else:
-            try:
-                self.vision = VisionConfig.from_folder(model)
-            except ConfigError as error:
-                self.why_not = f"the checkpoint's vision part cannot be used ({error})"
-            else:
-                self.why_not = "the checkpoint reads text alone" if self.vision is None else None
+        self.why_not = "left out by --no-images" if no_images else None
+        if self.why_not is None and not _has_vision(model):
+            self.why_not = "the checkpoint reads text alone"
         if pdf != "text" and self.why_not is not None:
             raise RequestError(f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads "
                                "their text")
 
-    def encoder(self, tokenizer: Tokenizer) -> ImagePrompter:
-        """To be called where documents have images: checks all that reading them takes.
-
-        Raises CheckpointError, ImageProcessingError and TokenizerError.
-        """
-        from l4ctx.fingerprint import vision_fingerprint
-        from l4ctx.image_prompt import ImagePrompter
-        from l4ctx.image_tiles import ImageProcessing
-        from l4ctx.image_tokens import ImageTokens
+    def stored_tensors(self) -> dict[str, StoredTensor]:
+        """Of the vision tower, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
         from model.checkpoint import checked_vision_tensors
 
-        assert self.vision is not None
-        stored = checked_vision_tensors(self._model, self.vision, self._config.hidden_size)
-        self.parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
-        processing = ImageProcessing.from_folder(self._model, self.vision.image_size)
-        tokens = ImageTokens.from_tokenizer(tokenizer, self.vision.tokens_per_tile, self.vision.image_token_index)
-        self._encoder = ImagePrompter(processing, tokens, vision_fingerprint(self.vision, processing, stored))
-        return self._encoder
+        return checked_vision_tensors(self._model, self._vision(), self._config.hidden_size)
 
-    def tower_bytes(self, itemsize: int) -> int:
-        """What the vision tower holds besides its weights; 0 where there are no images."""
-        if self._encoder is None or self.vision is None:
-            return 0
-        from l4ctx.image_features import TILES_AT_A_TIME
+    def prepare(self, tokenizer: Tokenizer, stored: Mapping[str, StoredTensor] | None, *,
+                with_digests: bool = False) -> ImageReading:
+        """What it takes to read images. `stored`: as `stored_tensors` gives it, or None where there are no shards.
 
-        return vision_activation_bytes(self.vision, TILES_AT_A_TIME, itemsize)
+        `with_digests`: what images' features follow from is to be known, for a saved context. Raises ConfigError,
+        ImageProcessingError, TokenizerError and CheckpointError.
+        """
+        from l4ctx.fingerprint import vision_fingerprint
+        from l4ctx.image_processing import ImageProcessing
+        from l4ctx.image_tokens import ImageTokens
 
-    def pixel_bytes(self, images: Sequence[PlacedImage]) -> int:
-        """What decoding the largest image, and cutting it into tiles, holds in host memory."""
-        if self._encoder is None or not images:
-            return 0
-        tile = 3 * self._encoder.processing.size**2
-        return max(decoding_bytes(placed.image.width, placed.image.height) + 2 * tile * placed.layout.tiles
-                   for placed in images)
+        vision = self._vision()
+        processing = ImageProcessing.from_folder(self._model, vision.image_size)
+        tokens = ImageTokens.from_tokenizer(tokenizer, vision.tokens_per_tile, vision.image_token_index)
+        made_with = vision_fingerprint(vision, processing, dict(stored)) if with_digests and stored else ""
+        return ImageReading(self._model, self._config, vision, ImagePrompter(processing, tokens, made_with), stored)
 
-    def operations(self, images: Sequence[PlacedImage], start: int, stop: int) -> int:
-        """Of the vision tower, for what of the images lies at positions start .. stop - 1."""
-        if self.vision is None:
-            return 0
-        a_tile = vision_operations(self.vision, self._config.hidden_size, 1)
-        return a_tile * count_image_tokens(images, start, stop) // self.vision.tokens_per_tile
+    def _vision(self) -> VisionConfig:
+        try:
+            vision = VisionConfig.from_folder(self._model)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; --no-images reads the text alone") from None
+        assert vision is not None
+        return vision
+
+
+def _has_vision(model: Path) -> bool:
+    try:
+        return VisionConfig.from_folder(model) is not None
+    except ConfigError:
+        return True
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """A run that reads images."""
+
+    model: Path
+    config: TextConfig
+    vision: VisionConfig
+    prompter: ImagePrompter
+    stored: Mapping[str, StoredTensor] | None
+
+    def work(self, images: Sequence[PlacedImage]) -> ImageWork | None:
+        """For a memory plan; None where there are no images."""
+        if not images:
+            return None
+        largest = max(images, key=self._pixel_bytes)
+        stored = self.stored
+        parameters = vision_parameter_count(self.vision, self.config.hidden_size) if stored is None else sum(
+            math.prod(tensor.shape) for tensor in stored.values())
+        return ImageWork(self.vision, parameters, None if stored is None else _dtype(stored),
+                         sum(placed.span.stop - placed.span.start for placed in images), self._pixel_bytes(largest),
+                         largest.image.source)
+
+    def with_images(self, operations: Operations, images: Sequence[PlacedImage], start: int, stop: int) -> Operations:
+        """Those of the text model for positions start .. stop - 1, and those of the tower for the images there."""
+        a_tile = vision_operations(self.vision, self.config.hidden_size, 1)
+        tower = a_tile * count_image_tokens(images, start, stop) // self.vision.tokens_per_tile
+        return replace(operations, linear=operations.linear + tower)
 
     def load(self, images: Sequence[PlacedImage], *, dtype: torch.dtype, device: torch.device,
-             is_mapped: bool) -> ImageFeatures | None:
-        """The features of the prompt's images; None where it has none. Raises CheckpointError."""
-        if self._encoder is None or self.vision is None or not images:
-            return None
+             is_mapped: bool) -> ImageFeatures:
+        """The features of the prompt's images. Raises CheckpointError."""
         from l4ctx.image_features import ImageFeatures
         from model.checkpoint import load_vision
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "is_mapped": is_mapped}
-        tower = load_vision(self._model, self.vision, self._config.hidden_size, **options)
-        return ImageFeatures(tower, self._encoder, images)
+        return ImageFeatures(load_vision(self.model, self.vision, self.config.hidden_size, **options), self.prompter,
+                             images)
+
+    def _pixel_bytes(self, placed: PlacedImage) -> int:
+        return placed.image.memory + tiling_bytes(placed.layout, self.prompter.processing)
+
+
+def _dtype(stored: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype that all of the tensors have, by torch's name."""
+    from model.checkpoint import DTYPES
+
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if len(dtypes) == 1 else None

@@ -85,7 +85,7 @@ def _pipe_bytes(descriptor: int) -> int:
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str = "text") -> None:
+def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str) -> None:
     """Raises UsageError for a value that --dtype, --kv-dtype, --attention or --pdf does not have."""
     from l4ctx.pdf import PDF_MODES
     from model.config import BACKEND_NAMES

@@ -9,6 +9,7 @@ from functools import cached_property
 from cache import sizes
 from cache.sizes import StoreLayout
 from model.config import TextConfig
+from model.vision_config import VisionConfig, vision_activation_bytes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Room:
 
 NO_LIMITS = Room()
 
+TILES_AT_A_TIME = 4
+"""Image tiles that the vision tower sees in one forward."""
+
+
+@dataclass(frozen=True)
+class ImageWork:
+    """What images among the documents add to a job. `largest` is the one that takes most memory to decode."""
+
+    vision: VisionConfig
+    parameters: int  # of the vision tower
+    stored_dtype: str | None  # of its weights; None: not known, or not one
+    tokens: int  # of the prompt
+    pixel_bytes: int  # host memory to decode the largest and to cut it into tiles
+    largest: str
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,7 +57,7 @@ class Job:
     config: TextConfig
     prompt_tokens: int
     max_new_tokens: int
-    weights: int
+    weights: int  # of the text model
     weights_are_mapped: bool  # or may be: pages of the checkpoint's own files, which the system can drop and read again
     dtype: str
     kv_dtype: str = "auto"
@@ -52,8 +68,7 @@ class Job:
     new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
-    tower_bytes: int = 0  # activations of the vision tower, where images are read
-    pixel_bytes: int = 0  # host memory to decode the largest image
+    images: ImageWork | None = None  # None: no images are among the documents
 
     @property
     def length(self) -> int:
@@ -63,15 +78,34 @@ class Job:
     def read_tokens(self) -> int:
         return self.prompt_tokens if self.new_tokens is None else self.new_tokens
 
+    @property
+    def tower_weights(self) -> int:
+        return self.images.parameters * sizes.KV_DTYPES[self.dtype] if self.images else 0
+
+    @property
+    def tower_activations(self) -> int:
+        """Bytes that the vision tower holds in a forward, beside its weights."""
+        if self.images is None:
+            return 0
+        return vision_activation_bytes(self.images.vision, TILES_AT_A_TIME, sizes.KV_DTYPES[self.dtype])
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.images.pixel_bytes if self.images else 0
+
     @cached_property
     def layout(self) -> StoreLayout:
         if self.saved_layout is not None:
             return replace(self.saved_layout, length=self.length)
         return StoreLayout.of(self.config, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
 
+    def without_images(self) -> Job:
+        tokens = self.images.tokens if self.images else 0
+        new_tokens = None if self.new_tokens is None else max(0, self.new_tokens - tokens)
+        return replace(self, images=None, prompt_tokens=self.prompt_tokens - tokens, new_tokens=new_tokens)
+
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
         """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
         itemsize, before = sizes.KV_DTYPES[dtype], sizes.KV_DTYPES[self.dtype]
         return replace(self, dtype=dtype, weights=self.weights * itemsize // before,
-                       tower_bytes=self.tower_bytes * itemsize // before,
                        weights_are_mapped=dtype == self.stored_dtype and not on_accelerator)

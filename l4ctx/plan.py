@@ -57,7 +57,7 @@ class MemoryPlan:
         Weights that could be mapped are held in memory where there is plenty: they are quicker there.
         """
         plan = cls._within(job, room)
-        if job.weights_are_mapped and room.host is not None and job.weights < SPARE_SHARE * room.host:
+        if job.weights_are_mapped and room.host is not None and plan.weights < SPARE_SHARE * room.host:
             held = cls._within(replace(job, weights_are_mapped=False), room)
             if not held.missing(room) and (held.residency, held.prefill_chunk_size) == (
                     plan.residency, plan.prefill_chunk_size):
@@ -81,7 +81,7 @@ class MemoryPlan:
         step, rows = min(prefill_chunk_size, job.read_tokens), layout.sealed_rows(job.length)
         nothing = KVBytes(0, 0, 0)
         plan = cls(job, layout, Residency(on_accelerator=on_accelerator), prefill_chunk_size, nothing, nothing,
-                   _activations(job, step, on_accelerator=on_accelerator))
+                   activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]))
         device_rows = 0
         if room.accelerator is not None:
             left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
@@ -101,11 +101,25 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        return self.job.weights
+        """Of the text model, and of the vision tower where there are images."""
+        return self.job.weights + self.job.tower_weights
 
     @property
     def weights_are_mapped(self) -> bool:
         return self.job.weights_are_mapped
+
+    @property
+    def held_weights(self) -> int:
+        """Those that are no pages of files."""
+        job = self.job
+        if not job.weights_are_mapped:
+            return self.weights
+        return job.tower_weights if job.images and job.images.stored_dtype != job.dtype else 0
+
+    @property
+    def images(self) -> int:
+        """At the most: pixels of one image in host memory, and the vision tower's activations where it computes."""
+        return self.job.pixel_bytes + self.job.tower_activations
 
     @property
     def token_ids(self) -> int:
@@ -128,15 +142,14 @@ class MemoryPlan:
     @property
     def _beside_on_accelerator(self) -> int:
         """Bytes of an accelerator's memory beside NoPE keys and values."""
-        return self.weights + self.layout.window_bytes + self.activations
+        return self.weights + self.layout.window_bytes + self.activations + self.job.tower_activations
 
     @property
     def _beside_on_host(self) -> int:
         """Bytes of host memory beside NoPE keys and values: everything but mapped weights."""
         if self.residency.on_accelerator:
             return self.token_ids + self.job.pixel_bytes
-        weights = 0 if self.weights_are_mapped else self.weights
-        return weights + self.layout.window_bytes + self.token_ids + self.activations
+        return self.held_weights + self.layout.window_bytes + self.token_ids + self.activations + self.images
 
     @property
     def needed(self) -> int:
@@ -182,8 +195,8 @@ class MemoryPlan:
         what_helps = "; ".join(self.remedies(room)) or "nothing but a larger machine"
         raise MemoryPlanError(
             f"this run needs {short} (keys and values {human_bytes(self.peak.rope_windows + self.peak.nope)}, weights "
-            f"{human_bytes(0 if self.weights_are_mapped else self.weights)}, activations "
-            f"{human_bytes(self.activations)}); what helps: {what_helps}")
+            f"{human_bytes(self.held_weights)}, activations {human_bytes(self.activations)}"
+            f"{f', images {human_bytes(self.images)}' if self.images else ''}); what helps: {what_helps}")
 
     def remedies(self, room: Room) -> list[str]:
         """What a user can do: first what is enough by itself, then the rest; the cheapest of each first."""
@@ -238,21 +251,13 @@ class MemoryPlan:
         """Plain numbers for --json; keys and values are those at the end of the run."""
         end, layout = self.end, self.layout
         numbers = {name: getattr(self, name) for name in (
-            "weights", "weights_are_mapped", "token_ids", "activations", "needed", "needed_on_accelerator",
+            "weights", "weights_are_mapped", "token_ids", "activations", "images", "needed", "needed_on_accelerator",
             "needed_on_disk", "unbounded_cache", "prefill_chunk_size")}
         device, host, _ = self.residency.split(layout.sealed_rows(self.job.length))
         return {"tokens": self.job.length, **numbers, "rope_windows": end.rope_windows, "nope_device": end.nope_device,
                 "nope_host": end.nope_host, "nope_disk": end.nope_disk, "buffers": end.buffers, "dtype": self.job.dtype,
                 "kv_dtype": layout.kv_dtype, "block_tokens": layout.block_tokens, "host_rows": host,
                 "device_rows": device}
-
-
-def _activations(job: Job, step: int, *, on_accelerator: bool) -> int:
-    """Bytes of one forward's; or of the embeddings while images are put among them, if those are more."""
-    itemsize = sizes.KV_DTYPES[job.dtype]
-    images = job.tower_bytes + (0 if on_accelerator else job.pixel_bytes)
-    embeddings = step * job.config.hidden_size * itemsize
-    return max(activation_bytes(job.config, step, itemsize), embeddings + images if images else 0)
 
 
 class _Option(NamedTuple):
@@ -286,6 +291,10 @@ def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
             yield _Option(f"--prefill-chunk-size {size}", "", smaller, room)
             break
     yield from _other_dtypes(plan, room)
+    if job.images is not None:
+        largest, pixels = job.images.largest, human_bytes(job.images.pixel_bytes)
+        yield _Option("--no-images", f" ({largest} takes {pixels} to decode; scaled down it takes less)",
+                      job.without_images(), room)
     if on_accelerator:
         yield _Option("--device cpu", "", job.in_dtype(job.dtype, on_accelerator=False),
                       replace(room, accelerator=None, kv_device=None))

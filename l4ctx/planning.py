@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -26,6 +26,8 @@ from model.config import Operations, TextConfig, parameter_count, reading_operat
 if TYPE_CHECKING:
     from l4ctx.documents import Skipped
     from l4ctx.image_prompt import PlacedImage
+    from l4ctx.image_use import ImageReading
+    from model.checkpoint import StoredTensor
 
 Note = Callable[[str], None]
 MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
@@ -120,12 +122,14 @@ class _Read:
     documents: list[tuple[str, int]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     images: list[PlacedImage] = field(default_factory=list)
+    reading: ImageReading | None = None  # where there are images
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     """The plan for what is requested; `note` is told what a user should know.
 
-    Raises RequestError, ConfigError, and for documents also DocumentError, TokenizerError and PromptError.
+    Raises RequestError, ConfigError, and for documents also DocumentError, TokenizerError, ImageProcessingError and
+    PromptError.
     """
     if (request.tokens is None) == (not request.paths):
         raise RequestError("a plan is made for documents or for --tokens N: give one of them")
@@ -136,15 +140,13 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         notes.append(text)
         note(text)
 
-    images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     if request.tokens is not None:
         read, parameters, stored = _Read(request.tokens), parameter_count(config), _stored_dtype(config, noted)
     else:
         parameters, stored = _stored_weights(request, config, noted)
-        read = _tokenized(request, images, noted)
+        read = _tokenized(request, config, noted)
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
-    parameters += images.parameters
     room = _room(request)
     on_accelerator = room.accelerator is not None
     dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
@@ -152,13 +154,14 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
               weights=parameters * KV_DTYPES[dtype], weights_are_mapped=dtype == stored and not on_accelerator,
               dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored,
               prefill_chunk_size=request.prefill_chunk_size, largest=read.documents,
-              tower_bytes=images.tower_bytes(KV_DTYPES[dtype]), pixel_bytes=images.pixel_bytes(read.images))
+              images=read.reading.work(read.images) if read.reading else None)
     plan = MemoryPlan.of(job, room)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, on_accelerator)
     operations = reading_operations(config, 0, read.tokens)
-    operations = replace(operations, linear=operations.linear + images.operations(read.images, 0, read.tokens))
+    if read.reading:
+        operations = read.reading.with_images(operations, read.images, 0, read.tokens)
     return PlanReport(
         plan, room, plan.missing(room), read.documents, read.skipped, notes,
         tokens_in_memory=tokens_that_fit(job, room.without_disk),
@@ -196,23 +199,36 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
     return stored_parameters(stored, config), stored_dtype(stored)
 
 
-def _tokenized(request: PlanRequest, images: ImageUse, note: Note) -> _Read:
+def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     """The prompt of an empty question."""
     from l4ctx.documents import read_documents
     from l4ctx.prompt import ChatTemplate, build_prompt
     from l4ctx.tokenizer import Tokenizer
 
+    images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not)
     found.require_any(request.paths)
     for text in found.notes:
         note(text)
     tokenizer = Tokenizer.from_folder(request.model)
-    encoder = images.encoder(tokenizer) if found.has_images else None
-    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "", images=encoder)
+    reading = images.prepare(tokenizer, _tower(images, note)) if found.has_images else None
+    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "",
+                          images=reading.prompter if reading else None)
     for text in prompt.notes:
         note(text)
     documents = [(span.source, span.stop - span.start) for span in prompt.spans]
-    return _Read(len(prompt.ids), documents, found.skipped, prompt.images)
+    return _Read(len(prompt.ids), documents, found.skipped, prompt.images, reading)
+
+
+def _tower(images: ImageUse, note: Note) -> dict[str, StoredTensor] | None:
+    """The vision tower's tensors; None where they have to be counted by config.json."""
+    from model.checkpoint import CheckpointError
+
+    try:
+        return images.stored_tensors()
+    except CheckpointError as error:
+        note(f"{error}; the vision tower's weights are counted by config.json")
+        return None
 
 
 def _room(request: PlanRequest) -> Room:

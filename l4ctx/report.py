@@ -1,4 +1,4 @@
-"""What a run took: seconds by step; bytes held beside those planned, by owner and tier.
+"""What a run did: its answer, what was read, seconds by step, bytes held beside those planned, by owner and tier.
 
 Measures nothing itself; imports no torch.
 """
@@ -6,10 +6,13 @@ Measures nothing itself; imports no torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4ctx.memory import ProcessMemory
 from l4ctx.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from l4ctx.ask import Run
 
 
 @dataclass
@@ -45,3 +48,32 @@ class MemoryReport:
                          "process_before": self.process_before and asdict(self.process_before),
                          "process": self.process and asdict(self.process),
                          "process_peak": self.process_peak and asdict(self.process_peak)}
+
+
+def run_report(run: Run) -> dict[str, Any]:
+    """The object that --json prints; bytes, seconds and tokens are plain numbers."""
+    answer = {"answer": run.answer, "stop_reason": run.stop_reason, "generated_tokens": run.generated_tokens}
+    folder = run.contexts.folder
+    return {
+        **({} if run.request.question is None else answer),
+        "prompt_tokens": run.prompt_tokens,
+        "reused_tokens": run.contexts.reused,
+        "context": str(folder) if folder else None,
+        **_what_was_read(run),
+        "skipped": [{"path": entry.source, "reason": entry.reason} for entry in run.skipped],
+        "timings": {name: timing.as_dict() for name, timing in run.timings.items()},
+        "memory": run.memory_report().as_dict(),
+    }
+
+
+def _what_was_read(run: Run) -> dict[str, Any]:
+    """Documents and images; where a context alone is answered from, its own, an image by the name of its document."""
+    if run.contexts.reader is None or run.request.paths:
+        spans = run.prompt.spans
+        images = [(placed.image.source, placed.span) for placed in run.prompt.images]
+    else:
+        spans = run.contexts.documents()
+        images = [(next((document.source for document in spans if document.stop > span.start), ""), span)
+                  for span in run.contexts.images()]
+    return {"documents": [{"path": span.source, "tokens": span.stop - span.start} for span in spans],
+            "images": [{"path": source, "tokens": span.stop - span.start} for source, span in images]}

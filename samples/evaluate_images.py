@@ -20,7 +20,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,14 +30,16 @@ from card_task import Card, Drawing, draw_card, draw_cards, draw_sheet, random_s
 from evaluate_tiny import ROOM_FOR_ANSWER, answer_to, find, text_pieces
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig
-from l4ctx.image_tiles import ImageProcessing, TileLayout, fitted_size, tile_layout
-from l4ctx.image_use import ImageUse
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import TileLayout, fitted_size, tile_layout
+from l4ctx.image_use import ImageReading, ImageUse
 from l4ctx.images import read_image
 from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, Prompt, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
 from model.checkpoint import load_checkpoint
+from model.transformer import Transformer
 
 KINDS = ("one tile", "many tiles", "sheet", "among texts")
 FORMATS = (("PNG", "png"), ("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))
@@ -78,10 +80,32 @@ class Case:
 
 @dataclass
 class Score:
+    """Counts by where the answer stands: "whole" in an image, in "text", or "cut" by a chunk boundary."""
+
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of reading and asking
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What prompts are made of, and read and answered with."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    stop_tokens: frozenset[int]
+    reading: ImageReading
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: str) -> Setup:
+        model, tokenizer = load_checkpoint(folder, dtype=dtype), Tokenizer.from_folder(folder)
+        use = ImageUse(folder, model.config, no_images=False, pdf="text")
+        if use.why_not is not None:
+            raise SystemExit(f"evaluate_images: {use.why_not}")
+        return cls(model, tokenizer, ChatTemplate.from_folder(folder), GenerationConfig.from_folder(folder).stop_tokens,
+                   use.prepare(tokenizer, use.stored_tensors()))
 
 
 def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int,
@@ -106,22 +130,29 @@ def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterat
         case.add_image(draw_sheet(cards, layout.columns, (cell, cell), rng), rng)
         case.asked = rng.sample(case.asked, min(4, len(case.asked)))
     else:
-        cards = draw_cards(rng, min(images, rng.randint(2, 5)))
-        taken = {card.entity for card in cards}
-        entities = [entity for entity in draw_entities(rng, 4, evaluation=True) if entity not in taken][:2]
-        for card in cards:
-            case.add_card(card, _large_size(processing, rng), rng)
-        for number, entity in enumerate(entities):
-            code = random_code(rng)
-            lines = _text(texts, rng.randint(longest_text // 10, longest_text)).splitlines(keepends=True)
-            lines.insert(rng.randint(0, len(lines)), fact(entity, code) + "\n")
-            case.documents.append(Document(f"notes-{number}.txt", "", "".join(lines)))
-            case.asked.append(Asked(entity, code))
-        rng.shuffle(case.documents)
-        order = [document.source for document in case.documents if document.images]
-        case.asked = [asked if asked.image is None else Asked(asked.entity, asked.code, next(
-            i for i, source in enumerate(order) if f"-{asked.image}." in source)) for asked in case.asked]
+        _add_cards_among_texts(case, images, processing, texts, longest_text, rng)
     return case
+
+
+def _add_cards_among_texts(case: Case, images: int, processing: ImageProcessing, texts: Iterator[str],
+                           longest_text: int, rng: random.Random) -> None:
+    """Cards that are cut into several tiles, and two texts with a fact each, in any order."""
+    cards = draw_cards(rng, min(images, rng.randint(2, 5)))
+    taken = {card.entity for card in cards}
+    entities = [entity for entity in draw_entities(rng, 4, evaluation=True) if entity not in taken][:2]
+    for card in cards:
+        case.add_card(card, _large_size(processing, rng), rng)
+    for number, entity in enumerate(entities):
+        code = random_code(rng)
+        lines = _text(texts, rng.randint(longest_text // 10, longest_text)).splitlines(keepends=True)
+        lines.insert(rng.randint(0, len(lines)), fact(entity, code) + "\n")
+        case.documents.append(Document(f"notes-{number}.txt", "", "".join(lines)))
+        case.asked.append(Asked(entity, code))
+    drawn = [document.source for document in case.documents if document.images]
+    rng.shuffle(case.documents)
+    shown = [document.source for document in case.documents if document.images]
+    case.asked = [asked if asked.image is None else replace(asked, image=shown.index(drawn[asked.image]))
+                  for asked in case.asked]
 
 
 def _text(texts: Iterator[str], characters: int) -> str:
@@ -150,14 +181,80 @@ def _sheet_size(processing: ImageProcessing, rng: random.Random) -> tuple[TileLa
             return layout, cell
 
 
-def is_cut(asked: Asked, prompt: Prompt, starts: list[int], tile_tokens: int, tokenizer: Tokenizer, chunk: int) -> bool:
-    """Whether a boundary cuts what the answer is in: a tile's tokens, or a sentence."""
+def evaluate(kind: str, setup: Setup, args: argparse.Namespace) -> Score:
+    """Reads each prompt of this kind once, and asks all its questions in forks of the cache."""
+    rng, score, left = random.Random(f"{args.seed} {kind}"), Score(), -(-args.images // len(args.kinds))
+    texts = text_pieces(args.text, rng)
+    while left > 0:
+        case = make_case(kind, left, setup.reading.prompter.processing, texts, args.longest_text, rng)
+        left -= case.images
+        prompts = [build_prompt(setup.tokenizer, setup.template, case.documents, question(asked.entity),
+                                images=setup.reading.prompter) for asked in case.asked]
+        began = time.perf_counter()
+        cache = read_documents(setup, prompts[0])
+        for asked, prompt in zip(case.asked, prompts, strict=True):
+            ids = array("i", prompt.ids[prompt.documents_stop:])
+            answer = answer_to(setup.model, cache.fork(), setup.tokenizer, ids, setup.stop_tokens)
+            group = group_of(asked, prompt, setup)
+            score.asked[group] += 1
+            if re.findall(r"\d+", answer) == [asked.code]:
+                score.right[group] += 1
+                continue
+            score.wrong.append(f"{asked.entity} {asked.code} ({where(asked, prompt)}, {group}): {answer!r}")
+            if args.save and asked.image is not None:
+                args.save.mkdir(parents=True, exist_ok=True)
+                name = f"{kind}-{asked.entity}-{asked.code}".replace(" ", "-")
+                prompt.images[asked.image].image.decode().save(args.save / f"{name}.png")
+        score.seconds += time.perf_counter() - began
+    return score
+
+
+def read_documents(setup: Setup, prompt: Prompt) -> HybridKVCache:
+    """A cache that holds the prompt as far as the question, and has room for that and an answer."""
+    model = setup.model
+    features = setup.reading.load(prompt.images, dtype=model.dtype, device=model.device, is_mapped=False)
+    cache = HybridKVCache(model.config, length=prompt.documents_stop + ROOM_FOR_ANSWER, dtype=model.dtype)
+    for _ in prefill(model, cache, prompt.ids[:prompt.documents_stop], features=features):
+        pass
+    return cache
+
+
+def group_of(asked: Asked, prompt: Prompt, setup: Setup) -> str:
+    """Where the answer stands: cut, where a chunk boundary falls within the tile or sentence that says it, or between
+    question and answer; or whole in an image, or in text."""
     if asked.image is None:
-        spelled = tokenizer.encode_data(fact(asked.entity, asked.code)[:-1]).ids
+        spelled = setup.tokenizer.encode_data(fact(asked.entity, asked.code)[:-1]).ids
         first, size = find(prompt.ids, spelled), len(spelled)
     else:
-        first, size = prompt.images[asked.image].span.start + starts[asked.tile], tile_tokens
-    return first // chunk != (first + size - 1) // chunk
+        placed, tokens = prompt.images[asked.image], setup.reading.prompter.tokens
+        first = placed.span.start + tokens.tile_starts(placed.layout)[asked.tile]
+        size = tokens.tokens_per_tile
+    chunk = setup.model.config.attention_chunk_size
+    for start, stop in ((first, first + size - 1), (prompt.documents_stop, len(prompt.ids) + 16)):
+        if start // chunk != stop // chunk:
+            return "cut"
+    return "text" if asked.image is None else "whole"
+
+
+def where(asked: Asked, prompt: Prompt) -> str:
+    """For people who look into a wrong answer."""
+    if asked.image is None:
+        return "text"
+    image = prompt.images[asked.image].image
+    return f"{image.width} x {image.height}, tile {asked.tile}"
+
+
+def report(kind: str, score: Score, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"kind": kind, "right": score.right, "asked": score.asked, "wrong": score.wrong,
+                          "seconds": round(score.seconds, 1)}), flush=True)
+        return
+    names = {"whole": "of images", "text": "of texts", "cut": "of what a chunk boundary cuts"}
+    shares = [f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items()
+              if score.asked[group]]
+    print(f"{kind}: {', '.join(shares)} right ({score.seconds:.1f} s)", flush=True)
+    for line in score.wrong:
+        print(f"    {line}", file=sys.stderr)
 
 
 def main() -> None:
@@ -172,60 +269,9 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="a folder for the images that were read wrongly")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     args = parser.parse_args()
-    model = load_checkpoint(args.model, dtype=args.dtype)
-    tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
-    stop_tokens = GenerationConfig.from_folder(args.model).stop_tokens
-    use = ImageUse(args.model, model.config, no_images=False, pdf="text")
-    if use.why_not is not None:
-        raise SystemExit(f"evaluate_images: {use.why_not}")
-    encoder = use.encoder(tokenizer)
-    chunk = model.config.attention_chunk_size
+    setup = Setup.from_folder(args.model, args.dtype)
     for kind in args.kinds:
-        rng, score, left = random.Random(f"{args.seed} {kind}"), Score(), -(-args.images // len(args.kinds))
-        texts = text_pieces(args.text, rng)
-        while left > 0:
-            case = make_case(kind, left, encoder.processing, texts, args.longest_text, rng)
-            left -= case.images
-            prompts = [build_prompt(tokenizer, template, case.documents, question(asked.entity), images=encoder)
-                       for asked in case.asked]
-            ids, end = prompts[0].ids, prompts[0].documents_stop
-            features = use.load(prompts[0].images, dtype=model.dtype, device=model.device, is_mapped=False)
-            cache = HybridKVCache(model.config, length=end + ROOM_FOR_ANSWER, dtype=model.dtype)
-            began = time.perf_counter()
-            for _ in prefill(model, cache, ids[:end], features=features):
-                pass
-            for asked, prompt in zip(case.asked, prompts, strict=True):
-                answer = answer_to(model, cache.fork(), tokenizer, array("i", prompt.ids[end:]), stop_tokens)
-                placed = None if asked.image is None else prompt.images[asked.image]
-                starts = encoder.tokens.tile_starts(placed.layout) if placed else []
-                cut = is_cut(asked, prompt, list(starts), encoder.tokens.tokens_per_tile, tokenizer, chunk)
-                question_cut = end // chunk != (len(prompt.ids) + 16) // chunk
-                group = "cut" if cut or question_cut else "text" if placed is None else "whole"
-                score.asked[group] += 1
-                if re.findall(r"\d+", answer) == [asked.code]:
-                    score.right[group] += 1
-                    continue
-                where = f"{placed.image.width} x {placed.image.height}, tile {asked.tile}" if placed else "text"
-                score.wrong.append(f"{asked.entity} {asked.code} ({where}, {group}): {answer!r}")
-                if args.save and placed:
-                    args.save.mkdir(parents=True, exist_ok=True)
-                    name = f"{kind}-{asked.entity}-{asked.code}".replace(" ", "-")
-                    placed.image.decode().save(args.save / f"{name}.png")
-            score.seconds += time.perf_counter() - began
-        report(kind, score, args.json)
-
-
-def report(kind: str, score: Score, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"kind": kind, "right": score.right, "asked": score.asked, "wrong": score.wrong,
-                          "seconds": round(score.seconds, 1)}), flush=True)
-        return
-    names = {"whole": "of images", "text": "of texts", "cut": "of what a chunk boundary cuts"}
-    shares = [f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items()
-              if score.asked[group]]
-    print(f"{kind}: {', '.join(shares)} right ({score.seconds:.1f} s)", flush=True)
-    for line in score.wrong:
-        print(f"    {line}", file=sys.stderr)
+        report(kind, evaluate(kind, setup, args), args.json)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def reading(writer: ContextWriter, ids: array[int], kind: Kind = Kind(),
             residency: Residency = IN_MEMORY) -> Iterator[int]:
     """Reads `ids` into the context: how many tokens there were already, then how many there are after each step."""
     layout = kind.layout(len(ids))
-    start = writer.begin(memoryview(ids), spans(ids), layout, system=False)
+    start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=())
     yield start
     if writer.tip.is_complete:
         return
@@ -131,7 +131,7 @@ def answer_of(reader: ContextReader, kind: Kind = Kind(), *, ids: array[int] | N
     count = reader.state.tokens if ids is None else len(ids)
     layout = kind.layout(count).computed_in(dtype)
     cache = HybridKVCache(CONFIG, length=layout.length, dtype=getattr(torch, dtype), layout=layout, residency=residency)
-    start = count if ids is None else reusable(reader.context, memoryview(ids), layout, [reader.state]).tokens
+    start = count if ids is None else reusable(reader.context, memoryview(ids), layout, [reader.state], ()).tokens
     if start:
         reader.context.restore(reader.state, cache, start)
     if ids is not None:

@@ -219,6 +219,8 @@ REFUSED: list[tuple[list[str], int, list[str]]] = [
     ([*ASK[:3], "docs/a.md"], 7, ["docs/a.md", "Not a directory"]),
     ([*ASK, "docs", "--save-context", "d"], 2, ["--context", "--save-context", "one of them"]),
     ([*ASK, "--system", "x"], 2, ["--system: ", "give it to l4ctx prefill"]),
+    ([*ASK, "--pdf", "both"], 2, ["--pdf: ", "give it to l4ctx prefill"]),
+    ([*ASK, "--no-images"], 2, ["--no-images: ", "give it to l4ctx prefill"]),
     ([*ASK, "--kv-dtype", "int8"], 7, ["c: made with --kv-dtype float32, not int8"]),
     ([*ASK, "docs", "--kv-dtype", "fp8"], 7, ["c: made with --kv-dtype float32, not fp8"]),
     ([*ASK, "docs/x.md"], 2, ["docs/x.md: no such file or folder"]),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from cli_runner import (
     text_file,
     text_only_checkpoint,
 )
+from context_toys import block_digests
 from PIL import Image
+
+from cache import sizes
 
 SUFFIXES = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
 TOKENS_PER_TILE = 16
@@ -74,7 +79,7 @@ def test_every_format_is_a_document_like_any_other() -> None:
     names = ["docs/a.md", *(f"docs/image.{suffix}" for suffix in SUFFIXES)]
     assert [entry["path"] for entry in report["documents"]] == names
     assert [entry["path"] for entry in report["images"]] == names[1:]
-    assert [(entry["tokens"], entry["tiles"]) for entry in report["images"]] == [(TOKENS_PER_TILE + 3, 1)] * 6
+    assert [entry["tokens"] for entry in report["images"]] == [TOKENS_PER_TILE + 3] * 6
     assert report["prompt_tokens"] > sum(entry["tokens"] for entry in report["documents"])
 
 
@@ -82,8 +87,7 @@ def test_large_images_are_tiles_and_count_into_plan_and_prompt() -> None:
     text_file(Path("a.md"), DOCUMENT)
     image((400, 300)).save("large.png")  # three rows of four tiles, and the whole
     report = told("a.md", "large.png")
-    assert report["images"] == [{"path": "large.png", "tokens": 12 * (TOKENS_PER_TILE + 1) + TOKENS_PER_TILE + 3,
-                                   "tiles": 13}]
+    assert report["images"] == [{"path": "large.png", "tokens": 12 * (TOKENS_PER_TILE + 1) + TOKENS_PER_TILE + 3}]
     planned = json.loads(run_here("plan", "a.md", "large.png", "--json").stdout)
     assert planned["documents"] == report["documents"]
     alone = json.loads(run_here("plan", "a.md", "--json").stdout)
@@ -203,14 +207,106 @@ def test_a_saved_context_keeps_images_by_their_digests() -> None:
     assert run_here("ask", QUESTION, "--context", "c", "--quiet") == Result(0, ANSWER, "")
 
 
+def test_a_context_tells_its_images() -> None:
+    text_file(Path("docs/a.md"), DOCUMENT)
+    image().save("docs/b.png")
+    assert run_here("prefill", "docs", "-o", "c").code == 0
+    kept = told("--context", "c")
+    assert kept["images"] == [{"path": "docs/b.png", "tokens": TOKENS_PER_TILE + 3}]
+    again = told("docs", "--context", "c")
+    assert again["images"] == kept["images"] and again["reused_tokens"] == kept["reused_tokens"]
+    assert again["memory"]["weights"] == kept["memory"]["weights"]  # the vision tower is not loaded for nothing
+
+
+def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what is kept; the same command goes on from there."""
+    import l4ctx.ask
+
+    text_file(Path("docs/a.md"), f"{DOCUMENT}{'word ' * 9000}\n")
+    image().save("docs/b.png")
+
+    def change_then(self: l4ctx.ask.Run) -> None:
+        image(seed=9).save("docs/b.png")
+        load(self)
+
+    load = l4ctx.ask.Run.load_model
+    with monkeypatch.context() as patch:
+        patch.setattr(l4ctx.ask.Run, "load_model", change_then)
+        refused = run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048", "--quiet")
+        check_refused(refused, 2, "docs/b.png: changed since it was first read; ", " tokens are kept in c; the same "
+                      "command goes on from there")
+        image().save("docs/b.png")
+        check_refused(run_here("ask", QUESTION, "docs", "--quiet"), 2, "first read; nothing is kept")
+    assert run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048").code == 0
+    assert run_here("ask", QUESTION, "--context", "c", "--quiet") == Result(0, ANSWER, "")
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    """Blocks of 1024 tokens, whose ends cut tiles; one image is another one when the reading goes on."""
+    import l4ctx.prefill
+
+    monkeypatch.setenv("L4CTX_MODEL", str(changed_checkpoint(tmp_path / "short", attention_chunk_size=512)))
+    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
+    monkeypatch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+    read = l4ctx.prefill.prefill
+
+    def some(*given: Any, **options: Any) -> Iterator[Any]:
+        yield from itertools.islice(read(*given, **options), cut)
+        raise KeyboardInterrupt
+
+    for number in range(12):
+        image((400, 300), number).save(f"{number:02d}.png")
+    paths = [f"{number:02d}.png" for number in range(12)]
+    options = ("--prefill-chunk-size", "512", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(l4ctx.prefill, "prefill", some)
+        assert run_here("prefill", *paths, "-o", "c", *options).code == 130
+    if cut % 2:
+        image((400, 300), 99).save("03.png")  # its tokens are cut by the end of the first block
+    for name in ("c", "whole"):
+        assert run_here("prefill", *paths, "-o", name, *options).code == 0
+    assert len(block_digests(Path("c"))) == 2 and block_digests(Path("c")) == block_digests(Path("whole"))
+
+
+def test_a_plan_without_shards_counts_the_tower_by_its_configuration(tmp_path: Path) -> None:
+    write_folder()
+    bare = changed_checkpoint(tmp_path / "bare")
+    for file in bare.glob("*.safetensors*"):
+        file.unlink()
+    result = run_here("plan", "docs", "--model", str(bare), "--json")
+    assert result.code == 0 and "the vision tower's weights are counted by config.json" in result.stderr
+    whole = json.loads(run_here("plan", "docs", "--json").stdout)
+    assert json.loads(result.stdout)["plan"]["weights"] == whole["plan"]["weights"]
+
+
+def test_images_are_in_the_plan_and_a_remedy_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    text_file(Path("a.md"), DOCUMENT)
+    image((3000, 2000)).save("large.png")
+    plans = [json.loads(run_here("plan", *paths, "--json").stdout)["plan"]
+             for paths in (("a.md",), ("a.md", "large.png"))]
+    assert plans[0]["images"] == 0 and plans[1]["images"] >= 16 * 3000 * 2000
+    assert plans[1]["needed"] - plans[0]["needed"] >= plans[1]["images"]
+    for module in ("planning", "ask"):
+        monkeypatch.setattr(f"l4ctx.{module}.available_memory", lambda: plans[0]["needed"] + (280 << 20))
+    planned = run_here("plan", "a.md", "large.png", "--json")
+    assert planned.code == 5
+    assert any(remedy.startswith("--no-images makes it fit (large.png takes ") for remedy in
+               json.loads(planned.stdout)["remedies"])
+    refused = run_here("ask", QUESTION, "a.md", "large.png", "--quiet")
+    check_refused(refused, 5, "--no-images makes it fit (large.png takes ", "scaled down it takes less")
+
+
 def test_a_vision_part_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     """Text is read all the same."""
     write_folder()
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     odd = str(changed_checkpoint(tmp_path / "odd", vision_config=config["vision_config"] | {"hidden_act": "relu"}))
-    result = run_here("ask", QUESTION, "docs", "--model", odd)
-    assert (result.code, result.stdout) == (0, ANSWER)
-    assert "image; the checkpoint's vision part cannot be used (" in result.stderr and "relu" in result.stderr
+    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", odd), 3, "vision_config.hidden_act: 'relu'",
+                  "--no-images reads the text alone")
+    assert run_here("ask", QUESTION, "docs/a.md", "--quiet", "--model", odd) == Result(0, ANSWER, "")
     index = json.loads((TINY / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name.startswith("language")}
     blind = changed_checkpoint(tmp_path / "blind")

@@ -17,8 +17,9 @@ from toy_checkpoints import CHUNK, IMAGE_TOKEN, MAVERICK, SCOUT, VOCABULARY, Kin
 
 from cache.hybrid import HybridKVCache
 from l4ctx.image_features import TILES_AT_A_TIME, ImageFeatures
+from l4ctx.image_processing import ImageProcessing
 from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens, same_until
-from l4ctx.image_tiles import ImageProcessing, image_tiles, normalized
+from l4ctx.image_tiles import image_tiles, normalized
 from l4ctx.image_tokens import ImageTokens
 from l4ctx.images import DocumentImage, ImageError, read_image
 from l4ctx.prefill import as_batch, prefill
@@ -163,7 +164,7 @@ def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path
     case.images[0].image.decode().save(file)
     shown, _ = read_image("chart.png", file.read_bytes(), str(file))
     images = [dataclasses.replace(case.images[0], image=shown)]
-    file.write_bytes(file.read_bytes() + b"\0")
+    image((28, 28), 6).decode().save(file)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     with pytest.raises(ImageError, match=r"^chart\.png: changed since it was first read$"):
         list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, ENCODER, images)))

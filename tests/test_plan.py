@@ -18,16 +18,9 @@ from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
 from l4ctx import processor
+from l4ctx.job import Job, Room
 from l4ctx.memory import parse_size
-from l4ctx.plan import (
-    MARGIN_BYTES,
-    PREFILL_CHUNK_SIZES,
-    Job,
-    MemoryPlan,
-    MemoryPlanError,
-    Room,
-    tokens_that_fit,
-)
+from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
 from l4ctx.prefill import prefill, prefill_grid
 from l4ctx.processor import computing_dtype
 from model.config import TextConfig, activation_bytes, parameter_count
@@ -394,8 +387,8 @@ def test_the_plan_becomes_plain_numbers() -> None:
     plain = json.loads(json.dumps(planned.as_dict()))
     assert set(plain) == {
         "weights", "weights_are_mapped", "tokens", "rope_windows", "nope_device", "nope_host", "nope_disk", "buffers",
-        "token_ids", "activations", "needed", "needed_on_accelerator", "needed_on_disk", "unbounded_cache", "kv_dtype",
-        "dtype", "prefill_chunk_size", "block_tokens", "host_rows", "device_rows"}
+        "token_ids", "activations", "images", "needed", "needed_on_accelerator", "needed_on_disk", "unbounded_cache",
+        "kv_dtype", "dtype", "prefill_chunk_size", "block_tokens", "host_rows", "device_rows"}
     assert plain["tokens"] == 10**6 and plain["weights_are_mapped"] is True and plain["kv_dtype"] == "bfloat16"
     assert plain["host_rows"] * plain["block_tokens"] * 48 * KIB <= plain["nope_host"] < plain["needed"]
     assert plain["nope_disk"] < plain["needed_on_disk"] < 1.001 * plain["nope_disk"]

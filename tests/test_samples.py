@@ -17,7 +17,8 @@ import torch
 from cache.hybrid import HybridKVCache
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig, generate
-from l4ctx.image_tiles import ImageProcessing, image_tiles, normalized
+from l4ctx.image_processing import ImageProcessing
+from l4ctx.image_tiles import image_tiles, normalized
 from l4ctx.image_use import ImageUse
 from l4ctx.images import read_image
 from l4ctx.prefill import as_batch, prefill
@@ -145,11 +146,12 @@ def codes_found(tokenizer: Tokenizer, documents: list[Document], entities: Itera
     model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
     stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
     use = ImageUse(TINY, model.config, no_images=False, pdf="text")
-    encoder = use.encoder(tokenizer)
-    prompts = [build_prompt(tokenizer, template, documents, question(entity), images=encoder) for entity in entities]
+    reading = use.prepare(tokenizer, use.stored_tensors())
+    prompts = [build_prompt(tokenizer, template, documents, question(entity), images=reading.prompter)
+               for entity in entities]
     end = prompts[0].documents_stop
     read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
-    features = use.load(prompts[0].images, dtype=torch.float32, device=model.device, is_mapped=False)
+    features = reading.load(prompts[0].images, dtype=torch.float32, device=model.device, is_mapped=False)
     for _ in prefill(model, read, prompts[0].ids[:end], features=features):
         pass
     found = []

@@ -60,7 +60,7 @@ def bench(
         from l4ctx.bench.course import BenchRequest
 
         check_stdout("to")
-        check_choices(dtype, "auto", attention)
+        check_choices(dtype, "auto", attention, "text")
         if config is None and model is None:
             raise UsageError("nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
                              "weights of a --config FILE")
