@@ -23,13 +23,16 @@ from model.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.context import Context
+    from l4ctx.image_prompt import ImageSpan
     from l4ctx.prompt import Span
     from l4ctx.states import State
+    from l4ctx.tokenizer import Tokenizer
     from model.checkpoint import StoredTensor
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 READ_WHOLE = (CONFIG, INDEX, SHARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja", "chat_template.json", "generation_config.json", MANIFEST, "head.json")
+              "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
+              "preprocessor_config.json", MANIFEST, "head.json")
 """Names under which a pipe or a device would be read without end."""
 
 PIECE_BYTES = 16 * 2**20
@@ -64,6 +67,7 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
     if not report["damage"]:
         (_inspect_model if is_model else _inspect_context)(folder, report, verify)
+    report["damage"] = list({entry["what"]: entry for entry in report["damage"]}.values())
     return report
 
 
@@ -96,7 +100,7 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.generate import GenerationConfig
     from l4ctx.prompt import ChatTemplate
     from l4ctx.tokenizer import Tokenizer, read_json
-    from model.checkpoint import checked_tensors, checked_vision_tensors
+    from model.checkpoint import checked_tensors
 
     raw = _attempt(report, folder / CONFIG, read_json, folder / CONFIG)
     config = None if raw is None else _attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
@@ -107,14 +111,10 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
 
     before = len(report["damage"])
     shards = _attempt(report, folder / INDEX, _shards, folder)
-    report["weights"] = None if shards is None else _weights(report, shards, verify)
+    weights = report["weights"] = None if shards is None else _weights(report, shards, verify)
     is_sound = bool(shards) and len(report["damage"]) == before
-    vision = None if raw is None else _attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
-    report["vision"] = vision and asdict(vision) | {"tokens_per_tile": vision.tokens_per_tile}
     if is_sound and config:
         _attempt(report, folder, checked_tensors, folder, config)
-        if vision and report["weights"]["vision_tensors"]:
-            _attempt(report, folder, checked_vision_tensors, folder, vision, config.hidden_size)
 
     tokenizer = None
     if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
@@ -123,6 +123,13 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     if tokenizer and shown and tokenizer.vocab_size > shown.vocab_size:
         _add_damage(report, folder / "tokenizer.json", f"it has {tokenizer.vocab_size:,} tokens, the model only "
                                                        f"{shown.vocab_size:,} (vocab_size)")
+    vision = None if raw is None else _attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
+    is_readable = weights is not None and 0 < weights["shards"] == weights["readable_shards"]
+    report["vision"] = vision and asdict(vision) | {
+        "tokens_per_tile": vision.tokens_per_tile,
+        "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None}
+    if vision and report["vision"]["has_tensors"] is not False:
+        _check_vision(folder, report, vision, shown, tokenizer)
     before = len(report["damage"])
     template = _attempt(report, folder, ChatTemplate.from_folder, folder)
     report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
@@ -132,6 +139,24 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     if raw is not None:
         generation = _attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
     report["stop_tokens"] = generation and sorted(generation.stop_tokens)
+
+
+def _check_vision(folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None,
+                  tokenizer: Tokenizer | None) -> None:
+    """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
+    from l4ctx.image_processing import ImageProcessing
+    from l4ctx.image_tokens import ImageTokens
+    from model.checkpoint import checked_vision_tensors
+
+    if text and report["vision"]["has_tensors"]:
+        _attempt(report, folder, checked_vision_tensors, folder, vision, text.hidden_size)
+    if text and vision.image_token_index >= text.vocab_size:
+        _add_damage(report, folder / CONFIG, f"image_token_index is {vision.image_token_index:,}, but there are only "
+                                             f"{text.vocab_size:,} tokens (vocab_size)")
+    _attempt(report, folder, ImageProcessing.from_folder, folder, vision.image_size)
+    if tokenizer:
+        _attempt(report, folder / "tokenizer.json", ImageTokens.from_tokenizer, tokenizer, vision.tokens_per_tile,
+                 vision.image_token_index)
 
 
 def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
@@ -279,15 +304,18 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _state(report: Report, context: Context, state: State, bad: set[str]) -> Report:
     """One set of documents; `bad` are the names of damaged files, to which those found here are added."""
-    spans = None
+    spans = images = None
     if state.ids.name not in bad:
         spans = _attempt(report, context.folder / state.ids.name, _documents, context, state)
-        bad |= {state.ids.name} if spans is None else set()
+        images = _attempt(report, context.folder / state.ids.name, _images, context, state)
+        bad |= {state.ids.name} if spans is None or images is None else set()
     return {"is_newest": state is context.states[-1], "is_complete": state.is_complete, "tokens": state.tokens,
             "kept_tokens": state.kept(context.recipe.block_tokens), "sealed_blocks": len(state.blocks),
             "has_system_prompt": state.system,
             "documents": spans and [{"path": span.source, "tokens": span.stop - span.start, "sha256": span.sha256}
                                     for span in spans],
+            "images": images and [{"start": span.start, "tokens": span.stop - span.start, "sha256": span.sha256}
+                                  for span in images],
             "damaged": [stored.name for stored in state.needs if stored.name in bad],
             "can_keep_tokens": _can_keep(state, context.recipe.block_tokens, bad)}
 
@@ -304,6 +332,16 @@ def _documents(context: Context, state: State) -> list[Span]:
     if any(not 0 <= span.start <= span.stop <= state.tokens for span in spans):
         raise DiskError(f"{file.source}: damaged: a document lies outside the {state.tokens:,} tokens")
     return spans
+
+
+def _images(context: Context, state: State) -> list[ImageSpan]:
+    """Raises DiskError, also where an image is not among the tokens of the state."""
+    from cache.disk import DiskError
+
+    images = context.images(state)
+    if any(not 0 <= image.start <= image.stop <= state.tokens for image in images):
+        raise DiskError(f"{context.file(state.ids).source}: damaged: an image lies outside the {state.tokens:,} tokens")
+    return images
 
 
 def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:

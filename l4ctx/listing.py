@@ -30,7 +30,7 @@ Line = tuple[str, str]
 
 
 def _model_lines(report: Report) -> Iterator[Line]:
-    config, weights = report.get("config"), report.get("weights")
+    config, weights, vision = report.get("config"), report.get("weights"), report.get("vision")
     if report.get("architecture"):
         yield "architecture", report["architecture"]
     if config:
@@ -47,11 +47,13 @@ def _model_lines(report: Report) -> Iterator[Line]:
         for owner, name in (("vision", "vision"), ("ignored", "not used")):
             if weights[f"{owner}_tensors"]:
                 yield "", f"{name}: {weights[f'{owner}_tensors']:,} tensors, {human_bytes(weights[f'{owner}_bytes'])}"
+        if vision and vision["has_tensors"] is False:
+            yield "", "vision: described in config.json, but no tensors are there; --no-images reads the text alone"
     if config:
         yield from _config_lines(config)
-    if vision := report.get("vision"):
+    if vision and vision["has_tensors"] is not False:
         yield "images", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
-                           f"{vision['tokens_per_tile']} tokens each")
+                         f"{vision['tokens_per_tile']} tokens each")
     if report.get("tokenizer_vocabulary"):
         yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens"
     if "chat_template" in report:
@@ -98,7 +100,7 @@ def _context_lines(report: Report) -> Iterator[Line]:
 
 
 def _state_lines(state: Report) -> Iterator[Line]:
-    documents, tokens = state["documents"], f"{state['tokens']:,} tokens"
+    documents, images, tokens = state["documents"], state["images"], f"{state['tokens']:,} tokens"
     done = f"{tokens}, complete" if state["is_complete"] else (
         f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on")
     blocks = f"{'a system prompt, ' * state['has_system_prompt']}{state['sealed_blocks']:,} sealed blocks"
@@ -109,6 +111,10 @@ def _state_lines(state: Report) -> Iterator[Line]:
         yield "", f"and {len(documents) - SHOWN_LINES:,} more (--json lists them all)"
     if documents is None:
         yield "", "which documents these are cannot be read"
+    if images:
+        yield "images", f"{len(images):,}, {sum(image['tokens'] for image in images):,} tokens"
+    elif images is None and documents is not None:
+        yield "images", "which these are cannot be read"
 
 
 def _damage_lines(report: Report) -> Iterator[Line]:

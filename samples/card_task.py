@@ -1,7 +1,7 @@
 """Images for the look-up task: cards that show a coloured shape with a five-digit code below it, and sheets of cards.
 
-Drawn with Pillow alone, and the same for the same `random.Random`. A card is readable where its shape and its whole
-code lie within one tile and fill much of it; `Drawing.shows` says so. Knows nothing of tokens, models or files.
+Drawn with Pillow alone, and the same for the same `random.Random`. A card can be read from a part of an image that
+shows its shape and its code whole; `Drawing.shows` says which card that is. Knows nothing of tokens and models.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def draw_cards(rng: random.Random, count: int, *, evaluation: bool | None = None
     return [Card(*pair, random_code(rng)) for pair in rng.sample(pairs, count)]
 
 
-# Shapes, in a box from (0, 0) to (1, 1): each calls fill(points) or hole(points) or their ellipses (four numbers).
-
 Paint = Callable[[list[tuple[float, float]] | Box, bool], None]
+"""Fills the outline (True) or cuts it out (False): a polygon's points, or the box of an ellipse."""
 
 
 def _paint_shape(name: str, paint: Paint) -> None:
+    """A shape in a box from (0, 0) to (1, 1)."""
     if name == "star":
         paint([(0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
                for i in range(10) for r in [0.21 if i % 2 else 0.52]], True)
@@ -125,6 +125,7 @@ def _paint_shape(name: str, paint: Paint) -> None:
 
 
 def _shape_mask(name: str, side: int, degrees: float) -> Image.Image:
+    """A shape of `side` pixels, turned a little; drawn three times as large, for smooth edges."""
     scale = 3 * side
     mask = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(mask)
@@ -136,9 +137,9 @@ def _shape_mask(name: str, side: int, degrees: float) -> Image.Image:
 
     def paint(outline: list[tuple[float, float]] | Box, fill: bool) -> None:
         if isinstance(outline, tuple):
-            x, y, right, bottom = outline
-            x, y, right, bottom = (x + right) / 2, (y + bottom) / 2, (right - x) / 2, (bottom - y) / 2
-            outline = [(x + right * math.cos(i * math.pi / 20), y + bottom * math.sin(i * math.pi / 20))
+            left, top, right, bottom = outline
+            x, y, across, down = (left + right) / 2, (top + bottom) / 2, (right - left) / 2, (bottom - top) / 2
+            outline = [(x + across * math.cos(i * math.pi / 20), y + down * math.sin(i * math.pi / 20))
                        for i in range(40)]
         draw.polygon([place(*point) for point in outline], fill=255 if fill else 0)
 
@@ -202,7 +203,7 @@ def draw_card(card: Card, size: tuple[int, int], rng: random.Random, *, without:
               freedom: float = 1.0) -> Drawing:
     """A card of `size` pixels, 3:4 to 3:2; `without` "shape" or "code" one that lacks it, as a counterexample.
 
-    With less `freedom` (0 to 1) cards look more alike, as for the first steps of a training.
+    With less `freedom` (0 to 1) cards look more alike: a curriculum for the first steps of a training.
     """
 
     def between(low: float, high: float) -> float:

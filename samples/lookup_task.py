@@ -20,7 +20,7 @@ white wild wise wooden yellow young
 """.split()
 
 NOUNS = """
-anchor apple arrow cardr barrel basket beacon bear bell bison bridge bucket button cabin camel candle canyon
+anchor apple arrow badger barrel basket beacon bear bell bison bridge bucket button cabin camel candle canyon
 castle cedar chapel cherry circle cliff clock cloud comet compass cottage crane crown dolphin donkey dragon drum
 eagle engine falcon feather fern ferry field fiddle finch flute forest fountain fox garden gate glacier goose
 hammer harbor hawk heron hill horse island jaguar kettle kite ladder lake lamp lantern lemon lion lizard

@@ -1,21 +1,17 @@
 """The training twin of the vision tower of `samples/tiny`: Llama 4's, differentiable, with the checkpoint's names.
 
 It shares no code with the package `model`, which is made for inference, so that each checks the other. Here are also
-the tower's configuration, and how the checkpoint's text model is run over rows of embeddings.
+the tower's configuration, and how pixels become its input.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from tiny_model import TinyForTraining
 
 VISION_CONFIG: dict[str, Any] = {
     "model_type": "llama4_vision_model",
@@ -41,10 +37,10 @@ VISION_CONFIG: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 _C = VISION_CONFIG
-TILE = _C["image_size"]
-HINTED_LAYER = 1
-SIDE = TILE // _C["patch_size"]
+TILE = _C["image_size"]  # side in pixels
+SIDE = TILE // _C["patch_size"]  # patches along it
 TILE_TOKENS = round((SIDE * _C["pixel_shuffle_ratio"]) ** 2)
+HINTED_LAYER = 1  # behind which the training's auxiliary loss looks
 
 
 class PatchEmbedding(nn.Module):
@@ -157,7 +153,8 @@ class Projector(nn.Module):
 class VisionForTraining(nn.Module):
     """From tiles to rows in the text model's embedding space.
 
-    `hinted` is what the last pass knew of each patch after HINTED_LAYER, for a hint that only training gives.
+    `hinted`: the hidden states of the patches (B, patches, C) behind HINTED_LAYER in the last forward, for an
+    auxiliary loss.
     """
 
     hinted: Tensor
@@ -191,11 +188,3 @@ def to_pixels(tiles: list[Image.Image]) -> Tensor:
     rows = [torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8) for tile in tiles]
     pixels = torch.stack(rows).view(-1, TILE, TILE, 3).permute(0, 3, 1, 2)
     return ((pixels.float() / 255 - 0.5) / 0.5).bfloat16().float().contiguous()
-
-
-def load_text_model(file: Path) -> TinyForTraining:
-    """The trained text model of `samples/tiny`, frozen, from its file; the names may have the published prefix."""
-    tensors = {name.removeprefix("language_model."): p.float() for name, p in load_file(file).items()}
-    model = TinyForTraining(tensors["lm_head.weight"].shape[0])
-    model.load_state_dict(tensors)
-    return model.eval().requires_grad_(False)

@@ -5,8 +5,9 @@
 
 The text model stays as it is. A tile that shows one whole card is to become the embeddings of the sentence that says
 what it shows, in as many tokens as a tile has; any other tile those of empty lines, which lead to no answer. So no
-text model takes part in the training: the loss compares with rows of its embedding table. `--resume` continues from
-the last saved state with a new time limit. Needs no package of ours.
+text model takes part in the training: the loss compares with rows of its embedding table. A second, auxiliary loss
+asks an early layer which digit each patch shows. `--resume` continues from the last saved state with a new time
+limit. Needs no package of ours.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 class Example(NamedTuple):
     tile: Image.Image
     card: Card | None  # the one that it shows
-    code: Box | None = None  # where its digits are, if a hint can be given
+    code: Box | None = None  # where its digits are, as far as the auxiliary loss knows
 
 
 def sentence(card: Card | None) -> str:
@@ -82,7 +83,7 @@ def _whole_card(rng: random.Random, freedom: float, evaluation: bool) -> Example
 
 
 def hints(examples: list[Example]) -> Tensor:
-    """Which digit each patch shows: (B, patches), 10 for none, -100 where that is not known."""
+    """Which digit each patch shows, for the auxiliary loss: (B, patches), 10 for none, -100 (ignored) if unknown."""
     hint = torch.full((len(examples), SIDE, SIDE), -100)
     size = TILE / SIDE
     for i, (_, card, box) in enumerate(examples):
@@ -114,7 +115,8 @@ def _part_of_an_image(rng: random.Random, evaluation: bool) -> Example | None:
 
 def _small_cards(rng: random.Random, evaluation: bool) -> Example:
     columns, rows = rng.choice(((2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 3), (4, 3), (3, 4), (4, 4)))
-    cards = draw_cards(rng, columns * rows, evaluation=False if columns * rows > 8 else evaluation)
+    are_few = columns * rows <= 8  # as are the pairs that training never shows
+    cards = draw_cards(rng, columns * rows, evaluation=evaluation if are_few else False)
     side = rng.randint(40, TILE)
     sheet = draw_sheet(cards, columns, (side, side), rng).image
     return Example(soften(sheet.resize((TILE, TILE), Image.Resampling.BILINEAR), rng), None)
@@ -166,7 +168,11 @@ class Words:
 
 
 def compare(features: Tensor, targets: Tensor, words: Words) -> tuple[Tensor, Tensor]:
-    """Loss, and whether each position is nearest to its target; features (B, TILE_TOKENS, text size)."""
+    """Loss, and whether each position is nearest to its target; features (B, TILE_TOKENS, text size).
+
+    The loss is a cross-entropy, with negative squared distances from the embedding rows as logits, and the squared
+    distance from the right row.
+    """
     flat = features.float().flatten(0, 1)
     squares = flat.square().sum(-1, keepdim=True) - 2 * flat @ words.rows.T + words.rows.square().sum(-1)
     wanted = targets.flatten()
@@ -197,16 +203,16 @@ def evaluate(model: VisionForTraining, words: Words, examples: list[Example]) ->
 
 
 def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> None:
-    hint_head = torch.nn.Linear(VISION_CONFIG["hidden_size"], 11)  # for training only: knows each patch's digit
+    hint_head = torch.nn.Linear(VISION_CONFIG["hidden_size"], 11)  # of the auxiliary loss, for training only
     groups = [{"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim > 1], "weight_decay": 0.03},
               {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
     state_file, step = args.state or args.output / "training.pt", 0
+    saved = {"model": model, "hint_head": hint_head, "optimizer": optimizer}
     if args.resume:
         state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        hint_head.load_state_dict(state["hint_head"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, owner in saved.items():
+            owner.load_state_dict(state[name])
         step = state["step"]
     rng, judge = random.Random(args.seed * 1_000_003 + step), random.Random(-1 - args.seed)
     seen = [make_example(judge, 1.0, evaluation=False) for _ in range(384)]
@@ -214,7 +220,8 @@ def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> N
     began, first, progress, recent = time.monotonic(), step, 0.0, 0.0
     while progress < 1:
         progress = min(1.0, (time.monotonic() - began) / (args.minutes * 60))
-        rate = args.lr * min(1.0, (step - first + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-6
+        warm_up = min(1.0, (step - first + 1) / 200)
+        rate = args.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-6
         for group in optimizer.param_groups:
             group["lr"] = rate
         freedom = 1.0 if args.resume else min(1.0, progress / args.easy)
@@ -237,8 +244,7 @@ def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> N
             print(f"step {step} loss {recent:.4f} hint {hint.item():.3f} {told} lr {rate:.6f} "
                   f"minutes {(time.monotonic() - began) / 60:.1f}", flush=True)
         if step % 1000 == 0 or progress == 1.0:
-            torch.save({"model": model.state_dict(), "hint_head": hint_head.state_dict(),
-                        "optimizer": optimizer.state_dict(), "step": step}, state_file)
+            torch.save({name: owner.state_dict() for name, owner in saved.items()} | {"step": step}, state_file)
             for name, judged in (("pairs of training", seen), ("other pairs", unseen)):
                 shares = evaluate(model, words, judged)
                 print(f"   {name}: " + " ".join(f"{k} {v:.4f}" for k, v in shares.items()), flush=True)
@@ -305,7 +311,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--easy", type=float, default=0.3, help="share of the time in which cards become varied")
-    parser.add_argument("--hint", type=float, default=1.0, help="weight of the hint which digit each patch shows")
+    parser.add_argument("--hint", type=float, default=1.0, help="weight of the auxiliary loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
