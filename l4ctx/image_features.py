@@ -21,8 +21,8 @@ from model.vision import VisionTower
 class ImageFeatures:
     """The features of `images`, in the order of their positions."""
 
-    def __init__(self, tower: VisionTower, encoder: ImagePrompter, images: Sequence[PlacedImage]) -> None:
-        self._tower, self._encoder, self._images = tower, encoder, images
+    def __init__(self, tower: VisionTower, prompter: ImagePrompter, images: Sequence[PlacedImage]) -> None:
+        self._tower, self._prompter, self._images = tower, prompter, images
         self._tiles: tuple[PlacedImage, Tensor] | None = None  # pixels of the image that was last looked at
         self._group: tuple[PlacedImage, int, Tensor] | None = None  # features of some tiles of it, from which one on
 
@@ -48,8 +48,8 @@ class ImageFeatures:
                 self._tiles = self._group = None
 
     def _splice_one(self, placed: PlacedImage, embeddings: Tensor, ids: Tensor, positions: range) -> None:
-        size, spliced = self._encoder.tokens.tokens_per_tile, 0
-        for tile, offset in enumerate(self._encoder.tokens.tile_starts(placed.layout)):
+        size, spliced = self._prompter.tokens.tokens_per_tile, 0
+        for tile, offset in enumerate(self._prompter.tokens.tile_starts(placed.layout)):
             first = placed.span.start + offset
             start, stop = max(first, positions.start), min(first + size, positions.stop)
             if start < stop:
@@ -57,7 +57,7 @@ class ImageFeatures:
                 embeddings[start - positions.start:stop - positions.start] = features
                 spliced += stop - start
         here = ids[max(0, placed.span.start - positions.start):placed.span.stop - positions.start]
-        patches = int((here == self._encoder.tokens.patch).sum())
+        patches = int((here == self._prompter.tokens.patch).sum())
         if patches != spliced:
             raise ImageError(f"{placed.image.source}: {spliced} features for {patches} patch tokens")
 
@@ -66,13 +66,13 @@ class ImageFeatures:
         first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # always the same ones together: equal steps give equal bits
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
             pixels = self._pixels(placed)[first:first + TILES_AT_A_TIME]
-            self._group = (placed, first, self._tower(normalized(pixels, self._encoder.processing, self._tower.dtype)))
+            self._group = (placed, first, self._tower(normalized(pixels, self._prompter.processing, self._tower.dtype)))
         return self._group[2][tile - first]
 
     def _pixels(self, placed: PlacedImage) -> Tensor:
         """All tiles of an image, (tiles, 3, size, size) uint8."""
         if self._tiles is None or self._tiles[0] is not placed:
-            self._tiles = (placed, image_tiles(placed.image.decode(), self._encoder.processing))
+            self._tiles = (placed, image_tiles(placed.image.decode(), self._prompter.processing))
             if len(self._tiles[1]) != placed.layout.tiles:
                 raise ImageError(f"{placed.image.source}: {len(self._tiles[1])} tiles instead of "
                                    f"{placed.layout.tiles}")

@@ -36,7 +36,7 @@ VISION: dict[str, Any] = {
 }
 TOKENS = ImageTokens(image_start=VOCABULARY - 2, image_end=VOCABULARY - 3, tile_x_separator=VOCABULARY - 4,
                      tile_y_separator=VOCABULARY - 5, image=VOCABULARY - 6, patch=IMAGE_TOKEN, tokens_per_tile=4)
-ENCODER = ImagePrompter(ImageProcessing(size=SIDE, max_patches=9), TOKENS, "made with this")
+PROMPTER = ImagePrompter(ImageProcessing(size=SIDE, max_patches=9), TOKENS, "made with this")
 SIZES = {  # of images in pixels, with texts between: what a prompt shows
     "one tile": [(28, 28)],
     "several tiles": [(80, 52)],
@@ -57,7 +57,7 @@ class Case:
     logits: Tensor  # (V,)
 
     def again(self) -> ImageFeatures:
-        return ImageFeatures(self.features._tower, ENCODER, self.images)
+        return ImageFeatures(self.features._tower, PROMPTER, self.images)
 
     def read(self, size: int, *, resumed_at: int | None = None) -> Tensor:
         """The last position's logits (V,) after a reading in prefill chunks of `size`, perhaps by two processes."""
@@ -93,14 +93,14 @@ def make_case(toy: Toy, shown: str) -> Case:
     chance, ids, images = random.Random(len(shown)), array("i"), []
     for number, size in enumerate(SIZES[shown]):
         ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(5 * number % 8))
-        images.append(ENCODER.encode(image(size, number), ids))
+        images.append(PROMPTER.encode(image(size, number), ids))
     ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(3))
-    pixels = torch.cat([normalized(image_tiles(placed.image.decode(), ENCODER.processing), ENCODER.processing,
+    pixels = torch.cat([normalized(image_tiles(placed.image.decode(), PROMPTER.processing), PROMPTER.processing,
                                    torch.float32) for placed in images])
     oracle: Any = toy.oracle
     with torch.no_grad():
         logits = oracle(torch.tensor([ids.tolist()]), pixel_values=pixels, use_cache=False).logits[0, -1]
-    return Case(model, ImageFeatures(tower, ENCODER, images), ids, images, logits)
+    return Case(model, ImageFeatures(tower, PROMPTER, images), ids, images, logits)
 
 
 @pytest.mark.parametrize("shown", SIZES)
@@ -135,7 +135,7 @@ def test_images_are_decoded_once_each_and_not_kept(toy: Toy) -> None:
         return dataclasses.replace(shown, decode=decode)
 
     images = [dataclasses.replace(placed, image=counting(placed.image)) for placed in case.images]
-    features = ImageFeatures(case.features._tower, ENCODER, images)
+    features = ImageFeatures(case.features._tower, PROMPTER, images)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     for step in prefill(case.model, cache, case.ids[:-1], prefill_chunk_size=5, features=features):
         if features._tiles is not None:
@@ -155,7 +155,7 @@ def test_a_mismatch_names_the_image(toy: Toy) -> None:
     assert cache.offset == 0
     other = dataclasses.replace(placed, image=image((28, 28), 5))
     with pytest.raises(ImageError, match=r"^noise 5\.png: 1 tiles instead of 7$"):
-        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, ENCODER, [other])))
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, PROMPTER, [other])))
 
 
 def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path: Path) -> None:
@@ -167,20 +167,20 @@ def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path
     image((28, 28), 6).decode().save(file)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     with pytest.raises(ImageError, match=r"^chart\.png: changed since it was first read$"):
-        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, ENCODER, images)))
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, PROMPTER, images)))
 
 
 def test_digests_follow_from_pixels_and_from_what_sees_them() -> None:
-    first, second = (ENCODER.encode(image((28, 28), seed), array("i")) for seed in (1, 2))
+    first, second = (PROMPTER.encode(image((28, 28), seed), array("i")) for seed in (1, 2))
     assert first.span.sha256 != second.span.sha256
-    assert first.span == ENCODER.encode(image((28, 28), 1), array("i")).span
-    other = dataclasses.replace(ENCODER, made_with="made with that")
+    assert first.span == PROMPTER.encode(image((28, 28), 1), array("i")).span
+    other = dataclasses.replace(PROMPTER, made_with="made with that")
     assert other.encode(image((28, 28), 1), array("i")).span.sha256 != first.span.sha256
 
 
 def test_spans_are_counted_and_compared() -> None:
     ids = array("i", [1, 2, 3])
-    images = [ENCODER.encode(image((28, 28), 1), ids), ENCODER.encode(image((56, 28), 2), ids)]
+    images = [PROMPTER.encode(image((28, 28), 1), ids), PROMPTER.encode(image((56, 28), 2), ids)]
     (start, middle, _), (again, stop, _) = (placed.span for placed in images)
     assert (start, middle) == (3, 3 + TOKENS.tokens_per_tile + 3) and again == middle and stop == len(ids)
     assert count_image_tokens(images, 0, 3) == 0 and count_image_tokens(images, 0, stop) == stop - 3
