@@ -76,7 +76,7 @@ class Run:
     plan: MemoryPlan = field(init=False)
     model: Transformer = field(init=False)
     cache: HybridKVCache = field(init=False)
-    _images: ImageReading | None = field(init=False, default=None)  # where images are among the documents
+    _reading: ImageReading | None = field(init=False, default=None)  # where images are among the documents
     _features: ImageFeatures | None = field(init=False, default=None)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
@@ -139,10 +139,10 @@ class Run:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
         if self._documents.has_images:
-            self._images = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
+            self._reading = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
                                                with_digests=self.contexts.folder is not None)
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   images=self._images.prompter if self._images else None, system=self.request.system)
+                                   images=self._reading.prompter if self._reading else None, system=self.request.system)
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -185,7 +185,7 @@ class Run:
                   new_tokens=len(self.prompt.ids),
                   stored_dtype=stored, largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
-                  images=self._images.work(self.prompt.images) if self._images else None)
+                  images=self._reading.work(self.prompt.images) if self._reading else None)
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -211,8 +211,8 @@ class Run:
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
                                      attention=self._attention, is_mapped=self.plan.weights_are_mapped)
         unread = [placed for placed in self.prompt.images if placed.span.stop > self.contexts.reused]
-        if self._images is not None and unread:
-            self._features = self._images.load(unread, dtype=self.model.dtype, device=self._device,
+        if self._reading is not None and unread:
+            self._features = self._reading.load(unread, dtype=self.model.dtype, device=self._device,
                                                is_mapped=self.plan.weights_are_mapped)
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
@@ -238,7 +238,7 @@ class Run:
     def work(self, start: int, stop: int) -> Operations:
         """What reading positions start .. stop - 1 of the prompt takes."""
         operations = reading_operations(self.config, start, stop)
-        return self._images.with_images(operations, self.prompt.images, start, stop) if self._images else operations
+        return self._reading.with_images(operations, self.prompt.images, start, stop) if self._reading else operations
 
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.prefill import prefill

@@ -48,7 +48,7 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
             "template": _of_template(folder)}
 
 
-def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: dict[str, StoredTensor]) -> str:
+def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: Mapping[str, StoredTensor]) -> str:
     """The SHA-256, in hex, of all that the features of an image follow from beside its pixels.
 
     It is part of every image's own digest in a saved context, so that those without images do not depend on it.
@@ -78,7 +78,7 @@ def _with_plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _of_weights(stored: dict[str, StoredTensor]) -> str:
+def _of_weights(stored: Mapping[str, StoredTensor]) -> str:
     by_file: dict[Path, list[str]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append(name)

@@ -36,8 +36,14 @@ class ImageUse:
         """Raises RequestError where pages of PDF files are asked for as images, and images are not read."""
         self._model, self._config = model, config
         self.why_not = "left out by --no-images" if no_images else None
-        if self.why_not is None and not _has_vision(model):
-            self.why_not = "the checkpoint reads text alone"
+        self._vision: VisionConfig | ConfigError | None = None
+        if not no_images:
+            try:
+                self._vision = VisionConfig.from_folder(model)
+            except ConfigError as error:
+                self._vision = error
+            if self._vision is None:
+                self.why_not = "the checkpoint reads text alone"
         if pdf != "text" and self.why_not is not None:
             raise RequestError(f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads "
                                "their text")
@@ -46,7 +52,7 @@ class ImageUse:
         """Of the vision tower, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
         from model.checkpoint import checked_vision_tensors
 
-        return checked_vision_tensors(self._model, self._vision(), self._config.hidden_size)
+        return checked_vision_tensors(self._model, self._usable_vision(), self._config.hidden_size)
 
     def prepare(self, tokenizer: Tokenizer, stored: Mapping[str, StoredTensor] | None, *,
                 with_digests: bool = False) -> ImageReading:
@@ -59,26 +65,17 @@ class ImageUse:
         from l4ctx.image_processing import ImageProcessing
         from l4ctx.image_tokens import ImageTokens
 
-        vision = self._vision()
+        vision = self._usable_vision()
         processing = ImageProcessing.from_folder(self._model, vision.image_size)
         tokens = ImageTokens.from_tokenizer(tokenizer, vision.tokens_per_tile, vision.image_token_index)
-        made_with = vision_fingerprint(vision, processing, dict(stored)) if with_digests and stored else ""
+        made_with = vision_fingerprint(vision, processing, stored) if with_digests and stored else ""
         return ImageReading(self._model, self._config, vision, ImagePrompter(processing, tokens, made_with), stored)
 
-    def _vision(self) -> VisionConfig:
-        try:
-            vision = VisionConfig.from_folder(self._model)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; --no-images reads the text alone") from None
-        assert vision is not None
-        return vision
-
-
-def _has_vision(model: Path) -> bool:
-    try:
-        return VisionConfig.from_folder(model) is not None
-    except ConfigError:
-        return True
+    def _usable_vision(self) -> VisionConfig:
+        if isinstance(self._vision, ConfigError):
+            raise ConfigError(f"{self._vision}; --no-images reads the text alone")
+        assert self._vision is not None, self.why_not
+        return self._vision
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,13 @@ class ImageReading:
             return None
         largest = max(images, key=self._pixel_bytes)
         stored = self.stored
-        parameters = vision_parameter_count(self.vision, self.config.hidden_size) if stored is None else sum(
-            math.prod(tensor.shape) for tensor in stored.values())
-        return ImageWork(self.vision, parameters, None if stored is None else _dtype(stored),
+        if stored is None:
+            parameters, dtype = vision_parameter_count(self.vision, self.config.hidden_size), None
+        else:
+            parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
+            dtypes = {tensor.dtype_name for tensor in stored.values()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return ImageWork(self.vision, parameters, dtype,
                          sum(placed.span.stop - placed.span.start for placed in images), self._pixel_bytes(largest),
                          largest.image.source)
 
@@ -121,11 +122,3 @@ class ImageReading:
 
     def _pixel_bytes(self, placed: PlacedImage) -> int:
         return placed.image.memory + tiling_bytes(placed.layout, self.prompter.processing)
-
-
-def _dtype(stored: Mapping[str, StoredTensor]) -> str | None:
-    """The dtype that all of the tensors have, by torch's name."""
-    from model.checkpoint import DTYPES
-
-    dtypes = {tensor.dtype for tensor in stored.values()}
-    return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if len(dtypes) == 1 else None

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from l4ctx.exits import CHECKPOINT, CODE_OF_ERROR, CONTEXT, UsageError
+from l4ctx.exits import CHECKPOINT, CONTEXT, UsageError, name_of_known
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import FORMAT, VERSION, read_manifest
 from model.config import ConfigError, TextConfig, parameter_count
@@ -86,7 +86,7 @@ def _attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **
     try:
         return work(*args, **kwargs)
     except Exception as error:  # the readers' own errors, and whatever else a broken file makes them raise
-        if f"{type(error).__module__}.{type(error).__qualname__}" in CODE_OF_ERROR and str(error):
+        if name_of_known(error) and str(error):
             report["damage"].append({"file": str(file), "what": str(error)})
         else:
             _add_damage(report, file, f"cannot be used ({type(error).__name__}: {error})")

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from l4ctx.inspection import Report
-from l4ctx.memory import human_bytes
+from l4ctx.memory import counted, human_bytes
 from l4ctx.terminal import without_controls
 
 SHOWN_LINES = 20
@@ -40,7 +40,7 @@ def _model_lines(report: Report) -> Iterator[Line]:
         yield "weights", "no weights there"
     elif weights:
         dtypes = "".join(f", {count:,} tensors in {dtype}" for dtype, count in weights["dtypes"].items())
-        shards = f"{weights['shards']:,} shard{'s' * (weights['shards'] > 1)}"
+        shards = counted(weights["shards"], "shard")
         if weights["readable_shards"] < weights["shards"]:
             shards = f"{weights['readable_shards']:,} of {shards}"
         yield "weights", f"{human_bytes(weights['bytes'])} in {shards}{dtypes}"

@@ -46,6 +46,11 @@ class StoredTensor:
     num_bytes: int
     offset: int  # of its first byte in the file
 
+    @property
+    def dtype_name(self) -> str:
+        """As torch spells it: float32, bfloat16, ..."""
+        return str(DTYPES[self.dtype]).removeprefix("torch.")
+
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu",
                     attention: str = "sdpa", is_mapped: bool = True) -> Transformer:
@@ -94,7 +99,7 @@ def checked_vision_tensors(folder: Path, config: VisionConfig, text_hidden_size:
 
 def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
     """The name of the dtype that the text model's embeddings are stored in."""
-    return str(DTYPES[tensors["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+    return tensors["model.embed_tokens.weight"].dtype_name
 
 
 def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:

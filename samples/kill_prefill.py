@@ -28,7 +28,6 @@ import traceback
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,12 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import context_toys
 import torch
-from context_toys import BLOCK, CHUNK, CONFIG, VOCABULARY, Kind, answer, block_digests, changed, model, spans
+from context_toys import BLOCK, CHUNK, CONFIG, VOCABULARY, Kind, answer, block_digests, changed
 
-from cache.hybrid import HybridKVCache
 from card_task import draw_card, draw_cards, random_size
 from l4ctx.context import Context
-from l4ctx.context_writer import ContextWriter
 from l4ctx.image_features import ImageFeatures
 from l4ctx.image_processing import ImageProcessing
 from l4ctx.image_prompt import ImagePrompter, PlacedImage
@@ -50,7 +48,7 @@ from l4ctx.image_tokens import ImageTokens
 from l4ctx.images import DocumentImage, read_image
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import HEAD, ContextError
-from l4ctx.prefill import grid_period, prefill
+from l4ctx.prefill import grid_period
 from model.vision import VisionTower
 from model.vision_config import VisionConfig
 
@@ -118,30 +116,13 @@ def changes(cards: list[DocumentImage], chance: random.Random) -> dict[str, Docu
 
 @functools.cache
 def tower() -> VisionTower:
-    """Random weights, the same each time."""
-    made = VisionTower(VISION, CONFIG.hidden_size)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return made
+    return context_toys.randomized(VisionTower(VISION, CONFIG.hidden_size), seed=1)
 
 
 def keep(folder: Path, documents: Documents, kind: Kind) -> None:
     """All of a run of `l4ctx prefill`."""
-    ids, layout = memoryview(documents.ids), kind.layout(len(documents.ids))
-    with closing(ContextWriter(folder, kind.recipe)) as writer:
-        writer.drop_damaged(verify=False)
-        start = writer.begin(ids, spans(documents.ids), layout, system=False,
-                             images=[placed.span for placed in documents.images])
-        if writer.tip.is_complete:
-            return
-        cache = HybridKVCache(CONFIG, length=layout.length, layout=layout, rows=writer)
-        writer.restore(cache, start)
-        for _ in prefill(model(kind.dtype), cache, ids[start:], prefill_chunk_size=kind.prefill_chunk_size,
-                         features=ImageFeatures(tower(), PROMPTER, documents.images)):
-            pass
-        writer.finish(cache)
+    context_toys.keep(folder, documents.ids, kind, images=[placed.span for placed in documents.images],
+                      features=ImageFeatures(tower(), PROMPTER, documents.images))
 
 
 @dataclass
@@ -308,7 +289,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model(), tower()
+    context_toys.model(), tower()
     began, chance = time.perf_counter(), random.Random(args.seed)
     moments: Counter[str] = Counter()
     scratch = Path(tempfile.mkdtemp(prefix="l4ctx-kills-"))

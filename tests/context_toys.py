@@ -14,20 +14,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.hybrid import HybridKVCache
 from cache.sizes import Residency, StoreLayout
 from l4ctx.context import Context, ContextReader, reusable
 from l4ctx.context_writer import ContextWriter
+from l4ctx.image_prompt import ImageSpan
 from l4ctx.journal import Journal
 from l4ctx.manifest import BLOCKS, JOURNAL, Recipe
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.prompt import Span
 from model.config import TextConfig
 from model.transformer import Transformer
+
+Module = TypeVar("Module", bound=nn.Module)
 
 CHUNK, BLOCK, VOCABULARY = 16, 32, 97
 CONFIG = TextConfig.from_dict({
@@ -63,12 +67,16 @@ class Kind:
 @functools.cache
 def model(dtype: str = "float32") -> Transformer:
     """Random weights, the same each time."""
-    made = Transformer(CONFIG).to(getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(0)
+    return randomized(Transformer(CONFIG).to(getattr(torch, dtype)), seed=0)
+
+
+def randomized(module: Module, seed: int) -> Module:
+    """The module, with random weights."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in module.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return made
+    return module
 
 
 def tokens(count: int, seed: int = 0) -> array[int]:
@@ -88,29 +96,33 @@ def spans(ids: Sequence[int]) -> list[Span]:
     return [Span("notes/a.txt", 3, 20, "00" * 32), Span("b ü.txt", 20, len(ids) - 2, "ff" * 32)]
 
 
-def reading(writer: ContextWriter, ids: array[int], kind: Kind = Kind(),
-            residency: Residency = IN_MEMORY) -> Iterator[int]:
-    """Reads `ids` into the context: how many tokens there were already, then how many there are after each step."""
+def reading(writer: ContextWriter, ids: array[int], kind: Kind = Kind(), residency: Residency = IN_MEMORY,
+            images: Sequence[ImageSpan] = (), features: Any = None) -> Iterator[int]:
+    """Reads `ids` into the context: how many tokens there were already, then how many there are after each step.
+
+    `features` are those of the images among them.
+    """
     layout = kind.layout(len(ids))
-    start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=())
+    start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=images)
     yield start
     if writer.tip.is_complete:
         return
     cache = HybridKVCache(CONFIG, length=layout.length, dtype=getattr(torch, kind.dtype), layout=layout,
                           residency=residency, rows=writer)
     writer.restore(cache, start)
-    for _ in prefill(model(kind.dtype), cache, memoryview(ids)[start:], prefill_chunk_size=kind.prefill_chunk_size):
+    for _ in prefill(model(kind.dtype), cache, memoryview(ids)[start:], prefill_chunk_size=kind.prefill_chunk_size,
+                     features=features):
         yield cache.offset
     writer.finish(cache)
 
 
 def keep(folder: Path, ids: array[int], kind: Kind = Kind(), *, stop: int | None = None, verify: bool = False,
-         residency: Residency = IN_MEMORY) -> int:
+         residency: Residency = IN_MEMORY, images: Sequence[ImageSpan] = (), features: Any = None) -> int:
     """All of a run of `l4ctx prefill`, or until so many tokens are read; returns how many there were already."""
     with closing(ContextWriter(folder, kind.recipe)) as writer:
         writer.drop_damaged(verify=verify)
         start = None
-        for done in reading(writer, ids, kind, residency):
+        for done in reading(writer, ids, kind, residency, images, features):
             start = done if start is None else start
             if stop is not None and done >= stop:
                 break

@@ -11,7 +11,7 @@ from typing import Any
 
 from cli_runner import CONTROLS
 
-from l4ctx.inspection import inspect_folder
+from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
 
 Break = Callable[[Path], object]
@@ -34,6 +34,14 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
 
 def whats(report: dict[str, Any]) -> list[str]:
     return [entry["what"] for entry in report["damage"]]
+
+
+def check_damage(report: dict[str, Any], damage: list[str]) -> None:
+    """That is all of the checkpoint's damage, line by line a part of each."""
+    found = whats(report)
+    assert exit_code(report) == 3 and len(found) == len(damage), found
+    for part, line in zip(damage, found, strict=True):
+        assert part in line
 
 
 def edit_json(file: Path, **changes: Any) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
 from contextlib import closing
 from pathlib import Path
 
+import context_toys
 import pytest
 import torch
-from context_toys import CONFIG, Kind, model, spans, tokens
+from context_toys import CONFIG, Kind, model, tokens
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
 from l4ctx.context import ContextReader, reusable
-from l4ctx.context_writer import ContextWriter
 from l4ctx.image_prompt import ImageSpan
 from l4ctx.prefill import as_batch, prefill
 
@@ -52,19 +51,9 @@ def read(cache: HybridKVCache, images: tuple[ImageSpan, ...]) -> Tensor:
     return logits
 
 
-def keep(folder: Path, images: tuple[ImageSpan, ...], ids: array[int] = IDS) -> int:
+def keep(folder: Path, images: tuple[ImageSpan, ...]) -> int:
     """Reads into the context; returns how many tokens were there already."""
-    layout = KIND.layout(len(ids))
-    with closing(ContextWriter(folder, KIND.recipe)) as writer:
-        start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=images)
-        if not writer.tip.is_complete:
-            cache = HybridKVCache(CONFIG, length=layout.length, layout=layout, rows=writer)
-            writer.restore(cache, start)
-            for _ in prefill(model(), cache, memoryview(ids)[start:], prefill_chunk_size=KIND.prefill_chunk_size,
-                             features=Features(images)):  # type: ignore[arg-type]
-                pass
-            writer.finish(cache)
-        return start
+    return context_toys.keep(folder, IDS, KIND, images=images, features=Features(images))
 
 
 def from_context(folder: Path, images: tuple[ImageSpan, ...]) -> tuple[int, Tensor]:

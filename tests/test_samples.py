@@ -16,13 +16,11 @@ import torch
 
 from cache.hybrid import HybridKVCache
 from l4ctx.documents import Document
-from l4ctx.generate import GenerationConfig, generate
 from l4ctx.image_processing import ImageProcessing
 from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.image_use import ImageUse
 from l4ctx.images import read_image
-from l4ctx.prefill import as_batch, prefill
-from l4ctx.prompt import ChatTemplate, build_prompt
+from l4ctx.prefill import as_batch
+from l4ctx.prompt import build_prompt
 from l4ctx.tokenizer import Tokenizer
 from model.checkpoint import checked_vision_tensors, load_checkpoint, load_vision, text_tensors
 from model.config import TextConfig, parameter_count
@@ -139,44 +137,35 @@ def test_cards_are_the_same_for_the_same_seed() -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
-def codes_found(tokenizer: Tokenizer, documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
+def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
     """The numbers in the answer to the question about each entity; the documents are read once."""
+    from evaluate_images import Setup, read_documents
+    from evaluate_tiny import answer_to
     from lookup_task import question
 
-    model, template = load_checkpoint(TINY, dtype=torch.float32), ChatTemplate.from_folder(TINY)
-    stop_tokens = GenerationConfig.from_folder(TINY).stop_tokens
-    use = ImageUse(TINY, model.config, no_images=False, pdf="text")
-    reading = use.prepare(tokenizer, use.stored_tensors())
-    prompts = [build_prompt(tokenizer, template, documents, question(entity), images=reading.prompter)
-               for entity in entities]
-    end = prompts[0].documents_stop
-    read = HybridKVCache(model.config, length=len(prompts[0].ids) + 64)
-    features = reading.load(prompts[0].images, dtype=torch.float32, device=model.device, is_mapped=False)
-    for _ in prefill(model, read, prompts[0].ids[:end], features=features):
-        pass
-    found = []
-    for prompt in prompts:
-        cache = read.fork()
-        for _ in prefill(model, cache, prompt.ids[end:-1]):
-            pass
-        answer = tokenizer.decode(generate(model, cache, prompt.ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
-        found.append(re.findall(r"\d+", answer))
-    return found
+    setup = Setup.from_folder(TINY, "float32")
+    prompts = [build_prompt(setup.tokenizer, setup.template, documents, question(entity),
+                            images=setup.reading.prompter) for entity in entities]
+    end, read = prompts[0].documents_stop, read_documents(setup, prompts[0])
+    answers = [answer_to(setup.model, read.fork(), setup.tokenizer, prompt.ids[end:], setup.stop_tokens)
+               for prompt in prompts]
+    return [re.findall(r"\d+", answer) for answer in answers]
 
 
 def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
-    from lookup_task import draw_entities, fact, random_code
+    """The text ends amid an attention chunk: no boundary cuts the questions from their answers."""
+    from evaluate_tiny import make_document
+    from lookup_task import draw_entities, random_code
 
     rng = random.Random(4)
     codes = {entity: random_code(rng) for entity in draw_entities(rng, 10, evaluation=True)}
-    lines = own_sources().splitlines()[:4000]
-    for entity, code in codes.items():
-        lines.insert(rng.randrange(len(lines)), fact(entity, code))
-    found = codes_found(tokenizer, [Document("a.py", "", "\n".join(lines))], codes)
+    tokens = 59 * TextConfig.from_folder(TINY).attention_chunk_size // 2
+    text = make_document(tokenizer, codes, tokens, [ROOT / name for name in ("l4ctx", "model", "cache")], rng)
+    found = codes_found([Document("a.py", "", text)], codes)
     assert sum(numbers == [code] for numbers, code in zip(found, codes.values(), strict=True)) >= 9
 
 
-def test_it_reads_cards_in_images(tokenizer: Tokenizer) -> None:
+def test_it_reads_cards_in_images() -> None:
     """A dozen of many sizes in one prompt, of which a chunk boundary may cut one."""
     from card_task import draw_card, draw_cards, random_size
 
@@ -187,7 +176,7 @@ def test_it_reads_cards_in_images(tokenizer: Tokenizer) -> None:
         draw_card(card, random_size(rng, 90, 500), rng).image.save(file, "PNG")
         image, _ = read_image("card.png", file.getvalue(), None)
         documents.append(Document("card.png", image.sha256, (image,)))
-    found = codes_found(tokenizer, documents, [card.entity for card in cards])
+    found = codes_found(documents, [card.entity for card in cards])
     assert sum(numbers == [card.code] for numbers, card in zip(found, cards, strict=True)) >= 10
 
 
