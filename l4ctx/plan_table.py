@@ -58,7 +58,7 @@ def plan_table(report: PlanReport) -> RenderableType:
     row("read buffers", end.buffers, most.buffers)
     row("token ids", plan.token_ids)
     row("activations", None, plan.activations)
-    row("images, one at a time, and the vision tower's activations", None, plan.images)
+    row("images and the vision tower", None, plan.images)
     if room.accelerator is not None:
         row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
     row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, room.host)

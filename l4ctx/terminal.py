@@ -184,7 +184,7 @@ def memory_table(report: MemoryReport) -> Table:
     row("read buffers", end.buffers, most.buffers, report.buffers)
     row("token ids", plan.token_ids, None, report.token_ids)
     row("activations", None, plan.activations)
-    row("images, one at a time, and the vision tower's activations", None, plan.images)
+    row("images and the vision tower", None, plan.images)
     if report.process and report.process_peak:
         row("process, anonymous", None, None, report.process.anonymous, report.process_peak.anonymous)
         row("process, file-backed", None, None, report.process.file_backed, report.process_peak.file_backed)
