@@ -33,6 +33,7 @@ from l4ctx.exits import (
 )
 from l4ctx.inputs import check_choices, inputs, paths_or_pipe, warn_of_forgotten_pipe
 from l4ctx.processor import share_cores
+from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
 if TYPE_CHECKING:
     from l4ctx.ask import Run
@@ -49,10 +50,12 @@ def main() -> NoReturn:
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     try:
-        app(prog_name="l4ctx")
+        code = app(prog_name="l4ctx", standalone_mode=False)
     except KeyboardInterrupt:
         leave(INTERRUPTED)
-    sys.exit(0)
+    except USAGE_ERROR as error:
+        refuse_arguments(error)
+    sys.exit(code or 0)
 
 
 @app.callback(epilog=EXIT_CODES)
@@ -87,7 +90,8 @@ def ask(
     pdf: options.Pdf = "text",
     system: options.System = None,
     max_new_tokens: Annotated[int | None, typer.Option(
-        min=1, help="Length of the answer at most, in tokens; 1024 unless told.")] = None,
+        parser=options.token_count(1), metavar="N", help="Length of the answer at most, in tokens; 1024 unless "
+        "told.")] = None,
     temperature: Annotated[float | None, typer.Option(
         min=0.0, help="0 takes the likeliest token each time, which is the default.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(
@@ -146,7 +150,7 @@ def ask(
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
                        attention=attention, prefill_chunk_size=prefill_chunk_size)
 
-    with errors_as_exit_codes() as interruption:
+    with errors_as_exit_codes(json=json) as interruption:
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
@@ -197,7 +201,7 @@ def prefill(
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
                        prefill_chunk_size=prefill_chunk_size)
 
-    with errors_as_exit_codes() as interruption:
+    with errors_as_exit_codes(json=json) as interruption:
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
@@ -214,7 +218,7 @@ def inspect(
 
     Ends with exit code 3 for a damaged checkpoint, and with 7 for a damaged context.
     """
-    with errors_as_exit_codes() as interruption:
+    with errors_as_exit_codes(json=json) as interruption:
         interruption.kept = lambda: "nothing was changed"
         _inspect(path, verify=verify, json=json)
 
@@ -241,12 +245,14 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
 def plan(
     paths: options.Paths = None,
     tokens: Annotated[int | None, typer.Option(
-        min=1, metavar="N", help="Plan for so many tokens, without any document.", show_default=False)] = None,
+        parser=options.token_count(1), metavar="N", help="Plan for so many tokens, without any document: 128k is "
+        "128,000, 10M is 10,000,000, 128Ki is 131,072.", show_default=False)] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,
     pdf: options.Pdf = "text",
     max_new_tokens: Annotated[int | None, typer.Option(
-        min=0, help="Length of an answer, in tokens.", show_default=False)] = None,
+        parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.",
+        show_default=False)] = None,
     rate: Annotated[float | None, typer.Option(
         min=0.001, metavar="TOKENS/S", help="Reading speed at the beginning of a text, to predict the time by.",
         show_default=False)] = None,
@@ -287,7 +293,7 @@ def plan(
                            prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,
                            measure=measure)
 
-    with errors_as_exit_codes():
+    with errors_as_exit_codes(json=json):
         leave(_plan(request(), json=json, quiet=quiet))
 
 

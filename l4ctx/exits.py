@@ -35,6 +35,11 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
 }
 
 
+KINDS = {OUTPUT: "output", INPUT: "input", CHECKPOINT: "checkpoint", TOO_LONG: "too_long", MEMORY: "memory",
+         MODEL: "model", CONTEXT: "context", INTERRUPTED: "interrupted"}
+"""What --json calls an error of each code."""
+
+
 class UsageError(Exception):
     """Arguments that do not go together."""
 
@@ -62,29 +67,37 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def errors_as_exit_codes() -> Iterator[Interruption]:
-    """What a user can cause becomes one line on stderr and an exit code; anything else keeps its traceback."""
+def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
+    """What a user can cause becomes one line on stderr and an exit code; anything else keeps its traceback.
+
+    With `json` an object on stdout says the same.
+    """
     interruption = Interruption()
     try:
         yield interruption
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback
-        _fail(f"interrupted; {interruption.kept()}", INTERRUPTED)
+        fail(f"interrupted; {interruption.kept()}", INTERRUPTED, json=json)
     except BrokenPipeError:
         leave(CLOSED)
     except Exception as error:  # to look at; what is not a user's doing goes on as it was
         name = name_of_known(error)
         if name is None:
             raise
-        _fail(one_line(error), CODE_OF_ERROR[name])
+        fail(one_line(error), CODE_OF_ERROR[name], json=json)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int, *, json: bool) -> NoReturn:
+    """Ends with one line on stderr, and with `json` an object on stdout."""
     from l4ctx.terminal import without_controls
 
+    line = without_controls(" ".join(message.splitlines()))
     with suppress(OSError):
-        sys.stderr.write(f"l4ctx: {without_controls(' '.join(message.splitlines()))}\n")
+        sys.stderr.write(f"l4ctx: {line}\n")
         sys.stderr.flush()
+    if json and sys.stdout is not None:
+        with suppress(OSError, OutputError):  # closed or full: the exit code says it, too
+            write_json({"error": {"code": code, "type": KINDS[code], "message": line}})
     leave(code)
 
 

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from l4ctx.memory import parse_tokens
+
+
+def token_count(minimum: int) -> Callable[[str], int]:
+    """Reads an option that counts tokens; the parser of arguments says which one is wrong."""
+    def parse(text: str) -> int:
+        try:
+            count = parse_tokens(str(text))  # a default is a number
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if count < minimum:
+            raise typer.BadParameter(f"{text} is less than {minimum}")
+        return count
+
+    return parse
+
 
 Model = Annotated[Path | None, typer.Option(
     "--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder.", show_default=False)]
@@ -35,8 +53,8 @@ Attention = Annotated[str | None, typer.Option(
     "flex_attention, or the slow reference. Unless told, what is the quickest here.",
     show_default=False)]
 PrefillChunkSize = Annotated[int | None, typer.Option(
-    min=1, help="Tokens read at a time; fewer need less memory for activations. 8192, or fewer if those do not fit.",
-    show_default=False)]
+    parser=token_count(1), metavar="N", help="Tokens read at a time; fewer need less memory for activations. 8192, or "
+    "fewer if those do not fit.", show_default=False)]
 MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]

@@ -100,10 +100,10 @@ def main() -> None:
         layout = StoreLayout.of(config, length=args.tokens, dtype="float32", kv_dtype=args.kv_dtype)
         budget = layout.sealed_rows(args.tokens) * layout.row_bytes // args.share
         result, seconds = command("prefill", str(document), "-o", str(folder), "--model", str(args.model),
-                                  "--kv-host-memory", str(budget), "--kv-dtype", args.kv_dtype, "--dtype", "float32")
+                                  "--kv-host-memory", f"{budget}B", "--kv-dtype", args.kv_dtype, "--dtype", "float32")
         report(result, seconds, budget)
         entity = next(iter(codes))
-        small = ["--kv-host-memory", str(budget)]
+        small = ["--kv-host-memory", f"{budget}B"]
         for what, options in (("all in memory", []), (f"{human_bytes(budget)} in memory", small)):
             print(f"a question, files cached, {what}: {ask_once(folder, args.model, entity, options)}; "
                   f"plain reads: {human_bytes(reading_rate(folder))}/s", flush=True)

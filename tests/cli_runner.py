@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
 
-from l4ctx import cli
+from l4ctx import cli, exits
 
 COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli import main; main()"]
 ON_TERMINAL = [sys.executable, "-P", "-c", "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -170,10 +170,15 @@ def _read_terminal(descriptor: int) -> bytes:
         return b""
 
 
-def check_refused(result: Result, code: int, *parts: str) -> None:
-    """Nothing on stdout, and on stderr one line, which holds `parts`."""
-    assert (result.code, result.stdout) == (code, ""), result
+def check_refused(result: Result, code: int, *parts: str, as_json: bool = False) -> None:
+    """On stderr one line, which holds `parts`; on stdout nothing, or `as_json` an object that says the same."""
+    assert result.code == code, result
     assert re.fullmatch(r"l4ctx: [^\n]+\n", result.stderr), result.stderr
+    if as_json:
+        error = {"code": code, "type": exits.KINDS[code], "message": result.stderr[len("l4ctx: "):-1]}
+        assert json.loads(result.stdout) == {"error": error} and result.stdout.count("\n") == 1
+    else:
+        assert result.stdout == ""
     assert not CONTROLS.search(result.stderr)
     for part in parts:
         assert part in result.stderr

@@ -46,7 +46,7 @@ SMALL = TextConfig.from_dict(TOY)
 @pytest.mark.parametrize(("arguments", "code", "parts"), [
     ([], 2, ["--model DIR", "--config FILE"]),
     (["--model", str(TINY), "--tokens", "0"], 2, ["--tokens: 0 is too few"]),
-    (["--model", str(TINY), "--tokens", "64,-3"], 2, ["--tokens: -3"]),
+    (["--model", str(TINY), "--tokens", "64,-3"], 2, ["--tokens: '64,-3' is not a list of numbers"]),
     (["--model", str(TINY), "--tokens", "64,many"], 2, ["--tokens: '64,many' is not a list of numbers"]),
     (["--model", str(TINY), "--tokens", ""], 2, ["--tokens: ''"]),
     (["--model", str(TINY), "--tokens", "64,99999999"], 4, ["99999999", "10,485,760 positions"]),

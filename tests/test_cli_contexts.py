@@ -362,7 +362,7 @@ def test_damage_of_what_describes_a_context(place: Path, name: str, byte: int, a
     """The list of documents is read by --json, their tokens where documents are given."""
     flip(next(Path("c").glob(name)), byte)
     before = files(place)
-    check_refused(ask("a", *arguments, "--context", "c", "-q"), 7, "c/", part)
+    check_refused(ask("a", *arguments, "--context", "c", "-q"), 7, "c/", part, as_json="--json" in arguments)
     assert files(place) == before
 
 

@@ -301,7 +301,7 @@ def test_prefill_that_does_not_fit_makes_nothing(place: Path, monkeypatch: pytes
 
 def test_documents_beside_a_context_need_a_place(place: Path) -> None:
     assert prefill("-q", paths=("docs/a.md",)).code == 0
-    beside = ("docs", "--context", "c", "--kv-host-memory", "1", "-q")
+    beside = ("docs", "--context", "c", "--kv-host-memory", "1B", "-q")
     check_refused(ask("b", *beside), 5, "what these documents have beyond the context does not fit into memory; add "
                   "--kv-dir, or read them into the context with l4ctx prefill")
     assert ask("b", *beside, "--kv-dir", ".").stdout == answer("b")
@@ -318,7 +318,7 @@ def test_blocks_go_to_disk(place: Path, kv_dtype: str) -> None:
     assert prefill(*options[:2]).code == 0
     for source, more in ((("docs",), ("--kv-dir", "disk", *options)), (("--context", "c"), ())):
         budget = 4 * MIB if kv_dtype == "float32" else 3 * MIB
-        limited = (*source, *more, "--kv-host-memory", str(budget), "--quiet")
+        limited = (*source, *more, "--kv-host-memory", f"{budget}B", "--quiet")
         report = json.loads(ask("a", *limited, "--json").stdout)
         assert report["answer"] + "\n" == answer("a") and report["memory"]["nope_disk"] > 0
         assert report["memory"]["nope_host"] + report["memory"]["buffers"] <= budget
@@ -362,7 +362,7 @@ def test_a_context_of_int8_is_asked(place: Path) -> None:
 
 @pytest.mark.parametrize(("options", "code", "part"), [
     (["--kv-device-memory", "1GiB"], 2, "--kv-device-memory: the model computes on the CPU, whose memory is the host"),
-    (["--kv-device-memory", "1x"], 2, "--kv-device-memory: '1x' is not a size such as 8GiB, 500MB or 4096 (bytes)"),
+    (["--kv-device-memory", "1x"], 2, "--kv-device-memory: '1x' is not a size such as 8GiB, 500MB or 8388608 (bytes)"),
     (["--kv-host-memory", ""], 2, "--kv-host-memory: '' is not a size"),
     (["--kv-host-memory", "-1"], 2, "--kv-host-memory: '-1' is not a size"),
     (["--kv-dtype", "int4"], 2, "--kv-dtype: 'int4' is not one of auto, float32, bfloat16, float16, fp8, int8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from array import array
@@ -19,7 +20,7 @@ from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
 from l4ctx import processor
 from l4ctx.job import Job, Room
-from l4ctx.memory import parse_size
+from l4ctx.memory import parse_size, parse_tokens
 from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
 from l4ctx.prefill import prefill, prefill_grid
 from l4ctx.processor import computing_dtype
@@ -435,9 +436,10 @@ def test_which_dtype_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("8GiB", 8 * GIB), ("500MB", 5 * 10**8), ("1.5G", 3 * GIB // 2), ("4096", 4096), ("0", 0), ("0GiB", 0), ("7b", 7),
+    ("8GiB", 8 * GIB), ("500MB", 5 * 10**8), ("1.5G", 3 * GIB // 2), ("4194304", 4 * MIB), ("0", 0), ("0GiB", 0),
+    ("7b", 7),
     (" 2 tib ", 2 * 2**40), ("1KB", 1000), ("1kib", 1024), ("3K", 3072), ("2m", 2 * MIB), ("1T", 2**40),
-    ("2TB", 2 * 10**12), (".5GB", 5 * 10**8), ("5.MiB", 5 * MIB), ("1.1GiB", 1181116006), ("0.1", 0)])
+    ("2TB", 2 * 10**12), (".5GB", 5 * 10**8), ("5.MiB", 5 * MIB), ("1.1GiB", 1181116006), ("0.1b", 0)])
 def test_sizes_as_people_write_them(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
@@ -446,6 +448,26 @@ def test_sizes_as_people_write_them(text: str, expected: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size such as 8GiB") as error:
         parse_size(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["8", "16", "0.5", "4096", " 1048575 ", "1."])
+def test_a_small_size_wants_a_unit(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(text.strip())} would be bytes; .*GiB, .*B for bytes$"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("4096", 4096), ("0", 0), ("128k", 128_000), ("128K", 128_000), ("10M", 10**7), ("10m", 10**7), ("1.5M", 1_500_000),
+    ("128Ki", 131_072), ("10Mi", 10 * MIB), ("1g", 10**9), (" 7 ", 7), ("10_000_000", 10**7), ("0.25ki", 256)])
+def test_numbers_of_tokens_as_people_write_them(text: str, expected: int) -> None:
+    assert parse_tokens(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.5", "0.0001k", "10MB", "10 M", "1e6", "1,000", "٣", "5k\nk", "_5"])
+def test_what_is_no_number_of_tokens(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of tokens such as 4096, 128k") as error:
+        parse_tokens(text)
     assert "\n" not in str(error.value)
 
 

@@ -13,6 +13,7 @@ import typer
 from l4ctx import options
 from l4ctx.exits import UsageError, check_stdout, errors_as_exit_codes, write, write_json
 from l4ctx.inputs import check_choices
+from l4ctx.memory import parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,8 @@ def bench(
         show_default=False)] = None,
     tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths to read.")] = DEFAULT_LENGTHS,
     decode: Annotated[int, typer.Option(
-        "--decode", min=0, metavar="N", help="Tokens to decode behind the first one; 0 for none.")] = 32,
+        "--decode", parser=options.token_count(0), metavar="N", help="Tokens to decode behind the first "
+        "one; 0 for none.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that everything is measured, in turn.")] = 3,
     compare: Annotated[list[str] | None, typer.Option(
         metavar="NAME", help=f"Run the same work there: {PEERS}. Can be repeated.", show_default=False)] = None,
@@ -76,7 +78,7 @@ def bench(
             compares_transformers="transformers" in peers, llama_bench=peers.get("llama.cpp"),
             gguf_files=tuple(gguf or ()), ceilings=ceilings)
 
-    with errors_as_exit_codes(), _termination_as_interruption():
+    with errors_as_exit_codes(json=json), _termination_as_interruption():
         _bench(request(), json=json, quiet=quiet)
 
 
@@ -121,9 +123,9 @@ def _termination_as_interruption() -> Iterator[None]:
 def _lengths(text: str) -> tuple[int, ...]:
     """Ascending, each once."""
     try:
-        lengths = sorted({int(part) for part in text.split(",")})
+        lengths = sorted({parse_tokens(part) for part in text.split(",")})
     except ValueError:
-        raise UsageError(f"--tokens: {text!r} is not a list of numbers such as {DEFAULT_LENGTHS}") from None
+        raise UsageError(f"--tokens: {text!r} is not a list of numbers such as {DEFAULT_LENGTHS} or 4k,16k") from None
     if lengths[0] < 2:
         raise UsageError(f"--tokens: {lengths[0]} is too few; at least 2 tokens are measured")
     return tuple(lengths)
