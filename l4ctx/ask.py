@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.sizes import KV_DTYPES
@@ -107,12 +106,11 @@ class Run:
                                          no_images=self.images.why_not, progress=self._tell_of_documents())
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
-            raise RequestError(f"standard input has nothing to read: {self.skipped[0].reason} "
-                               "(name a file or folder; to ask without documents, add < /dev/null)")
+            or_alone = "" if self.request.question is None else "; --no-documents asks the model alone"
+            raise RequestError(f"no documents: standard input has nothing to read: {self.skipped[0].reason} "
+                               f"(name a file or folder{or_alone})")
         if self.request.paths:
             self._documents.require_any(self.request.paths)
-        if self.request.question is not None:
-            self._note_if_a_path(self.request.question)
         for entry in self.skipped[:SKIPPED_LINES]:
             self.note(f"skipped {entry.source}: {entry.reason}")
         if len(self.skipped) > SKIPPED_LINES:
@@ -388,10 +386,3 @@ class Run:
         if sampling.temperature == 0 and (asked.top_p is not None or asked.top_k is not None or asked.seed is not None):
             self.note("--top-p, --top-k and --seed change nothing at temperature 0; add --temperature or --sample")
         return sampling
-
-    def _note_if_a_path(self, question: str) -> None:
-        try:
-            if Path(question).exists():
-                self.note(f"{question!r} is the question, though it is the name of a file; the question comes first")
-        except (OSError, ValueError):
-            pass

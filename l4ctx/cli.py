@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -31,7 +31,7 @@ from l4ctx.exits import (
     write,
     write_json,
 )
-from l4ctx.inputs import check_choices, inputs, paths_or_pipe, warn_of_forgotten_pipe
+from l4ctx.inputs import check_choices, holds_data, inputs, paths_or_pipe, standard_input, warn_of_forgotten_pipe
 from l4ctx.processor import share_cores
 from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
@@ -86,6 +86,8 @@ def ask(
         metavar="CONTEXT", help="Answer from what l4ctx prefill has read; with paths, read only what is new.")] = None,
     save_context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
+    no_documents: Annotated[bool, typer.Option(
+        "--no-documents", help="Ask the model alone, about nothing.")] = False,
     no_images: options.NoImages = False,
     pdf: options.Pdf = "text",
     system: options.System = None,
@@ -134,9 +136,15 @@ def ask(
             raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
                              "(l4ctx prefill adds documents to a context)")
         asked, kept = _folder("--context", context), _folder("--save-context", save_context)
-        text, documents, stdin = inputs(question, question_file, paths or [], reads_pipe=context is None)
-        if save_context is not None and not documents:
-            raise UsageError("--save-context keeps documents: name some, or pipe a text in")
+        text, documents, stdin = inputs(question, question_file, paths or [], quiet=quiet,
+                                        reads_pipe=context is None and not no_documents)
+        if no_documents:
+            if documents or context is not None or save_context is not None or (stdin and holds_data(stdin)):
+                raise UsageError("--no-documents asks the model alone: leave out paths, --context, --save-context and "
+                                 "what is piped in, or leave out --no-documents")
+        elif not documents and context is None:
+            raise UsageError("no documents: name files or folders, pipe a text in, or add --context CONTEXT; "
+                             "--no-documents asks the model alone")
         if context is not None and not documents:
             for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text"),
                                      ("--no-images", no_images)):
@@ -192,10 +200,10 @@ def prefill(
         folder = _folder("-o", output)
         if folder is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
-        documents = paths_or_pipe(paths or [])
+        documents = paths_or_pipe(paths or [], quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
-        return Request(model=_model(model), paths=documents, stdin=_stdin(), system=system, save_context=folder,
+        return Request(model=_model(model), paths=documents, stdin=standard_input(), system=system, save_context=folder,
                        no_images=no_images, pdf=pdf, verify=verify, dtype=dtype, kv_dtype=kv_dtype,
                        kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=_size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
@@ -280,14 +288,13 @@ def plan(
 
         check_stdout("to")
         check_choices(dtype, kv_dtype, None, pdf)
-        documents = paths_or_pipe(paths or []) if tokens is None else paths or []
+        documents = paths_or_pipe(paths or [], quiet=quiet, reads_pipe=tokens is None)
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
-        return PlanRequest(model=_model(model), paths=documents, stdin=_stdin(), tokens=tokens, no_images=no_images,
-                           pdf=pdf, dtype=dtype,
-                           kv_dtype=kv_dtype, device=device,
+        return PlanRequest(model=_model(model), paths=documents, stdin=standard_input(), tokens=tokens,
+                           no_images=no_images, pdf=pdf, dtype=dtype, kv_dtype=kv_dtype, device=device,
                            kv_device_memory=_size("--kv-device-memory", kv_device_memory),
                            kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
                            prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,
@@ -380,7 +387,3 @@ def _folder(option: str, name: str | None) -> Path | None:
     if name == "":
         raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
     return None if name is None else Path(name)
-
-
-def _stdin() -> BinaryIO | None:
-    return sys.stdin.buffer if sys.stdin is not None else None

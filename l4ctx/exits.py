@@ -89,16 +89,22 @@ def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
 
 def fail(message: str, code: int, *, json: bool) -> NoReturn:
     """Ends with one line on stderr, and with `json` an object on stdout."""
+    line = tell(message)
+    if json and sys.stdout is not None:
+        with suppress(OSError, OutputError):  # closed or full: the exit code says it, too
+            write_json({"error": {"code": code, "type": KINDS[code], "message": line}})
+    leave(code)
+
+
+def tell(message: str) -> str:
+    """One line on stderr, which is returned as it was written."""
     from l4ctx.terminal import without_controls
 
     line = without_controls(" ".join(message.splitlines()))
     with suppress(OSError):
         sys.stderr.write(f"l4ctx: {line}\n")
         sys.stderr.flush()
-    if json and sys.stdout is not None:
-        with suppress(OSError, OutputError):  # closed or full: the exit code says it, too
-            write_json({"error": {"code": code, "type": KINDS[code], "message": line}})
-    leave(code)
+    return line
 
 
 def leave(code: int) -> NoReturn:

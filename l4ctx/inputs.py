@@ -10,36 +10,58 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from l4ctx.exits import UsageError
+from l4ctx.exits import UsageError, tell
+from l4ctx.named_paths import meant_paths
 from l4ctx.request import Request
 
 
-def inputs(question: str | None, question_file: Path | None, paths: list[str], *,
-            reads_pipe: bool) -> tuple[str, list[str], Any]:
+def inputs(question: str | None, question_file: Path | None, paths: list[str], *, quiet: bool,
+           reads_pipe: bool) -> tuple[str, list[str], BinaryIO | None]:
     """The question, the paths to read, and standard input unless the question was read from it."""
-    stdin = sys.stdin.buffer if sys.stdin is not None else None
+    stdin = standard_input()
     if question == "-" or question_file == Path("-"):
         if "-" in paths:
             raise UsageError("- (standard input) cannot be both the question and a document")
         if stdin is None:
             raise UsageError("the question: - stands for standard input, but that is closed")
-        return _question_text(stdin.read, "standard input"), paths, None
+        named = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
+        _say_how_to_end("the question", quiet=quiet)
+        return _question_text(stdin.read, "standard input"), named, None
+    typed = None
     if question_file is not None:
         question = _question_text(question_file.read_bytes, str(question_file))
     elif question is None:
         raise UsageError("no question: l4ctx ask QUESTION [PATH]..., or --question-file FILE")
     elif not question.strip():
         raise UsageError("the question is empty")
-    return question, paths_or_pipe(paths) if reads_pipe else paths, stdin
+    else:
+        typed = question
+    return question, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe, question=typed), stdin
 
 
-def paths_or_pipe(paths: list[str]) -> list[str]:
-    """The paths to read; without any, standard input if something is piped in."""
-    if not paths and sys.stdin is not None and is_piped(sys.stdin.buffer.fileno()):
+def paths_or_pipe(paths: list[str], *, quiet: bool, reads_pipe: bool = True, question: str | None = None) -> list[str]:
+    """The paths to read; without any, standard input if something is piped in.
+
+    `question` is the argument before them, if it is the question. Raises UsageError for paths that are not there.
+    """
+    paths = meant_paths(paths, (lambda text: None) if quiet else tell, question=question)
+    if "-" in paths:
+        _say_how_to_end("documents", quiet=quiet)
+    if not paths and reads_pipe and sys.stdin is not None and is_piped(sys.stdin.buffer.fileno()):
         return ["-"]
     return paths
+
+
+def standard_input() -> BinaryIO | None:
+    """Its bytes; None where it is closed."""
+    return sys.stdin.buffer if sys.stdin is not None else None
+
+
+def _say_how_to_end(what: str, *, quiet: bool) -> None:
+    if not quiet and sys.stdin is not None and sys.stdin.isatty():
+        tell(f"reading {what} from the terminal; end with Ctrl-D on a line of its own")
 
 
 def _question_text(read: Callable[[], bytes], name: str) -> str:
@@ -66,13 +88,17 @@ def warn_of_forgotten_pipe(request: Request, note: Callable[[str], None]) -> Non
     """With paths or a context, standard input is read only where - stands; data that waits was probably meant."""
     if "-" in request.paths or request.stdin is None or not (request.paths or request.context):
         return
-    descriptor = request.stdin.fileno()
-    try:
-        waiting = is_piped(descriptor) and (os.fstat(descriptor).st_size > 0 or _pipe_bytes(descriptor) > 0)
-    except OSError:
-        return
-    if waiting:
+    if holds_data(request.stdin):
         note("standard input holds data that is not read; add - to the paths to read it")
+
+
+def holds_data(stdin: BinaryIO) -> bool:
+    """Whether something was put into standard input that can be read at once."""
+    descriptor = stdin.fileno()
+    try:
+        return is_piped(descriptor) and (os.fstat(descriptor).st_size > 0 or _pipe_bytes(descriptor) > 0)
+    except OSError:
+        return False
 
 
 def _pipe_bytes(descriptor: int) -> int:

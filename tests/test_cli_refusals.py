@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from cli_runner import TINY, check_refused, closed_pipe, run_here, run_process, write_what_is_read
+from cli_runner import TINY, check_refused, closed_pipe, run_here, run_on_terminal, run_process, write_what_is_read
 
 
 @pytest.fixture
@@ -71,3 +72,91 @@ def test_an_object_that_cannot_be_written_changes_no_exit_code(inside: Path) -> 
 
 def test_a_dash_dash_json_among_the_words_is_a_word(inside: Path) -> None:
     check_refused(run_here("inspect", "--frob", "--", "--json"), 2, "--frob")
+
+
+# Only what was meant is answered
+
+@pytest.mark.parametrize(("arguments", "stdin", "said"), [
+    (["q"], None, "no documents: name files or folders, pipe a text in"), (["q"], b"", "no documents: standard input"),
+    (["q"], b" \n", "no documents: standard input"), (["q", "-"], b"", "no documents: standard input"),
+    (["q", "--save-context", "new"], None, "no documents: "), (["q", "--save-context", "new"], b"", "no documents: "),
+    (["--question-file", "question.txt"], None, "no documents: "), (["-"], b"What?", "no documents: "),
+    (["docs/a.md"], None, "docs/a.md: the name of a file, and no question about it: l4ctx ask QUESTION docs/a.md"),
+    (["docs"], b"text", "docs: the name of a folder, and no question"), (["."], None, ".: the name of a folder"),
+    (["docs/a.md", "--context", "c"], None, "docs/a.md: the name of a file, and no question"),
+    (["docs/a.md", "docs/b.txt"], None, "docs/a.md: the name of a file, where the question is expected"),
+    (["docs", "What is it?"], None, "What is it?: no such file or folder, but docs is a folder: are they swapped? The "
+                                    "question comes first: l4ctx ask 'What is it?' docs"),
+    (["docs/a.md", "Why", "not"], None, "Why: no such file or folder, but docs/a.md is a file: are they swapped?"),
+    (["q", "docs", "--no-documents"], None, "--no-documents asks the model alone"),
+    (["q", "--no-documents", "--context", "c"], None, "--no-documents asks the model alone"),
+    (["q", "--no-documents"], b"text", "--no-documents asks the model alone"),
+])
+def test_no_answer_to_what_was_not_meant(inside: Path, arguments: list[str], stdin: bytes | None, said: str) -> None:
+    result = run_here("ask", *arguments, stdin=stdin)
+    check_refused(result, 2)
+    assert result.stderr.startswith(f"l4ctx: {said}")
+    assert not Path("new").exists()
+
+
+def test_the_model_alone_is_asked_with_a_word(inside: Path) -> None:
+    for stdin in (None, b""):
+        result = run_here("ask", "Who?", "--no-documents", "--max-new-tokens", "1", "--quiet", stdin=stdin)
+        assert (result.code, result.stderr) == (0, "")
+    assert run_here("ask", "-", "--no-documents", "--max-new-tokens", "1", stdin=b"Who?").code == 0
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["What", "is", "the", "code", "docs/"], "is: no such file or folder (nor 2 other paths); if it belongs to the "
+                                             "question, put that in quotes: l4ctx ask 'What is the code' docs/"),
+    (["Why", "not?", "docs", "empty.txt"], "not?: no such file or folder; if it belongs to the question, put that in "
+                                           "quotes: l4ctx ask 'Why not?' docs empty.txt"),
+    (["Who", "wrote", "this"], "wrote: no such file or folder (nor 1 other path); if it belongs"),
+    (["Summarise", "dosc"], "dosc: no such file or folder; did you mean docs?"),
+    (["What is", "it", "docs"], "it: no such file or folder (check the spelling)"),
+    (["q", "docs/A.MD"], "docs/A.MD: no such file or folder; did you mean docs/a.md?"),
+    (["q", "dcos/b.text"], "dcos/b.text: no such file or folder; did you mean docs/b.txt?"),
+    (["q", "doc/"], "doc/: no such file or folder; did you mean docs/?"),
+    (["q", "quetsion.txt"], "quetsion.txt: no such file or folder; did you mean question.txt?"),
+    (["q", "docs/hidden.md"], "docs/hidden.md: no such file or folder (check the spelling)"),
+    (["q", "nowhere/at/all.md"], "nowhere/at/all.md: no such file or folder: there is no nowhere"),
+    (["q", "docs/sub/x.md"], "docs/sub/x.md: no such file or folder: there is no docs/sub"),
+    (["q", "docs/*.pdf"], "docs/*.pdf: no such file or folder, and nothing matches it as a pattern"),
+    (["q", "docs/a.md/"], "docs/a.md/: cannot be read: Not a directory"),
+])
+def test_what_may_have_been_meant_is_said(inside: Path, arguments: list[str], said: str) -> None:
+    result = run_here("ask", *arguments)
+    check_refused(result, 2)
+    assert result.stderr.startswith(f"l4ctx: {said}")
+
+
+def test_a_slip_among_many_names_and_odd_ones(inside: Path) -> None:
+    (inside / "many").mkdir()
+    for number in range(3000):
+        (inside / "many" / f"part-{number:05d}-\x1b[31m.txt").touch()
+    for command in (["plan"], ["prefill", "-o", "c"], ["ask", "q"]):
+        check_refused(run_here(*command, "many/part-0001"), 2, "many/part-0001: no such file or folder")
+        check_refused(run_here(*command, "many/\x1b[2J*\n"), 2, r"many/\x1b[2J*\n: no such file or folder")
+
+
+def test_patterns_that_no_shell_expanded(inside: Path) -> None:
+    (inside / "deep" / "er").mkdir(parents=True)
+    for name in ("b.md", "a.md", "er/c.md", "er/[x].md"):
+        (inside / "deep" / name).write_text(f"This is {name}.\n", encoding="utf-8")
+
+    def read(*paths: str) -> list[str]:
+        report = json.loads(run_here("plan", *paths, "--json", "--quiet").stdout)
+        return [document["path"].removeprefix("deep/") for document in report["documents"]]
+
+    assert read("deep/*.md") == ["a.md", "b.md"]
+    assert read("deep/**/*.md") == ["a.md", "b.md", "er/[x].md", "er/c.md"] == read("deep/**")
+    assert read("deep/e?/[!x].md", "deep/b.md") == ["er/c.md", "b.md"]
+    assert read("deep/er/[x].md") == ["er/[x].md"]  # a file that is called so
+    told = run_here("plan", "deep/*.md").stderr
+    assert told == "l4ctx: deep/*.md: taken as a pattern, 2 paths\n"
+
+
+def test_a_terminal_is_told_how_to_end(inside: Path) -> None:
+    for line, what in ((("plan", "-"), "documents"), (("ask", "-", "docs"), "the question")):
+        code, shown = run_on_terminal(*line, "--model", str(TINY), interrupt_at=b"end with Ctrl-D")
+        assert code == 130 and f"l4ctx: reading {what} from the terminal; end with Ctrl-D".encode() in shown

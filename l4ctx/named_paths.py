@@ -1,0 +1,132 @@
+"""What people mean by the paths that they type: patterns that no shell expanded, slips, and a question out of place.
+
+Part of the command line; only looks at names. Reading is left to `l4ctx.documents`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+
+from l4ctx.exits import UsageError
+from l4ctx.files import printable
+from l4ctx.memory import counted
+
+COMPARED_NAMES = 2000  # of a folder, for did-you-mean
+SHOWN_CHARACTERS = 60  # of a question
+_WORD = re.compile(r"[^\W_][\w'’-]*[?!.,:;]*")
+
+
+def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question: str | None = None) -> list[str]:
+    """The paths, with patterns in them expanded where no file has such a name; `tell` is told of these.
+
+    `question` is what stands before them on the command line, if that is the question. Raises UsageError for a path
+    that is not there, and where the question is a path itself.
+    """
+    found: list[str] = []
+    missing: list[str] = []
+    for path in paths:
+        if not is_missing(path):
+            found.append(path)
+        elif matches := _matches(path):
+            tell(f"{printable(path)}: taken as a pattern, {counted(len(matches), 'path')}")
+            found += matches
+        else:
+            missing.append(path)
+    if question is not None and os.path.exists(question):
+        raise UsageError(_question_is_a_path(question, paths, missing))
+    if missing:
+        raise UsageError(_missing(missing, paths, question))
+    return found
+
+
+def is_missing(path: str) -> bool:
+    """Whether there is nothing of that name; what cannot be looked at may be there."""
+    if path in ("", "-"):
+        return False
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, in the order of bytes; of one with ** the files alone, if there are any."""
+    if not glob.has_magic(pattern):
+        return []
+    matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
+    files = [path for path in matches if not os.path.isdir(path)] if "**" in pattern else []
+    return files or matches
+
+
+def _question_is_a_path(question: str, paths: Sequence[str], missing: Sequence[str]) -> str:
+    name = printable(question)
+    kind = "folder" if os.path.isdir(question) else "file"
+    if not paths:
+        return (f"{name}: the name of a {kind}, and no question about it: l4ctx ask QUESTION {_quoted(question)} "
+                "(where that is the question, give it with --question-file)")
+    if paths[0] in missing:
+        return (f"{printable(paths[0])}: no such file or folder, but {name} is a {kind}: are they swapped? The "
+                f"question comes first: l4ctx ask {_quoted(paths[0])} {_quoted(question)}")
+    return (f"{name}: the name of a {kind}, where the question is expected: l4ctx ask QUESTION {_quoted(question)} ... "
+            "(where that is the question, give it with --question-file)")
+
+
+def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None) -> str:
+    path = missing[0]
+    also = f" (nor {counted(len(missing) - 1, 'other path')})" if len(missing) > 1 else ""
+    meant = closest(path)
+    words = [word for word in missing if _WORD.fullmatch(word)]
+    is_unquoted = question is not None and not re.search(r"\s", question) and paths[0] in words
+    if question is not None and is_unquoted and (meant is None or len(words) > 1):
+        sentence = [question, *itertools.takewhile(lambda word: word in words, paths)]
+        rest = "".join(f" {_quoted(other)}" for other in paths[len(sentence) - 1:][:3])
+        return (f"{printable(path)}: no such file or folder{also}; if it belongs to the question, put that in quotes: "
+                f"l4ctx ask {_quoted(' '.join(sentence))}{rest}")
+    if meant is not None:
+        return f"{printable(path)}: no such file or folder{also}; did you mean {printable(meant)}?"
+    if glob.has_magic(path):
+        return f"{printable(path)}: no such file or folder, and nothing matches it as a pattern{also}"
+    parent = os.path.dirname(path.rstrip("/"))
+    while parent and is_missing(os.path.dirname(parent) or "."):
+        parent = os.path.dirname(parent)
+    where = f": there is no {printable(parent)}" if parent and is_missing(parent) else " (check the spelling)"
+    return f"{printable(path)}: no such file or folder{also}{where}"
+
+
+def closest(path: str) -> str | None:
+    """A path that is there and differs little: in each part that is missing, by case or by a few letters."""
+    here = "/" if path.startswith("/") else ""
+    for part in filter(None, path.split("/")):
+        there = os.path.join(here, part)
+        if is_missing(there):
+            name = _closest_name(here or ".", part)
+            if name is None:
+                return None
+            there = os.path.join(here, name)
+        here = there
+    return here + "/" * (path.endswith("/") and os.path.isdir(here))
+
+
+def _closest_name(folder: str, name: str) -> str | None:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, COMPARED_NAMES)]
+    except OSError:
+        return None
+    names = sorted(other for other in names if other.startswith(".") == name.startswith("."))
+    by_case = [other for other in names if other.casefold() == name.casefold()]
+    return next(iter(by_case or difflib.get_close_matches(name, names, n=1)), None)
+
+
+def _quoted(text: str) -> str:
+    """As an argument for a shell, cut where it is long."""
+    return shlex.quote(printable(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."))
