@@ -8,14 +8,13 @@ question and system prompt are data. Reading documents is left to `l4ctx.documen
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json, special_tokens
 
@@ -290,30 +289,13 @@ def _render(
     source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None
 ) -> str:
     """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from l4ctx.chat_environment import chat_environment
 
-    def raise_exception(message: object) -> NoReturn:
-        raise TemplateError(str(message))
-
-    def strftime_now(form: str) -> str:
-        return (date or datetime.datetime.now()).strftime(form)
-
-    extensions = ["jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
     variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        return environment.from_string(source).render({**tokens, **variables})
+        return chat_environment(date).from_string(source).render({**tokens, **variables})
     except Exception as error:  # a template can raise anything
         raise PromptError(f"the checkpoint's chat template fails: {_one_line(error)}") from None
-
-
-def _to_json(value: object, indent: int | None = None, **_: object) -> str:
-    """Jinja's own `tojson` escapes for HTML; templates expect plain JSON."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _one_line(error: BaseException) -> str:

@@ -110,7 +110,7 @@ class TextConfig:
         """From the parsed config.json: nested (`llama4`) or flat (`llama4_text`), 4.x or 5.x rope fields."""
         if not isinstance(raw, Mapping):
             raise ConfigError("the top level is not an object")
-        text, tied = _text_part(raw)
+        text = _text_part(raw)
         if raw.get("quantization_config") or text.get("quantization_config"):
             raise ConfigError("quantization_config: quantized checkpoints are not supported yet; use the bf16 one")
         get = FieldReader(text)
@@ -138,9 +138,9 @@ class TextConfig:
             num_local_experts=get.integer("num_local_experts", 16),
             num_experts_per_tok=get.integer("num_experts_per_tok", 1),
             attention_bias=get.boolean("attention_bias", False),
-            tie_word_embeddings=tied,
+            tie_word_embeddings=get.boolean("tie_word_embeddings", False),
             rope_parameters=_rope_parameters(text),
-            torch_dtype=text.get("dtype") or text.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype"),
+            torch_dtype=_stored_dtype(raw, text),
         )
         _check(config, text)
         return config
@@ -196,8 +196,8 @@ class FieldReader:
         return bool(value)
 
 
-def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """The fields of the text model, and whether its embeddings are tied."""
+def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the text model. In a nested file they alone count, as for the reference."""
     names = raw.get("architectures") or []
     if not isinstance(names, list) or any(name not in list(ARCHITECTURES) for name in names):
         raise ConfigError(f"architectures: {names!r} is not supported; {' or '.join(ARCHITECTURES)} is")
@@ -207,12 +207,20 @@ def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     text = raw if model_type == "llama4_text" else raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError("text_config: missing, though model_type is llama4")
-    return text, bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return text
+
+
+def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    """As the reference looks for it: the outer one first, and the name of 5.x files before that of 4.x files."""
+    found = (part.get(name) for part in (raw, text) for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in found if dtype is not None), None)
 
 
 def _chunk_size(text: Mapping[str, Any]) -> int:
     if "attention_chunk_size" in text and text["attention_chunk_size"] is None:
-        raise ConfigError("attention_chunk_size: null (RoPE layers with full attention) is not supported")
+        raise ConfigError("attention_chunk_size: null means RoPE layers without chunks, which transformers refuses, "
+                          "too; the released checkpoints have 8192, and the value of max_position_embeddings makes "
+                          "one chunk of everything")
     return FieldReader(text).integer("attention_chunk_size", 8192)
 
 

@@ -176,7 +176,7 @@ def test_random_weights_are_the_same_in_memory_and_on_disk(tmp_path: Path, monke
 
 
 def test_tied_weights_are_one(tmp_path: Path) -> None:
-    raw = {"model_type": "llama4", "tie_word_embeddings": True, "text_config": TOY}
+    raw = {"model_type": "llama4", "text_config": TOY | {"tie_word_embeddings": True}}
     config = TextConfig.from_dict(raw)
     model = random_model(config, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from toy_checkpoints import BASE, KINDS, Toys
+from transformers import Llama4Config
 
 from model.checkpoint import load_checkpoint
 from model.config import ConfigError, RopeParameters, TextConfig, parameter_count, reading_operations
@@ -71,11 +72,42 @@ def test_rope_scaling_of_4x_and_rope_parameters_of_5x(scaling: dict[str, Any]) -
         assert TextConfig.from_dict(form).rope_parameters == RopeParameters("llama3", 300.0, 16.0, 64, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("outer", [REMOVED, None, False, True])
+@pytest.mark.parametrize("inner", [REMOVED, None, False, True])
+def test_the_inner_flag_alone_ties(outer: Any, inner: Any) -> None:
+    """As transformers builds the text model: of text_config, whose flag is false where it is absent."""
+    raw = changed(nested(FLAT), tie_word_embeddings=outer)
+    raw["text_config"] = changed(raw["text_config"], tie_word_embeddings=inner)
+    oracle = Llama4Config(**{name: value for name, value in raw.items() if value is not None and name in (
+        "tie_word_embeddings",)}, text_config=changed(raw["text_config"], **(
+            {"tie_word_embeddings": REMOVED} if inner is None else {})))
+    assert TextConfig.from_dict(raw).tie_word_embeddings is oracle.text_config.tie_word_embeddings is (inner is True)
+
+
+@pytest.mark.parametrize(("outer", "inner", "expected"), [
+    ({"dtype": "float16"}, {"dtype": "bfloat16"}, "float16"),
+    ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, "float16"),
+    ({"dtype": "float32", "torch_dtype": "float16"}, {}, "float32"),
+    ({"dtype": None}, {"torch_dtype": "bfloat16"}, "bfloat16"), ({}, {}, None),
+])
+def test_the_outer_dtype_is_looked_at_first(outer: dict[str, Any], inner: dict[str, Any], expected: str | None) -> None:
+    raw = nested(FLAT, **outer)
+    raw["text_config"] |= inner
+    assert TextConfig.from_dict(raw).torch_dtype == expected
+
+
+def test_no_chunks_is_refused_with_what_it_means() -> None:
+    with pytest.raises(ConfigError, match=r"attention_chunk_size: null means.*8192.*max_position_embeddings"):
+        TextConfig.from_dict(FLAT | {"attention_chunk_size": None})
+
+
 def test_flat_and_nested() -> None:
     flat = TextConfig.from_dict(FLAT)
     assert TextConfig.from_dict(nested(FLAT)) == flat
     assert TextConfig.from_dict(nested(FLAT, architectures=None)) == flat
-    for form in (nested(FLAT, tie_word_embeddings=True), changed(FLAT, tie_word_embeddings=True)):
+    tied = nested(FLAT)
+    tied["text_config"]["tie_word_embeddings"] = True
+    for form in (tied, tied | {"tie_word_embeddings": False}, changed(FLAT, tie_word_embeddings=True)):
         assert TextConfig.from_dict(form) == dataclasses.replace(flat, tie_word_embeddings=True)
     for form in (changed(FLAT, dtype="bfloat16"), changed(FLAT, torch_dtype="bfloat16"),
                  nested(FLAT, torch_dtype="bfloat16"), nested(changed(FLAT, torch_dtype="bfloat16"))):

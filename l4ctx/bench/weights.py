@@ -66,8 +66,6 @@ def flat_config(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The text model's part of a config.json, as one of its own."""
     text = raw.get("text_config") if raw.get("model_type") == "llama4" else None
     fields = dict(text) if isinstance(text, dict) else dict(raw)
-    if raw.get("tie_word_embeddings"):
-        fields["tie_word_embeddings"] = True
     return fields | {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
                      "dtype": str(dtype).removeprefix("torch.")}
 
