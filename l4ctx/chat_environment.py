@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 class Generation(Extension):
     """`{% generation %}` … `{% endgeneration %}`: what the model is trained on. Nothing is marked at inference."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The tag's body, in a scope of its own: what is set in it is not seen behind it."""

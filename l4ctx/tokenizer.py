@@ -12,13 +12,16 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from l4ctx.added_tokens import CutCheck, add_in_order, control_tokens
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 
@@ -57,8 +60,13 @@ class Encoded:
 class Tokenizer:
     """Encodes and decodes with the `tokenizers` library; made by `from_folder`."""
 
-    def __init__(self, control: tokenizers.Tokenizer, bos_token: str | None = None) -> None:
-        """`control` recognises its added tokens; an encoder for data, which does not, is made from its parts."""
+    def __init__(self, control: tokenizers.Tokenizer, bos_token: str | None = None, *,
+                 settings: Iterable[Mapping[str, Any]] = (), template: str = "") -> None:
+        """`control` recognises its added tokens; an encoder for data is made from its parts.
+
+        That one recognises no control tokens, but words that were added as text; `settings` and `template` are as in
+        `added_tokens.control_tokens`.
+        """
         control.no_truncation()
         control.no_padding()
         self._control = control
@@ -70,6 +78,13 @@ class Tokenizer:
         added = control.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        control_contents = control_tokens(added.values(), settings, template)
+        self._controls = {token_id: content for token_id, content in self._added.items() if content in control_contents}
+        self._cuts: CutCheck | None = None
+        if len(self._controls) < len(self._added):
+            if not add_in_order(self._data, added, control_contents):
+                raise TokenizerError("the ids of the added tokens do not follow those of the vocabulary")
+            self._cuts = CutCheck(self._added.values())
         self._has_safe_cuts = control.normalizer is None and _is_llama4(_state(control.pre_tokenizer))
         self.byte_level = _state(control.decoder).get("type") == "ByteLevel"
         self.vocab_size: int = control.get_vocab_size(with_added_tokens=True)
@@ -87,7 +102,9 @@ class Tokenizer:
             control = tokenizers.Tokenizer.from_file(os.fspath(file))
         config = read_json(Path(path) / "tokenizer_config.json")
         bos_token = special_tokens(path).get("bos_token", "<|begin_of_text|>")
-        return cls(control, None if config.get("add_bos_token") is False else bos_token)
+        return cls(control, None if config.get("add_bos_token") is False else bos_token,
+                   settings=(config, read_json(Path(path) / "special_tokens_map.json")),
+                   template=_template_source(Path(path), config))
 
     def special_id(self, content: str) -> int | None:
         """The id of the added token written `content`, if there is one."""
@@ -110,13 +127,16 @@ class Tokenizer:
     ) -> Encoded:
         """Ids of `prefix + text + suffix` as plain text, whatever control tokens it spells, appended to `into`.
 
+        Words that were added to the vocabulary as text get their own ids, as in transformers.
+
         Equal to encoding the whole at once, except at `forced_cuts`; with another pre-tokenizer than Llama 4's
         the whole is what is encoded. Peak memory beyond text and ids follows BATCH_CHARACTERS, not the length.
         `progress` is called with the number of characters done. Lone surrogates are encoded as U+FFFD.
         """
         ids = array("i") if into is None else into
         forced: list[int] = []
-        ends = _piece_ends(text, forced) if self._has_safe_cuts else iter([len(text)])
+        is_clear = partial(self._cuts.is_clear, prefix=prefix, suffix=suffix) if self._cuts else None
+        ends = _piece_ends(text, forced, is_clear) if self._has_safe_cuts else iter([len(text)])
         batch: list[str] = []
         start = size = 0
         for end in ends:
@@ -137,8 +157,8 @@ class Tokenizer:
             encodings = self._data.encode_batch_fast(clean, add_special_tokens=False)
         for encoding in encodings:
             piece_ids = encoding.ids
-            if not self._added.keys().isdisjoint(piece_ids):
-                token = next(self._added[token_id] for token_id in piece_ids if token_id in self._added)
+            if not self._controls.keys().isdisjoint(piece_ids):
+                token = next(self._controls[token_id] for token_id in piece_ids if token_id in self._controls)
                 raise TokenizerError(f"plain text was encoded as the control token {token!r}: the tokenizer is unfit")
             ids.extend(piece_ids)
 
@@ -225,12 +245,26 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
     return tokens
 
 
-def _piece_ends(text: str, forced: list[int]) -> Iterator[int]:
-    """Ends of the pieces of `text`, the last being its length; forced ones are added to `forced`."""
+def _template_source(folder: Path, config: dict[str, Any]) -> str:
+    """All that a checkpoint has as chat templates, to look for tokens in; what cannot be read is refused elsewhere."""
+    sources = [config.get("chat_template"), read_json(folder / "chat_template.json").get("chat_template")]
+    with suppress(OSError):
+        sources.append((folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
+                     for source in sources if source)
+
+
+def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], bool] | None = None) -> Iterator[int]:
+    """Ends of the pieces of `text`, the last being its length; forced ones are added to `forced`.
+
+    `is_clear` has a say in the others.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         limit = start + LONGEST_PIECE
         found = _SAFE_CUT.search(text, start + PIECE_CHARACTERS, limit)
+        while found is not None and is_clear is not None and not is_clear(text, found.start()):
+            found = _SAFE_CUT.search(text, found.start() + 1, limit)
         if found is not None:
             start = found.start()
         elif len(text) <= limit:

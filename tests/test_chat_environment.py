@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from l4ctx.chat_environment import chat_environment
@@ -43,7 +44,7 @@ RENDERED = [
 REFUSED = [
     "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}", "{{ namespace(_x=1) }}",
     "{% set n = namespace() %}{% set n._x = 1 %}", "{{ messages.append(1) }}", "{{ dict.mro() }}",
-    "{{ ''.__class__.__mro__ }}", "{{ dict.__class__ }}", "{{ messages | tojson(form=1) }}",
+    "{{ ''.__class__.__mro__ }}", "{{ messages | tojson(form=1) }}",
 ]
 
 
@@ -55,7 +56,7 @@ def rendered(template: str) -> str:
 def by_transformers(template: str) -> str:
     texts, _ = render_jinja_template(conversations=[MESSAGES], chat_template=template, add_generation_prompt=True,
                                      **VARIABLES)
-    return texts[0]
+    return str(texts[0])
 
 
 @pytest.mark.parametrize("template", RENDERED)
@@ -65,22 +66,17 @@ def test_templates_render_as_in_transformers(template: str) -> None:
 
 @pytest.mark.parametrize("template", REFUSED)
 def test_what_transformers_refuses_is_refused(template: str) -> None:
-    failures = []
     for render in (rendered, by_transformers):
-        try:
-            failures.append(render(template))
-        except Exception:
-            failures.append(Exception)
-    assert failures[0] == failures[1]
-    if "__" not in template:  # the sandbox makes those undefined
-        assert failures[0] is Exception
+        with pytest.raises((TemplateError, TypeError)):
+            render(template)
 
 
 def test_all_that_transformers_adds_is_there() -> None:
     """A later release that adds a filter, a test or a global fails here."""
     from transformers.utils import chat_template_utils
 
-    theirs, ours = chat_template_utils._compile_jinja_template("").environment, chat_environment()
+    theirs: Any = chat_template_utils._compile_jinja_template("").environment
+    ours: Any = chat_environment()
     assert theirs.filters.keys() == ours.filters.keys() and theirs.tests.keys() == ours.tests.keys()
     assert theirs.globals.keys() == ours.globals.keys()
     assert {tag for extension in theirs.extensions.values() for tag in extension.tags} == {

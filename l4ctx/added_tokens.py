@@ -1,0 +1,90 @@
+"""Added tokens of a tokenizer: which of them are control tokens, and which are text that data may contain.
+
+Encoding with them is left to `l4ctx.tokenizer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+_CONTROL_FORM = re.compile(r"<\|.*\|>", re.DOTALL)
+_WORDS = re.compile(r"[\w\s'’.-]+")
+
+
+def control_tokens(added: Iterable[tokenizers.AddedToken], settings: Iterable[Mapping[str, Any]],
+                   template: str) -> frozenset[str]:
+    """Those that data must never become, as they are written.
+
+    They are the special ones; those that one of `settings` (tokenizer_config.json, special_tokens_map.json) names as
+    such, whatever tokenizer.json says; those of Llama's form, `<|name|>`; and those in the chat template's source,
+    unless they are plain words, which it may hold by chance.
+    """
+    named = {content for fields in settings for content in _named(fields)}
+    return frozenset(
+        token.content for token in added
+        if token.special or token.content in named or _CONTROL_FORM.fullmatch(token.content)
+        or (token.content in template and not _WORDS.fullmatch(token.content)))
+
+
+def _named(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The special tokens of one settings file."""
+    for key, value in fields.items():
+        if key.endswith("_token"):
+            yield from _contents(value)
+        elif key in ("additional_special_tokens", "extra_special_tokens"):
+            for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+                yield from _contents(entry)
+        elif key == "added_tokens_decoder" and isinstance(value, dict):
+            for entry in value.values():
+                if isinstance(entry, dict) and entry.get("special"):
+                    yield from _contents(entry)
+
+
+def _contents(value: Any) -> Iterator[str]:
+    content = value.get("content") if isinstance(value, dict) else value
+    if isinstance(content, str):
+        yield content
+
+
+def add_in_order(target: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken],
+                 control: frozenset[str]) -> bool:
+    """Adds the same tokens to another tokenizer of the same model, so that `control` are special there and pass as
+    plain text; whether all of them got their own ids."""
+    for _, token in sorted(added.items()):
+        if token.content in control:
+            target.add_special_tokens([token])
+        else:
+            target.add_tokens([token])
+    target.encode_special_tokens = True
+    again = target.get_added_tokens_decoder()
+    return {token_id: token.content for token_id, token in again.items()} == {
+        token_id: token.content for token_id, token in added.items()}
+
+
+class CutCheck:
+    """Whether a text may be cut at a place: no added token may lie across it or end there.
+
+    Where none does, the tokens found on either side are those of the whole, with the white space that they take in
+    and the letters that they must not stand beside.
+    """
+
+    def __init__(self, contents: Iterable[str]) -> None:
+        self._contents = sorted(contents, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, self._contents)))
+        self._longest = len(self._contents[0])
+
+    def is_clear(self, text: str, cut: int, prefix: str = "", suffix: str = "") -> bool:
+        """For `text[:cut]` and `text[cut:]`, between `prefix` and `suffix`."""
+        n = self._longest
+        before, after = text[max(0, cut - n):cut], text[cut:cut + n]
+        if len(before) < n:
+            before = prefix[-(n - len(before)):] + before
+        if len(after) < n:
+            after += suffix[:n - len(after)]
+        window, at = before + after, len(before)
+        return not self._any.search(window) or not any(
+            content in window[max(0, at - len(content)):at + len(content)] for content in self._contents)
