@@ -35,8 +35,8 @@ WORDS: dict[str, AddedToken | str] = {
 }
 TEXTS = ["zorblax", "zorb", "code", "codename", "encode", "falcon", " falcon ", "falcons", "harb", "  \n harb", "our",
          "<x>", "<x>  \n", "==>", " ==> \n", "<|eot|>", "x<|eot|>y", "eot", "amber falcon is", "amber", "    ", "     ",
-         "one\ntwo", "one\n", "two", "Silver", "silver", "Brücke", "!?", "!", "?", " ", "\n", "\r\n", "a", "7", ".", "é",
-         "日", "/", "\t", "\u2028",
+         "one\ntwo", "one\n", "two", "Silver", "silver", "Brücke", "!?", "!", "?", " ", "\n", "\r\n", "a", "7", ".",
+         "é", "日", "/", "\t", "\u2028",
          "_", "'s", "read", "reads", "thread"]
 
 
