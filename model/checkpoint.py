@@ -7,8 +7,11 @@ memory is the weights plus one tensor. Checkpoints are untrusted: no pickle, and
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.linearized import ExpertPart, empty_fused, expert_parts, missing_part, surplus_part
 from model.transformer import Transformer
 from model.vision import VisionTower
 from model.vision_config import VisionConfig
@@ -27,6 +31,11 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
 """Of the tensors that are none of the text model's; transformers, too, reads them with and without `model.`."""
+
+EMBEDDINGS = "model.embed_tokens.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
+"""Never read: such a file can run any program."""
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -57,13 +66,14 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     """Loads the text model of the checkpoint folder `path`.
 
     `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
-    stored in that dtype stay in the files' mapped pages, unless `is_mapped` is false. Raises CheckpointError and
+    stored in that dtype stay in the files' mapped pages, unless `is_mapped` is false; experts that are stored one by
+    one are joined in memory. Raises CheckpointError and
     model.config.ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
     model, stored = _checked_text(folder, config, attention)
-    _fill(model, stored, _wanted_dtype(dtype, stored["model.embed_tokens.weight"]), device, is_mapped)
+    _fill(model, stored, _wanted_dtype(dtype, stored[EMBEDDINGS]), device, is_mapped)
     if config.tie_word_embeddings:
         _tie(folder, model, "lm_head.weight" in stored)
     return model.eval()
@@ -84,6 +94,8 @@ def load_vision(path: str | Path, config: VisionConfig, text_hidden_size: int, *
 def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]:
     """The text model's tensors by their names in Transformer: all that it needs, nothing else, each of its shape.
 
+    Experts that are stored one by one keep their own names (see model.linearized).
+
     Reads the shards' headers alone. Raises CheckpointError.
     """
     return _checked_text(folder, config)[1]
@@ -99,7 +111,12 @@ def checked_vision_tensors(folder: Path, config: VisionConfig, text_hidden_size:
 
 def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
     """The name of the dtype that the text model's embeddings are stored in."""
-    return tensors["model.embed_tokens.weight"].dtype_name
+    return tensors[EMBEDDINGS].dtype_name
+
+
+def can_be_mapped(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether weights can stay in the files' mapped pages: experts that are stored one by one have to be joined."""
+    return not expert_parts(tensors)
 
 
 def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:
@@ -157,12 +174,64 @@ def _wanted_dtype(dtype: torch.dtype | str, example: StoredTensor) -> torch.dtyp
     return wanted
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, whether they are there or not; none where there is nothing of the kind.
+
+    As in transformers, model.safetensors goes before an index, and what else may be there is not read.
+    """
+    single, index_file = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return [single]
+    if os.path.lexists(index_file):  # a link to nothing is damage, here and below
+        return [folder / shard for shard in sorted(set(_weight_map(index_file).values()))]
+    return [single] if os.path.lexists(single) else []
+
+
+def unused_weights(folder: Path) -> str | None:
+    """A line that names the sets of weights that are there and not read, such as those of an earlier run of training.
+
+    None where there are none. Raises CheckpointError.
+    """
+    used = {file.name for file in shard_files(folder)}
+    if SINGLE not in used:
+        used.add(INDEX)
+    others = sorted(file.name for file in folder.iterdir()
+                    if file.name not in used and _holds_weights(file.name))
+    if not others or used == {INDEX}:
+        return None
+    read = SINGLE if SINGLE in used else f"what {INDEX} names"
+    return f"{folder}: {read} is read, as transformers does; not read: {_listed(others)}"
+
+
+def _holds_weights(name: str) -> bool:
+    return name == INDEX or name.endswith((".safetensors", ".gguf")) or bool(PICKLED_WEIGHTS.fullmatch(name))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """What to say where there is neither of the two files."""
+    others = sorted(file.name for file in folder.iterdir() if _holds_weights(file.name)) if folder.is_dir() else []
+    safe = [name for name in others if name.endswith(".safetensors")]
+    message = f"{folder}: neither {SINGLE} nor {INDEX} is there"
+    if any(name.startswith("model-") for name in safe):
+        message += f", though there is {_listed(safe)}: download the index, too"
+    elif safe:
+        message += f", though there is {_listed(safe)}"
+    elif others:
+        message += (f"; {_listed(others)} is not read: convert it to safetensors with save_pretrained of transformers, "
+                    "on a machine where you trust the file")
+    return CheckpointError(message)
+
+
 def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
-    index_file, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index_file.exists():
-        if not single.exists():
-            raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-        yield from read_header(single).values()
+    files, index_file = shard_files(folder), folder / INDEX
+    if not files:
+        raise _no_weights(folder)
+    if files == [folder / SINGLE]:
+        yield from read_header(files[0]).values()
         return
     weight_map = _weight_map(index_file)
     for shard in sorted(set(weight_map.values())):
@@ -227,6 +296,8 @@ def _checked_text(folder: Path, config: TextConfig, attention: str = "sdpa",
     with torch.device("meta"):
         model = Transformer(config, attention)
     stored = text_tensors(folder)
+    if config.tie_word_embeddings and EMBEDDINGS not in stored and "lm_head.weight" in stored:
+        stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # either of the two may be the one that is stored
     _check_tensors(folder, model, stored, frozenset(["lm_head.weight"] if config.tie_word_embeddings else []))
     return model, stored
 
@@ -246,14 +317,27 @@ def _checked_vision(folder: Path, config: VisionConfig, text_hidden_size: int,
 def _check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor],
                    optional: frozenset[str] = frozenset()) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    for name in expected.keys() - stored.keys() - optional:
-        raise CheckpointError(f"{folder}: tensor {name} is missing")
-    for name in stored.keys() - expected.keys():
+    shapes, joined = dict(expected), {name: parts for name, parts in expert_parts(stored).items() if name in expected}
+    for fused, parts in joined.items():
+        experts = expected[fused][0]
+        surplus = (min(parts), f"{fused} holds all experts") if fused in stored else surplus_part(parts, experts)
+        if surplus is not None:
+            raise CheckpointError(f"{stored[surplus[0]].file}: extra tensor {stored[surplus[0]].name}: {surplus[1]}")
+        if (missing := missing_part(parts, experts)) is not None:
+            raise CheckpointError(f"{folder}: tensor {missing} is missing, though other experts are there")
+        shapes |= {name: part.shape(expected[fused]) for name, part in parts.items()}
+    extra = sorted(stored.keys() - shapes.keys())
+    for name in expected:
+        if name not in stored and name not in optional and name not in joined:
+            near = difflib.get_close_matches(name, extra, 1, 0.8)
+            hint = f", though {stored[near[0]].name} is there" if near else ""
+            raise CheckpointError(f"{folder}: tensor {name} is missing{hint}")
+    for name in extra:
         raise CheckpointError(f"{stored[name].file}: extra tensor {stored[name].name}, which the model does not have")
     for name, tensor in stored.items():
-        if tensor.shape != expected[name]:
+        if tensor.shape != shapes[name]:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} "
-                                  f"instead of {list(expected[name])}")
+                                  f"instead of {list(shapes[name])}")
 
 
 def _opened(file: Path) -> Any:
@@ -279,11 +363,17 @@ def _fill(model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype,
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((name, tensor))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    on_cpu = torch.device(device).type == "cpu"
     for file, tensors in by_file.items():
         with _opened(file) as shard:
             for name, tensor in tensors:
                 weights = shard.get_tensor(tensor.name)
-                if torch.device(device).type == "cpu" and not (is_mapped and weights.dtype == dtype):
+                if (part := ExpertPart.of(name)) is not None:
+                    if model.get_parameter(part.fused).is_meta:
+                        _assign(model, part.fused, empty_fused(shapes[part.fused], dtype, device))
+                    part.place(model.get_parameter(part.fused)).copy_(weights)
+                elif on_cpu and not (is_mapped and weights.dtype == dtype):
                     _assign(model, name, in_memory(weights, dtype))
                 else:
                     _assign(model, name, weights.to(device=device, dtype=dtype))
@@ -297,6 +387,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _tie(folder: Path, model: Transformer, stored_apart: bool) -> None:
     embeddings = model.model.embed_tokens.weight
     if stored_apart and not torch.equal(model.lm_head.weight, embeddings):
-        raise CheckpointError(f"{folder}: lm_head.weight differs from the embeddings, "
-                              "though tie_word_embeddings is true")
+        raise CheckpointError(f"{folder}: lm_head.weight differs from the embeddings, though tie_word_embeddings is "
+                              "true (transformers 4 would take the embeddings, 5 lm_head.weight, which false in "
+                              "config.json makes plain)")
     model.lm_head.weight = embeddings
