@@ -28,6 +28,9 @@ ALIGNMENT = 64
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
                torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PASSING = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+                     errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ENOTCONN, errno.EHOSTDOWN})
+"""What the system says of a file that may well be whole."""
 
 Units = Mapping[str, Sequence[tuple[str, Tensor]]]
 """Tensors by name in each unit, in the order in which they lie in the file."""
@@ -35,6 +38,10 @@ Units = Mapping[str, Sequence[tuple[str, Tensor]]]
 
 class DiskError(Exception):
     """A file of ours that is missing, damaged or cannot be read; the message names it and what is wrong."""
+
+
+class UnreadableError(DiskError):
+    """A file of ours that the system did not let us read this time; nothing is known of what is in it."""
 
 
 class DiskFullError(Exception):
@@ -142,8 +149,10 @@ class UnitFile:
                 raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
             try:
                 done = _read_exactly(descriptor, into, self._data + unit.offset)
-            except (OSError, OverflowError) as error:  # an offset beyond what a file can have
+            except OverflowError as error:  # an offset beyond what a file can have
                 raise DiskError(f"{self.source}: cannot be read: {error}") from None
+            except OSError as error:
+                raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         if done < len(into):
             raise DiskError(f"{self.source}: cut short: {name} ends after {done:,} of {len(into):,} bytes")
         if name not in self._verified:
@@ -178,7 +187,7 @@ class UnitFile:
             descriptor = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             what = "missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
-            raise DiskError(f"{self.source}: {what}") from None
+            raise _unread(f"{self.source}: {what}", error) from None
         try:
             yield descriptor
         finally:
@@ -194,7 +203,7 @@ class UnitFile:
             text = bytearray(size)
             done = _read_exactly(descriptor, memoryview(text), self._base + 8)
         except OSError as error:
-            raise DiskError(f"{self.source}: cannot be read: {error.strerror}") from None
+            raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         digest = hashlib.sha256(length + text).hexdigest()
         if done < size or (self._header_sha256 is not None and digest != self._header_sha256):
             raise DiskError(f"{self.source}: damaged, or another file: its header is not the one that was written")
@@ -208,6 +217,10 @@ class UnitFile:
             raise DiskError(f"{self.source}: not a file of ours ({type(error).__name__}: {error})") from None
         self._data = self._base + 8 + size
         self._metadata, self._units = metadata, units
+
+
+def _unread(message: str, error: OSError) -> DiskError:
+    return (UnreadableError if error.errno in PASSING else DiskError)(message)
 
 
 class Scratch:

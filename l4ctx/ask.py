@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -129,7 +130,7 @@ class Run:
 
         began = time.perf_counter()
         self._check_checkpoint()
-        self.contexts.open_reader()
+        self.contexts.open_reader(self.note)
         self.tokenizer = Tokenizer.from_folder(self.request.model)
         template = ChatTemplate.from_folder(self.request.model, date=self.contexts.date)
         self.timings["load"].seconds += time.perf_counter() - began
@@ -342,13 +343,19 @@ class Run:
 
     def _keep_what_is_asked(self) -> None:
         """Where the documents are in a context, the question alone; where nothing is asked, the documents alone."""
+        from l4ctx.prompt import DOCUMENT_END
+
         stop = self.prompt.documents_stop
         if self.request.question is None:
             del self.prompt.ids[stop:]
         if self.contexts.reader is not None and not self.request.paths:
             del self.prompt.ids[:stop]
             self.prompt.documents_stop = 0
-            self.prompt_tokens = self.contexts.reader.state.tokens + len(self.prompt.ids)
+            if self.contexts.ends_amid_a_document:
+                end = array("i")
+                self.tokenizer.encode_data(DOCUMENT_END, into=end)
+                self.prompt.ids[:0] = end
+            self.prompt_tokens = self.contexts.reader.tokens + len(self.prompt.ids)
         else:
             self.prompt_tokens = len(self.prompt.ids)
 

@@ -16,9 +16,8 @@ Reading is here, and what can be reused; writing is in `l4ctx.context_writer`.
 from __future__ import annotations
 
 import json
-import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,20 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache.blocks import Block
-from cache.disk import DiskError, UnitFile, as_bytes
+from cache.disk import DiskError, UnitFile, UnreadableError, as_bytes
 from cache.sizes import StoreLayout
+from l4ctx.difference import first_difference
 from l4ctx.image_prompt import ImageSpan, same_until
 from l4ctx.journal import Journal, JournalError
-from l4ctx.manifest import (
-    BLOCKS,
-    HEAD,
-    JOURNAL,
-    READERS_LOCK,
-    ContextError,
-    Recipe,
-    read_manifest,
-    read_small,
-)
+from l4ctx.locks import Lock, is_being_written, readers_lock
+from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, ContextError, Recipe, read_manifest, read_small
 from l4ctx.prefill import grid_period
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, digest, replay
@@ -84,13 +76,18 @@ class Context:
         return next((state for state in reversed(self.states) if state.is_complete), None)
 
     def damage(self, state: State, *, verify: bool) -> dict[str, str]:
-        """What is wrong with the state's files, by name; `verify` reads them, else headers and lengths are checked."""
+        """What is wrong with the state's files, by name; `verify` reads them, else headers and lengths are checked.
+
+        A file that cannot be read now counts as damaged with `verify` only. Raises UnreadableError.
+        """
         found = {}
         for stored in state.needs:
             try:
                 file = self.file(stored)
                 file.verify() if verify else file.check_size()
             except DiskError as error:
+                if isinstance(error, UnreadableError) and not verify:
+                    raise
                 found[stored.name] = str(error)
         return found
 
@@ -229,34 +226,83 @@ def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Seq
     return best
 
 
-class ContextReader:
-    """A complete context for asking; many at a time, beside one writer. To be closed."""
+def why_unusable(context: Context, state: State, ids: memoryview, documents: Sequence[Span], chunk: int) -> str:
+    """Why not even the first attention chunk of the state can be used for these documents, in words."""
+    try:
+        saved, same = context.documents(state), common_prefix(context.ids(state), ids)
+    except DiskError:
+        return "which tokens these are is missing or damaged"
+    if state.kept(context.recipe.block_tokens) < chunk <= same:
+        return "the documents are the same, but their first block is missing or damaged"
+    return f"these documents begin otherwise ({first_difference(saved, documents, same)})"
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ContextError."""
+
+class ContextReader:
+    """A context for asking; many at a time, beside one writer. To be closed.
+
+    It is answered from its newest complete state; while the first reading still goes on, from what is sealed of it.
+    """
+
+    def __init__(self, folder: Path, waiting: Callable[[str], None] | None = None) -> None:
+        """`waiting` is told when somebody keeps readers out. Raises ContextError."""
         # before the journal is read: what it names then stays
-        self._lock = readers_lock(folder)
+        self._lock: Lock | None = readers_lock(folder, waiting)
         try:
-            self.context = Context.read(folder)
-            state = self.context.complete
-            if state is None:
-                raise ContextError(_not_ready(self.context))
+            self.context, self.is_being_written = _read_beside_a_writer(folder)
+            self.state = _answerable(self.context, self.is_being_written)
         except BaseException:
             self.close()
             raise
-        self.state = state
+
+    @property
+    def tokens(self) -> int:
+        """The first of the state's tokens that can be answered from: all of them, or those that are sealed."""
+        return self.state.kept(self.context.recipe.block_tokens)
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of the documents that are answered from."""
+        tip = self.context.states[-1]
+        done = f"{tip.kept(self.context.recipe.block_tokens):,} of {tip.tokens:,} tokens"
+        if not self.state.is_complete:
+            return f"{self.context.folder} is still being read: the answer is from the first {done}"
+        if tip is self.state:
+            return None
+        how_far = f"are still being read ({done})" if self.is_being_written else f"were read up to {done} only"
+        return (f"{self.context.folder}: newer documents {how_far}; the answer is from the {self.state.tokens:,} "
+                "tokens of those before")
 
     def close(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
 
-def _not_ready(context: Context) -> str:
-    tip = context.states[-1] if context.states else None
-    done = "nothing was read yet" if tip is None else (
-        f"reading was interrupted after {tip.kept(context.recipe.block_tokens):,} of {tip.tokens:,} tokens")
-    return f"{context.folder}: {done}; the command that made it (l4ctx prefill PATH... -o) goes on from there"
+def _read_beside_a_writer(folder: Path) -> tuple[Context, bool]:
+    """The context as it is now, and whether somebody is writing to it."""
+    context = Context.read(folder)
+    if context.states and context.states[-1].is_complete:
+        return context, False  # or it is no matter
+    if is_being_written(folder):
+        return context, True
+    return Context.read(folder), False  # the writer may have come to its end meanwhile
+
+
+def _answerable(context: Context, is_being_written: bool) -> State:
+    """Raises ContextError where there is nothing to answer from."""
+    tip, complete = context.states[-1] if context.states else None, context.complete
+    if complete is not None:
+        return complete
+    done = 0 if tip is None else tip.kept(context.recipe.block_tokens)
+    if is_being_written:
+        if tip is not None and done > 0:
+            return tip
+        how_far = "it was just begun" if tip is None else f"0 of {tip.tokens:,} tokens"
+        raise ContextError(f"{context.folder}: it is still being read ({how_far}); nothing can be answered from yet")
+    how_far = "nothing was read yet" if tip is None else (
+        f"reading was interrupted after {done:,} of {tip.tokens:,} tokens")
+    raise ContextError(f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) goes on from "
+                       "there")
 
 
 def read_head(folder: Path) -> tuple[int, str] | None:
@@ -267,7 +313,9 @@ def read_head(folder: Path) -> tuple[int, str] | None:
         return int(head["records"]), str(head["end"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+    except OSError as error:
+        raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); make the context anew") from None
 
 
@@ -282,27 +330,3 @@ def _check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[s
     if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
         raise ContextError(f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
                            f"records, and number {number} should be the end of the newest state; make the context anew")
-
-
-def lock(path: Path, *, exclusive: bool, wait: bool = False, create: bool = False) -> int | None:
-    """A lock that lasts until the descriptor is closed; None when somebody else has it, or it cannot be had."""
-    import fcntl
-
-    try:
-        flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError:
-        if create:
-            raise
-        return None
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def readers_lock(folder: Path) -> int | None:
-    """Keeps files from being deleted until the descriptor is closed; None where it cannot be had."""
-    return lock(folder / READERS_LOCK, exclusive=False, wait=True)

@@ -7,7 +7,7 @@ Compares what they were made with, and finds what need not be read again. What i
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,14 @@ class ContextUse:
             self.recipe = saved_recipe(request.save_context)
         self._check_choices()
 
-    def open_reader(self) -> None:
+    def open_reader(self, note: Callable[[str], None]) -> None:
         """Opens the context that is to be answered from. Raises ContextError."""
         if self.request.context is not None:
             from l4ctx.context import ContextReader
 
-            self.reader = ContextReader(self.request.context)
+            self.reader = ContextReader(self.request.context, waiting=note)
+            if self.reader.note:
+                self.notes.append(self.reader.note)
 
     @property
     def folder(self) -> Path | None:
@@ -117,7 +119,7 @@ class ContextUse:
         from l4ctx.context import reusable
 
         if not self.request.paths:
-            self.reused = reader.state.tokens
+            self.reused = reader.tokens
             return
         with self.naming_the_mend():
             reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state],
@@ -128,20 +130,32 @@ class ContextUse:
                           "nothing is taken from it, and the answer is from these alone")
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
+        from l4ctx.context import why_unusable
         from l4ctx.context_writer import ContextWriter
 
         writer = self.writer = ContextWriter(folder, recipe)
+        self.notes += writer.notes
         held = writer.kept
-        damage = writer.drop_damaged(verify=self.request.verify)
-        self.notes += [f"{text}; it is read anew from there" for text in damage]
+        ids = memoryview(prompt.ids)[:prompt.documents_stop]
         with self.naming_the_mend():
-            self.reused = writer.begin(memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, layout,
+            damage = writer.drop_damaged(verify=self.request.verify)
+            self.notes += [f"{text}; it is read anew from there" for text in damage]
+            why = why_unusable(writer.context, writer.tip, ids, prompt.spans,
+                               layout.config.attention_chunk_size) if held else ""
+            self.reused = writer.begin(ids, prompt.spans, layout,
                                        system=bool((self.request.system or "").strip()),
                                        images=prompt.image_spans)
         if self.reused:
             self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
         elif held:
-            self.notes.append(f"none of the {held:,} tokens in {folder} can be used: these documents begin otherwise")
+            self.notes.append(f"none of the {held:,} tokens in {folder} can be used: {why}")
+
+    @property
+    def ends_amid_a_document(self) -> bool:
+        """Whether the context is still being read, and what is there of it ends within one. Raises ContextError."""
+        assert self.reader is not None
+        tokens = self.reader.tokens
+        return not self.reader.state.is_complete and any(span.start < tokens < span.stop for span in self.documents())
 
     def documents(self) -> list[Span]:
         """Those of a context that is answered from without reading any. Raises ContextError."""
@@ -166,10 +180,14 @@ class ContextUse:
     @contextmanager
     def naming_the_mend(self) -> Iterator[None]:
         """Damage in a context's file ends as an error that says what can be done."""
-        from cache.disk import DiskError
+        from cache.disk import DiskError, UnreadableError
 
         try:
             yield
+        except UnreadableError as error:
+            raise ContextError(f"{error}; {self.folder} is left as it is: see to that and run the same command again, "
+                               "or let l4ctx prefill with the same documents, the same -o and --verify read it "
+                               "anew") from None
         except DiskError as error:
             raise ContextError(f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill "
                                "with the same documents, the same -o and --verify keeps what is before it") from None

@@ -10,7 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ import torch
 
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
 from cache.sizes import StoreLayout
-from l4ctx.context import Context, lock, read_head, reusable
+from l4ctx.context import Context, read_head, reusable
 from l4ctx.image_prompt import ImageSpan
 from l4ctx.journal import Journal, JournalError
+from l4ctx.locks import Lock, deletion_lock, writer_lock
 from l4ctx.manifest import (
     BLOCKS,
+    FILE,
     HEAD,
     JOURNAL,
     READERS_LOCK,
@@ -37,6 +39,7 @@ from l4ctx.manifest import (
     write_manifest,
 )
 from l4ctx.prefill import grid_period
+from l4ctx.private import make_folder, narrow, open_private
 from l4ctx.prompt import Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
 
@@ -59,21 +62,23 @@ class ContextWriter:
         self._pending: Future[None] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="context-writer")
         self._journal: Journal | None = None
-        self._lock: int | None = None
+        self._lock: Lock | None = None
+        self.notes: list[str] = []
         try:
             saved_recipe(folder)
             with _as_disk_full(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _writer_lock(folder)
+                make_folder(folder)
+                self._lock = writer_lock(folder)
+                make_folder(folder / BLOCKS)  # also where it was lost
+                _make_readers_lock(folder)
                 if saved_recipe(folder) is None:
-                    (folder / BLOCKS).mkdir(exist_ok=True)
-                    (folder / READERS_LOCK).touch()
                     write_manifest(folder, recipe)
                 read_manifest(folder).check(folder, asdict(recipe))  # it may have been made meanwhile
                 if (folder / JOURNAL).exists() and not (folder / JOURNAL).is_file():
                     raise ContextError(f"{folder / JOURNAL}: not a regular file")
                 self._journal = Journal.open(folder / JOURNAL)
             self.context = Context(folder, recipe, read_head(folder), self._journal.records)
+            self.notes += _narrowed(folder)
             self._renew_head()
         except JournalError as error:
             self.close()
@@ -93,10 +98,10 @@ class ContextWriter:
 
     def drop_damaged(self, *, verify: bool) -> list[str]:
         """Forgets what is not as it was written and all that follows it; says what. `verify` reads everything, else
-        headers and lengths are looked at."""
+        headers and lengths are looked at. Raises UnreadableError, and then nothing is forgotten."""
         found: dict[str, str] = {}
-        for state in self.context.usable:
-            damaged = self.context.damage(state, verify=verify)
+        states = [(state, self.context.damage(state, verify=verify)) for state in self.context.usable]
+        for state, damaged in states:
             if damaged:
                 sound = next((n for n, block in enumerate(state.blocks) if block.name in damaged), len(state.blocks))
                 state.forget(0 if state.ids.name in damaged else sound, self.context.recipe.block_tokens)
@@ -189,7 +194,7 @@ class ContextWriter:
             if self._journal is not None:
                 self._journal.close()
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.close()
                 self._lock = None
 
     def _renew_head(self) -> None:
@@ -226,7 +231,7 @@ class ContextWriter:
         name = f"{prefix}-{secrets.token_hex(6)}.safetensors"
         path = self.folder / name
         with _as_disk_full(self.folder, self):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 yield name, descriptor
             except BaseException:
@@ -249,7 +254,7 @@ class ContextWriter:
 
     def _delete_unused(self) -> None:
         """Removes files that neither the tip nor the newest complete state needs, unless somebody is reading."""
-        held = lock(self.folder / READERS_LOCK, exclusive=True)
+        held = deletion_lock(self.folder)
         if held is None:
             return
         try:
@@ -262,7 +267,7 @@ class ContextWriter:
         except OSError:
             pass  # they take room, no more
         finally:
-            os.close(held)
+            held.close()
 
 
 def _as_json(entries: list[dict[str, Any]]) -> torch.Tensor:
@@ -287,8 +292,22 @@ def _write_head(folder: Path, records: int, record: dict[str, Any]) -> None:
     write_atomically(folder / HEAD, json.dumps({"records": records, "end": digest(record)}) + "\n")
 
 
-def _writer_lock(folder: Path) -> int:
-    descriptor = lock(folder / WRITER_LOCK, exclusive=True, create=True)
-    if descriptor is None:
-        raise ContextError(f"{folder}: another process is writing to it; wait for that, or name another folder")
-    return descriptor
+def _make_readers_lock(folder: Path) -> None:
+    """Raises OSError."""
+    with suppress(FileExistsError):  # made by a process that got no further
+        os.close(open_private(folder / READERS_LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+
+
+def _narrowed(folder: Path) -> list[str]:
+    """Takes others' rights away on all that the context's text can be decoded from; says so when there were any."""
+    ours = {FILE, HEAD, JOURNAL, WRITER_LOCK, READERS_LOCK, BLOCKS}
+    try:
+        was_open = narrow(folder, follow=True)
+        for path in (*folder.iterdir(), *(folder / BLOCKS).iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if name in ours or is_ours(name) or is_temporary(name):
+                was_open |= narrow(path)
+    except OSError as error:
+        return [f"{folder}: others may read it, and that cannot be changed: {error.strerror}"]
+    return [f"{folder}: others could read it; now only you can (its text can be decoded from what it holds)"
+            ] if was_open else []

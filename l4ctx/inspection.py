@@ -268,8 +268,10 @@ def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> 
 
 def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.context import Context
+    from l4ctx.locks import is_being_written
 
     with _reading(folder):
+        report |= {"is_being_written": is_being_written(folder), "others_have_rights_on": _open_to_others(folder)}
         recipe = _attempt(report, folder / MANIFEST, read_manifest, folder)
         report |= {"format": FORMAT, "version": VERSION if recipe else None, "made_with": recipe and asdict(recipe),
                    "states": [], "bytes": None}
@@ -287,19 +289,30 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
         report["states"] = [_state(report, context, state, bad) for state in context.usable]
 
 
+def _open_to_others(folder: Path) -> list[str]:
+    """Names in the context, "." for the folder, that others than the owner may read, change or search."""
+    from l4ctx.manifest import BLOCKS
+    from l4ctx.private import is_open_to_others
+
+    found = []
+    for path in (folder, *(path for part in (folder, folder / BLOCKS) if part.is_dir() for path in part.iterdir())):
+        with suppress(OSError):  # a writer may have removed it
+            if is_open_to_others(path):
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
     """Within it no file that the journal names is deleted, where the folder lets us say so."""
-    from l4ctx.context import readers_lock
-    from l4ctx.manifest import READERS_LOCK
+    from l4ctx.locks import readers_lock
 
-    file = folder / READERS_LOCK
-    lock = readers_lock(folder) if file.is_file() else None
+    lock = readers_lock(folder)
     try:
         yield
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()
 
 
 def _state(report: Report, context: Context, state: State, bad: set[str]) -> Report:

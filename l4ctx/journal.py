@@ -3,7 +3,8 @@
 A line is 16 hex digits, a space and compact JSON text. The digits are the first of SHA-256 over the digits of the line
 before (16 zeros before the first line) and the text. So whatever is changed, moved, repeated or missing between other
 lines is noticed, and what a crash left half written is dropped. Not noticed are whole lines missing at the end, and
-forgery: the digits are no signature. Locking, and what the records mean, are left to the caller.
+forgery: the digits are no signature. A file that other folders have, too, by hard links, is not changed: the journal
+goes on in a copy. Locking, and what the records mean, are left to the caller.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from l4ctx.private import open_private, temporary_of
 
 _DIGITS = 16
 _START = b"0" * _DIGITS
@@ -36,8 +39,9 @@ class _Content(NamedTuple):
 class Journal:
     """A journal open for its one writer, made by `open`; `records` are those that it holds."""
 
-    def __init__(self, descriptor: int, content: _Content) -> None:
+    def __init__(self, file: Path, descriptor: int, content: _Content) -> None:
         self.records = content.records
+        self._file = file
         self._descriptor = descriptor
         self._end = content.length, content.digits  # one attribute, so that an interrupt cannot come in between
         self._is_clean = True  # nothing lies behind the end
@@ -48,7 +52,7 @@ class Journal:
 
         Raises JournalError for any other damage, and OSError where the file cannot be read.
         """
-        descriptor = _opened(file, os.O_RDONLY)
+        descriptor = open_private(file, os.O_RDONLY)
         try:
             return _checked(file, _read(file, descriptor)).records
         finally:
@@ -60,16 +64,23 @@ class Journal:
 
         Raises JournalError, without having changed anything, and OSError.
         """
-        descriptor = _opened(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            descriptor = open_private(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        except FileExistsError:
+            descriptor = open_private(file, os.O_RDWR | os.O_APPEND)
         try:
             data = _read(file, descriptor)
-            journal = cls(descriptor, _checked(file, data))
+            journal = cls(file, descriptor, _checked(file, data))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        try:
             if not data:  # it is new, or was made by a process that got no further
                 _sync_folder(file.parent)
             elif journal._end[0] < len(data):
                 journal._cut_off()
         except BaseException:
-            os.close(descriptor)
+            journal.close()
             raise
         return journal
 
@@ -85,6 +96,7 @@ class Journal:
         copy = _parsed(text)  # what `read` will give
         digits = _chained(digits, text)
         line = digits + b" " + text + b"\n"
+        self._make_own()
         self._is_clean = False
         try:
             written = os.write(self._descriptor, line)
@@ -107,15 +119,39 @@ class Journal:
 
     def _cut_off(self) -> None:
         """Removes whatever lies behind the last whole line."""
-        os.ftruncate(self._descriptor, self._end[0])
-        os.fsync(self._descriptor)
+        if not self._make_own():
+            os.ftruncate(self._descriptor, self._end[0])
+            os.fsync(self._descriptor)
         self._is_clean = True
 
+    def _make_own(self) -> bool:
+        """Goes on in a copy of the whole lines where the file has other names; returns whether it had. Raises OSError.
 
-def _opened(file: Path, flags: int) -> int:
-    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):  # a pipe in its place must not block us
-        flags |= getattr(os, name, 0)
-    return os.open(file, flags, 0o666)
+        What is behind the last whole line is not copied.
+        """
+        mine, named = os.fstat(self._descriptor), os.lstat(self._file)
+        if (mine.st_dev, mine.st_ino) != (named.st_dev, named.st_ino):
+            raise OSError(errno.ESTALE, f"{self._file.name} was replaced by another file meanwhile")
+        if mine.st_nlink < 2:
+            return False
+        temporary = temporary_of(self._file)
+        descriptor = open_private(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        try:
+            with open(self._descriptor, "rb", closefd=False) as stream:
+                stream.seek(0)
+                content = stream.read(self._end[0])
+            with open(descriptor, "wb", closefd=False) as stream:
+                stream.write(content)
+            os.fsync(descriptor)
+            os.replace(temporary, self._file)
+        except BaseException:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        shared, self._descriptor = self._descriptor, descriptor
+        os.close(shared)
+        _sync_folder(self._file.parent)
+        return True
 
 
 def _read(file: Path, descriptor: int) -> bytes:

@@ -93,15 +93,20 @@ def _context_lines(report: Report) -> Iterator[Line]:
     if sizes:
         parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(count)}" for name, count in sizes.items())
         yield "on disk", f"{human_bytes(sum(sizes.values()))}: {parts}"
+    if "." in report.get("others_have_rights_on", ()):  # else nobody gets to the files
+        yield "permissions", "others may enter the folder; the next l4ctx prefill into it makes it yours alone"
+    is_written = bool(report.get("is_being_written"))
     for state in report.get("states", ()):
-        yield from _state_lines(state)
+        yield from _state_lines(state, is_written=is_written)
     if sizes and not report["states"]:
-        yield "documents", "none yet: the l4ctx prefill command that made the context goes on"
+        yield "documents", "none yet: " + ("a writer has just begun" if is_written else
+                                           "the l4ctx prefill command that made the context goes on")
 
 
-def _state_lines(state: Report) -> Iterator[Line]:
+def _state_lines(state: Report, *, is_written: bool) -> Iterator[Line]:
     documents, images, tokens = state["documents"], state["images"], f"{state['tokens']:,} tokens"
     done = f"{tokens}, complete" if state["is_complete"] else (
+        f"still being read, {state['kept_tokens']:,} of {tokens} so far" if is_written and state["is_newest"] else
         f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on")
     blocks = f"{'a system prompt, ' * state['has_system_prompt']}{state['sealed_blocks']:,} sealed blocks"
     yield "documents" if state["is_newest"] else "before that", f"{done} ({blocks})"

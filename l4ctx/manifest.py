@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.sizes import KV_DTYPES, QUANTIZED
+from l4ctx.private import open_private, temporary_of
 from model.config import BACKEND_NAMES
 
 FORMAT, VERSION = "l4ctx context", 1
@@ -88,10 +89,13 @@ def write_manifest(folder: Path, recipe: Recipe) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Puts a small file there whole or not at all, in place of the one of its name. Raises OSError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    """Puts a small file there whole or not at all, for its owner alone, in place of the one of its name.
+
+    Raises OSError.
+    """
+    temporary = temporary_of(file)
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with open(open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -131,13 +135,21 @@ def read_manifest(folder: Path) -> Recipe:
 
 def saved_recipe(folder: Path) -> Recipe | None:
     """What the context in `folder` was made with; None where one can be made. Raises ContextError."""
-    if (folder / FILE).exists() or not folder.exists():
-        return read_manifest(folder) if folder.exists() else None
-    if not folder.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+        has_manifest = is_folder and FILE in os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # or it cannot be made, which will be said
+    except OSError as error:
+        raise ContextError(f"{folder}: cannot be read: {error.strerror}") from None
+    if not is_folder:
         raise ContextError(f"{folder}: a file, not a folder; name a folder for the context")
+    if has_manifest:
+        return read_manifest(folder)
+    for name in (BLOCKS, WRITER_LOCK, READERS_LOCK):
+        if (folder / name).is_symlink():
+            raise ContextError(f"{folder / name}: a symbolic link; what belongs to a context lies in its own folder")
     ours = {WRITER_LOCK, READERS_LOCK}
-    if (folder / BLOCKS).is_symlink():
-        raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
     if (folder / BLOCKS).is_dir() and not any((folder / BLOCKS).iterdir()):
         ours.add(BLOCKS)
     others = sorted(entry.name for entry in folder.iterdir()

@@ -28,6 +28,9 @@ Progress = Callable[[int, int], None]  # characters of documents and tokens of t
 _NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+DOCUMENT_END = "\n</document>\n\n"
+
+
 class PromptError(Exception):
     """A prompt that cannot be made, by the template's or the input's fault: one line."""
 
@@ -231,7 +234,7 @@ def _add_document(
         done += len(text)
 
     opening = f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n'
-    closing = "\n</document>\n\n"
+    closing = DOCUMENT_END
     for before, image in _texts_before_images(document.parts):
         if image is None:
             add_text(before, opening, closing)

@@ -13,6 +13,9 @@ from l4ctx.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from l4ctx.ask import Run
+    from l4ctx.context import ContextReader
+    from l4ctx.image_prompt import ImageSpan
+    from l4ctx.prompt import Span
 
 
 @dataclass
@@ -59,6 +62,7 @@ def run_report(run: Run) -> dict[str, Any]:
         "prompt_tokens": run.prompt_tokens,
         "reused_tokens": run.contexts.reused,
         "context": str(folder) if folder else None,
+        **_how_far(run.contexts.reader),
         **_what_was_read(run),
         "skipped": [{"path": entry.source, "reason": entry.reason} for entry in run.skipped],
         "timings": {name: timing.as_dict() for name, timing in run.timings.items()},
@@ -66,14 +70,28 @@ def run_report(run: Run) -> dict[str, Any]:
     }
 
 
+def _how_far(reader: ContextReader | None) -> dict[str, Any]:
+    """Where the context is still being read: how many of its tokens are there, and how many it will have."""
+    if reader is None or reader.state.is_complete:
+        return {}
+    return {"context_is_partial": {"tokens": reader.tokens, "of": reader.state.tokens}}
+
+
 def _what_was_read(run: Run) -> dict[str, Any]:
     """Documents and images; where a context alone is answered from, its own, an image by the name of its document."""
-    if run.contexts.reader is None or run.request.paths:
-        spans = run.prompt.spans
+    reader = run.contexts.reader
+    if reader is None or run.request.paths:
+        spans, end = run.prompt.spans, run.prompt_tokens
         images = [(placed.image.source, placed.span) for placed in run.prompt.images]
     else:
-        spans = run.contexts.documents()
+        spans, end = run.contexts.documents(), reader.tokens
         images = [(next((document.source for document in spans if document.stop > span.start), ""), span)
                   for span in run.contexts.images()]
-    return {"documents": [{"path": span.source, "tokens": span.stop - span.start} for span in spans],
-            "images": [{"path": source, "tokens": span.stop - span.start} for source, span in images]}
+    return {"documents": [_read_of(span.source, span, end) for span in spans if span.start < end],
+            "images": [_read_of(source, span, end) for source, span in images if span.start < end]}
+
+
+def _read_of(path: str, span: Span | ImageSpan, end: int) -> dict[str, Any]:
+    """Its tokens before `end`; a context that is still being read may end amid a document."""
+    is_whole = span.stop <= end
+    return {"path": path, "tokens": min(span.stop, end) - span.start} | ({} if is_whole else {"is_partial": True})

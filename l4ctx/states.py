@@ -144,7 +144,7 @@ def _stored(record: dict[str, Any], kind: str) -> Stored:
 
 def is_temporary(name: str) -> bool:
     """Whether a writer that was ended by force left a file of this name."""
-    return re.fullmatch(r"\.(head|manifest)\.json\.\d+", name) is not None
+    return re.fullmatch(r"\.(journal|[a-z]+\.json)\.(\d+|[0-9a-f]{16})", name) is not None
 
 
 def is_ours(name: str) -> bool:

@@ -140,7 +140,7 @@ def answer(folder: Path, kind: Kind = Kind(), *, ids: array[int] | None = None, 
 def answer_of(reader: ContextReader, kind: Kind = Kind(), *, ids: array[int] | None = None,
               residency: Residency = IN_MEMORY, dtype: str | None = None) -> Tensor:
     dtype = dtype or kind.dtype
-    count = reader.state.tokens if ids is None else len(ids)
+    count = reader.tokens if ids is None else len(ids)
     layout = kind.layout(count).computed_in(dtype)
     cache = HybridKVCache(CONFIG, length=layout.length, dtype=getattr(torch, dtype), layout=layout, residency=residency)
     start = count if ids is None else reusable(reader.context, memoryview(ids), layout, [reader.state], ()).tokens

@@ -145,7 +145,8 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
     notes = prefill().stderr.splitlines()[1:-1]
     total, reused = spans()[-1], taken if change == "none" else taken // CHUNK * CHUNK
     assert notes == [f"l4ctx: {reused:,} of {total:,} tokens are in c already" if reused else
-                     f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise"]
+                     f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise "
+                     "(docs/a.md has changed)"]
     shutil.rmtree("docs")
     check_answers(names=names)
     assert told()["reused_tokens"] == total

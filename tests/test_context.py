@@ -319,8 +319,7 @@ def test_a_writer_may_end_between_two_looks_of_a_reader(folder: Path, monkeypatc
 
         monkeypatch.setattr(Journal, "read", looked)
         if is_first:
-            with pytest.raises(ContextError, match="reading was interrupted after 192 of 215 tokens"):
-                answer(folder)
+            assert same(answer(folder), fresh_answer(ids[:6 * BLOCK]))  # what is sealed, by the journal as it was
         else:
             found = answer(folder)
             assert same(found, fresh_answer(ids)) or same(found, fresh_answer(IDS))

@@ -16,11 +16,12 @@ from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, spans, toke
 from inspection_checks import Break, cut, edit_json, flip, inspected, pipe, randomly_damaged, whats
 
 from l4ctx import inspection
-from l4ctx.context import Context, lock
+from l4ctx.context import Context
 from l4ctx.context_writer import ContextWriter
 from l4ctx.image_prompt import ImageSpan
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
+from l4ctx.locks import deletion_lock
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import HEAD, JOURNAL, READERS_LOCK
 from l4ctx.prompt import Span
@@ -260,7 +261,7 @@ def test_beside_a_writer(context: Callable[[str], Path], monkeypatch: pytest.Mon
     locks = []
     work = inspection._bytes_on_disk
     monkeypatch.setattr(inspection, "_bytes_on_disk", lambda made: [
-        locks.append(lock(folder / READERS_LOCK, exclusive=True)), work(made)][1])
+        locks.append(deletion_lock(folder)), work(made)][1])
     with closing(ContextWriter(folder, Kind().recipe)) as writer:
         for done in reading(writer, ids):
             report = inspect_folder(str(folder), verify=True)

@@ -219,13 +219,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "journal", "link", "pipe"]
 
 
-def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        Journal.open(tmp_path / "journal").close()
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o640
+def test_a_new_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    for umask in (0, 0o027, 0o377, 0o777):
+        before = os.umask(umask)
+        try:
+            Journal.open(tmp_path / f"{umask}").close()
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{umask}").stat().st_mode) == 0o600
 
 
 @pytest.fixture

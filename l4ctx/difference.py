@@ -1,0 +1,29 @@
+"""Where documents differ from those that a saved context holds, in words: which is the first, and how.
+
+Knows spans and token ids; reads nothing. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from l4ctx.prompt import Span
+
+
+def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: int) -> str:
+    """The reason why no more than the first `same_tokens` tokens of a context's documents are those of the given."""
+    starts = [spans[0].start for spans in (saved, given) if spans]
+    if not starts or same_tokens < min(starts):
+        return "what comes before the first document differs (--system)"
+    number = next((n for n, span in enumerate(given) if span.stop > same_tokens), len(given))
+    old, new = (spans[number] if number < len(spans) else None for spans in (saved, given))
+    if new is None:
+        return "they end there" if old is None else f"{old.source} is not among them"
+    if old is None:
+        return f"{new.source} is new"
+    if old.sha256 == new.sha256:
+        return (f"{new.source} is read otherwise than then (--encoding, --pdf or --no-images)" if
+                old.source == new.source else f"{new.source} was {old.source} then")
+    return f"{new.source} has changed" if old.source == new.source else f"{new.source} comes where {old.source} came"

@@ -1,0 +1,145 @@
+"""Locks on a saved context: one writer at a time, and old blocks go only while nobody reads.
+
+Each lock is taken on a folder and on a file made for it. Copies by hard links (cp -al) have the file in common, but
+not the folder: where the file has several names, the folder's lock alone decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from l4ctx.manifest import BLOCKS, READERS_LOCK, WRITER_LOCK, ContextError
+from l4ctx.private import open_private
+
+READERS_WAIT = 5.0
+"""Seconds that a reader waits: a writer holds the readers' lock only while it deletes files."""
+
+WRITERS_WAIT = 0.2
+"""Seconds that a writer waits: whoever asks whether somebody is writing holds the lock for a moment."""
+
+_PAUSE = 0.02
+
+
+class Lock:
+    """Held until it is closed."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self._descriptors = descriptors
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def writer_lock(folder: Path) -> Lock:
+    """Raises ContextError when somebody else writes to the context, or it cannot be locked; OSError where no file for
+    it can be made."""
+    try:
+        return _waited_for(folder / WRITER_LOCK, folder, WRITERS_WAIT, exclusive=True, create=True)
+    except BlockingIOError:
+        raise ContextError(f"{folder}: another process is writing to it; wait for that, or name another "
+                           "folder") from None
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether a writer is at work."""
+    try:
+        _taken(folder / WRITER_LOCK, folder, exclusive=False).close()
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a writer needs a lock, and none can be had here
+    return False
+
+
+def readers_lock(folder: Path, waiting: Callable[[str], None] | None = None) -> Lock | None:
+    """Keeps files from being deleted until it is closed; None where it cannot be had, as in a copy for reading.
+
+    `waiting` is told when somebody has the lock. Raises ContextError when that lasts.
+    """
+    file = folder / READERS_LOCK
+    try:
+        return _waited_for(file, folder / BLOCKS, READERS_WAIT, exclusive=False, waiting=waiting)
+    except BlockingIOError:
+        raise ContextError(f"{file}: another process has held this lock for {READERS_WAIT:.0f} seconds, so that the "
+                           "context cannot be read; end that process (fuser names it), or try again") from None
+    except OSError:
+        return None
+
+
+def deletion_lock(folder: Path) -> Lock | None:
+    """Held while nobody reads; None when somebody does, or it cannot be had."""
+    try:
+        return _taken(folder / READERS_LOCK, folder / BLOCKS, exclusive=True)
+    except OSError:
+        return None
+
+
+def _waited_for(file: Path, folder: Path, seconds: float, *, exclusive: bool, create: bool = False,
+                waiting: Callable[[str], None] | None = None) -> Lock:
+    began = time.monotonic()
+    while True:
+        try:
+            return _taken(file, folder, exclusive=exclusive, create=create)
+        except BlockingIOError:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                raise
+        if waiting is not None and waited > 0.5:
+            waiting(f"{file}: another process has locked it; waiting for {seconds:.0f} seconds at most")
+            waiting = None
+        time.sleep(_PAUSE)
+
+
+def _taken(file: Path, folder: Path, *, exclusive: bool, create: bool = False) -> Lock:
+    """Raises BlockingIOError when somebody else has it, and OSError where neither folder nor file can be locked, or
+    the file cannot be made."""
+    import fcntl
+
+    held, why = Lock([]), OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    try:
+        for path in (folder, file):
+            try:
+                descriptor = _opened_file(file, create=create) if path is file else _opened_folder(folder, file)
+            except OSError as error:
+                if create:
+                    raise
+                why = error
+                continue
+            held._descriptors.append(descriptor)
+            if path is file and os.fstat(descriptor).st_nlink > 1:  # a copy has it, too
+                os.close(held._descriptors.pop())
+                continue
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as error:  # NFS locks no folders
+                why = error
+                os.close(held._descriptors.pop())
+        if not held._descriptors:
+            raise why
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+def _opened_folder(folder: Path, file: Path) -> int:
+    """The context's own folder may be reached through a link; one inside of it not."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    return os.open(folder, flags if folder == file.parent else flags | os.O_NOFOLLOW)
+
+
+def _opened_file(file: Path, *, create: bool) -> int:
+    if not create:
+        return open_private(file, os.O_RDONLY)
+    try:
+        return open_private(file, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return open_private(file, os.O_RDWR)  # NFS wants that for a writer's lock

@@ -1,0 +1,68 @@
+"""Files and folders that only their owner may read, whatever the umask: what a saved context is made of.
+
+Knows nothing of what is in them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+FILE_MODE, FOLDER_MODE = 0o600, 0o700
+OTHERS = 0o077
+"""The permission bits of everybody but the owner."""
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor; a file that is made has FILE_MODE. Links are not followed. Raises OSError."""
+    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):  # a pipe in its place must not block us
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, FILE_MODE)
+    if flags & os.O_EXCL and stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE and hasattr(os, "fchmod"):
+        with suppress(PermissionError):  # a file system without modes: `narrow` finds that out, and it is said
+            os.fchmod(descriptor, FILE_MODE)  # the umask took even the owner's rights
+    return descriptor
+
+
+def temporary_of(file: Path) -> Path:
+    """A name beside `file` that nobody can foresee, and that `l4ctx.states.is_temporary` knows."""
+    return file.with_name(f".{file.name}.{os.urandom(8).hex()}")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it with FOLDER_MODE, and those above it as usual, unless it is there. Raises OSError."""
+    try:
+        folder.mkdir(mode=FOLDER_MODE, parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    if stat.S_IMODE(folder.stat().st_mode) & FOLDER_MODE != FOLDER_MODE:
+        folder.chmod(FOLDER_MODE)
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether others than the owner have rights on it; a link is not followed. Raises OSError."""
+    mode = path.lstat().st_mode
+    return not stat.S_ISLNK(mode) and bool(mode & OTHERS)
+
+
+def narrow(path: Path, *, follow: bool = False) -> bool:
+    """Takes others' rights on a file or folder away; returns whether they had any. Raises OSError.
+
+    A file that has several names stays as it is: what the others name is not ours to change.
+    """
+    if not follow and not is_open_to_others(path):
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        status = os.fstat(descriptor)
+        is_ours = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+        if not is_ours or not status.st_mode & OTHERS:
+            return False
+        os.fchmod(descriptor, stat.S_IMODE(status.st_mode) & ~OTHERS)
+        return True
+    finally:
+        os.close(descriptor)
