@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: int) -> str:
     """The reason why no more than the first `same_tokens` tokens of a context's documents are those of the given."""
-    starts = [spans[0].start for spans in (saved, given) if spans]
-    if not starts or same_tokens < min(starts):
+    starts = {spans[0].start for spans in (saved, given) if spans}
+    if len(starts) != 1 or same_tokens < min(starts):
         return "what comes before the first document differs (--system)"
     number = next((n for n, span in enumerate(given) if span.stop > same_tokens), len(given))
     old, new = (spans[number] if number < len(spans) else None for spans in (saved, given))
