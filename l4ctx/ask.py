@@ -140,8 +140,10 @@ class Run:
         if self._documents.has_images:
             self._reading = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
                                                with_digests=self.contexts.folder is not None)
+        held = self._leave_out_what_is_held()
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   images=self._reading.prompter if self._reading else None, system=self.request.system)
+                                   images=self._reading.prompter if self._reading else None, system=self.request.system,
+                                   first_index=held + 1)
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -348,16 +350,29 @@ class Run:
         stop = self.prompt.documents_stop
         if self.request.question is None:
             del self.prompt.ids[stop:]
-        if self.contexts.reader is not None and not self.request.paths:
-            del self.prompt.ids[:stop]
-            self.prompt.documents_stop = 0
+        self.prompt_tokens = len(self.prompt.ids)
+        if self.contexts.reader is not None and self.request.answers_from_all:
+            end = array("i")
             if self.contexts.ends_amid_a_document:
-                end = array("i")
                 self.tokenizer.encode_data(DOCUMENT_END, into=end)
-                self.prompt.ids[:0] = end
+            self.prompt.follow(self.contexts.reader.tokens + len(end))
+            self.prompt.ids[:0] = end
             self.prompt_tokens = self.contexts.reader.tokens + len(self.prompt.ids)
-        else:
-            self.prompt_tokens = len(self.prompt.ids)
+
+    def _leave_out_what_is_held(self) -> int:
+        """Of documents that are added to a context, those that it holds; returns the number that it holds."""
+        from l4ctx.added_documents import added_documents
+
+        if not self.request.added or self.contexts.reader is None:
+            return 0
+        tokens = self.contexts.reader.tokens  # it may still be being read
+        held = [span for span in self.contexts.documents() if span.start < tokens]
+        self._documents.documents, skipped = added_documents(
+            self._documents.documents, {span.source: span.sha256 if span.stop <= tokens else "" for span in held})
+        for entry in skipped:
+            self.note(f"skipped {entry.source}: {entry.reason}")
+        self.skipped += skipped
+        return len(held)
 
     def _largest(self) -> list[tuple[str, int]]:
         spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)

@@ -31,7 +31,17 @@ from l4ctx.exits import (
     write,
     write_json,
 )
-from l4ctx.inputs import check_choices, holds_data, inputs, paths_or_pipe, standard_input, warn_of_forgotten_pipe
+from l4ctx.inputs import (
+    check_choices,
+    checkpoint_folder,
+    context_folder,
+    holds_data,
+    inputs,
+    paths_or_pipe,
+    size,
+    standard_input,
+    warn_of_forgotten_pipe,
+)
 from l4ctx.processor import share_cores
 from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
@@ -83,9 +93,14 @@ def ask(
         metavar="FILE", help="Read the question from a file; every argument is then a path. - is standard "
         "input.")] = None,
     context: Annotated[str | None, typer.Option(
-        metavar="CONTEXT", help="Answer from what l4ctx prefill has read; with paths, read only what is new.")] = None,
+        metavar="CONTEXT", help="Answer from what l4ctx prefill has read. With paths that begin as CONTEXT does, "
+        "answer from these, and read only what is new.")] = None,
     save_context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
+    add: Annotated[list[str] | None, typer.Option(
+        "--add", metavar="PATH", help="With --context: read this, too, behind what CONTEXT holds; CONTEXT stays as it "
+        "is. Can be repeated.", show_default=False)] = None,
+    replace: options.Replace = False,
     no_documents: Annotated[bool, typer.Option(
         "--no-documents", help="Ask the model alone, about nothing.")] = False,
     no_images: options.NoImages = False,
@@ -135,8 +150,13 @@ def ask(
         if context is not None and save_context is not None:
             raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
                              "(l4ctx prefill adds documents to a context)")
-        asked, kept = _folder("--context", context), _folder("--save-context", save_context)
-        text, documents, stdin = inputs(question, question_file, paths or [], quiet=quiet,
+        if add and (context is None or paths):
+            raise UsageError("--add PATH reads PATH behind what --context CONTEXT holds: give a context, and no other "
+                             "paths")
+        if replace and save_context is None:
+            raise UsageError("--replace is for --save-context")
+        asked, kept = context_folder("--context", context), context_folder("--save-context", save_context)
+        text, documents, stdin = inputs(question, question_file, paths or add or [], quiet=quiet,
                                         reads_pipe=context is None and not no_documents)
         if no_documents:
             if documents or context is not None or save_context is not None or (stdin and holds_data(stdin)):
@@ -145,17 +165,19 @@ def ask(
         elif not documents and context is None:
             raise UsageError("no documents: name files or folders, pipe a text in, or add --context CONTEXT; "
                              "--no-documents asks the model alone")
-        if context is not None and not documents:
-            for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text"),
-                                     ("--no-images", no_images)):
+        if context is not None and (add or not documents):
+            for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text" and not add),
+                                     ("--no-images", no_images and not add)):
                 if is_given:
                     raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx "
                                      "prefill")
-        return Request(model=_model(model), question=text, paths=documents, stdin=stdin, system=system,
-                       context=asked, save_context=kept, no_images=no_images, pdf=pdf, max_new_tokens=max_new_tokens,
+        checkpoint = checkpoint_folder(model, asked or kept, may_be_new=asked is None)
+        return Request(model=checkpoint, question=text, paths=documents, stdin=stdin, system=system, context=asked,
+                       save_context=kept, added=bool(add), replace=replace, no_images=no_images,
+                       pdf=pdf, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
-                       kv_dtype=kv_dtype, kv_device_memory=_size("--kv-device-memory", kv_device_memory),
-                       kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
+                       kv_dtype=kv_dtype, kv_device_memory=size("--kv-device-memory", kv_device_memory),
+                       kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
                        attention=attention, prefill_chunk_size=prefill_chunk_size)
 
     with errors_as_exit_codes(json=json) as interruption:
@@ -172,6 +194,7 @@ def prefill(
     no_images: options.NoImages = False,
     pdf: options.Pdf = "text",
     system: options.System = None,
+    replace: options.Replace = False,
     verify: Annotated[bool, typer.Option(
         "--verify", help="Check every byte that CONTEXT holds, and read anew from the first damage.")] = False,
     dtype: options.Dtype = "auto",
@@ -197,16 +220,17 @@ def prefill(
         check_choices(dtype, kv_dtype, attention, pdf)
         if json:
             check_stdout("to")
-        folder = _folder("-o", output)
+        folder = context_folder("-o", output)
         if folder is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
         documents = paths_or_pipe(paths or [], quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
-        return Request(model=_model(model), paths=documents, stdin=standard_input(), system=system, save_context=folder,
+        return Request(model=checkpoint_folder(model, folder, may_be_new=True), paths=documents,
+                       stdin=standard_input(), system=system, save_context=folder, replace=replace,
                        no_images=no_images, pdf=pdf, verify=verify, dtype=dtype, kv_dtype=kv_dtype,
-                       kv_device_memory=_size("--kv-device-memory", kv_device_memory),
-                       kv_host_memory=_size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
+                       kv_device_memory=size("--kv-device-memory", kv_device_memory),
+                       kv_host_memory=size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
                        prefill_chunk_size=prefill_chunk_size)
 
     with errors_as_exit_codes(json=json) as interruption:
@@ -293,10 +317,10 @@ def plan(
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
-        return PlanRequest(model=_model(model), paths=documents, stdin=standard_input(), tokens=tokens,
+        return PlanRequest(model=checkpoint_folder(model), paths=documents, stdin=standard_input(), tokens=tokens,
                            no_images=no_images, pdf=pdf, dtype=dtype, kv_dtype=kv_dtype, device=device,
-                           kv_device_memory=_size("--kv-device-memory", kv_device_memory),
-                           kv_host_memory=_size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
+                           kv_device_memory=size("--kv-device-memory", kv_device_memory),
+                           kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
                            prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,
                            measure=measure)
 
@@ -365,25 +389,3 @@ def _show_answer(run: Run, note: Callable[[str], None], *, json: bool) -> None:
         note(f"the answer was cut at {run.max_new_tokens} tokens; --max-new-tokens allows more")
     elif not run.answer.strip():
         note("the model ended its answer at once")
-
-
-def _model(folder: Path | None) -> Path:
-    if folder is None:
-        raise UsageError("no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL")
-    return folder
-
-
-def _size(option: str, text: str | None) -> int | None:
-    from l4ctx.memory import parse_size
-
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
-
-
-def _folder(option: str, name: str | None) -> Path | None:
-    """The folder of that name; an empty one, as an unset shell variable gives it, would be the current folder."""
-    if name == "":
-        raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
-    return None if name is None else Path(name)

@@ -7,13 +7,16 @@ Compares what they were made with, and finds what need not be read again. What i
 from __future__ import annotations
 
 import datetime
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.sizes import StoreLayout
-from l4ctx.manifest import ContextError, Recipe, read_manifest, saved_recipe
+from l4ctx.documents import folder_source
+from l4ctx.manifest import ContextError, Recipe, read_manifest, saved_checkpoint, saved_recipe
 from l4ctx.processor import default_attention
 from l4ctx.request import Request, RequestError
 from model.config import TextConfig
@@ -90,7 +93,16 @@ class ContextUse:
             raise RequestError("saved contexts cannot be used with rope_type longrope, whose table depends on the "
                                "length of the whole run")
         if self.recipe is not None:
-            self.recipe.check(self.folder, made_with)
+            self.recipe.check(self.folder, made_with, self._where_the_checkpoint_was(self.folder))
+
+    def _where_the_checkpoint_was(self, folder: Path) -> str:
+        """In brackets, for a message; nothing where the context does not tell."""
+        known = saved_checkpoint(folder)
+        if known is None:
+            return ""
+        is_this = known == self.request.model.absolute() or (
+            known.exists() and self.request.model.exists() and known.samefile(self.request.model))
+        return f" ({known}{', which has changed since' if is_this else '' if known.is_dir() else ', not there now'})"
 
     def saved_layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout | None:
         """The store's layout as the context that is there has it, whatever is computed in. Raises ContextError."""
@@ -118,28 +130,45 @@ class ContextUse:
     def _begin_reading(self, reader: ContextReader, prompt: Prompt, layout: StoreLayout) -> None:
         from l4ctx.context import reusable
 
-        if not self.request.paths:
+        if self.request.answers_from_all:
             self.reused = reader.tokens
+            if self.request.added:
+                self.notes.append(f"{self.reused:,} of {self.reused + len(prompt.ids):,} tokens are taken from "
+                                  f"{reader.context.folder}")
             return
         with self.naming_the_mend():
             reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state],
                              prompt.image_spans)
+            if not reuse.tokens:
+                self._check_beginning(reader, prompt)
         self.reused = reuse.tokens
-        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}" if
-                          reuse.tokens else f"these documents begin otherwise than those of {reader.context.folder}: "
-                          "nothing is taken from it, and the answer is from these alone")
+        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}")
+
+    def _check_beginning(self, reader: ContextReader, prompt: Prompt) -> None:
+        """Raises RequestError where documents have nothing to do with the context beside which they are asked about."""
+        from l4ctx.context import common_prefix
+
+        first = next(iter(reader.context.documents(reader.state)), None)
+        common = common_prefix(reader.context.ids(reader.state), memoryview(prompt.ids)[:prompt.documents_stop])
+        if first is not None and common < min(first.stop, reader.tokens):
+            add = " ".join(f"--add {shlex.quote(path)}" for path in self.request.paths[:3])
+            raise RequestError(f"these documents begin otherwise than those of {reader.context.folder}, so that "
+                               f"nothing would be taken from it: {add} adds them to what it holds; without --context "
+                               "the answer is from them alone")
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
         from l4ctx.context import why_unusable
         from l4ctx.context_writer import ContextWriter
 
-        writer = self.writer = ContextWriter(folder, recipe)
+        writer = self.writer = ContextWriter(folder, recipe, self.request.model)
         self.notes += writer.notes
         held = writer.kept
         ids = memoryview(prompt.ids)[:prompt.documents_stop]
         with self.naming_the_mend():
             damage = writer.drop_damaged(verify=self.request.verify)
             self.notes += [f"{text}; it is read anew from there" for text in damage]
+            if not self.request.replace:
+                self._check_loss(writer, prompt, layout)
             why = why_unusable(writer.context, writer.tip, ids, prompt.spans,
                                layout.config.attention_chunk_size) if held else ""
             self.reused = writer.begin(ids, prompt.spans, layout,
@@ -156,6 +185,15 @@ class ContextUse:
         assert self.reader is not None
         tokens = self.reader.tokens
         return not self.reader.state.is_complete and any(span.start < tokens < span.stop for span in self.documents())
+
+    def _check_loss(self, writer: ContextWriter, prompt: Prompt, layout: StoreLayout) -> None:
+        """Raises ContextError where the context would lose documents that nobody said it may lose."""
+        from l4ctx.context_guard import Reading, check_loss
+
+        folders = [folder_source(path) for path in self.request.paths if os.path.isdir(path)]
+        check_loss(writer.context, Reading(
+            memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, folders,
+            bool((self.request.system or "").strip()), layout.config.attention_chunk_size))
 
     def documents(self) -> list[Span]:
         """Those of a context that is answered from without reading any. Raises ContextError."""

@@ -56,8 +56,11 @@ class ContextWriter:
 
     is_durable = True
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        """Makes the context, or opens it as it is. Raises ContextError, also when somebody else writes to it."""
+    def __init__(self, folder: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
+        """Makes the context, or opens it as it is; a new one tells of the `checkpoint` folder.
+
+        Raises ContextError, also when somebody else writes to it.
+        """
         self.folder = folder
         self._pending: Future[None] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="context-writer")
@@ -72,7 +75,7 @@ class ContextWriter:
                 make_folder(folder / BLOCKS)  # also where it was lost
                 _make_readers_lock(folder)
                 if saved_recipe(folder) is None:
-                    write_manifest(folder, recipe)
+                    write_manifest(folder, recipe, checkpoint)
                 read_manifest(folder).check(folder, asdict(recipe))  # it may have been made meanwhile
                 if (folder / JOURNAL).exists() and not (folder / JOURNAL).is_file():
                     raise ContextError(f"{folder / JOURNAL}: not a regular file")

@@ -119,7 +119,7 @@ def _file_source(path: str) -> str:
     return printable("/".join(part for part in parts if part not in ("", "..")))
 
 
-def _folder_source(path: str) -> str:
+def folder_source(path: str) -> str:
     """The name of a folder argument: its last component; of the current folder, none."""
     name = os.path.basename(os.path.normpath(path))
     return printable({os.curdir: "", os.pardir: os.path.basename(os.path.abspath(path))}.get(name, name))
@@ -206,7 +206,7 @@ class _Reader:
         self._seen[real] = self._add(source, raw, path)
 
     def _walk(self, path: str, root: str) -> None:
-        source = _folder_source(path)
+        source = folder_source(path)
         if is_context(root):
             raise DocumentError(f"{printable(path)}: a saved context, not documents (--context answers from it)")
         if self._already_read(root, source or "."):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from l4ctx.image_processing import ImageProcessing
@@ -37,6 +37,10 @@ class PlacedImage:
     image: DocumentImage
     layout: TileLayout
     span: ImageSpan
+
+    def moved(self, by: int) -> PlacedImage:
+        """The same so many positions later."""
+        return replace(self, span=self.span._replace(start=self.span.start + by, stop=self.span.stop + by))
 
 
 @dataclass(frozen=True)

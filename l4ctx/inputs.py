@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l4ctx.exits import UsageError, tell
+from l4ctx.files import printable
+from l4ctx.memory import parse_size
 from l4ctx.named_paths import meant_paths
 from l4ctx.request import Request
 
@@ -125,3 +127,34 @@ def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str) ->
 def _choice(option: str, value: str, *allowed: str) -> None:
     if value not in allowed:
         raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")
+
+
+def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be_new: bool = False) -> Path:
+    """The checkpoint that is named, else the one that the context was made with. Raises UsageError and ContextError."""
+    from l4ctx.manifest import FILE, saved_checkpoint
+
+    if given is not None:
+        return given
+    is_there = context is not None and (not may_be_new or os.path.exists(context / FILE))
+    known = saved_checkpoint(context) if context is not None and is_there else None
+    if known is None:
+        raise UsageError("no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL")
+    if not known.is_dir():
+        raise UsageError(f"no model: {context} was made with {printable(str(known))}, and no such folder is there now; "
+                         "give the checkpoint with --model DIR")
+    return known
+
+
+def size(option: str, text: str | None) -> int | None:
+    """Bytes; None where the option is not given. Raises UsageError."""
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
+def context_folder(option: str, name: str | None) -> Path | None:
+    """The folder of that name; an empty one, as an unset shell variable gives it, would be the current folder."""
+    if name == "":
+        raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
+    return None if name is None else Path(name)

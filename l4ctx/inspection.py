@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from l4ctx.exits import CHECKPOINT, CONTEXT, UsageError, name_of_known
 from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import FORMAT, VERSION, read_manifest
+from l4ctx.manifest import FORMAT, VERSION, read_manifest, saved_checkpoint
 from model.config import ConfigError, TextConfig, parameter_count
 from model.vision_config import VisionConfig
 
@@ -274,6 +274,7 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
         report |= {"is_being_written": is_being_written(folder), "others_have_rights_on": _open_to_others(folder)}
         recipe = _attempt(report, folder / MANIFEST, read_manifest, folder)
         report |= {"format": FORMAT, "version": VERSION if recipe else None, "made_with": recipe and asdict(recipe),
+                   "checkpoint": recipe and _path_of_checkpoint(folder),
                    "states": [], "bytes": None}
         context = None if recipe is None else _attempt(report, folder, Context.read, folder)
         if context is None:
@@ -300,6 +301,11 @@ def _open_to_others(folder: Path) -> list[str]:
             if is_open_to_others(path):
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found)
+
+
+def _path_of_checkpoint(folder: Path) -> str | None:
+    known = saved_checkpoint(folder)
+    return None if known is None else str(known)
 
 
 @contextmanager

@@ -89,7 +89,10 @@ def _context_lines(report: Report) -> Iterator[Line]:
                             f"chunks of {made['prefill_chunk_size']:,}")
         yield "", f"blocks of {made['block_tokens']:,} tokens in segments of {made['segment_tokens']:,}"
         yield "date", made["date"]
-        yield "checkpoint", ", ".join(f"{name} {made[name][:12]}" for name in FIELDS)
+        if report.get("checkpoint"):
+            yield "checkpoint", report["checkpoint"]
+        yield "" if report.get("checkpoint") else "checkpoint", ", ".join(
+            f"{name} {made[name][:12]}" for name in FIELDS)
     if sizes:
         parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(count)}" for name, count in sizes.items())
         yield "on disk", f"{human_bytes(sum(sizes.values()))}: {parts}"

@@ -25,6 +25,8 @@ JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writ
 """The names of what lies beside it in the folder; l4ctx.context says what each is."""
 
 MAX_BYTES = 2**20
+_WHAT = {"block_tokens": "block size", "segment_tokens": "segment size", "config": "configuration",
+         "template": "chat template"}
 
 
 class ContextError(Exception):
@@ -66,8 +68,8 @@ class Recipe:
     def pinned_date(self) -> datetime.datetime:
         return datetime.datetime.fromisoformat(self.date)
 
-    def check(self, folder: Path, wanted: dict[str, Any]) -> None:
-        """Raises ContextError for the first field that is not as wanted."""
+    def check(self, folder: Path, wanted: dict[str, Any], where: str = "") -> None:
+        """Raises ContextError where fields are not as wanted; `where` tells where the right checkpoint may be."""
         for name, other in wanted.items():
             mine = getattr(self, name)
             if mine == other:
@@ -76,15 +78,17 @@ class Recipe:
                       "prefill_chunk_size": "--prefill-chunk-size"}.get(name)
             if option:
                 raise ContextError(f"{folder}: made with {option} {mine}, not {other}; give that, or another folder")
-            what = {"block_tokens": "block size", "segment_tokens": "segment size", "config": "configuration",
-                    "template": "chat template"}.get(name, name)
+            differing = [_WHAT.get(name, name) for name in wanted if getattr(self, name) != wanted[name]]
+            what = " and ".join([", ".join(differing[:-1])] * (len(differing) > 1) + differing[-1:])
             raise ContextError(f"{folder}: made with another {what} than this checkpoint's ({name} differs); it is "
-                               "left as it is: use the checkpoint that it was made with, or another folder")
+                               f"left as it is: use the checkpoint that it was made with{where}, or another folder")
 
 
-def write_manifest(folder: Path, recipe: Recipe) -> None:
-    """Puts the manifest there whole or not at all. Raises OSError."""
-    content = {"format": FORMAT, "version": VERSION, "made_with": asdict(recipe)}
+def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
+    """Puts the manifest there whole or not at all. `checkpoint` is the model's folder. Raises OSError."""
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "made_with": asdict(recipe)}
+    if checkpoint is not None:
+        content["checkpoint"] = str(checkpoint.absolute())
     write_atomically(folder / FILE, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
 
 
@@ -107,6 +111,18 @@ def write_atomically(file: Path, text: str) -> None:
 
 def read_manifest(folder: Path) -> Recipe:
     """Raises ContextError for what is no context of this version, or damaged."""
+    return _read(folder)[0]
+
+
+def saved_checkpoint(folder: Path) -> Path | None:
+    """Where the checkpoint was that a context was made with: a hint, to be trusted no further than its fingerprints.
+
+    None where the context does not tell. Raises ContextError.
+    """
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[Recipe, Path | None]:
     file = folder / FILE
     try:
         text = read_small(file)
@@ -127,10 +143,13 @@ def read_manifest(folder: Path) -> Recipe:
             raise ValueError("its checksum does not match")
         made = content["made_with"]
         recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
+        said_path = content.get("checkpoint")
+        if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
+            raise ValueError(f"checkpoint {said_path!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
                            "trusted without it: make the context anew") from None
-    return recipe
+    return recipe, None if said_path is None else Path(said_path)
 
 
 def saved_recipe(folder: Path) -> Recipe | None:

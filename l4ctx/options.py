@@ -33,6 +33,8 @@ Paths = Annotated[list[str] | None, typer.Argument(
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave image files out.")]
 Pdf = Annotated[str, typer.Option(
     metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf]).")]
+Replace = Annotated[bool, typer.Option(
+    "--replace", help="Let a context go of other documents that it holds.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[str, typer.Option(
     metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; on a CPU "

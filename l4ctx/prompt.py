@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,17 @@ class Prompt:
     images: list[PlacedImage] = field(default_factory=list)
     forced_cuts: list[ForcedCut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    first_index: int = 1  # number of the first document
+
+    def follow(self, tokens: int) -> None:
+        """Leaves out what comes before the documents (or the question, without any): a saved context of so many tokens
+        takes its place, from whose start all places are counted then."""
+        start = self.spans[0].start if self.spans else self.documents_stop
+        del self.ids[:start]
+        by = tokens - start
+        self.documents_stop += by
+        self.spans = [replace(span, start=span.start + by, stop=span.stop + by) for span in self.spans]
+        self.images = [placed.moved(by) for placed in self.images]
 
     @property
     def image_spans(self) -> list[ImageSpan]:
@@ -149,14 +160,16 @@ def build_prompt(
     images: ImagePrompter | None = None,
     system: str | None = None,
     progress: Progress | None = None,
+    first_index: int = 1,
 ) -> Prompt:
     """Documents first, question last, inside the chat template; without one (a base model) as plain text.
 
     The ids up to the end of document k depend on nothing that follows it. `documents` is consumed one by one and
     no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. `images` is needed
-    where documents have some. Raises PromptError, and TokenizerError for text that the tokenizer cannot encode.
+    where documents have some. `first_index` is the number of the first document, where others come before.
+    Raises PromptError, and TokenizerError for text that the tokenizer cannot encode.
     """
-    prompt = Prompt()
+    prompt = Prompt(first_index=first_index)
     system = (system or "").strip()
     if template is None:
         if tokenizer.bos_id is not None:
@@ -233,7 +246,7 @@ def _add_document(
         cuts.extend(done + offset for offset in encoded.forced_cuts)
         done += len(text)
 
-    opening = f'<document index="{len(prompt.spans) + 1}" path="{_attribute(document.source)}">\n'
+    opening = f'<document index="{prompt.first_index + len(prompt.spans)}" path="{_attribute(document.source)}">\n'
     closing = DOCUMENT_END
     for before, image in _texts_before_images(document.parts):
         if image is None:

@@ -78,17 +78,19 @@ def _how_far(reader: ContextReader | None) -> dict[str, Any]:
 
 
 def _what_was_read(run: Run) -> dict[str, Any]:
-    """Documents and images; where a context alone is answered from, its own, an image by the name of its document."""
-    reader = run.contexts.reader
-    if reader is None or run.request.paths:
-        spans, end = run.prompt.spans, run.prompt_tokens
-        images = [(placed.image.source, placed.span) for placed in run.prompt.images]
-    else:
-        spans, end = run.contexts.documents(), reader.tokens
-        images = [(next((document.source for document in spans if document.stop > span.start), ""), span)
-                  for span in run.contexts.images()]
-    return {"documents": [_read_of(span.source, span, end) for span in spans if span.start < end],
-            "images": [_read_of(source, span, end) for source, span in images if span.start < end]}
+    """Documents and images; where a context is answered from, first its own, an image by the name of its document."""
+    reader, end = run.contexts.reader, run.prompt_tokens
+    documents = [_read_of(span.source, span, end) for span in run.prompt.spans]
+    images = [_read_of(placed.image.source, placed.span, end) for placed in run.prompt.images]
+    if reader is not None and run.request.answers_from_all:
+        held = run.contexts.documents()
+        of_held = [(next((document.source for document in held if document.stop > span.start), ""), span)
+                   for span in run.contexts.images()]
+        documents = [_read_of(span.source, span, reader.tokens) for span in held if span.start < reader.tokens
+                     ] + documents
+        images = [_read_of(source, span, reader.tokens) for source, span in of_held if span.start < reader.tokens
+                  ] + images
+    return {"documents": documents, "images": images}
 
 
 def _read_of(path: str, span: Span | ImageSpan, end: int) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Request:
     save_context: Path | None = None  # to keep what is read in
     no_images: bool = False
     pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
+    replace: bool = False  # what a context holds of other documents may go
+    added: bool = False  # the paths are read behind what the context to answer from holds
     verify: bool = False  # read all of a context that is gone on with
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -41,6 +43,11 @@ class Request:
     device: str = "auto"
     attention: str | None = None
     prefill_chunk_size: int | None = None
+
+    @property
+    def answers_from_all(self) -> bool:
+        """Whether all that a context holds is part of the prompt, and only what follows it is read."""
+        return self.context is not None and (self.added or not self.paths)
 
 
 def check_kv_dir(folder: Path | None) -> None:

@@ -1,0 +1,28 @@
+"""Documents that are read behind those of a saved context, as if all had been read together. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from l4ctx.documents import Document, Skipped
+
+
+def added_documents(documents: Iterable[Document], held: Mapping[str, str]) -> tuple[list[Document], list[Skipped]]:
+    """Those that the context does not hold, each under a name of its own, and those that it does hold.
+
+    `held` has the SHA-256 of each document of the context by its name.
+    """
+    added: list[Document] = []
+    skipped: list[Skipped] = []
+    taken = set(held)
+    for document in documents:
+        if held.get(document.source) == document.sha256:
+            skipped.append(Skipped(document.source, "the context holds it already"))
+            continue
+        numbered = (f"{document.source} ({number})" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([document.source], numbered) if name not in taken)
+        taken.add(name)
+        added.append(replace(document, source=name))
+    return added, skipped
