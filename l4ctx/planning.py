@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -282,11 +283,14 @@ def _speed(request: PlanRequest, plan: MemoryPlan, on_accelerator: bool) -> Spee
 
 
 def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> Speed:
-    """By an expert's feed-forward on its share of `tokens`, and attention to a segment: in less than a second."""
+    """By an expert's feed-forward on its share of `tokens`, and attention to a segment.
+
+    Both start with one row and grow while they are quick: seconds at the most, whatever the width, dtype and processor.
+    """
     import torch
     from torch.nn.functional import silu
 
-    from l4ctx.bench.ceilings import best_seconds
+    from l4ctx.bench.ceilings import Work, growing, growing_rate
     from model.backends import KVSegment, attend
     from model.masks import AttentionMask
     from model.registry import backend
@@ -297,21 +301,24 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     width = max(1, min(config.intermediate_size, MEASURED_ELEMENTS // c))
     x, up, down = (torch.ones(shape, **made) for shape in ((rows, c), (c, 2 * width), (width, c)))
 
-    def feed_forward() -> Any:
-        a, b = (x @ up).chunk(2, dim=-1)
+    def feed_forward(rows: int) -> Any:
+        a, b = (x[:rows] @ up).chunk(2, dim=-1)
         return silu(a).mul_(b) @ down
 
     h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     kernel = backend(default_attention(dtype, on_accelerator=device != "cpu"))
     queries = torch.ones(1, h, MEASURED_ROWS, d, **made)
     keys = torch.ones(1, h_kv, 2 * MEASURED_ROWS, d, **made)
-    positions, segment = range(keys.shape[2], keys.shape[2] + MEASURED_ROWS), KVSegment(keys, keys, 0)
-    per_pair = 4 * h * d
+    start, segment = keys.shape[2], KVSegment(keys, keys, 0)
+
+    def attention_of(rows: int) -> Any:
+        return attend(queries[:, :, :rows], range(start, start + rows), [segment], AttentionMask(None), kernel)
 
     with torch.inference_mode():
-        linear = 6 * rows * c * width / best_seconds(feed_forward, device, MEASURED_SECONDS)
-        attention = per_pair * MEASURED_ROWS * keys.shape[2] / best_seconds(
-            lambda: attend(queries, positions, [segment], AttentionMask(None), kernel), device, MEASURED_SECONDS)
+        linear = growing_rate(lambda rows: Work(partial(feed_forward, rows), 6 * rows * c * width), growing(rows),
+                              device, MEASURED_SECONDS)
+        attention = growing_rate(lambda rows: Work(partial(attention_of, rows), 4 * h * d * rows * start),
+                                 growing(MEASURED_ROWS), device, MEASURED_SECONDS)
     return Speed(linear, attention)
 
 

@@ -13,6 +13,10 @@ from pathlib import Path
 from l4ctx.memory import SPARE_SHARE
 
 CPUINFO = Path("/proc/cpuinfo")
+WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
+WITHOUT_AMX = frozenset({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512"})
+"""What ONEDNN_MAX_CPU_ISA can be set to, but for what leaves everything in."""
+
 SPINS = "3000"
 """Turns of a loop in which OpenMP's threads wait for one another before they sleep."""
 
@@ -52,9 +56,26 @@ def _field(cpuinfo: Path, name: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
+def newest_instructions() -> str:
+    """That oneDNN, which computes products of 16-bit numbers, is allowed to use; empty: all that there are.
+
+    ATEN_CPU_CAPABILITY is for torch's own kernels and changes nothing in these products.
+    """
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+
+
+def bfloat16_units() -> frozenset[str]:
+    """Those of "avx512_bf16" and "amx_bf16" that products make use of here."""
+    units, newest = frozenset({"avx512_bf16", "amx_bf16"}) & processor_flags(), newest_instructions()
+    if newest in WITHOUT_BFLOAT16:
+        return frozenset()
+    return units - {"amx_bf16"} if newest in WITHOUT_AMX else units
+
+
 def has_fast_bfloat16() -> bool:
-    """Whether bfloat16 products are quicker than float32 ones; without such instructions they take twice as long."""
-    return bool({"avx512_bf16", "amx_bf16"} & processor_flags())
+    """Whether bfloat16 products are quicker than float32 ones; without such instructions they take twice as long, or
+    much longer."""
+    return bool(bfloat16_units())
 
 
 def default_attention(dtype: str, *, on_accelerator: bool) -> str:
@@ -63,8 +84,7 @@ def default_attention(dtype: str, *, on_accelerator: bool) -> str:
     With AVX512_BF16 alone the fused kernels make no use of it: products are 1.5 to 1.8 times as fast. With AMX, which
     has not been measured, they do.
     """
-    flags = processor_flags()
-    if not on_accelerator and dtype == "bfloat16" and "avx512_bf16" in flags and "amx_bf16" not in flags:
+    if not on_accelerator and dtype == "bfloat16" and bfloat16_units() == {"avx512_bf16"}:
         return "matmul"
     return "sdpa"
 

@@ -18,7 +18,8 @@ flags\t\t: fpu
 """
 
 
-processor_flags = processor.processor_flags  # before tests/conftest.py replaces it
+processor_flags = processor.processor_flags  # before tests/conftest.py replaces them
+newest_instructions = processor.newest_instructions
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -40,3 +41,22 @@ def test_default_attention(flags: set[str], dtype: str, on_accelerator: bool, ex
     monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(flags))
     assert processor.default_attention(dtype, on_accelerator=on_accelerator) == expected
     assert expected in BACKEND_NAMES
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, ["avx512_bf16", "amx_bf16"]), ({"ONEDNN_MAX_CPU_ISA": "ALL"}, ["avx512_bf16", "amx_bf16"]),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, ["avx512_bf16", "amx_bf16"]),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, ["avx512_bf16"]), ({"ONEDNN_MAX_CPU_ISA": "avx2"}, []),
+    ({"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, []), ({"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "SSE41"}, []),
+    ({"ATEN_CPU_CAPABILITY": "avx2"}, ["avx512_bf16", "amx_bf16"])])
+def test_instructions_that_onednn_must_not_use(variables: dict[str, str], expected: list[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2", "avx512_bf16", "amx_bf16"}))
+    monkeypatch.setattr(processor, "newest_instructions", newest_instructions)
+    assert processor.bfloat16_units() == set(expected) and processor.has_fast_bfloat16() == bool(expected)
+    assert processor.default_attention("bfloat16", on_accelerator=False) == (
+        "matmul" if expected == ["avx512_bf16"] else "sdpa")

@@ -1,18 +1,20 @@
 """What this machine does at best, piece by piece: matrix products, attention kernels, memory, disk.
 
 Each is measured alone, on sizes that no cache holds or that fill the kernels; nothing of a model is run. Rates are the
-best of a short time, in operations or bytes a second.
+best of a short time, in operations or bytes a second. Work starts small and grows only as long as it stays quick, so
+that no dtype takes more than seconds, whatever the processor makes of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,36 +30,47 @@ SLOW_BACKENDS = ("eager", "flex")  # references, not kernels
 SECONDS = 0.3
 """Of each measurement, but for the first call."""
 
-SMALL, HOPELESS_RATE = 256, 1e10
-"""A product of this size decides whether a dtype is worth more time: not at less than so many operations a second."""
+PATIENCE = 4
+"""Work grows until the next size would take so many times SECONDS."""
 
+HOPELESS = 10
+"""A dtype whose products are so many times slower than the fastest one's is measured no further."""
+
+GROWTH = 4
+PRODUCT_SIZES = (64, 128, 256, 512, 1024, 2048)
 BYTES = 2**28  # of a weight that is read, a copy, a file
 QUERIES, KEYS = 1024, 4096  # of one attention call
 
 
 def measure(config: TextConfig, device: str) -> dict[str, Any]:
-    """All rates, as plain numbers a second: "product" and "attention" by dtype in operations, the rest in bytes."""
+    """All rates, as plain numbers a second: "product" and "attention" by dtype in operations, the rest in bytes.
+
+    "slow_product" has those of dtypes that are measured no further.
+    """
     with torch.inference_mode():
-        products = {dtype: rate for dtype in DTYPES if (rate := product_rate(dtype, device)) is not None}
+        rates = {dtype: rate for dtype in DTYPES if (rate := product_rate(dtype, device)) is not None}
+        products = {dtype: rate for dtype, rate in rates.items() if HOPELESS * rate > max(rates.values())}
         attention = {name: {dtype: attention_rate(config, name, dtype, device) for dtype in products}
                      for name in BACKEND_NAMES if name not in SLOW_BACKENDS}
         reads = {dtype: read_rate(config.hidden_size, dtype, device) for dtype in products}
         copy = copy_rate(device)
-    return {"product": products, "attention": attention, "read": reads, "copy": copy, **disk_rate()}
+    slow = {dtype: rate for dtype, rate in rates.items() if dtype not in products}
+    return {"product": products, "slow_product": slow, "attention": attention, "read": reads, "copy": copy,
+            **disk_rate()}
 
 
 def product_rate(dtype: str, device: str) -> float | None:
-    """Operations a second of a large matrix product; None for a dtype that this machine has no fast one for."""
+    """Operations a second of the largest matrix product that is quick enough; None where the device has none."""
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+
+    def product(size: int) -> Work:
+        x, weight = torch.ones(size, size, **made), torch.ones(size, size, **made)
+        return Work(partial(F.linear, x, weight), 2 * size**3)
+
     try:
-        for size in (SMALL, 2048 if device == "cpu" else 8192):
-            x, weight = torch.ones(size, size, **made), torch.ones(size, size, **made)
-            rate = 2 * size**3 / best_seconds(partial(F.linear, x, weight), device)
-            if size == SMALL and device == "cpu" and rate < HOPELESS_RATE:
-                return None
+        return growing_rate(product, PRODUCT_SIZES if device == "cpu" else (*PRODUCT_SIZES, 8192), device)
     except RuntimeError:  # a dtype that this device has no product of
         return None
-    return rate
 
 
 def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) -> float | None:
@@ -66,20 +79,28 @@ def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) ->
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     queries = torch.randn(1, QUERIES, h, d, **made).transpose(1, 2)  # as a projection leaves them
     segment = KVSegment(torch.randn(1, h_kv, KEYS, d, **made), torch.randn(1, h_kv, KEYS, d, **made), 0)
-    positions, mask = range(KEYS, KEYS + QUERIES), AttentionMask(None)
+
+    def to_all_keys(rows: int) -> Work:
+        positions = range(KEYS, KEYS + rows)
+        return Work(partial(attend, queries[:, :, :rows], positions, [segment], AttentionMask(None),
+                            backend_of(backend)), 4 * h * d * rows * KEYS)
+
     try:
-        seconds = best_seconds(lambda: attend(queries, positions, [segment], mask, backend_of(backend)), device)
+        return growing_rate(to_all_keys, growing(QUERIES), device)
     except (RuntimeError, NotImplementedError):
         return None
-    return 4 * h * d * QUERIES * KEYS / seconds
 
 
 def read_rate(width: int, dtype: str, device: str) -> float:
     """Bytes a second of a weight that one row is multiplied with, as in decoding."""
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-    rows = BYTES // (width * made["dtype"].itemsize)
-    weight, x = torch.ones(rows, width, **made), torch.ones(1, width, **made)
-    return weight.nbytes / best_seconds(partial(linear, x, weight), device)
+    weight = torch.ones(BYTES // (width * made["dtype"].itemsize), width, **made)
+    x = torch.ones(1, width, **made)
+
+    def of_rows(rows: int) -> Work:
+        return Work(partial(linear, x, weight[:rows]), weight[:rows].nbytes)
+
+    return growing_rate(of_rows, growing(len(weight)), device)
 
 
 def copy_rate(device: str) -> float:
@@ -114,6 +135,33 @@ def _bytes_from_disk() -> int | None:
             return next(int(line.split()[1]) for line in file if line.startswith("read_bytes:"))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+class Work(NamedTuple):
+    """Something to call, and how much is done by it: operations or bytes."""
+
+    call: Callable[[], Any]
+    amount: int
+
+
+def growing(largest: int) -> tuple[int, ...]:
+    """Sizes up to the largest, each GROWTH times the one before."""
+    smaller = itertools.takewhile(lambda size: size < largest, (GROWTH**n for n in itertools.count()))
+    return (*smaller, largest)
+
+
+def growing_rate(of_size: Callable[[int], Work], sizes: Sequence[int], device: str,
+                 seconds: float | None = None) -> float:
+    """What is done a second, at the largest of the ascending sizes that is quick enough; `seconds` is SECONDS unless
+    given."""
+    limit, work = seconds or SECONDS, of_size(sizes[0])
+    best_seconds(work.call, device, 0)  # the very first call of a kernel may load and start what it needs
+    for size in sizes[1:]:
+        once, bigger = best_seconds(work.call, device, limit / 32), of_size(size)
+        if once * bigger.amount > PATIENCE * limit * work.amount:
+            break
+        work = bigger
+    return work.amount / best_seconds(work.call, device, limit)
 
 
 def best_seconds(work: Callable[[], Any], device: str, seconds: float = SECONDS) -> float:

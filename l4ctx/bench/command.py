@@ -29,7 +29,9 @@ def bench(
     config: Annotated[Path | None, typer.Option(
         metavar="FILE", help="A config.json, or its folder: random weights of that size, made in memory.",
         show_default=False)] = None,
-    tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths to read.")] = DEFAULT_LENGTHS,
+    tokens: Annotated[str | None, typer.Option(
+        metavar="N,N,...", help="Lengths to read. The default's are shortened where the model has fewer positions.",
+        show_default=DEFAULT_LENGTHS)] = None,
     decode: Annotated[int, typer.Option(
         "--decode", parser=options.token_count(0), metavar="N", help="Tokens to decode behind the first "
         "one; 0 for none.")] = 32,
@@ -73,7 +75,8 @@ def bench(
             if not file.is_file():
                 raise UsageError(f"--gguf {file}: no such file")
         return BenchRequest(
-            _lengths(tokens), model=model if config is None else None, config=config, decode_tokens=decode,
+            _lengths(DEFAULT_LENGTHS if tokens is None else tokens), lengths_are_given=tokens is not None,
+            model=model if config is None else None, config=config, decode_tokens=decode,
             rounds=rounds, dtype=dtype, device=device, attention=attention, prefill_chunk_size=prefill_chunk_size,
             compares_transformers="transformers" in peers, llama_bench=peers.get("llama.cpp"),
             gguf_files=tuple(gguf or ()), ceilings=ceilings)

@@ -10,7 +10,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cache.sizes import KV_DTYPES
 from l4ctx.bench import llama_peer
 from l4ctx.bench.files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
 from l4ctx.bench.gguf_file import GGUFError, check_supported, gguf_bytes
-from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
+from l4ctx.bench.jobs import WARM_UP_TOKENS, Candidate, Measurement, WorkerJob
 from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
@@ -34,6 +35,10 @@ TRIAL_TOKENS = 8192
 """Candidates are told apart at so many tokens, or at the greatest length that is measured: what the largest batch size
 takes at a time."""
 
+PROBE_TOKENS, PROBE_WARM_UP = 64, 8
+HOPELESS = 10
+"""Before its trial, a dtype that is so many times slower than the engine's fastest on a few tokens is left out."""
+
 CANDIDATE_DTYPES = ("float32", "bfloat16")
 EXTRA = 'pip install "l4ctx[bench]"'
 
@@ -43,6 +48,7 @@ class BenchRequest:
     """What is to be measured. Either `model` or `config` is given."""
 
     lengths: tuple[int, ...]  # tokens, ascending
+    lengths_are_given: bool = True  # by the user; others are shortened to what the model has positions for
     model: Path | None = None
     config: Path | None = None  # a config.json, or its folder: random weights
     decode_tokens: int = 32
@@ -74,8 +80,8 @@ class Benchmark:
     def run(self) -> BenchReport:
         """Raises what a user can cause: UsageError, RequestError, ConfigError, CheckpointError, PromptLengthError,
         MemoryPlanError, and WorkerError when l4ctx itself fails."""
-        asked = self.request
         self._read_config()
+        asked = self.request
         if asked.compares_transformers:
             _require("transformers", "--compare transformers")
         if asked.llama_bench is not None and not asked.gguf_files:
@@ -95,7 +101,8 @@ class Benchmark:
     # What there is
 
     def _read_config(self) -> None:
-        """Raises ConfigError, and PromptLengthError for a length that the model has no positions for."""
+        """And what lengths the model has positions for. Raises ConfigError, and PromptLengthError for one that is too
+        long, if it was given."""
         asked = self.request
         where = asked.model or asked.config
         assert where is not None
@@ -103,8 +110,14 @@ class Benchmark:
         self.config = (TextConfig.from_folder(where) if file != where else
                        TextConfig.from_file(file, f"{file}: no such file; a config.json is expected"))
         self.raw = json.loads(file.read_text(encoding="utf-8"))
-        longest, positions = asked.lengths[-1] + asked.decode_tokens + 1, self.config.max_position_embeddings
-        if longest > positions:
+        positions = self.config.max_position_embeddings
+        longest, room = asked.lengths[-1] + asked.decode_tokens + 1, positions - asked.decode_tokens - 1
+        if longest > positions and not asked.lengths_are_given and room > 1:
+            shortened = [f"{tokens:,}" for tokens in asked.lengths if tokens > room]
+            self.request = replace(asked, lengths=tuple(sorted({min(tokens, room) for tokens in asked.lengths})))
+            self.note(f"{room:,} tokens are read instead of {' and '.join(shortened)}: the model has {positions:,} "
+                      "positions")
+        elif longest > positions:
             from l4ctx.prompt import PromptLengthError
 
             raise PromptLengthError(f"--tokens {asked.lengths[-1]}: with what is decoded these are {longest:,} tokens, "
@@ -204,7 +217,8 @@ class Benchmark:
         """Tries every candidate once at one length; keeps each engine's fastest. Raises what a failing l4ctx does."""
         tokens = min(TRIAL_TOKENS, self.request.lengths[-1])
         failed: WorkerError | None = None
-        for engine, own in candidates.items():
+        for engine, every in candidates.items():
+            own = self._hopeful(every) if tokens > 4 * PROBE_TOKENS else every
             for candidate in own if len(own) > 1 else ():
                 self.working(f"trial: {candidate}")
                 try:
@@ -222,6 +236,28 @@ class Benchmark:
                 failed.raise_as_known(f"{own[-1]}")
             else:
                 self.note(f"{engine} is left out")
+
+    def _hopeful(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those of one engine without those in dtypes that a few tokens show to be far too slow.
+
+        Batch sizes make no difference there. What fails stays: its trial will say how.
+        """
+        rates: dict[str, float] = {}
+        first: dict[str, Candidate] = {}
+        for candidate in candidates:
+            first.setdefault(candidate.dtype, candidate)
+        for dtype, candidate in first.items() if len(first) > 1 else ():
+            self.working(f"first tokens: {candidate}")
+            with suppress(WorkerError):
+                rates[dtype] = self._measure(candidate, PROBE_TOKENS, 0, PROBE_WARM_UP).prefill_rate
+        best = max(rates, key=rates.__getitem__, default="")
+        slow = {dtype for dtype, rate in rates.items() if HOPELESS * rate <= rates[best]}
+        for dtype in slow:
+            text = (f"{first[dtype].engine} in {dtype} is left out: {rates[dtype]:.3g} tokens/s at the first "
+                    f"{PROBE_TOKENS} tokens, {rates[best]:.3g} in {best}")
+            self.note(text)
+            self.report.left_out.append(text)
+        return [candidate for candidate in candidates if candidate.dtype not in slow]
 
     def _round(self, number: int) -> None:
         """All engines at all lengths, then the ceilings. Raises what l4ctx raised, if that fails."""
@@ -248,19 +284,20 @@ class Benchmark:
             except WorkerError as error:
                 self._fail(f"the machine's ceilings: {error}")
 
-    def _measure(self, candidate: Candidate, tokens: int, decode_tokens: int) -> Measurement:
+    def _measure(self, candidate: Candidate, tokens: int, decode_tokens: int,
+                 warm_up_tokens: int = WARM_UP_TOKENS) -> Measurement:
         """Raises WorkerError."""
         device = str(self._machine["device"])
         if candidate.engine == "llama.cpp":
             assert self.request.llama_bench is not None
             return llama_peer.measure(self.request.llama_bench, candidate, tokens, decode_tokens,
                                        threads=int(self._machine["threads"]), on_cpu=device == "cpu",
-                                       parameters=int(self._machine["parameters"]))
+                                       parameters=int(self._machine["parameters"]), warm_up_tokens=warm_up_tokens)
         folder = self.request.model if candidate.engine == OWN else self._folders[candidate.engine]
         return Measurement.from_dict(run_worker(WorkerJob(
             candidate.engine, folder=None if folder is None else str(folder),
             config=self.raw if folder is None else None, dtype=candidate.dtype, batch_size=candidate.batch_size,
-            tokens=tokens, decode_tokens=decode_tokens, device=device,
+            tokens=tokens, decode_tokens=decode_tokens, warm_up_tokens=warm_up_tokens, device=device,
             attention=candidate.attention or "sdpa", is_mapped=candidate.is_mapped)))
 
     def _own_worker(self, task: str) -> dict[str, Any]:

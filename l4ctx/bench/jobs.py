@@ -37,6 +37,7 @@ class WorkerJob:
     batch_size: int = 8192
     tokens: int = 0
     decode_tokens: int = 0
+    warm_up_tokens: int = WARM_UP_TOKENS
     device: str = "cpu"
     attention: str = "sdpa"
     is_mapped: bool = True

@@ -39,15 +39,15 @@ def check_program(name: str) -> str:
 
 
 def measure(program: str, candidate: Candidate, tokens: int, decode_tokens: int, *, threads: int,
-            on_cpu: bool, parameters: int) -> Measurement:
-    """A prefill after a short one that warms up, then decoding behind so many tokens.
+            on_cpu: bool, parameters: int, warm_up_tokens: int = WARM_UP_TOKENS) -> Measurement:
+    """A prefill after one of `warm_up_tokens`, then decoding behind so many tokens.
 
     Raises WorkerError, also for a file of a model that has not so many `parameters`.
     """
     assert candidate.file is not None
     common = [program, "-m", candidate.file, "-r", "1", "-fa", "1", "-b", "2048", "-ub", str(candidate.batch_size),
               "-t", str(threads), "-o", "jsonl", "--no-warmup", *(["-ngl", "0"] if on_cpu else [])]
-    prefill = run_apart([*common, "-p", f"{min(WARM_UP_TOKENS, tokens)},{tokens}", "-n", "0"])
+    prefill = run_apart([*common, "-p", f"{min(warm_up_tokens, tokens)},{tokens}", "-n", "0"])
     first = _rate(prefill, n_prompt=tokens, n_gen=0)
     told = _records(prefill.stdout.splitlines())[-1]
     commit, there = told.get("build_commit"), told.get("model_n_params", parameters)

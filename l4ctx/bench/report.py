@@ -62,6 +62,7 @@ class BenchReport:
     runs: list[BenchRun] = field(default_factory=list)
     chosen: dict[str, Candidate] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # dtypes that were too slow to be tried, in words
     ceilings: list[dict[str, Any]] = field(default_factory=list)  # a round each
 
     def figures(self, tokens: int) -> list[Figures]:
@@ -96,7 +97,7 @@ class BenchReport:
             "lengths": [{"tokens": tokens, "engines": [figures.as_dict() for figures in self.figures(tokens)],
                          "shares": self.shares(tokens)} for tokens in self.lengths],
             "ceilings": {"median": self.median_ceilings, "rounds": self.ceilings},
-            "failures": self.failures,
+            "failures": self.failures, "left_out": self.left_out,
             "trials": [run.as_dict() for run in self.trials],
             "runs": [run.as_dict() for run in self.runs],
         }

@@ -27,6 +27,7 @@ def bench_table(report: BenchReport) -> RenderableType:
         parts += _engines(report, tokens)
     if report.median_ceilings is not None:
         parts += [*_ceilings(report.median_ceilings), Text(), *(_shares(report, tokens) for tokens in report.lengths)]
+    parts += [_line(text) for text in report.left_out]
     parts += [_line(f"failed: {text}") for text in report.failures]
     return Group(*parts)
 
@@ -84,7 +85,9 @@ def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
     table.add_row("copying memory, GB/s", _giga(ceilings["copy"]))
     cached = ", from the system's cache" if ceilings["disk_is_cached"] else ""
     table.add_row(f"reading a file, MB/s{cached}", f"{ceilings['disk'] / 1e6:,.0f}")
-    return [*_title("the machine's ceilings"), table]
+    slow = [_line(f"products in {dtype} are too slow for more: {rate / 1e9:,.2g} GFLOP/s")
+            for dtype, rate in (ceilings.get("slow_product") or {}).items()]
+    return [*_title("the machine's ceilings"), table, *slow]
 
 
 def _shares(report: BenchReport, tokens: int) -> Text:

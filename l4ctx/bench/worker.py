@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from l4ctx.bench.jobs import WARM_UP_DECODE, WARM_UP_TOKENS, Measurement, TimedRun, WorkerJob
+from l4ctx.bench.jobs import WARM_UP_DECODE, Measurement, TimedRun, WorkerJob
 from l4ctx.exits import name_of_known, one_line
 from l4ctx.memory import PeakSampler, process_memory
 from model.config import TextConfig
@@ -124,7 +124,7 @@ def measured(job: WorkerJob, run: Callable[[int, int], TimedRun], load_seconds: 
     """A short run that warms up, then the one that counts, with its memory. `run` takes tokens to read and decode."""
     import torch
 
-    run(min(WARM_UP_TOKENS, job.tokens), min(WARM_UP_DECODE, job.decode_tokens))
+    run(min(job.warm_up_tokens, job.tokens), min(WARM_UP_DECODE, job.decode_tokens))
     before, on_gpu = process_memory(), torch.device(job.device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(job.device)
