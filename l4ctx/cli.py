@@ -104,6 +104,7 @@ def ask(
     no_documents: Annotated[bool, typer.Option(
         "--no-documents", help="Ask the model alone, about nothing.")] = False,
     no_images: options.NoImages = False,
+    skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
     system: options.System = None,
     max_new_tokens: Annotated[int | None, typer.Option(
@@ -174,7 +175,7 @@ def ask(
         checkpoint = checkpoint_folder(model, asked or kept, may_be_new=asked is None)
         return Request(model=checkpoint, question=text, paths=documents, stdin=stdin, system=system, context=asked,
                        save_context=kept, added=bool(add), replace=replace, no_images=no_images,
-                       pdf=pdf, max_new_tokens=max_new_tokens,
+                       skip_unreadable=skip_unreadable, pdf=pdf, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
                        kv_dtype=kv_dtype, kv_device_memory=size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
@@ -192,6 +193,7 @@ def prefill(
         show_default=False)] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,
+    skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
     system: options.System = None,
     replace: options.Replace = False,
@@ -228,7 +230,8 @@ def prefill(
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
         return Request(model=checkpoint_folder(model, folder, may_be_new=True), paths=documents,
                        stdin=standard_input(), system=system, save_context=folder, replace=replace,
-                       no_images=no_images, pdf=pdf, verify=verify, dtype=dtype, kv_dtype=kv_dtype,
+                       no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf, verify=verify, dtype=dtype,
+                       kv_dtype=kv_dtype,
                        kv_device_memory=size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
                        prefill_chunk_size=prefill_chunk_size)
@@ -281,6 +284,7 @@ def plan(
         "128,000, 10M is 10,000,000, 128Ki is 131,072.", show_default=False)] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,
+    skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
     max_new_tokens: Annotated[int | None, typer.Option(
         parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.",
@@ -318,7 +322,8 @@ def plan(
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
         return PlanRequest(model=checkpoint_folder(model), paths=documents, stdin=standard_input(), tokens=tokens,
-                           no_images=no_images, pdf=pdf, dtype=dtype, kv_dtype=kv_dtype, device=device,
+                           no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf, dtype=dtype,
+                           kv_dtype=kv_dtype, device=device,
                            kv_device_memory=size("--kv-device-memory", kv_device_memory),
                            kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
                            prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,

@@ -7,6 +7,7 @@ to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -15,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from l4ctx.decoding import binary_kind, decode
+from l4ctx.exclusion import Exclusion, Rules
 from l4ctx.files import kind, printable, read_regular_file
-from l4ctx.ignore import IgnoreRules, read_rules, rules_above
 from l4ctx.images import DocumentImage, ImageError, image_format, read_image
 from l4ctx.manifest import is_context
 from l4ctx.pdf import PdfError, is_pdf, read_pdf
@@ -98,18 +99,21 @@ class DocumentSet:
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
-                   no_images: str | None = None, progress: Callable[[int], None] | None = None) -> DocumentSet:
+                   no_images: str | None = None, skip_unreadable: bool = False,
+                   progress: Callable[[int], None] | None = None) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
-    Folders are walked in the order of their paths' bytes; `.gitignore` rules hold, hidden and binary files and
-    links that lead out of the folder are left out and listed in `skipped`. A file named itself is read even if
-    hidden or ignored. A file reached twice is read once. `pdf` is one of l4ctx.pdf.PDF_MODES; `no_images` says why
-    image files are left out, if they are; `progress` is told the number of documents after each. Raises DocumentError
-    for a path that is missing, is not a file or folder, or cannot be read, and for `-` given twice or without `stdin`.
+    Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that
+    lead out of the folder are left out and listed in `skipped`; with `skip_unreadable`, so is what cannot be read. A
+    file named itself is read even if hidden or ignored. A file reached twice is read once. `pdf` is one of
+    l4ctx.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `progress` is told the number of
+    documents after each. Raises DocumentError for a path that is missing, is not a file or folder, or cannot be read,
+    for what cannot be read in a folder unless `skip_unreadable`, and for `-` given twice or without `stdin`.
     """
-    reader = _Reader(stdin, pdf, no_images, progress)
+    reader = _Reader(stdin, pdf, no_images, progress, skip_unreadable)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
+    reader.require_all()
     return reader.found
 
 
@@ -129,23 +133,31 @@ def folder_source(path: str) -> str:
 class _Entry:
     """Something met in a folder, still to be looked at."""
 
-    path: str
+    path: str  # as it was reached, by links perhaps
+    own: str  # without links on the way to it
+    real: str  # where it leads: `own`, if it is no link
     source: str
-    rules: IgnoreRules | None
-    is_folder: bool
+    rules: Rules | None  # of the folder that it is in
+    status: os.stat_result | OSError  # of what a link leads to
     is_link: bool
+
+    @property
+    def is_folder(self) -> bool:
+        return not isinstance(self.status, OSError) and stat.S_ISDIR(self.status.st_mode)
 
 
 class _Reader:
     """The state of one `read_documents` call."""
 
     def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None,
-                 progress: Callable[[int], None] | None) -> None:
+                 progress: Callable[[int], None] | None, skip_unreadable: bool) -> None:
         self.found = DocumentSet()
         self._pdf, self._no_images, self._progress = pdf, no_images, progress
         self._stdin = stdin
         self._stdin_read = False
         self._sources: set[str] = set()
+        self._exclusion = Exclusion()
+        self._skip_unreadable, self._missed = skip_unreadable, list[str]()
         self._seen: dict[str, str] = {}  # real path of a file or folder -> the source it was read as
 
     def read_argument(self, path: str) -> None:
@@ -213,52 +225,85 @@ class _Reader:
             return
         self._seen[root] = source or "."
         try:
-            pending = self._list(root, source, rules_above(root))
+            rules = self._exclusion.top(root)
+            pending = self._list(root, root, source, rules)
         except OSError as error:
             raise DocumentError(f"{printable(path)}: the folder cannot be read: {error.strerror}") from None
         while pending:
             entry = pending.pop()
             try:
-                pending += self._visit(entry, root)
+                pending += self._visit(entry, root, rules)
             except FileNotFoundError:
-                self._skip(entry.source, "vanished while the folder was read")
+                self._miss(entry.source, "vanished while the folder was read")
             except OSError as error:
-                self._skip(entry.source, f"cannot be read: {error.strerror}")
+                self._miss(entry.source, f"cannot be read: {error.strerror}")
+        for file, problem, is_missed in self._exclusion.take_problems():
+            is_within = file.startswith(os.path.join(root, ""))
+            name = printable(os.path.join(source, os.path.relpath(file, root)) if is_within else file)
+            if is_missed:
+                self._miss(name, problem)
+            else:
+                self.found.notes.append(f"{name}: {problem}")
 
-    def _list(self, path: str, source: str, rules: IgnoreRules | None) -> list[_Entry]:
+    def _list(self, path: str, real: str, source: str, rules: Rules | None) -> list[_Entry]:
         """The entries of a folder, last one first: to be popped in the order of their paths' bytes."""
         with os.scandir(path) as scan:
             found = list(scan)
-        if any(entry.name == ".gitignore" for entry in found):
-            rules = read_rules(path, rules)
-            self.found.notes += [f"{source}/.gitignore: {problem}" for problem in rules.problems]
         entries = []
-        for entry in found:
-            is_folder = os.path.isdir(entry.path)  # of a link: what it leads to; False where that is a loop
-            name = f"{source}/{printable(entry.name)}".lstrip("/")
-            listed = _Entry(entry.path, name, rules, is_folder, entry.is_symlink())
-            entries.append((os.fsencode(entry.name) + b"/" * is_folder, listed))
+        for each in found:
+            is_link = each.is_symlink()
+            status: os.stat_result | OSError
+            try:
+                status = os.stat(each.path)
+            except OSError as error:
+                status = error
+            own = os.path.join(real, each.name)
+            entry = _Entry(each.path, own, os.path.realpath(own) if is_link else own,
+                           f"{source}/{printable(each.name)}".lstrip("/"), rules, status, is_link)
+            entries.append((os.fsencode(each.name) + b"/" * entry.is_folder, entry))
         return [entry for _, entry in sorted(entries, key=lambda pair: pair[0], reverse=True)]
 
-    def _visit(self, entry: _Entry, root: str) -> list[_Entry]:
-        """Read one entry of a folder, or say why not; the entries of a sub-folder are returned."""
+    def _visit(self, entry: _Entry, root: str, top: Rules | None) -> list[_Entry]:
+        """Read one entry of a folder, or say why not; the entries of a sub-folder are returned. Raises OSError."""
         if reason := _reason_to_leave_out(entry, root):
             self._skip(entry.source, reason)
             return []
-        if self._already_read(real := os.path.realpath(entry.path), entry.source):
+        if isinstance(entry.status, OSError):
+            raise entry.status
+        rules = entry.rules
+        if entry.is_link:
+            rules, ignored = self._exclusion.of_link(entry.real, root, top, is_folder=entry.is_folder)
+            if ignored:
+                self._skip(entry.source, "a symbolic link to something ignored")
+                return []
+        if self._already_read(entry.real, entry.source):
             return []
         if entry.is_folder:
-            self._seen[real] = entry.source
-            return self._list(entry.path, entry.source, entry.rules)
-        if not stat.S_ISREG(mode := os.stat(entry.path).st_mode):
-            self._skip(entry.source, f"a {kind(mode)}, not a file")
+            self._seen[entry.real] = entry.source
+            return self._list(entry.path, entry.real, entry.source, self._exclusion.inside(entry.real, rules))
+        if not stat.S_ISREG(entry.status.st_mode):
+            self._skip(entry.source, f"a {kind(entry.status.st_mode)}, not a file")
             return []
         raw, changed = read_regular_file(entry.path)
         if changed:
-            self._skip(entry.source, "changed while it was read")
+            self._miss(entry.source, "changed while it was read")
         else:
-            self._seen[real] = self._add(entry.source, raw, entry.path)
+            self._seen[entry.real] = self._add(entry.source, raw, entry.path)
         return []
+
+    def _miss(self, source: str, reason: str) -> None:
+        """An entry of a folder that should have been read."""
+        if self._skip_unreadable:
+            self._skip(source, reason)
+        else:
+            self._missed.append(f"{source}: {reason}")
+
+    def require_all(self) -> None:
+        """Raise DocumentError where something in a folder could not be read: the first three, and how many more."""
+        if self._missed:
+            more = f"; and {len(self._missed) - 3} more" if len(self._missed) > 3 else ""
+            raise DocumentError(f"{'; '.join(self._missed[:3])}{more} (--skip-unreadable leaves "
+                                f"{'it' if len(self._missed) == 1 else 'them'} out)")
 
     def _already_read(self, real: str, source: str) -> bool:
         if real in self._seen:
@@ -310,17 +355,16 @@ def _reason_to_leave_out(entry: _Entry, root: str) -> str | None:
         return "hidden"
     if entry.is_folder and is_context(entry.path):
         return "a saved context"
-    if entry.rules is not None and entry.rules.ignored(entry.path, is_folder=entry.is_folder and not entry.is_link):
-        return "ignored by .gitignore"
+    if entry.rules and (reason := entry.rules.reason(entry.own, is_folder=entry.is_folder and not entry.is_link)):
+        return reason
     if not entry.is_link:
         return None
-    if not os.path.exists(entry.path):
+    if isinstance(entry.status, OSError) and entry.status.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return "a symbolic link that leads nowhere"
-    real = os.path.realpath(entry.path)
-    if entry.is_folder and (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(real + os.sep):
+    if entry.is_folder and (os.path.dirname(entry.own) + os.sep).startswith(os.path.join(entry.real, "")):
         return "a symbolic link to a folder that it lies in (a loop)"
-    if not real.startswith(root.rstrip(os.sep) + os.sep):
+    if not entry.real.startswith(os.path.join(root, "")):
         return "a symbolic link that leaves the folder"
-    if any(part.startswith(".") for part in os.path.relpath(real, root).split(os.sep)):
+    if any(part.startswith(".") for part in os.path.relpath(entry.real, root).split(os.sep)):
         return "a symbolic link to something hidden"
     return None

@@ -5,6 +5,7 @@ What the bytes are is left to others.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -31,4 +32,7 @@ def read_regular_file(path: str) -> tuple[bytes, bool]:
             raise OSError(0, f"became a {kind(before.st_mode)}")
         raw = file.readall()
         after = os.fstat(file.fileno())
-    return raw, (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    if not changed and len(raw) < before.st_size:
+        raise OSError(errno.EIO, f"only {len(raw):,} of its {before.st_size:,} bytes came")
+    return raw, changed

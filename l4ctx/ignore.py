@@ -1,78 +1,167 @@
-"""What `.gitignore` files leave out of a folder, as git has it for each entry by itself.
+"""What files of patterns leave out of a folder, as git has it: `.gitignore`, `.git/info/exclude`, core.excludesFile.
 
-Walking folders is left to `l4ctx.documents`.
+Matching is left to `l4ctx.wildmatch`, asking git itself to `l4ctx.git`, walking folders to `l4ctx.documents`.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass
-from pathlib import Path
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from pathspec import GitIgnoreSpec
-from pathspec.pattern import Pattern
+from l4ctx.wildmatch import PatternSet, literal_length
 
-from l4ctx.files import read_regular_file
+MOST_BYTES = 8 << 20  # of a file of patterns: 200,000 lines and more
+AUTOMATON_BYTES = 1 << 14  # of patterns that are matched at once
+
+
+class PatternFileError(Exception):
+    """A file of patterns that has no effect, and why."""
+
+
+@dataclass
+class _Patterns:
+    """Numbered patterns, by what is literal at their beginning. The wildcards of each such group are one automaton."""
+
+    pathname: bool
+    ignore_case: bool
+    _exact: dict[bytes, int] = field(default_factory=dict)
+    _wild: dict[bytes, tuple[list[int], list[bytes]]] = field(default_factory=dict)
+    _sets: dict[bytes, list[tuple[list[int], PatternSet]]] = field(default_factory=dict)
+    _lengths: list[int] = field(default_factory=list)
+
+    def add(self, number: int, pattern: bytes) -> None:
+        length = literal_length(pattern)
+        literal = pattern[:length].lower() if self.ignore_case else pattern[:length]
+        if length == len(pattern):
+            self._exact[literal] = number
+            return
+        numbers, rests = self._wild.setdefault(literal, ([], []))
+        numbers.append(number)
+        rests.append(pattern[length:])
+
+    def last(self, text: bytes) -> int:
+        """The number of the last pattern that matches `text`; -1 where none does."""
+        if len(self._lengths) == 0 and self._wild:
+            self._lengths = sorted({len(literal) for literal in self._wild})
+        folded = text.lower() if self.ignore_case else text
+        found = self._exact.get(folded, -1)
+        for length in self._lengths:
+            if length > len(text):
+                break
+            literal = folded[:length]
+            if literal in self._wild and self._wild[literal][0][-1] > found:
+                found = max(found, self._last_wild(literal, text[length:]))
+        return found
+
+    def _last_wild(self, literal: bytes, rest: bytes) -> int:
+        if literal not in self._sets:
+            self._sets[literal] = list(self._automata(*self._wild[literal]))
+        for numbers, automaton in self._sets[literal]:
+            if (at := automaton.last(rest)) >= 0:
+                return numbers[at]
+        return -1
+
+    def _automata(self, numbers: list[int], patterns: list[bytes]) -> Iterator[tuple[list[int], PatternSet]]:
+        """The patterns in groups that fit into a processor's cache, last one first."""
+        stop, size = len(patterns), 0
+        for start in reversed(range(len(patterns))):
+            size += len(patterns[start])
+            if start == 0 or size > AUTOMATON_BYTES:
+                automaton = PatternSet(patterns[start:stop], pathname=self.pathname, ignore_case=self.ignore_case)
+                yield numbers[start:stop], automaton
+                stop, size = start, 0
+
+
+class PatternFile:
+    """The patterns of one file: the last one that matches decides."""
+
+    def __init__(self, content: bytes, *, ignore_case: bool = False) -> None:
+        self._negated = bytearray()
+        self._sets = {(folders_only, pathname): _Patterns(pathname, ignore_case)
+                      for folders_only in (False, True) for pathname in (False, True)}
+        for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+            self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        pattern = _without_trailing_blanks(line.removesuffix(b"\r").partition(b"\0")[0])
+        if pattern.startswith(b"#"):
+            return
+        body = pattern.removeprefix(b"!")
+        name = body.removesuffix(b"/")
+        if name:
+            pathname = b"/" in name
+            self._sets[body != name, pathname].add(len(self._negated), name[pathname and name[0] == ord("/"):])
+            self._negated.append(body != pattern)
+
+    def ignores(self, path: bytes, *, is_folder: bool) -> bool | None:
+        """Whether the file leaves out `path`, relative to its folder; None where no pattern is about it."""
+        name = path.rpartition(b"/")[2]
+        last = max(patterns.last(path if pathname else name)
+                   for (folders_only, pathname), patterns in self._sets.items() if is_folder or not folders_only)
+        return None if last < 0 else not self._negated[last]
+
+
+def _without_trailing_blanks(line: bytes) -> bytes:
+    """As git trims: blanks alone, and not one that is escaped."""
+    kept = line.rstrip(b" ")
+    if kept != line and (len(kept) - len(kept.rstrip(b"\\"))) % 2:
+        kept += b" "
+    return kept
+
+
+def read_patterns(path: str, *, follow_link: bool) -> bytes | None:
+    """The content of a file of patterns; None where there is none.
+
+    Raises PatternFileError for what is not such a file, and OSError.
+    """
+    try:
+        content = read_start(path, MOST_BYTES + 1, follow_link=follow_link)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if len(content) > MOST_BYTES:
+        raise PatternFileError(f"is larger than {MOST_BYTES >> 20} MiB: it has no effect")
+    return content
+
+
+def is_utf16(content: bytes) -> bool:
+    """Whether a file of patterns is in UTF-16, with a mark or without. git reads it byte by byte all the same."""
+    return content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]
+
+
+def read_start(path: str, most: int, *, follow_link: bool) -> bytes:
+    """At most that many bytes of a regular file, without ever waiting. Raises PatternFileError and OSError."""
+    if not follow_link and os.path.islink(path):
+        raise PatternFileError("is a symbolic link, which git does not follow: it has no effect")
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags | (0 if follow_link else getattr(os, "O_NOFOLLOW", 0)))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise PatternFileError("is not a file: it has no effect")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
-class IgnoreRules:
-    """The rules of one `.gitignore`, in front of those of the folders above it.
-
-    pathspec's own specification matches whatever lies below a match; a walk needs to know of each entry by itself,
-    as git does, so the patterns are asked one by one: those without an inner slash about the name alone.
-    """
+class PatternRules:
+    """What files of patterns say about the entries of a folder: its own before those of the folders above it."""
 
     folder: str
-    patterns: tuple[tuple[Pattern, bool, bool, bool], ...]  # last first: (pattern, folders only, name alone, deep)
-    above: IgnoreRules | None
-    problems: tuple[str, ...] = ()
+    patterns: PatternFile
+    words: str
+    above: PatternRules | None = None
+    ignore_case: bool = False
 
-    def ignored(self, path: str, *, is_folder: bool) -> bool:
-        """Whether the entry at `path`, below a folder that is not ignored itself, is left out."""
-        within = path[len(self.folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
-        parent, _, name = within.rpartition("/")
-        for pattern, folders_only, name_alone, deep in self.patterns:
-            if (folders_only and not is_folder) or not pattern.match_file(name if name_alone else within):
-                continue
-            if name_alone or deep or not parent or not pattern.match_file(parent):
-                return bool(pattern.include)
-        return self.above is not None and self.above.ignored(path, is_folder=is_folder)
-
-
-def read_rules(folder: str, above: IgnoreRules | None) -> IgnoreRules:
-    """The rules of `folder/.gitignore`, if there are any that can be read, in front of those `above`."""
-    patterns: list[tuple[Pattern, bool, bool, bool]] = []
-    problems: list[str] = []
-    try:
-        lines = (
-            os.fsdecode(read_regular_file(os.path.join(folder, ".gitignore"))[0]).removeprefix("\ufeff").split("\n")
-        )
-    except OSError as error:
-        lines, problems = [], [f"cannot be read: {error.strerror}"]
-    for number, line in enumerate(lines, start=1):
-        rule = re.sub(r"(?<!\\)[ \t\r]+$", "", line)  # an escaped blank at the end stands
-        body = rule.rstrip("/")
-        try:
-            found = list(GitIgnoreSpec.from_lines([body]).patterns)
-        except ValueError:
-            problems.append(f"line {number} is not a pattern")
-            continue
-        inner = body.removeprefix("!")
-        name_alone, deep = "/" not in inner.removeprefix("**/"), inner.endswith("/**")
-        patterns += [(each, body != rule, name_alone, deep) for each in found if each.include is not None]
-    return IgnoreRules(folder, tuple(reversed(patterns)), above, tuple(problems))
-
-
-def rules_above(folder: str) -> IgnoreRules | None:
-    """The rules that the enclosing git repository has for `folder`; none of those that ignore the folder itself."""
-    above = [folder, *map(str, Path(folder).parents)]
-    depth = next((n for n, each in enumerate(above) if os.path.lexists(os.path.join(each, ".git"))), -1)
-    rules: IgnoreRules | None = None
-    for current in reversed(above[: depth + 1]):
-        if rules is not None and rules.ignored(current, is_folder=True):
-            rules = None  # named although ignored
-        if current != folder and os.path.lexists(os.path.join(current, ".gitignore")):
-            rules = read_rules(current, rules)
-    return rules
+    def reason(self, path: str, *, is_folder: bool) -> str | None:
+        """Why the entry at `path`, below a folder that is not ignored itself, is left out; None where it is not."""
+        rules: PatternRules | None = self
+        while rules is not None:
+            within = os.fsencode(path[len(rules.folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/"))
+            ignored = rules.patterns.ignores(within, is_folder=is_folder)
+            if ignored is not None:
+                return rules.words if ignored else None
+            rules = rules.above
+        return None

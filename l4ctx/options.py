@@ -31,6 +31,8 @@ Paths = Annotated[list[str] | None, typer.Argument(
     metavar="PATH", help="Files and folders to read, in this order; - stands for standard input. Without "
     "a path, what is piped in is the document.", show_default=False)]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave image files out.")]
+SkipUnreadable = Annotated[bool, typer.Option(
+    "--skip-unreadable", help="Leave out what cannot be read in a folder, instead of ending with exit code 2.")]
 Pdf = Annotated[str, typer.Option(
     metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf]).")]
 Replace = Annotated[bool, typer.Option(

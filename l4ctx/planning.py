@@ -54,6 +54,7 @@ class PlanRequest:
     stdin: BinaryIO | None = None
     tokens: int | None = None
     no_images: bool = False
+    skip_unreadable: bool = False  # leave out what cannot be read in a folder
     pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
     dtype: str = "auto"
     kv_dtype: str = "auto"
@@ -207,7 +208,8 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     from l4ctx.tokenizer import Tokenizer
 
     images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
-    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not)
+    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not,
+                           skip_unreadable=request.skip_unreadable)
     found.require_any(request.paths)
     for text in found.notes:
         note(text)

@@ -25,6 +25,7 @@ class Request:
     context: Path | None = None  # to answer from
     save_context: Path | None = None  # to keep what is read in
     no_images: bool = False
+    skip_unreadable: bool = False  # leave out what cannot be read in a folder
     pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
     replace: bool = False  # what a context holds of other documents may go
     added: bool = False  # the paths are read behind what the context to answer from holds

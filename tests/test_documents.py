@@ -30,8 +30,8 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-def read(*paths: str | os.PathLike[str]) -> DocumentSet:
-    return read_documents(paths, stdin=None)
+def read(*paths: str | os.PathLike[str], skip_unreadable: bool = False) -> DocumentSet:
+    return read_documents(paths, stdin=None, skip_unreadable=skip_unreadable)
 
 
 def sources(found: DocumentSet) -> list[str]:
@@ -338,8 +338,10 @@ def test_a_file_that_cannot_be_opened(
         return real_open(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", failing_open)
-    found = read(folder)
+    found = read(folder, skip_unreadable=True)
     assert sources(found) == ["d/b.md"] and skipped(found) == {"d/a.md": reason}
+    with pytest.raises(DocumentError, match=rf"^d/a\.md: {reason} \(--skip-unreadable leaves it out\)$"):
+        read(folder)
     with pytest.raises(DocumentError, match=r"a\.md: cannot be read"):
         read(folder / "a.md")
 
@@ -362,7 +364,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytes
         return descriptor
 
     monkeypatch.setattr(os, "open", open_and_grow)
-    assert skipped(read(folder)) == {"d/a.md": "changed while it was read"}
+    assert skipped(read(folder, skip_unreadable=True)) == {"d/a.md": "changed while it was read"}
+    with pytest.raises(DocumentError, match=r"d/a\.md: changed while it was read"):
+        read(folder)
     assert read(folder / "a.md").notes[0].endswith("a.md: changed while it was read")
 
 
