@@ -296,7 +296,7 @@ class _Reader:
         if self._skip_unreadable:
             self._skip(source, reason)
         else:
-            self._missed.append(f"{source}: {reason}")
+            self._missed.append(f"{source if len(source) <= 200 else f'...{source[-200:]}'}: {reason}")
 
     def require_all(self) -> None:
         """Raise DocumentError where something in a folder could not be read: the first three, and how many more."""

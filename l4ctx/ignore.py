@@ -22,7 +22,10 @@ class PatternFileError(Exception):
 
 @dataclass
 class _Patterns:
-    """Numbered patterns, by what is literal at their beginning. The wildcards of each such group are one automaton."""
+    """Numbered patterns, by what is literal at their beginning. The wildcards of each such group are one automaton.
+
+    As in git, what follows the literal part is matched by itself: the stars of `a**/b` are at the beginning of that.
+    """
 
     pathname: bool
     ignore_case: bool
@@ -79,8 +82,8 @@ class PatternFile:
 
     def __init__(self, content: bytes, *, ignore_case: bool = False) -> None:
         self._negated = bytearray()
-        self._sets = {(folders_only, pathname): _Patterns(pathname, ignore_case)
-                      for folders_only in (False, True) for pathname in (False, True)}
+        self._ignore_case = ignore_case
+        self._sets: dict[tuple[bool, bool], _Patterns] = {}  # by whether for folders only, and whether for whole paths
         for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             self._add(line)
 
@@ -92,14 +95,19 @@ class PatternFile:
         name = body.removesuffix(b"/")
         if name:
             pathname = b"/" in name
-            self._sets[body != name, pathname].add(len(self._negated), name[pathname and name[0] == ord("/"):])
+            kind = (body != name, pathname)
+            if kind not in self._sets:
+                self._sets[kind] = _Patterns(pathname, self._ignore_case)
+            self._sets[kind].add(len(self._negated), name[pathname and name[0] == ord("/"):])
             self._negated.append(body != pattern)
 
     def ignores(self, path: bytes, *, is_folder: bool) -> bool | None:
         """Whether the file leaves out `path`, relative to its folder; None where no pattern is about it."""
         name = path.rpartition(b"/")[2]
-        last = max(patterns.last(path if pathname else name)
-                   for (folders_only, pathname), patterns in self._sets.items() if is_folder or not folders_only)
+        last = -1
+        for (folders_only, pathname), patterns in self._sets.items():
+            if is_folder or not folders_only:
+                last = max(last, patterns.last(path if pathname else name))
         return None if last < 0 else not self._negated[last]
 
 
@@ -154,13 +162,17 @@ class PatternRules:
     words: str
     above: PatternRules | None = None
     ignore_case: bool = False
+    prefix: int = field(init=False)  # bytes of a path before what is relative to the folder
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", len(os.fsencode(os.path.join(self.folder, ""))))
 
     def reason(self, path: str, *, is_folder: bool) -> str | None:
         """Why the entry at `path`, below a folder that is not ignored itself, is left out; None where it is not."""
         rules: PatternRules | None = self
+        whole = os.fsencode(path.replace(os.sep, "/"))
         while rules is not None:
-            within = os.fsencode(path[len(rules.folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/"))
-            ignored = rules.patterns.ignores(within, is_folder=is_folder)
+            ignored = rules.patterns.ignores(whole[rules.prefix :], is_folder=is_folder)
             if ignored is not None:
                 return rules.words if ignored else None
             rules = rules.above

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ def random_pattern(draw: random.Random) -> bytes:
     kinds = [LITERALS, LITERALS[:5], LITERALS[:5], WILDCARDS, CLASSES, ESCAPES]
     pattern = b"".join(draw.choice(draw.choice(kinds)) for _ in range(draw.choice([1, 1, 2, 2, 3, 3, 4, 6])))
     pattern = b"!" * (draw.random() < 0.2) + b"/" * (draw.random() < 0.15) + pattern + b"/" * (draw.random() < 0.2)
+    pattern = re.sub(rb"^(!?/?[^*?[\\]*[^*?[\\/!])\*\*+", rb"\1*", pattern)  # gits differ about a**/b
     return pattern + (draw.choice(ENDS) if draw.random() < 0.15 else b"")
 
 
