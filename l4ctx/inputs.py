@@ -14,8 +14,6 @@ from typing import BinaryIO
 
 from l4ctx.exits import UsageError, tell
 from l4ctx.files import printable
-from l4ctx.memory import parse_size
-from l4ctx.named_paths import meant_paths
 from l4ctx.request import Request
 
 
@@ -48,6 +46,8 @@ def paths_or_pipe(paths: list[str], *, quiet: bool, reads_pipe: bool = True, que
 
     `question` is the argument before them, if it is the question. Raises UsageError for paths that are not there.
     """
+    from l4ctx.named_paths import meant_paths
+
     paths = meant_paths(paths, (lambda text: None) if quiet else tell, question=question)
     if "-" in paths:
         _say_how_to_end("documents", quiet=quiet)
@@ -69,8 +69,13 @@ def _say_how_to_end(what: str, *, quiet: bool) -> None:
 def _question_text(read: Callable[[], bytes], name: str) -> str:
     try:
         text = read().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        from l4ctx.suggestions import did_you_mean
+
+        raise UsageError(f"{printable(name)}: the question cannot be read: {error.strerror}"
+                         f"{did_you_mean(name)}") from None
     except OSError as error:
-        raise UsageError(f"{name}: the question cannot be read: {error.strerror}") from None
+        raise UsageError(f"{printable(name)}: the question cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -147,6 +152,8 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
 
 def size(option: str, text: str | None) -> int | None:
     """Bytes; None where the option is not given. Raises UsageError."""
+    from l4ctx.memory import parse_size
+
     try:
         return None if text is None else parse_size(text)
     except ValueError as error:

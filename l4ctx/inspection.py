@@ -52,7 +52,9 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     try:
         names = os.listdir(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such folder" if path else "the path is empty") from None
+        from l4ctx.suggestions import did_you_mean
+
+        raise UsageError(f"{path}: no such folder{did_you_mean(path)}" if path else "the path is empty") from None
     except NotADirectoryError:
         raise UsageError(f"{path}: a file; the folder of a checkpoint or of a saved context is expected") from None
     except OSError as error:

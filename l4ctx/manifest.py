@@ -127,7 +127,10 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
     try:
         text = read_small(file)
     except FileNotFoundError:
-        what = "no such folder" if not folder.exists() else f"not a saved context: it has no {FILE}"
+        from l4ctx.suggestions import did_you_mean
+
+        what = f"not a saved context: it has no {FILE}" if folder.exists() else (
+            f"no such folder{did_you_mean(str(folder))}")
         raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
     except OSError as error:
         raise ContextError(f"{file}: cannot be read: {error.strerror}") from None

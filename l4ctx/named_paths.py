@@ -5,8 +5,6 @@ Part of the command line; only looks at names. Reading is left to `l4ctx.documen
 
 from __future__ import annotations
 
-import difflib
-import glob
 import itertools
 import os
 import re
@@ -16,8 +14,8 @@ from collections.abc import Callable, Sequence
 from l4ctx.exits import UsageError
 from l4ctx.files import printable
 from l4ctx.memory import counted
+from l4ctx.suggestions import closest, is_missing
 
-COMPARED_NAMES = 2000  # of a folder, for did-you-mean
 SHOWN_CHARACTERS = 60  # of a question
 _WORD = re.compile(r"[^\W_][\w'’-]*[?!.,:;]*")
 
@@ -45,21 +43,10 @@ def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question
     return found
 
 
-def is_missing(path: str) -> bool:
-    """Whether there is nothing of that name; what cannot be looked at may be there."""
-    if path in ("", "-"):
-        return False
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        pass
-    return False
-
-
 def _matches(pattern: str) -> list[str]:
     """What a pattern matches, in the order of bytes; of one with ** the files alone, if there are any."""
+    import glob
+
     if not glob.has_magic(pattern):
         return []
     matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
@@ -81,6 +68,8 @@ def _question_is_a_path(question: str, paths: Sequence[str], missing: Sequence[s
 
 
 def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None) -> str:
+    import glob
+
     path = missing[0]
     also = f" (nor {counted(len(missing) - 1, 'other path')})" if len(missing) > 1 else ""
     meant = closest(path)
@@ -100,31 +89,6 @@ def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None)
         parent = os.path.dirname(parent)
     where = f": there is no {printable(parent)}" if parent and is_missing(parent) else " (check the spelling)"
     return f"{printable(path)}: no such file or folder{also}{where}"
-
-
-def closest(path: str) -> str | None:
-    """A path that is there and differs little: in each part that is missing, by case or by a few letters."""
-    here = "/" if path.startswith("/") else ""
-    for part in filter(None, path.split("/")):
-        there = os.path.join(here, part)
-        if is_missing(there):
-            name = _closest_name(here or ".", part)
-            if name is None:
-                return None
-            there = os.path.join(here, name)
-        here = there
-    return here + "/" * (path.endswith("/") and os.path.isdir(here))
-
-
-def _closest_name(folder: str, name: str) -> str | None:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in itertools.islice(entries, COMPARED_NAMES)]
-    except OSError:
-        return None
-    names = sorted(other for other in names if other.startswith(".") == name.startswith("."))
-    by_case = [other for other in names if other.casefold() == name.casefold()]
-    return next(iter(by_case or difflib.get_close_matches(name, names, n=1)), None)
 
 
 def _quoted(text: str) -> str:

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from l4ctx.memory import parse_tokens
-
 
 def token_count(minimum: int) -> Callable[[str], int]:
     """Reads an option that counts tokens; the parser of arguments says which one is wrong."""
     def parse(text: str) -> int:
+        from l4ctx.memory import parse_tokens
+
         try:
             count = parse_tokens(str(text))  # a default is a number
         except ValueError as error:

@@ -130,6 +130,13 @@ def test_what_may_have_been_meant_is_said(inside: Path, arguments: list[str], sa
     assert result.stderr.startswith(f"l4ctx: {said}")
 
 
+def test_other_names_that_are_not_there(inside: Path) -> None:
+    check_refused(run_here("inspect", "dosc"), 2, "dosc: no such folder; did you mean docs?")
+    check_refused(run_here("ask", "q", "--context", "dcos"), 7, "dcos: no such folder; did you mean docs? (l4ctx")
+    check_refused(run_here("ask", "--question-file", "queston.txt", "docs"), 2, "did you mean question.txt?")
+    check_refused(run_here("inspect", "xyz"), 2, "xyz: no such folder")
+
+
 def test_a_slip_among_many_names_and_odd_ones(inside: Path) -> None:
     (inside / "many").mkdir()
     for number in range(3000):

@@ -13,7 +13,6 @@ import typer
 from l4ctx import options
 from l4ctx.exits import UsageError, check_stdout, errors_as_exit_codes, write, write_json
 from l4ctx.inputs import check_choices
-from l4ctx.memory import parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,6 +124,8 @@ def _termination_as_interruption() -> Iterator[None]:
 
 def _lengths(text: str) -> tuple[int, ...]:
     """Ascending, each once."""
+    from l4ctx.memory import parse_tokens
+
     try:
         lengths = sorted({parse_tokens(part) for part in text.split(",")})
     except ValueError:
