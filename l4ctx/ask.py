@@ -104,6 +104,7 @@ class Run:
         self.images = ImageUse(self.request.model, self.config, no_images=self.request.no_images,
                                    pdf=self.request.pdf)
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
+                                         encoding=self.request.encoding, keep_payload=self.request.keep_payload,
                                          no_images=self.images.why_not, progress=self._tell_of_documents(),
                                          skip_unreadable=self.request.skip_unreadable)
         self.skipped = self._documents.skipped

@@ -35,6 +35,7 @@ from l4ctx.inputs import (
     check_choices,
     checkpoint_folder,
     context_folder,
+    encoding_named,
     holds_data,
     inputs,
     paths_or_pipe,
@@ -106,6 +107,8 @@ def ask(
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
+    encoding: options.Encoding = None,
+    keep_payload: options.KeepPayload = False,
     system: options.System = None,
     max_new_tokens: Annotated[int | None, typer.Option(
         parser=options.token_count(1), metavar="N", help="Length of the answer at most, in tokens; 1024 unless "
@@ -168,14 +171,17 @@ def ask(
                              "--no-documents asks the model alone")
         if context is not None and (add or not documents):
             for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text" and not add),
-                                     ("--no-images", no_images and not add)):
+                                     ("--no-images", no_images and not add),
+                                     ("--encoding", encoding is not None and not add),
+                                     ("--keep-payload", keep_payload and not add)):
                 if is_given:
                     raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx "
                                      "prefill")
         checkpoint = checkpoint_folder(model, asked or kept, may_be_new=asked is None)
         return Request(model=checkpoint, question=text, paths=documents, stdin=stdin, system=system, context=asked,
                        save_context=kept, added=bool(add), replace=replace, no_images=no_images,
-                       skip_unreadable=skip_unreadable, pdf=pdf, max_new_tokens=max_new_tokens,
+                       skip_unreadable=skip_unreadable, pdf=pdf, encoding=encoding_named(encoding),
+                       keep_payload=keep_payload, max_new_tokens=max_new_tokens,
                        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
                        kv_dtype=kv_dtype, kv_device_memory=size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
@@ -195,6 +201,8 @@ def prefill(
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
+    encoding: options.Encoding = None,
+    keep_payload: options.KeepPayload = False,
     system: options.System = None,
     replace: options.Replace = False,
     verify: Annotated[bool, typer.Option(
@@ -230,7 +238,8 @@ def prefill(
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
         return Request(model=checkpoint_folder(model, folder, may_be_new=True), paths=documents,
                        stdin=standard_input(), system=system, save_context=folder, replace=replace,
-                       no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf, verify=verify, dtype=dtype,
+                       no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf,
+                       encoding=encoding_named(encoding), keep_payload=keep_payload, verify=verify, dtype=dtype,
                        kv_dtype=kv_dtype,
                        kv_device_memory=size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
@@ -286,6 +295,8 @@ def plan(
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
+    encoding: options.Encoding = None,
+    keep_payload: options.KeepPayload = False,
     max_new_tokens: Annotated[int | None, typer.Option(
         parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.",
         show_default=False)] = None,
@@ -322,7 +333,8 @@ def plan(
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
         return PlanRequest(model=checkpoint_folder(model), paths=documents, stdin=standard_input(), tokens=tokens,
-                           no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf, dtype=dtype,
+                           no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf,
+                           encoding=encoding_named(encoding), keep_payload=keep_payload, dtype=dtype,
                            kv_dtype=kv_dtype, device=device,
                            kv_device_memory=size("--kv-device-memory", kv_device_memory),
                            kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,

@@ -1,11 +1,14 @@
 """Bytes of a file to text: which encoding, whether it is text at all, and what could not be decoded.
 
-Knows nothing of files, folders or documents.
+Knows nothing of files, folders or documents. Which of the older encodings a text is in, `l4ctx.encodings` finds out.
 """
 
 from __future__ import annotations
 
 import codecs
+
+from l4ctx.encodings import detect, wide_encoding
+from l4ctx.recognition import binary_kind
 
 SAMPLE_BYTES = 8192  # how much of a file is looked at to tell text from binary
 
@@ -13,51 +16,106 @@ _BYTE_ORDER_MARKS = {  # the longer first: the UTF-32 LE mark begins with the UT
     codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
-_SIGNATURES = {
-    b"%PDF-": "PDF", b"\x89PNG\r\n": "PNG image", b"\xff\xd8\xff": "JPEG image", b"GIF8": "GIF image",
-    b"PK\x03\x04": "ZIP archive", b"\x1f\x8b": "gzip archive", b"\x7fELF": "ELF program", b"RIFF": "RIFF media",
-}  # fmt: skip
 _CONTROL_BYTES = bytes(set(range(1, 32)) - set(b"\t\n\v\f\r\b\x1b")) + b"\x7f"
+_SHIFTS = b"\x0e\x0f"  # from one set of characters to another in ISO-2022
+_SEVEN_BIT = ("iso2022", "hz", "utf-7")  # beginnings of the names of encodings that look like ASCII
+_MOST_BAD = 0.1  # of a text's characters: where more cannot be decoded, its encoding is another one
 
 
-def _encoding(raw: bytes) -> tuple[str, int]:
-    """The encoding that the byte order mark names (UTF-8 without one), and the mark's length in bytes."""
-    for mark, name in _BYTE_ORDER_MARKS.items():
-        if raw.startswith(mark):
-            return name, len(mark)
-    return "utf-8", 0
+class UndecodableError(Exception):
+    """A text in an encoding that is not known: one line, with what to do."""
 
 
-def binary_kind(raw: bytes) -> str | None:
-    """Why these bytes are not text, if so."""
-    name, mark_length = _encoding(raw)
-    sample = raw[mark_length : mark_length + SAMPLE_BYTES]
-    text = sample.decode(name, "ignore")
-    kind = next((kind for signature, kind in _SIGNATURES.items() if raw.startswith(signature)), None)
-    if kind == "PDF" or "\0" in text:
-        return f"binary ({kind})" if kind else "binary"
+def _marked_encoding(raw: bytes) -> tuple[str, int] | None:
+    """The encoding that the byte order mark names, and the mark's length in bytes; None without one."""
+    return next(((name, len(mark)) for mark, name in _BYTE_ORDER_MARKS.items() if raw.startswith(mark)), None)
+
+
+def check_encoding(name: str) -> str:
+    """The codec's own name of an encoding. Raises ValueError for what is none, or no encoding of text."""
+    try:
+        codec = codecs.lookup(name)
+    except (LookupError, ValueError):  # ValueError: a NUL character in it
+        codec = None
+    if codec is None or not getattr(codec, "_is_text_encoding", True) or codec.name == "undefined":
+        raise ValueError(f"{name!r} is not an encoding of text, such as gbk or windows-1252")
+    return codec.name
+
+
+def is_text(sample: bytes, given: str | None = None) -> bool:
+    """Whether what begins with `sample` is text, in whatever encoding; `given` names one."""
+    marked = _marked_encoding(sample)
+    name, mark_length = marked or ("utf-8", 0)
+    head = sample[mark_length : mark_length + SAMPLE_BYTES]
+    if "\0" in head.decode(name, "ignore"):
+        if marked is not None or binary_kind(sample) is not None:
+            return False
+        if given is not None:
+            return "\0" not in head.decode(given, "ignore") and _is_wide(given)
+        return wide_encoding(sample) is not None
     if name != "utf-8":
+        return True
+    if b"\x1b$)C" in head:  # ISO-2022-KR
+        head = head.translate(None, _SHIFTS)
+    controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
+    if controls and binary_kind(sample) is not None:
+        return False
+    return controls * 10 <= len(head)
+
+
+def _is_wide(name: str) -> bool:
+    """Whether in this encoding the characters of ASCII have zero bytes."""
+    return "\0".encode(name, "ignore") != b"\0" and len("a".encode(name, "ignore")) > 1
+
+
+def decode(raw: bytes, given: str | None = None) -> tuple[str, list[str]]:
+    """The text of `raw`, and notes: in which encoding it is read, what in it could not be decoded.
+
+    `given` names the encoding of what is not UTF-8 and has no byte order mark; None: it is detected. Raises
+    UndecodableError where that cannot be told.
+    """
+    if marked := _marked_encoding(raw):
+        return _decoded(raw, *marked)
+    text = _strict(raw, "utf-8")
+    is_ascii = text is not None and raw.isascii()
+    if given is not None and (text is None or "\0" in text[:SAMPLE_BYTES]
+                              or (is_ascii and given.startswith(_SEVEN_BIT))):
+        return _by_name(raw, given)
+    if text is not None and "\0" not in text[:SAMPLE_BYTES] and not (is_ascii and b"\x1b" in raw):
+        return text, []
+    found = detect(raw)
+    if found.name is not None:
+        return raw.decode(found.codec), [f"read as {found.name}"]
+    if text is not None:
+        return text, []
+    if found.reason is not None:
+        raise UndecodableError(found.reason)
+    text, notes = _decoded(raw, "utf-8", 0)
+    return text, [f"{note}{found.hint}" for note in notes]
+
+
+def _strict(raw: bytes, name: str) -> str | None:
+    try:
+        return raw.decode(name)
+    except UnicodeDecodeError:
         return None
-    controls = len(sample) - len(sample.translate(None, _CONTROL_BYTES))
-    undecodable = len(sample) - len(text.encode())
-    if kind is not None and (controls or undecodable):
-        return f"binary ({kind})"
-    if controls * 10 > len(sample):
-        return "binary"
-    if undecodable * 2 > len(sample):
-        return "not text in UTF-8 or UTF-16 (iconv can convert it)"
-    return None
 
 
-def decode(raw: bytes) -> tuple[str, str | None]:
-    """The text of `raw`, and a note where something in it could not be decoded."""
-    name, mark_length = _encoding(raw)
+def _by_name(raw: bytes, given: str) -> tuple[str, list[str]]:
+    text, notes = _decoded(raw, given, 0)
+    if notes and text.count("\ufffd") > _MOST_BAD * len(text):
+        raise UndecodableError(f"not text in {given} (--encoding)")
+    return text, notes
+
+
+def _decoded(raw: bytes, name: str, mark_length: int) -> tuple[str, list[str]]:
+    """What cannot be decoded is replaced, with a note."""
     content = memoryview(raw)[mark_length:]  # no copy
     try:
-        return str(content, name), None
+        return str(content, name), []
     except UnicodeDecodeError as error:
         first = mark_length + error.start
     text = str(content, name, "replace")
     replaced = text.count("\ufffd") - str(content, name, "ignore").count("\ufffd")
     places = "1 place" if replaced == 1 else f"{replaced} places"
-    return text, f"not valid {name.upper()} in {places}, first at byte {first}: replaced by U+FFFD"
+    return text, [f"not valid {name.upper()} in {places}, first at byte {first}: replaced by U+FFFD"]

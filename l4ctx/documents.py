@@ -1,8 +1,8 @@
 """Files, folders and standard input become documents: named text and images, in an order that never changes.
 
 Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left
-to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.decoding`, `l4ctx.images`,
-`l4ctx.pdf`).
+to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.recognition`, `l4ctx.decoding`,
+`l4ctx.payload`, `l4ctx.images`, `l4ctx.pdf`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
-from l4ctx.decoding import binary_kind, decode
+from l4ctx.decoding import UndecodableError, decode, is_text
 from l4ctx.exclusion import Exclusion, Rules
-from l4ctx.files import kind, printable, read_regular_file
+from l4ctx.files import SAMPLE_BYTES, kind, printable, read_regular_file
 from l4ctx.images import DocumentImage, ImageError, image_format, read_image
 from l4ctx.manifest import is_context
-from l4ctx.pdf import PdfError, is_pdf, read_pdf
+from l4ctx.memory import available_memory, human_bytes
+from l4ctx.payload import Payload, without_payload
+from l4ctx.pdf import PdfError, check_support, is_pdf, read_pdf
+from l4ctx.recognition import RTF, Kind, binary_kind, is_rtf
 
 Content = str | tuple[str | DocumentImage, ...]
 
 
 class DocumentError(Exception):
     """What the user asked to read cannot be read: one line that says what, where and how to mend it."""
+
+
+class DocumentMemoryError(DocumentError):
+    """A document that there is not enough memory to read."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class Document:
     source: str
     sha256: str
     content: Content
+    payload: Payload | None = None  # what was left out of the text
 
     @property
     def parts(self) -> tuple[str | DocumentImage, ...]:
@@ -99,18 +110,22 @@ class DocumentSet:
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
-                   no_images: str | None = None, skip_unreadable: bool = False,
+                   no_images: str | None = None, encoding: str | None = None, keep_payload: bool = False,
+                   skip_unreadable: bool = False,
                    progress: Callable[[int], None] | None = None) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
     Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that
     lead out of the folder are left out and listed in `skipped`; with `skip_unreadable`, so is what cannot be read. A
     file named itself is read even if hidden or ignored. A file reached twice is read once. `pdf` is one of
-    l4ctx.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `progress` is told the number of
-    documents after each. Raises DocumentError for a path that is missing, is not a file or folder, or cannot be read,
-    for what cannot be read in a folder unless `skip_unreadable`, and for `-` given twice or without `stdin`.
+    l4ctx.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names that of all text
+    that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what `l4ctx.payload` would
+    leave out; `progress` is told the number of documents after each. What a file is, its first 64 KiB tell; of what is
+    left out no more is read. Raises DocumentError for a path that is missing, is not a file or folder, or cannot be
+    read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given twice or without `stdin`;
+    DocumentMemoryError for a file that does not fit into memory.
     """
-    reader = _Reader(stdin, pdf, no_images, progress, skip_unreadable)
+    reader = _Reader(stdin, pdf, no_images, encoding, keep_payload, progress, skip_unreadable)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
     reader.require_all()
@@ -149,9 +164,10 @@ class _Entry:
 class _Reader:
     """The state of one `read_documents` call."""
 
-    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None,
-                 progress: Callable[[int], None] | None, skip_unreadable: bool) -> None:
+    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None, encoding: str | None,
+                 keep_payload: bool, progress: Callable[[int], None] | None, skip_unreadable: bool) -> None:
         self.found = DocumentSet()
+        self._encoding, self._keep_payload = encoding, keep_payload
         self._pdf, self._no_images, self._progress = pdf, no_images, progress
         self._stdin = stdin
         self._stdin_read = False
@@ -188,34 +204,46 @@ class _Reader:
             raise DocumentError("- (standard input) is given twice; it can be read only once")
         self._stdin_read = True
         try:
-            raw = self._stdin.read()
+            self._read_stream("stdin", self._stdin)
         except OSError as error:
             raise DocumentError(f"standard input cannot be read: {error.strerror}") from None
-        self._add("stdin", raw)
 
     def _read_pipe(self, path: str) -> None:
         """A pipe named by the user, such as the shell's <(command): waits for what is written into it."""
         try:
             with open(path, "rb") as pipe:
-                raw = pipe.read()
+                self._read_stream(_file_source(path), pipe)
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-        self._add(_file_source(path), raw)
+
+    def _read_stream(self, source: str, stream: BinaryIO) -> None:
+        """What comes through a pipe; of what is not wanted, the beginning alone."""
+        with _naming(source):
+            sample = stream.read(SAMPLE_BYTES)
+            try:
+                self._check(None, sample, None)
+            except _NOT_READ as error:
+                self._skip(source, str(error))
+            else:
+                self._add(source, sample + stream.read())
 
     def _read_named_file(self, path: str, real: str) -> None:
         source = _file_source(path)
         if self._already_read(real, source):
             return
         try:
-            raw, changed = read_regular_file(path)
+            with _naming(printable(path)):
+                raw, changed = read_regular_file(path, partial(self._check, path))
+                if changed and not _is_text(raw, self._encoding):
+                    self._skip(source, "changed while it was read")
+                    return
+                if changed:
+                    self.found.notes.append(f"{source}: changed while it was read")
+                self._seen[real] = self._add(source, raw, path)
+        except _NOT_READ as error:
+            self._skip(source, str(error))
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-        if changed and binary_kind(raw):
-            self._skip(source, "changed while it was read")
-            return
-        if changed:
-            self.found.notes.append(f"{source}: changed while it was read")
-        self._seen[real] = self._add(source, raw, path)
 
     def _walk(self, path: str, root: str) -> None:
         source = folder_source(path)
@@ -284,11 +312,19 @@ class _Reader:
         if not stat.S_ISREG(entry.status.st_mode):
             self._skip(entry.source, f"a {kind(entry.status.st_mode)}, not a file")
             return []
-        raw, changed = read_regular_file(entry.path)
-        if changed:
-            self._miss(entry.source, "changed while it was read")
-        else:
-            self._seen[entry.real] = self._add(entry.source, raw, entry.path)
+        try:
+            with _naming(entry.source):
+                raw, changed = read_regular_file(entry.path, partial(self._check, entry.path))
+                if changed:
+                    self._miss(entry.source, "changed while it was read")
+                else:
+                    self._seen[entry.real] = self._add(entry.source, raw, entry.path)
+        except _NOT_READ as error:
+            self._skip(entry.source, str(error))
+        except DocumentMemoryError as error:
+            if not self._skip_unreadable:
+                raise
+            self._skip(entry.source, str(error).removeprefix(f"{entry.source}: "))
         return []
 
     def _miss(self, source: str, reason: str) -> None:
@@ -317,36 +353,87 @@ class _Reader:
             count += 1
             unique = f"{source} ({count})"
         try:
-            content, notes = self._content(unique, raw, path)
-        except (_LeftOutError, ImageError, PdfError) as error:
+            content, payload, notes = self._content(unique, raw, path)
+        except _NOT_READ as error:
             self._skip(source, str(error))
             return source
         self._sources.add(unique)
         self.found.notes += [f"{unique}: {note}" for note in notes]
-        self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content))
+        self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content, payload))
         if self._progress is not None:
             self._progress(len(self.found.documents))
         return unique
 
-    def _content(self, source: str, raw: bytes, path: str | None) -> tuple[Content, list[str]]:
-        """What a document shows, and notes. Raises _LeftOutError, ImageError and PdfError."""
-        if binary := binary_kind(raw):
-            if image_kind := image_format(raw):
-                if self._no_images is not None:
-                    raise _LeftOutError(f"a {image_kind} image; {self._no_images}")
-                image, notes = read_image(source, raw, path)
-                return (image,), notes
-            if is_pdf(raw):
-                parts, notes = read_pdf(source, raw, path, mode=self._pdf)
-                return tuple(parts), notes
-            raise _LeftOutError(binary)
-        text, note = decode(raw)
+    def _check(self, path: str | None, sample: bytes, size: int | None) -> None:
+        """Raises _NOT_READ for a file that is not wanted, by its first bytes, and DocumentMemoryError.
+
+        `size` in bytes; None where nobody knows it, as of a pipe.
+        """
+        if is_pdf(sample):
+            check_support()
+        elif not is_text(sample, self._encoding):
+            image_kind = image_format(sample)
+            if image_kind is None:
+                raise _LeftOutError(_named(binary_kind(sample), path))
+            if self._no_images is not None:
+                raise _LeftOutError(f"a {image_kind} image; {self._no_images}")
+        elif is_rtf(sample):
+            raise _LeftOutError(_named(RTF, path))
+        if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
+            raise DocumentMemoryError(f"{human_bytes(size)}, but {human_bytes(free)} of memory are free; split it, or "
+                                      "leave it out")
+
+    def _content(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
+        """What a document shows, what was left out of its text, and notes. Raises _NOT_READ."""
+        if is_pdf(raw):
+            parts, notes = read_pdf(source, raw, path, mode=self._pdf)
+            return tuple(parts), None, notes
+        if not _is_text(raw, self._encoding):
+            image, notes = read_image(source, raw, path)
+            return (image,), None, notes
+        text, notes = decode(raw, self._encoding)
         if not text or text.isspace():
             raise _LeftOutError("empty" if not raw else "nothing but white space")
-        return text, [note] if note else []
+        text, payload = (text, None) if self._keep_payload else without_payload(text)
+        if not text:
+            raise _LeftOutError("a notebook without cells")
+        return text, payload, notes
 
     def _skip(self, source: str, reason: str) -> None:
         self.found.skipped.append(Skipped(source, reason))
+
+
+_NOT_READ = (_LeftOutError, ImageError, PdfError, UndecodableError)
+_SURELY_FREE = 2**24  # bytes; for less nobody is asked what is free
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says of which document the memory is not enough."""
+    try:
+        yield
+    except DocumentMemoryError as error:
+        raise DocumentMemoryError(f"{name}: {error}") from None
+    except MemoryError:
+        raise DocumentMemoryError(f"{name}: there is not enough memory to read it; split it, or leave it out") from None
+
+
+def _free_memory(unknown: int) -> int:
+    """Bytes; `unknown` where the system does not tell."""
+    free = available_memory()
+    return unknown if free is None else free
+
+
+def _is_text(raw: bytes, encoding: str | None = None) -> bool:
+    return is_text(raw[:SAMPLE_BYTES], encoding)
+
+
+def _named(found: Kind | None, path: str | None) -> str:
+    """What a file is that is left out, and what to do."""
+    if found is None:
+        return "binary"
+    file = "FILE" if path is None else shlex.quote(printable(path))
+    return found.name + (f"; {found.remedy.replace('{file}', file)}" if found.remedy else "")
 
 
 def _reason_to_leave_out(entry: _Entry, root: str) -> str | None:

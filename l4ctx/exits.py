@@ -23,6 +23,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.exits.OutputError": OUTPUT,
     "l4ctx.exits.UsageError": INPUT, "l4ctx.images.ImageError": INPUT,
     "l4ctx.images.ImageMemoryError": MEMORY,
+    "l4ctx.documents.DocumentMemoryError": MEMORY,
     "l4ctx.documents.DocumentError": INPUT, "l4ctx.request.RequestError": INPUT,
     "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
     "l4ctx.image_processing.ImageProcessingError": CHECKPOINT,

@@ -118,6 +118,18 @@ def _pipe_bytes(descriptor: int) -> int:
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
+def encoding_named(name: str | None) -> str | None:
+    """Python's own name of what --encoding says. Raises UsageError for what is no encoding of text."""
+    from l4ctx.decoding import check_encoding
+
+    if name is None:
+        return None
+    try:
+        return check_encoding(name)
+    except ValueError as error:
+        raise UsageError(f"--encoding: {error}") from None
+
+
 def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str) -> None:
     """Raises UsageError for a value that --dtype, --kv-dtype, --attention or --pdf does not have."""
     from l4ctx.pdf import PDF_MODES

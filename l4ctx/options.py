@@ -37,6 +37,11 @@ Pdf = Annotated[str, typer.Option(
     metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf]).")]
 Replace = Annotated[bool, typer.Option(
     "--replace", help="Let a context go of other documents that it holds.")]
+Encoding = Annotated[str | None, typer.Option(
+    metavar="NAME", help="Encoding of texts that are not UTF-8 and have no byte order mark, such as gbk or "
+    "windows-1252; unless told, it is detected.", show_default=False)]
+KeepPayload = Annotated[bool, typer.Option(
+    "--keep-payload", help="Keep outputs of notebooks and the content of data: URIs, which are left out.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[str, typer.Option(
     metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; on a CPU "

@@ -41,6 +41,13 @@ MOST_DECODED = 384 << 20  # bytes that pdfium is expected to need for a page, se
 
 _HEADER_BYTES = 1024  # readers look for the header in so many bytes
 _HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is only mentioned
+_VERSION = re.compile(rb"%PDF-\d\.\d\s*(?:[\r\n]|\Z)")
+_OBJECT = re.compile(rb"(?:\A|[\r\n\0 ])\d{1,10} \d{1,5} obj\b")
+_FIELD = re.compile(  # of a mail, a form or an answer by HTTP; or a boundary, or the size of a chunk
+    rb"--|[A-Za-z][A-Za-z0-9-]*:|[ \t]+\S|HTTP/[0-9.]+ |[A-Z]+ \S+ HTTP/|[0-9A-Fa-f]{1,8}\s*$")
+_CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
+_START_XREF = re.compile(rb"startxref\s+(\d{1,12})\s+%%EOF")
+_TABLE = re.compile(rb"\s*(?:xref\s|\d+ \d+ obj\b)")
 _NAMED_RANGES = 5  # of page numbers in a note; what comes after them is only counted
 _MOST_LOST = 3  # pages of a document that end the process; each may take a minute before
 
@@ -59,9 +66,47 @@ class PdfSupportMissing(PdfError):
 def is_pdf(raw: bytes) -> bool:
     """Whether these bytes are a PDF: its header is within the first 1024, as readers accept it.
 
-    Something may come before it, but not a printable character right before: text that mentions `%PDF-` is text.
+    Text that mentions `%PDF-`, or quotes the source of a PDF, is text. So what comes before the header decides how much
+    else has to be there: nothing but blanks, hardly anything; header fields of a mail or a form, or bytes that are no
+    text, the objects of a PDF and its end; text, also a table at the place that the end names.
     """
-    return _HEADER.search(raw[: _HEADER_BYTES + len(b"%PDF-")]) is not None
+    header = _HEADER.search(raw[: _HEADER_BYTES + len(b"%PDF-")])
+    if header is None:
+        return False
+    at = header.end() - len(b"%PDF-")
+    before = raw[:at].removeprefix(b"\xef\xbb\xbf").strip()
+    if not before:
+        return _VERSION.match(raw, at) is not None or _OBJECT.search(raw, at) is not None
+    if _OBJECT.search(raw, at) is None:
+        return False
+    if _CONTROLS.search(before) or not _is_utf8(before):
+        return True
+    end = raw.rfind(b"%%EOF")
+    after = raw[end + len(b"%%EOF") :].strip(b"\0 \t\r\n")
+    if all(_FIELD.match(line) for line in before.splitlines() if line.strip()):
+        return end > at and (not after or after.startswith(b"--"))
+    return end > at and not after and (_names_its_table(raw, at) or not _is_utf8(raw[at:]))
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _names_its_table(raw: bytes, at: int) -> bool:
+    """Whether the last `startxref` of a PDF that begins at `at` leads to a table of references, or to an object."""
+    starts = _START_XREF.findall(raw, at)
+    places = (int(starts[-1]), at + int(starts[-1])) if starts else ()
+    return any(_TABLE.match(raw, place) for place in places)
+
+
+def check_support() -> None:
+    """Raises PdfSupportMissing where what reads PDF documents is not installed."""
+    if importlib.util.find_spec("pypdfium2") is None:
+        raise PdfSupportMissing
 
 
 def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[list[str | DocumentImage], list[str]]:
@@ -79,8 +124,7 @@ def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[l
     """
     if mode not in PDF_MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(PDF_MODES)}")
-    if importlib.util.find_spec("pypdfium2") is None:
-        raise PdfSupportMissing
+    check_support()
     read = _Read(_File(source, raw, path), mode)
     try:
         read.all_pages(raw)

@@ -56,6 +56,8 @@ class PlanRequest:
     no_images: bool = False
     skip_unreadable: bool = False  # leave out what cannot be read in a folder
     pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
+    encoding: str | None = None  # of texts that do not say theirs; None: detected
+    keep_payload: bool = False
     dtype: str = "auto"
     kv_dtype: str = "auto"
     device: str = "auto"
@@ -209,6 +211,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
 
     images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not,
+                           encoding=request.encoding, keep_payload=request.keep_payload,
                            skip_unreadable=request.skip_unreadable)
     found.require_any(request.paths)
     for text in found.notes:

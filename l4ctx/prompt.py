@@ -260,6 +260,10 @@ def _add_document(
     prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in cuts]
     if cuts:
         prompt.notes.append(_forced_cuts_note(document.source, tuple(cuts)))
+    if document.payload is not None:
+        tokens = document.payload.tokens(len(tokenizer.encode_data(document.payload.sample).ids))
+        prompt.notes.append(f"{document.source}: {document.payload.what} left out, about {tokens:,} tokens "
+                            "(--keep-payload keeps all)")
 
 
 def _texts_before_images(parts: Iterable[str | DocumentImage]) -> Iterator[tuple[str, DocumentImage | None]]:

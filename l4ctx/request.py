@@ -29,6 +29,8 @@ class Request:
     pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
     replace: bool = False  # what a context holds of other documents may go
     added: bool = False  # the paths are read behind what the context to answer from holds
+    encoding: str | None = None  # of texts that do not say theirs; None: detected
+    keep_payload: bool = False
     verify: bool = False  # read all of a context that is gone on with
     max_new_tokens: int | None = None
     temperature: float | None = None

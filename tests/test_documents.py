@@ -143,12 +143,13 @@ def test_undecodable_bytes_are_replaced_and_noted(tmp_path: Path, raw: bytes, te
         (b"%PDF-1.7\nall of it printable", "a broken PDF: pdfium finds no document in it"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "damaged: the PNG file is cut short"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "damaged: the JPEG file is cut short"),
-        (b"PK\x03\x04\x14\0", "binary (ZIP archive)"),
+        (b"PK\x03\x04\x14\0", "a ZIP archive; unpack it and name the folder: unzip -d unpacked {path}"),
         ("\ufeffa\0".encode("utf-16-le"), "binary"),
         (b"\x01\x02\x03\x04\x05\x06abc", "binary"),
         (
             "Съешь ещё этих мягких булок".encode("cp1251"),
-            "not text in UTF-8 or UTF-16 (iconv can convert it)",
+            "not UTF-8; text in an encoding that is not recognised; convert it: iconv -f NAME -t UTF-8, or say it: "
+            "--encoding NAME",
         ),
     ],
 )
@@ -157,7 +158,9 @@ def test_what_is_no_text_is_skipped_with_the_reason(tmp_path: Path, raw: bytes, 
     folder = write(tmp_path / "d", {"file": raw})
     found = read(folder / "file" if named else folder)
     assert found.documents == []
-    assert [entry.reason for entry in found.skipped] == [reason]
+    shown = [entry.reason.removesuffix('; pip install "l4ctx[encodings]" adds what detects more')
+             for entry in found.skipped]
+    assert shown == [reason.format(path=folder / "file")]
     with pytest.raises(DocumentError, match=r"found nothing to read in docs: left out .*file: "):
         found.require_any(["docs"])
 
