@@ -133,7 +133,7 @@ class Run:
         began = time.perf_counter()
         self._check_checkpoint()
         self.contexts.open_reader(self.note)
-        self.tokenizer = Tokenizer.from_folder(self.request.model)
+        self.tokenizer = Tokenizer.from_folder(self.request.model, self.config.vocab_size)
         template = ChatTemplate.from_folder(self.request.model, date=self.contexts.date)
         self.timings["load"].seconds += time.perf_counter() - began
         if template is None:
@@ -168,8 +168,9 @@ class Run:
 
         Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
         """
-        from model.checkpoint import stored_dtype, stored_parameters
+        from model.checkpoint import can_be_mapped, stored_dtype, stored_parameters
 
+        is_mappable = can_be_mapped(self._stored)
         stored = stored_dtype(self._stored)
         parameters = stored_parameters(self._stored, self.config)
         self._before = process_memory()
@@ -180,13 +181,13 @@ class Run:
         self._attention = self.contexts.attention(dtype, on_accelerator=on_accelerator)
         job = Job(self.config, prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens,
                   weights=parameters * KV_DTYPES[dtype],
-                  weights_are_mapped=not on_accelerator and dtype == stored,
+                  weights_are_mapped=not on_accelerator and dtype == stored and is_mappable,
                   dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
                   prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
                   is_saved=self.contexts.folder is not None,
                   on_disk_already=2**62 if self.request.context is not None else 0,  # all of it: nothing is written
                   new_tokens=len(self.prompt.ids),
-                  stored_dtype=stored, largest=self._largest(),
+                  stored_dtype=stored if is_mappable else None, largest=self._largest(),
                   saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
                   images=self._reading.work(self.prompt.images) if self._reading else None)
         self.plan = MemoryPlan.of(job, room)
@@ -333,11 +334,14 @@ class Run:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
         from l4ctx.generate import GenerationConfig
-        from model.checkpoint import checked_tensors
+        from model.checkpoint import checked_tensors, unused_weights
 
         self._device = usable_device(self.request.device)
         self._stored = checked_tensors(self.request.model, self.config)
+        if (text := unused_weights(self.request.model)) is not None:
+            self.note(text)
         self.generation = GenerationConfig.from_folder(self.request.model)
+        self.generation.check(self.config.vocab_size)
         self.sampling = self._sampling()
         if self.contexts.folder is not None:
             from l4ctx.fingerprint import fingerprint

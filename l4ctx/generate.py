@@ -65,6 +65,13 @@ class GenerationConfig:
             top_k=int(_number(file, raw, "top_k", 0, 2.0**31))))
 
 
+    def check(self, embeddings: int) -> None:
+        """Raises GenerationConfigError where no answer could end, as the model has only so many tokens."""
+        if self.stop_tokens and min(self.stop_tokens) >= embeddings:
+            raise GenerationConfigError(f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "
+                                        f"model has {embeddings:,} embeddings")
+
+
 def _json_object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}

@@ -34,7 +34,8 @@ class ImageTokens:
     def from_tokenizer(cls, tokenizer: Tokenizer, tokens_per_tile: int, patch_id: int) -> ImageTokens:
         """The tokenizer's ids; `patch_id` is the configuration's `image_token_index`.
 
-        Raises TokenizerError where a token is missing, or `<|patch|>` is not the one that the model replaces.
+        Raises TokenizerError where a token is missing, `<|patch|>` is not the one that the model replaces, or the
+        model has no embedding for one.
         """
         from l4ctx.tokenizer import TokenizerError
 
@@ -48,6 +49,7 @@ class ImageTokens:
         if ids["patch"] != patch_id:
             raise TokenizerError(f"<|patch|> is token {ids['patch']} of the tokenizer, but image_token_index of "
                                  f"config.json is {patch_id}")
+        tokenizer.check_ids(ids.values(), "every image")
         return cls(**ids, tokens_per_tile=tokens_per_tile)
 
     def ids(self, layout: TileLayout) -> list[int]:

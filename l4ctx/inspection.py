@@ -100,9 +100,9 @@ def _attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **
 
 def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.generate import GenerationConfig
-    from l4ctx.prompt import ChatTemplate
+    from l4ctx.prompt import ChatTemplate, check_template
     from l4ctx.tokenizer import Tokenizer, read_json
-    from model.checkpoint import checked_tensors
+    from model.checkpoint import can_be_mapped, checked_tensors, unused_weights
 
     raw = _attempt(report, folder / CONFIG, read_json, folder / CONFIG)
     config = None if raw is None else _attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
@@ -115,16 +115,16 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     shards = _attempt(report, folder / INDEX, _shards, folder)
     weights = report["weights"] = None if shards is None else _weights(report, shards, verify)
     is_sound = bool(shards) and len(report["damage"]) == before
-    if is_sound and config:
-        _attempt(report, folder, checked_tensors, folder, config)
+    tensors = _attempt(report, folder, checked_tensors, folder, config) if is_sound and config else None
+    if weights is not None:
+        weights["not_read"] = _attempt(report, folder, unused_weights, folder)
+        weights["can_be_mapped"] = None if tensors is None else can_be_mapped(tensors)
 
     tokenizer = None
     if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
-        tokenizer = _attempt(report, folder / "tokenizer.json", Tokenizer.from_folder, folder)
+        tokenizer = _attempt(report, folder / "tokenizer.json", Tokenizer.from_folder, folder,
+                             None if shown is None else shown.vocab_size)
     report["tokenizer_vocabulary"] = tokenizer and tokenizer.vocab_size
-    if tokenizer and shown and tokenizer.vocab_size > shown.vocab_size:
-        _add_damage(report, folder / "tokenizer.json", f"it has {tokenizer.vocab_size:,} tokens, the model only "
-                                                       f"{shown.vocab_size:,} (vocab_size)")
     vision = None if raw is None else _attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
     is_readable = weights is not None and 0 < weights["shards"] == weights["readable_shards"]
     report["vision"] = vision and asdict(vision) | {
@@ -137,10 +137,14 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
     if template is not None:
         _attempt(report, folder, template.split, system=False)
+    if tokenizer and len(report["damage"]) == before:
+        _attempt(report, folder / "tokenizer.json", check_template, tokenizer, template)
     generation = None  # it looks into config.json, too
     if raw is not None:
         generation = _attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
     report["stop_tokens"] = generation and sorted(generation.stop_tokens)
+    if generation and shown:
+        _attempt(report, folder / "generation_config.json", generation.check, shown.vocab_size)
 
 
 def _check_vision(folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None,
@@ -187,11 +191,9 @@ def _config_fields(config: TextConfig) -> Report:
 
 def _shards(folder: Path) -> list[Path]:
     """Raises CheckpointError."""
-    from model.checkpoint import _weight_map
+    from model.checkpoint import shard_files
 
-    if os.path.lexists(folder / INDEX):  # a link to nothing is damage
-        return [folder / name for name in sorted(set(_weight_map(folder / INDEX).values()))]
-    return [folder / SHARD] if os.path.lexists(folder / SHARD) else []
+    return shard_files(folder)
 
 
 def _weights(report: Report, shards: list[Path], verify: bool) -> Report:

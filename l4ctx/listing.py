@@ -49,13 +49,19 @@ def _model_lines(report: Report) -> Iterator[Line]:
                 yield "", f"{name}: {weights[f'{owner}_tensors']:,} tensors, {human_bytes(weights[f'{owner}_bytes'])}"
         if vision and vision["has_tensors"] is False:
             yield "", "vision: described in config.json, but no tensors are there; --no-images reads the text alone"
+        if weights["not_read"]:
+            yield "", weights["not_read"]
+        if weights["can_be_mapped"] is False:
+            yield "", "the experts are stored one by one; they are joined in memory"
     if config:
         yield from _config_lines(config)
     if vision and vision["has_tensors"] is not False:
         yield "images", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
                          f"{vision['tokens_per_tile']} tokens each")
     if report.get("tokenizer_vocabulary"):
-        yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens"
+        over = max(0, report["tokenizer_vocabulary"] - config["vocab_size"]) if config else 0
+        yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens" + (
+            f", {over:,} more than the model has embeddings for: a text that uses one is refused" if over else "")
     if "chat_template" in report:
         yield "chat template", {True: "yes", False: "no", None: "cannot be read"}[report["chat_template"]]
     if report.get("stop_tokens") is not None:

@@ -146,8 +146,9 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
 
     if request.tokens is not None:
         read, parameters, stored = _Read(request.tokens), parameter_count(config), _stored_dtype(config, noted)
+        is_mappable = True  # as published
     else:
-        parameters, stored = _stored_weights(request, config, noted)
+        parameters, stored, is_mappable = _stored_weights(request, config, noted)
         read = _tokenized(request, config, noted)
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
@@ -155,8 +156,9 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     on_accelerator = room.accelerator is not None
     dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
     job = Job(config, prompt_tokens=read.tokens, max_new_tokens=_max_new_tokens(request, config, read.tokens),
-              weights=parameters * KV_DTYPES[dtype], weights_are_mapped=dtype == stored and not on_accelerator,
-              dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored,
+              weights=parameters * KV_DTYPES[dtype],
+              weights_are_mapped=dtype == stored and not on_accelerator and is_mappable,
+              dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored if is_mappable else None,
               prefill_chunk_size=request.prefill_chunk_size, largest=read.documents,
               images=read.reading.work(read.images) if read.reading else None)
     plan = MemoryPlan.of(job, room)
@@ -190,17 +192,31 @@ def _stored_dtype(config: TextConfig, note: Note) -> str:
     return "bfloat16"
 
 
-def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tuple[int, str]:
-    """How many weights the checkpoint has, and their dtype, by the shards' headers; without shards, by config.json."""
+def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tuple[int, str, bool]:
+    """How many weights the checkpoint has, their dtype, and whether they can be mapped: by the shards' headers.
+
+    Without shards by config.json.
+    """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
-    from model.checkpoint import CheckpointError, checked_tensors, stored_dtype, stored_parameters
+    from model.checkpoint import (
+        CheckpointError,
+        can_be_mapped,
+        checked_tensors,
+        stored_dtype,
+        stored_parameters,
+        unused_weights,
+    )
 
     try:
         stored = checked_tensors(request.model, config)
+        if (text := unused_weights(request.model)) is not None:
+            note(text)
     except CheckpointError as error:
         note(f"{error}; the weights are counted by config.json")
-        return parameter_count(config), _stored_dtype(config, note)
-    return stored_parameters(stored, config), stored_dtype(stored)
+        return parameter_count(config), _stored_dtype(config, note), True
+    if not can_be_mapped(stored):
+        note("the experts are stored one by one: they are joined in memory, which takes room for all weights")
+    return stored_parameters(stored, config), stored_dtype(stored), can_be_mapped(stored)
 
 
 def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
@@ -216,7 +232,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     found.require_any(request.paths)
     for text in found.notes:
         note(text)
-    tokenizer = Tokenizer.from_folder(request.model)
+    tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
     reading = images.prepare(tokenizer, _tower(images, note)) if found.has_images else None
     prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "",
                           images=reading.prompter if reading else None)

@@ -172,21 +172,32 @@ def build_prompt(
     prompt = Prompt(first_index=first_index)
     system = (system or "").strip()
     if template is None:
+        check_template(tokenizer, None)
         if tokenizer.bos_id is not None:
             prompt.ids.append(tokenizer.bos_id)
         if system:
-            tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids)
+            tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids, user="the system prompt")
         _add_user_content(prompt, tokenizer, documents, question, images, progress)
         return prompt
     parts = template.split(system=bool(system))
+    own_texts = [tokenizer.encode_control(part) for part in parts[::2]]  # before documents: it may be refused
     for number, part in enumerate(parts):
         if number % 2 == 0:
-            prompt.ids.extend(tokenizer.encode_control(part))
+            prompt.ids.extend(own_texts[number // 2])
         elif part == "system":
-            tokenizer.encode_data(system, into=prompt.ids)
+            tokenizer.encode_data(system, into=prompt.ids, user="the system prompt")
         else:
             _add_user_content(prompt, tokenizer, documents, question, images, progress)
     return prompt
+
+
+def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    """Raises TokenizerError where every prompt would hold a token that the model has not, and PromptError."""
+    if template is not None:
+        for part in template.split(system=False)[::2]:
+            tokenizer.encode_control(part)
+    elif tokenizer.bos_id is not None:
+        tokenizer.check_ids([tokenizer.bos_id], "the beginning of every prompt (bos_token)")
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
@@ -223,7 +234,7 @@ def _add_user_content(
         del document  # its text, before the next one is made
         done += length
     prompt.documents_stop = len(prompt.ids)
-    tokenizer.encode_data(question.strip(), into=prompt.ids)
+    tokenizer.encode_data(question.strip(), into=prompt.ids, user="the question")
 
 
 def _add_document(
@@ -242,7 +253,8 @@ def _add_document(
             if progress is not None:
                 progress(done + characters, len(prompt.ids))
 
-        encoded = tokenizer.encode_data(text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report)
+        encoded = tokenizer.encode_data(text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report,
+                                        user=_attribute(document.source))
         cuts.extend(done + offset for offset in encoded.forced_cuts)
         done += len(text)
 

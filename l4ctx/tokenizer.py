@@ -61,8 +61,10 @@ class Tokenizer:
     """Encodes and decodes with the `tokenizers` library; made by `from_folder`."""
 
     def __init__(self, control: tokenizers.Tokenizer, bos_token: str | None = None, *,
-                 settings: Iterable[Mapping[str, Any]] = (), template: str = "") -> None:
+                 settings: Iterable[Mapping[str, Any]] = (), template: str = "", embeddings: int | None = None) -> None:
         """`control` recognises its added tokens; an encoder for data is made from its parts.
+
+        `embeddings`: how many tokens the model has; an id beyond them is refused wherever it comes up.
 
         That one recognises no control tokens, but words that were added as text; `settings` and `template` are as in
         `added_tokens.control_tokens`.
@@ -88,13 +90,17 @@ class Tokenizer:
         self._has_safe_cuts = control.normalizer is None and _is_llama4(_state(control.pre_tokenizer))
         self.byte_level = _state(control.decoder).get("type") == "ByteLevel"
         self.vocab_size: int = control.get_vocab_size(with_added_tokens=True)
+        self._embeddings = embeddings if embeddings is not None and self.vocab_size > embeddings else None
         self.bos_id = None if bos_token is None else self.special_id(bos_token)
         if self._has_safe_cuts:
             self._check_alphabet()
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Load `tokenizer.json` of a checkpoint folder. Raises TokenizerError where it is missing or broken."""
+    def from_folder(cls, path: str | os.PathLike[str], embeddings: int | None = None) -> Tokenizer:
+        """Load `tokenizer.json` of a checkpoint folder, for a model that has embeddings for so many tokens.
+
+        Raises TokenizerError where it is missing or broken.
+        """
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise TokenizerError(f"{file}: no such file (a checkpoint's tokenizer is read from tokenizer.json)")
@@ -104,16 +110,24 @@ class Tokenizer:
         bos_token = special_tokens(path).get("bos_token", "<|begin_of_text|>")
         return cls(control, None if config.get("add_bos_token") is False else bos_token,
                    settings=(config, read_json(Path(path) / "special_tokens_map.json")),
-                   template=_template_source(Path(path), config))
+                   template=_template_source(Path(path), config), embeddings=embeddings)
 
     def special_id(self, content: str) -> int | None:
         """The id of the added token written `content`, if there is one."""
         return next((token_id for token_id, token in self._added.items() if token == content), None)
 
+    def check_ids(self, ids: Iterable[int], user: str) -> None:
+        """Raises TokenizerError where `user`, such as "the chat template", uses an id beyond the model's embeddings."""
+        if self._embeddings is None or (largest := max(ids, default=-1)) < self._embeddings:
+            return
+        raise TokenizerError(f"{user} uses the token {self._control.id_to_token(largest)!r} (id {largest}), but the "
+                             f"model has {self._embeddings:,} embeddings: tokenizer and weights do not belong together")
+
     def encode_control(self, text: str) -> list[int]:
         """Ids of template text: added tokens are recognised; nothing is added before or after."""
         with _as_tokenizer_error("the template's text cannot be encoded"):
             ids: list[int] = self._control.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False).ids
+        self.check_ids(ids, "the chat template")
         return ids
 
     def encode_data(
@@ -123,6 +137,7 @@ class Tokenizer:
         prefix: str = "",
         suffix: str = "",
         into: array[int] | None = None,
+        user: str = "a text",
         progress: Callable[[int], None] | None = None,
     ) -> Encoded:
         """Ids of `prefix + text + suffix` as plain text, whatever control tokens it spells, appended to `into`.
@@ -131,7 +146,8 @@ class Tokenizer:
 
         Equal to encoding the whole at once, except at `forced_cuts`; with another pre-tokenizer than Llama 4's
         the whole is what is encoded. Peak memory beyond text and ids follows BATCH_CHARACTERS, not the length.
-        `progress` is called with the number of characters done. Lone surrogates are encoded as U+FFFD.
+        `progress` is called with the number of characters done. Lone surrogates are encoded as U+FFFD. `user` is whose
+        text it is, for errors.
         """
         ids = array("i") if into is None else into
         forced: list[int] = []
@@ -145,13 +161,13 @@ class Tokenizer:
             size += len(batch[-1])
             start = end
             if size >= BATCH_CHARACTERS or end == len(text):
-                self._encode_batch(batch, ids)
+                self._encode_batch(batch, ids, user)
                 batch, size = [], 0
                 if progress is not None:
                     progress(end)
         return Encoded(ids, tuple(forced))
 
-    def _encode_batch(self, pieces: list[str], ids: array[int]) -> None:
+    def _encode_batch(self, pieces: list[str], ids: array[int], user: str) -> None:
         clean = [piece if piece.isascii() else _SURROGATES.sub("\ufffd", piece) for piece in pieces]
         with _as_tokenizer_error("a text cannot be encoded"):
             encodings = self._data.encode_batch_fast(clean, add_special_tokens=False)
@@ -160,6 +176,7 @@ class Tokenizer:
             if not self._controls.keys().isdisjoint(piece_ids):
                 token = next(self._controls[token_id] for token_id in piece_ids if token_id in self._controls)
                 raise TokenizerError(f"plain text was encoded as the control token {token!r}: the tokenizer is unfit")
+            self.check_ids(piece_ids, user)
             ids.extend(piece_ids)
 
     def _check_alphabet(self) -> None:

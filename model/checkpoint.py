@@ -195,8 +195,8 @@ def unused_weights(folder: Path) -> str | None:
     used = {file.name for file in shard_files(folder)}
     if SINGLE not in used:
         used.add(INDEX)
-    others = sorted(file.name for file in folder.iterdir()
-                    if file.name not in used and _holds_weights(file.name))
+    others = sorted((file.name for file in folder.iterdir() if file.name not in used and _holds_weights(file.name)),
+                    key=lambda name: (name != INDEX, name))
     if not others or used == {INDEX}:
         return None
     read = SINGLE if SINGLE in used else f"what {INDEX} names"

@@ -137,7 +137,8 @@ class Benchmark:
         for dtype in dtypes:
             job = Job(self.config, prompt_tokens=asked.lengths[-1], max_new_tokens=asked.decode_tokens + 1,
                       weights=parameters * KV_DTYPES[dtype], dtype=dtype, stored_dtype=stored,
-                      weights_are_mapped=asked.model is not None and dtype == stored and not on_accelerator,
+                      weights_are_mapped=(asked.model is not None and dtype == stored and not on_accelerator
+                                          and bool(self._machine["can_be_mapped"])),
                       prefill_chunk_size=asked.prefill_chunk_size)
             plans[dtype] = MemoryPlan.of(job, room)
         fitting = {dtype: plan for dtype, plan in plans.items() if not plan.missing(room)}

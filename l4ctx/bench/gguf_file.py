@@ -113,10 +113,12 @@ def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
     import gguf
     from safetensors import safe_open
 
-    from model.checkpoint import checked_tensors
+    from model.checkpoint import can_be_mapped, checked_tensors
 
     check_supported(config)
     stored = checked_tensors(folder, config)
+    if not can_be_mapped(stored):
+        raise GGUFError(f"{folder}: its experts are stored one by one, which is not converted to GGUF")
     types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
              "bf16": gguf.GGMLQuantizationType.BF16}
     writer = gguf.GGUFWriter(file, "llama4")

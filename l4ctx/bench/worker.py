@@ -57,21 +57,21 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
     import torch
 
     from l4ctx.device import usable_device
-    from model.checkpoint import checked_tensors, stored_dtype, stored_parameters
+    from model.checkpoint import can_be_mapped, checked_tensors, stored_dtype, stored_parameters
     from model.config import parameter_count
 
     config, device = text_config(job), usable_device(job.device)
-    parameters, stored = parameter_count(config), config.torch_dtype
+    parameters, stored, is_mappable = parameter_count(config), config.torch_dtype, True
     if job.folder is not None:
         tensors = checked_tensors(Path(job.folder), config)
-        stored = stored_dtype(tensors)
+        stored, is_mappable = stored_dtype(tensors), can_be_mapped(tensors)
         parameters = stored_parameters(tensors, config)
     on_gpu = device.type == "cuda"
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
             "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
             "accelerator_free": torch.cuda.mem_get_info(device)[0] if on_gpu else None,
-            "parameters": parameters, "stored_dtype": stored if stored in ("float32", "bfloat16", "float16")
-            else "float32"}
+            "parameters": parameters, "can_be_mapped": is_mappable,
+            "stored_dtype": stored if stored in ("float32", "bfloat16", "float16") else "float32"}
 
 
 def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
