@@ -147,10 +147,15 @@ def _choice(option: str, value: str, *allowed: str) -> None:
 
 
 def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be_new: bool = False) -> Path:
-    """The checkpoint that is named, else the one that the context was made with. Raises UsageError and ContextError."""
+    """The checkpoint that is named, else the one that the context was made with.
+
+    Raises UsageError, ContextError, and ConfigError for what is no checkpoint folder.
+    """
     from l4ctx.manifest import FILE, saved_checkpoint
+    from l4ctx.model_folder import check_model_folder
 
     if given is not None:
+        check_model_folder(given)
         return given
     is_there = context is not None and (not may_be_new or os.path.exists(context / FILE))
     known = saved_checkpoint(context) if context is not None and is_there else None

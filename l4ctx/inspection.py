@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from l4ctx.exits import CHECKPOINT, CONTEXT, UsageError, name_of_known
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import FORMAT, VERSION, read_manifest, saved_checkpoint
+from l4ctx.model_folder import what_it_is
 from model.config import ConfigError, TextConfig, parameter_count
 from model.vision_config import VisionConfig
 
@@ -49,18 +50,15 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     Raises UsageError for a path that is neither.
     """
     folder = Path(path)
+    if not path:
+        raise UsageError("the path is empty")
+    if not any(os.path.lexists(folder / name) for name in (CONFIG, MANIFEST)):
+        neither = f"neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}; it is "
+        raise UsageError(f"{path}: {neither if folder.is_dir() else ''}{what_it_is(folder)}")
     try:
         names = os.listdir(path)
-    except FileNotFoundError:
-        from l4ctx.suggestions import did_you_mean
-
-        raise UsageError(f"{path}: no such folder{did_you_mean(path)}" if path else "the path is empty") from None
-    except NotADirectoryError:
-        raise UsageError(f"{path}: a file; the folder of a checkpoint or of a saved context is expected") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    if CONFIG not in names and MANIFEST not in names:
-        raise UsageError(f"{path}: neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}")
     is_model = CONFIG in names
     report: Report = {"kind": "model" if is_model else "context", "path": path, "verified": verify, "damage": []}
     for name in READ_WHOLE:

@@ -31,9 +31,9 @@ CACHE_LAYERS = (
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
     "model.config", "model.vision_config", "cache.sizes",
-    "l4ctx.job", "l4ctx.journal", "l4ctx.manifest", "l4ctx.memory", "l4ctx.pdf", "l4ctx.pdf_process",
-    "l4ctx.pdf_worker", "l4ctx.images", "l4ctx.plan", "l4ctx.progress", "l4ctx.request", "l4ctx.states",
-    "l4ctx.bench.jobs", "l4ctx.bench.report", "l4ctx.bench.shares",
+    "l4ctx.job", "l4ctx.journal", "l4ctx.manifest", "l4ctx.memory", "l4ctx.model_folder", "l4ctx.pdf",
+    "l4ctx.pdf_process", "l4ctx.pdf_worker", "l4ctx.images", "l4ctx.plan", "l4ctx.progress", "l4ctx.request",
+    "l4ctx.states", "l4ctx.bench.jobs", "l4ctx.bench.report", "l4ctx.bench.shares",
 )
 
 

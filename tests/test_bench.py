@@ -61,7 +61,7 @@ SMALL = TextConfig.from_dict(TOY)
     (["--config", "/nowhere/config.json"], 3, ["/nowhere/config.json: no such file"]),
     (["--config", str(TINY / "model-00001-of-00002.safetensors")], 3, ["cannot be read as JSON"]),
     (["--config", str(TINY / "generation_config.json")], 3, ["generation_config.json: model_type"]),
-    (["--model", "/nowhere"], 3, ["/nowhere: no config.json"]),
+    (["--model", "/nowhere"], 3, ["/nowhere: no such folder"]),
 ])
 def test_what_cannot_be_measured_is_refused_in_a_line(arguments: list[str], code: int, parts: list[str],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:

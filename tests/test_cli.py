@@ -86,7 +86,7 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "q", "docs", "--seed", str(2**64)], None, 2, [f"--seed: {2**64} is not between 0 and"]),
     (["ask", "q", "docs", "--model", "docs"], None, 3, ["docs: no config.json", "checkpoint folder"]),
     (["ask", "q", "docs", "--model", "docs/a.md"], None, 3, ["docs/a.md"]),
-    (["ask", "q", "docs", "--model", b"\xff\x1b[31m"], None, 3, [r"\udcff", "no config.json"]),
+    (["ask", "q", "docs", "--model", b"\xff\x1b[31m"], None, 3, [r"\udcff", "no such folder"]),
 ]
 
 

@@ -194,7 +194,7 @@ def test_the_time_grows_with_the_square(place: Path) -> None:
     (["--tokens", "5", "--rate", "inf"], 2, "--rate: inf is not a positive number"),
     (["docs/x.md"], 2, "docs/x.md: no such file or folder"), ([""], 2, "a path is empty"),
     (["docs/../docs/x"], 2, "no such file"), (["/dev/null"], 2, "/dev/null: is a device"),
-    (["--tokens", "5", "--model", "x"], 3, "x: no config.json there"),
+    (["--tokens", "5", "--model", "x"], 3, "x: no such folder"),
     (["docs", "--model", "docs"], 3, "docs: no config.json there"),
     (["--tokens", "5", "--device", "abacus"], 2, "--device abacus: no such device"),
     (["--tokens", "5", "--kv-device-memory", "1G", "--device", "cpu"], 2, "--kv-device-memory: the model computes on"),

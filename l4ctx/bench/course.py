@@ -26,6 +26,7 @@ from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.exits import UsageError
 from l4ctx.job import Job, Room
 from l4ctx.memory import available_memory, human_bytes
+from l4ctx.model_folder import check_model_folder
 from l4ctx.plan import MemoryPlan
 from l4ctx.processor import computing_dtype, default_attention, processor_name
 from model.config import TextConfig
@@ -106,6 +107,8 @@ class Benchmark:
         asked = self.request
         where = asked.model or asked.config
         assert where is not None
+        if asked.model is not None:
+            check_model_folder(where)
         file = where / "config.json" if asked.model is not None or where.is_dir() else where
         self.config = (TextConfig.from_folder(where) if file != where else
                        TextConfig.from_file(file, f"{file}: no such file; a config.json is expected"))

@@ -1,0 +1,192 @@
+"""What was given as the model, where it is no checkpoint folder: said by its kind, with what to do instead.
+
+A few names, and a file's first bytes, are looked at; nothing is loaded. A folder that has a config.json is left to
+`model.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from l4ctx.manifest import FILE as MANIFEST
+from model.config import ConfigError
+
+CONFIG = "config.json"
+MAX_NAMES, MAX_JSON_BYTES = 5000, 2**20
+_REPOSITORY = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+                         r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?")
+_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+_EXPECTED = "a checkpoint folder is expected"
+_DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
+_GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
+_PICKLE = ("PyTorch's pickled format, which is not loaded, as such a file can run any program; take the safetensors of "
+           "the same model")
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises ConfigError, with what `path` is and what to give instead, where it holds no config.json."""
+    if not os.path.lexists(path / CONFIG):
+        raise ConfigError(f"{path}: {what_it_is(path)}")
+
+
+def what_it_is(path: Path) -> str:
+    """Of something that is no checkpoint folder: what it is and what to do, for an error's one line."""
+    try:
+        names = sorted(_names(path))
+    except FileNotFoundError:
+        return _missing(path)
+    except NotADirectoryError:
+        return _file(path) if path.exists() else _missing(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return _folder(path, names)
+
+
+def _names(folder: Path) -> list[str]:
+    """Of at most MAX_NAMES entries. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in islice(entries, MAX_NAMES)]
+
+
+def _missing(path: Path) -> str:
+    text = str(path)
+    if os.path.lexists(path):
+        return "a link to nothing"
+    if text.startswith("~") and os.path.exists(os.path.expanduser(text)):
+        return f"no such folder; the shell left ~ as it is: write {os.path.expanduser(text)}"
+    repository = _REPOSITORY.fullmatch(text)
+    if repository is not None and not Path(path.parts[0]).exists():
+        name = repository[1]
+        snapshots = _snapshots(_hub() / f"models--{name.replace('/', '--')}")
+        if snapshots:
+            return f"no such folder, but the repository is in the hub's cache: --model {snapshots[0]}"
+        return (f"no such folder; if the repository of that name is meant, download it: hf download {name} --local-dir "
+                "DIR, then --model DIR")
+    try:
+        near = difflib.get_close_matches(path.name, _names(path.parent), 1, 0.6)
+    except OSError:
+        near = []
+    return f"no such folder; did you mean {path.parent / near[0]}?" if near else f"no such folder; {_EXPECTED}"
+
+
+def _file(path: Path) -> str:
+    name, start = path.name.lower(), _first_bytes(path, 512)
+    if start is None:
+        return f"not a folder; {_EXPECTED}"
+    if start.startswith(b"GGUF") or name.endswith(".gguf"):
+        return f"a file of {_GGUF}"
+    if os.path.lexists(path.parent / CONFIG):
+        part = "one shard of a checkpoint" if name.endswith(".safetensors") else "one file of a checkpoint"
+        return f"{part}; give its folder: --model {path.parent}"
+    if name.endswith(_PICKLED):
+        return f"a file in {_PICKLE}"
+    if name.endswith(".safetensors"):
+        what = _folder(path.parent, sorted(_names(path.parent)))
+        return f"weights alone, without the config.json and tokenizer.json of a checkpoint (its folder: {what})"
+    if name.endswith((".onnx", ".npz", ".mlmodel", ".h5", ".tflite")):
+        return f"a model in another program's format; a safetensors checkpoint is needed: {_DOWNLOAD}"
+    if start.startswith(_ARCHIVES) or start[257:262] == b"ustar":
+        return "an archive; unpack it, and give the folder that has config.json in it"
+    return f"a file; {_EXPECTED}"
+
+
+def _folder(path: Path, names: list[str]) -> str:
+    there = set(names)
+    endings = {Path(name).suffix.lower() for name in names}
+    if MANIFEST in there:
+        return "a saved context, no checkpoint: give it as --context, and the folder of its model as --model"
+    if "adapter_config.json" in there:
+        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return (f"an adapter (LoRA){of}, no whole model: merge it into its base model (merge_and_unload of peft, then "
+                "save_pretrained), and give that folder")
+    if (cached := _in_the_hubs_cache(path, names)) is not None:
+        return cached
+    if "checklist.chk" in there or "params.json" in there or any(re.fullmatch(r"consolidated.*\.pth", name)
+                                                                for name in names):
+        return ("a checkpoint in Meta's own format, which is not read: convert it with "
+                "convert_llama4_weights_to_hf.py of transformers, or download the converted one: " + _DOWNLOAD)
+    if ".gguf" in endings:
+        return f"no config.json there, but files of {_GGUF}"
+    inner = [name for name in names[:200] if os.path.lexists(path / name / CONFIG)]
+    if inner:
+        others = f" (or {', '.join(inner[1:4])})" if len(inner) > 1 else ""
+        return f"no config.json there, but in a folder within it: --model {path / inner[0]}{others}"
+    if ".safetensors" in endings:
+        return "no config.json there, though weights are: download the other files of the repository, too"
+    if ".onnx" in endings or ".npz" in endings or "onnx" in there:
+        return ("no config.json there, but a model in another program's format (ONNX, MLX); a safetensors checkpoint "
+                f"is needed: {_DOWNLOAD}")
+    if endings & set(_PICKLED):
+        return f"no config.json there, but files in {_PICKLE}"
+    return f"{'an empty folder, ' * (not names)}no config.json there; {_EXPECTED}"
+
+
+def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
+    """Of a folder of the hub's cache; None for any other."""
+    root = path.parent if path.name == "snapshots" else path
+    if root.name.startswith("models--"):
+        repository = root.name.removeprefix("models--").replace("--", "/", 1)
+        snapshots = _snapshots(root)
+        if not snapshots:
+            return (f"the hub's cache of {repository}, in which no snapshot has a config.json: download it again, with "
+                    f"hf download {repository}")
+        return f"the hub's cache of {repository}; give a snapshot in it: --model {snapshots[0]}"
+    hub = path / "hub" if "hub" in names and path.name == "huggingface" else path
+    models = [name for name in (names if hub == path else _names_or_none(hub)) if name.startswith("models--")]
+    if not models:
+        return None
+    found = [snapshot for name in models for snapshot in _snapshots(hub / name)[:1]]
+    llama = [snapshot for snapshot in found if "llama-4" in str(snapshot).lower()] or found
+    return "the hub's cache; give a snapshot in it" + (f": --model {llama[0]}" if llama else "")
+
+
+def _snapshots(root: Path) -> list[Path]:
+    """Of a repository in the hub's cache, those with a config.json: that of the main branch first, then the newest."""
+    main = (_first_bytes(root / "refs" / "main", 100) or b"").decode("ascii", "replace").strip()
+    found = [root / "snapshots" / name for name in _names_or_none(root / "snapshots")]
+    return sorted((folder for folder in found if os.path.exists(folder / CONFIG)),
+                  key=lambda folder: (folder.name != main, -os.stat(folder).st_mtime, folder.name))
+
+
+def _hub() -> Path:
+    """Where the hub's library keeps what it downloads."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
+def _names_or_none(folder: Path) -> Iterable[str]:
+    try:
+        return sorted(_names(folder))
+    except OSError:
+        return []
+
+
+def _first_bytes(file: Path, count: int) -> bytes | None:
+    """None for what is no readable regular file."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            return None
+        with file.open("rb") as stream:
+            return stream.read(count)
+    except OSError:
+        return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A small JSON object; empty where there is none that can be read."""
+    try:
+        content = json.loads(_first_bytes(file, MAX_JSON_BYTES) or b"")
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
