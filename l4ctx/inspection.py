@@ -54,7 +54,7 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
         raise UsageError("the path is empty")
     if not any(os.path.lexists(folder / name) for name in (CONFIG, MANIFEST)):
         neither = f"neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}; it is "
-        raise UsageError(f"{path}: {neither if folder.is_dir() else ''}{what_it_is(folder)}")
+        raise UsageError(f"{path}: {neither if os.path.isdir(path) else ''}{what_it_is(folder)}")
     try:
         names = os.listdir(path)
     except OSError as error:

@@ -25,6 +25,7 @@ _REPOSITORY = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)
                          r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+_PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[\w.-]*\.(pth|pt|bin|ckpt)")
 _EXPECTED = "a checkpoint folder is expected"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
 _GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
@@ -45,7 +46,7 @@ def what_it_is(path: Path) -> str:
     except FileNotFoundError:
         return _missing(path)
     except NotADirectoryError:
-        return _file(path) if path.exists() else _missing(path)
+        return _file(path) if os.path.exists(path) else _missing(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return _folder(path, names)
@@ -64,7 +65,7 @@ def _missing(path: Path) -> str:
     if text.startswith("~") and os.path.exists(os.path.expanduser(text)):
         return f"no such folder; the shell left ~ as it is: write {os.path.expanduser(text)}"
     repository = _REPOSITORY.fullmatch(text)
-    if repository is not None and not Path(path.parts[0]).exists():
+    if repository is not None and not os.path.exists(path.parts[0]):
         name = repository[1]
         snapshots = _snapshots(_hub() / f"models--{name.replace('/', '--')}")
         if snapshots:
@@ -126,7 +127,7 @@ def _folder(path: Path, names: list[str]) -> str:
     if ".onnx" in endings or ".npz" in endings or "onnx" in there:
         return ("no config.json there, but a model in another program's format (ONNX, MLX); a safetensors checkpoint "
                 f"is needed: {_DOWNLOAD}")
-    if endings & set(_PICKLED):
+    if any(_PICKLED_WEIGHTS.fullmatch(name) for name in names):
         return f"no config.json there, but files in {_PICKLE}"
     return f"{'an empty folder, ' * (not names)}no config.json there; {_EXPECTED}"
 
