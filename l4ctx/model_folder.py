@@ -6,7 +6,6 @@ A few names, and a file's first bytes, are looked at; nothing is loaded. A folde
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.manifest import FILE as MANIFEST
+from l4ctx.suggestions import did_you_mean
 from model.config import ConfigError
 
 CONFIG = "config.json"
@@ -72,11 +72,7 @@ def _missing(path: Path) -> str:
             return f"no such folder, but the repository is in the hub's cache: --model {snapshots[0]}"
         return (f"no such folder; if the repository of that name is meant, download it: hf download {name} --local-dir "
                 "DIR, then --model DIR")
-    try:
-        near = difflib.get_close_matches(path.name, _names(path.parent), 1, 0.6)
-    except OSError:
-        near = []
-    return f"no such folder; did you mean {path.parent / near[0]}?" if near else f"no such folder; {_EXPECTED}"
+    return f"no such folder{did_you_mean(text) or f'; {_EXPECTED}'}"
 
 
 def _file(path: Path) -> str:
