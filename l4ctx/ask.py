@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from l4ctx.generate import GenerationConfig, Sampling
     from l4ctx.image_features import ImageFeatures
     from l4ctx.image_use import ImageReading
+    from l4ctx.loop_guard import Loop
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt
     from l4ctx.tokenizer import Tokenizer
@@ -48,18 +49,20 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SKIPPED_LINES = 12
-NOTE_SECONDS = 15
 
 
 @dataclass
 class Run:
-    """The steps, to be called in the order in which they are written here; `note` is told what a user should know."""
+    """The steps, to be called in the order in which they are written here; `note` is told what a user should know, and
+    `tell` what is being done, as often as it changes."""
 
     request: Request
     note: Callable[[str], None]
+    tell: Callable[[str], None] = lambda what: None
     answer: str = ""
     stop_reason: str | None = None
     generated_tokens: int = 0
+    loop: Loop | None = None  # what ended the answer, if the stop reason is "repetition"
     timings: dict[str, Timing] = field(
         default_factory=lambda: {name: Timing() for name in ("load", "tokenize", "prefill", "decode")})
     skipped: list[Skipped] = field(default_factory=list)
@@ -98,6 +101,7 @@ class Run:
 
         Raises ConfigError, ContextError, DocumentError and RequestError.
         """
+        self.tell("reading files")
         self.config = TextConfig.from_folder(self.request.model)
         self.contexts = ContextUse(self.request)
         check_kv_dir(self.request.kv_dir)
@@ -105,7 +109,7 @@ class Run:
                                    pdf=self.request.pdf)
         self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
                                          encoding=self.request.encoding, keep_payload=self.request.keep_payload,
-                                         no_images=self.images.why_not, progress=self._tell_of_documents(),
+                                         no_images=self.images.why_not, progress=self._tell_of_documents,
                                          skip_unreadable=self.request.skip_unreadable)
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
@@ -131,6 +135,7 @@ class Run:
         from l4ctx.tokenizer import Tokenizer
 
         began = time.perf_counter()
+        self.tell("checking the checkpoint")
         self._check_checkpoint()
         self.contexts.open_reader(self.note)
         self.tokenizer = Tokenizer.from_folder(self.request.model, self.config.vocab_size)
@@ -139,13 +144,14 @@ class Run:
         if template is None:
             self.note("the checkpoint has no chat template: documents and question are given to it as plain text")
         began = time.perf_counter()
+        self.tell("tokenizing")
         if self._documents.has_images:
             self._reading = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
                                                with_digests=self.contexts.folder is not None)
         held = self._leave_out_what_is_held()
         self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
                                    images=self._reading.prompter if self._reading else None, system=self.request.system,
-                                   first_index=held + 1)
+                                   first_index=held + 1, progress=self._tell_of_tokens(self._documents.characters))
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -170,6 +176,7 @@ class Run:
         """
         from model.checkpoint import can_be_mapped, stored_dtype, stored_parameters
 
+        self.tell("planning memory")
         is_mappable = can_be_mapped(self._stored)
         stored = stored_dtype(self._stored)
         parameters = stored_parameters(self._stored, self.config)
@@ -196,6 +203,7 @@ class Run:
         self.plan.check(room)
         for text in self.plan.notes:
             self.note(text)
+        self.tell(f"comparing with {self.contexts.folder}" if self.contexts.folder else "planning memory")
         self.contexts.begin(self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size,
                             self._attention)
         for text in self.contexts.notes:
@@ -212,6 +220,7 @@ class Run:
         from model.checkpoint import load_checkpoint
 
         began = time.perf_counter()
+        self.tell("loading weights")
         self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
                                      attention=self._attention, is_mapped=self.plan.weights_are_mapped)
         unread = [placed for placed in self.prompt.images if placed.span.stop > self.contexts.reused]
@@ -223,6 +232,8 @@ class Run:
         self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,
                                    device=self._device, layout=self.plan.layout, residency=self.plan.residency,
                                    rows=self.contexts.writer or self._scratch)
+        if self.contexts.reused:
+            self.tell(f"loading {self.contexts.reused:,} tokens of {self.contexts.folder}")
         self.contexts.restore(self.cache)
         self.timings["load"].seconds += time.perf_counter() - began
 
@@ -256,6 +267,11 @@ class Run:
                 self.timings["prefill"] = Timing(before.seconds + step.seconds, before.tokens + step.done)
                 yield step
 
+    @property
+    def reading_stop(self) -> int:
+        """The position up to which `prefill` reads; `contexts.reused` is that from which on."""
+        return self.prompt.documents_stop if self.request.question is None else self.prompt_tokens - 1
+
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
         """An image that cannot be read any more ends the run; what was read before it may be kept."""
@@ -269,18 +285,21 @@ class Run:
     def decode(self) -> Iterator[str]:
         """The answer in pieces of text, as they are known. Raises GenerationError."""
         from l4ctx.generate import generate
+        from l4ctx.loop_guard import LoopGuard
         from l4ctx.tokenizer import StreamDecoder
 
         began = time.perf_counter()
         decoder = StreamDecoder(self.tokenizer)
+        guard = LoopGuard() if self.request.loop_guard else None
         tokens = generate(self.model, self.cache, self.prompt.ids[-1], max_new_tokens=self.max_new_tokens,
-                          stop_tokens=self.generation.stop_tokens, sampling=self.sampling)
+                          stop_tokens=self.generation.stop_tokens, sampling=self.sampling, guard=guard)
         while True:
             try:
                 with self.contexts.naming_the_mend():
                     piece = decoder.push(next(tokens))
             except StopIteration as end:
                 self.stop_reason = end.value
+                self.loop = guard.loop if guard else None
                 break
             self.generated_tokens += 1
             self.timings["decode"] = Timing(time.perf_counter() - began, self.generated_tokens)
@@ -318,17 +337,11 @@ class Run:
             process_peak=self._sampler.peak,
             accelerator_peak=torch.cuda.max_memory_allocated(self._device) if on_gpu else None)
 
-    def _tell_of_documents(self) -> Callable[[int], None]:
-        """A note now and then: images and PDF files are decoded while documents are read."""
-        told = time.monotonic()
+    def _tell_of_documents(self, count: int) -> None:
+        self.tell(f"reading files: {counted(count, 'document')}")
 
-        def tell(count: int) -> None:
-            nonlocal told
-            if time.monotonic() - told > NOTE_SECONDS:
-                told = time.monotonic()
-                self.note(f"{count:,} documents are read so far")
-
-        return tell
+    def _tell_of_tokens(self, characters: int) -> Callable[[int, int], None]:
+        return lambda done, tokens: self.tell(f"tokenizing: {done:,} of {characters:,} characters, {tokens:,} tokens")
 
     def _check_checkpoint(self) -> None:
         """What can be refused before any text is tokenized: device, shards, generation settings."""

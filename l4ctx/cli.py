@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -31,6 +30,7 @@ from l4ctx.exits import (
     write,
     write_json,
 )
+from l4ctx.help import Command, Group, show
 from l4ctx.inputs import (
     check_choices,
     checkpoint_folder,
@@ -47,7 +47,6 @@ from l4ctx.processor import share_cores
 from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
 if TYPE_CHECKING:
-    from l4ctx.ask import Run
     from l4ctx.planning import PlanRequest
     from l4ctx.request import Request
 
@@ -69,7 +68,7 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
-@app.callback(epilog=EXIT_CODES)
+@app.callback(cls=Group, epilog=EXIT_CODES)
 def l4ctx(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.",
                                                 callback=lambda wanted: _show_version(wanted), is_eager=True)] = False,
           ) -> None:
@@ -80,11 +79,11 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"l4ctx {version('l4ctx')}")
+        show(f"l4ctx {version('l4ctx')}", "the version")
         raise typer.Exit()
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES)
 def ask(
     question: Annotated[str | None, typer.Argument(
         metavar="QUESTION", help="What to ask; - reads the question from standard input.", show_default=False)] = None,
@@ -120,6 +119,8 @@ def ask(
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from that many of the likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws, for the same answer twice.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw as the checkpoint's authors recommend.")] = False,
+    loop_guard: Annotated[bool, typer.Option(
+        "--loop-guard/--no-loop-guard", help="End an answer that repeats the same words for good.")] = True,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
@@ -182,8 +183,9 @@ def ask(
                        save_context=kept, added=bool(add), replace=replace, no_images=no_images,
                        skip_unreadable=skip_unreadable, pdf=pdf, encoding=encoding_named(encoding),
                        keep_payload=keep_payload, max_new_tokens=max_new_tokens,
-                       temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample, dtype=dtype,
-                       kv_dtype=kv_dtype, kv_device_memory=size("--kv-device-memory", kv_device_memory),
+                       temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample,
+                       loop_guard=loop_guard, dtype=dtype, kv_dtype=kv_dtype,
+                       kv_device_memory=size("--kv-device-memory", kv_device_memory),
                        kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
                        attention=attention, prefill_chunk_size=prefill_chunk_size)
 
@@ -191,7 +193,7 @@ def ask(
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES)
 def prefill(
     paths: options.Paths = None,
     output: Annotated[str | None, typer.Option(
@@ -249,7 +251,7 @@ def prefill(
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES)
 def inspect(
     path: Annotated[str | None, typer.Argument(
         metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False)] = None,
@@ -271,21 +273,23 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     if path is None:
         raise UsageError("nothing to inspect: l4ctx inspect MODEL|CONTEXT")
     check_stdout("to")
+    from l4ctx.activity import Activity
     from l4ctx.inspection import exit_code, inspect_folder
     from l4ctx.listing import listing
-    from l4ctx.terminal import stderr_console
+    from l4ctx.terminal import columns, stderr_console
 
-    console = stderr_console()
-    with console.status("reading every byte", spinner="line") if verify and console.is_interactive else nullcontext():
+    activity = Activity(stderr_console(), is_shown=verify)
+    activity.tell("reading every byte")
+    with activity:
         report = inspect_folder(path, verify=verify)
     if json:
         write_json(report)
     else:
-        write(listing(report))
+        write(listing(report, columns(sys.stdout) if sys.stdout.isatty() else None))
     leave(exit_code(report))
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES)
 def plan(
     paths: options.Paths = None,
     tokens: Annotated[int | None, typer.Option(
@@ -345,7 +349,7 @@ def plan(
         leave(_plan(request(), json=json, quiet=quiet))
 
 
-app.command(epilog=EXIT_CODES)(bench)
+app.command(cls=Command, epilog=EXIT_CODES)(bench)
 
 
 def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
@@ -364,27 +368,32 @@ def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
 
 def _run(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
     """Carries the request out; prints the answer as it comes, then what there is to report."""
+    from l4ctx.activity import Activity
+    from l4ctx.answer import show_answer
     from l4ctx.ask import Run
+    from l4ctx.memory_table import memory_table
+    from l4ctx.reading_progress import read_shown, reading_summary
     from l4ctx.report import run_report
-    from l4ctx.terminal import memory_table, notes, show_reading, show_waiting, stderr_console
+    from l4ctx.terminal import notes, stderr_console
 
     console = stderr_console()
     note = notes(console, quiet=quiet)
-    run = Run(request, note)
+    activity = Activity(console, is_shown=not quiet)
+    run = Run(request, note, activity.tell)
     interruption.kept = run.kept
     with run.sampling_memory(), closing(run):
-        with nullcontext() if quiet or "-" in request.paths else show_waiting(console):  # "-" may be typed in
+        with nullcontext() if "-" in request.paths else activity:  # "-" may be typed in
             run.read_documents()
-        with nullcontext() if quiet else show_waiting(console):
+        with activity:
             run.make_prompt()
             run.plan_memory()
             run.load_model()
-        warn_of_forgotten_pipe(request, note)
-        steps = run.prefill()
-        for _ in steps if quiet else show_reading(steps, run.work, console):
-            pass
+            warn_of_forgotten_pipe(request, note)
+            read_shown(run, activity)
+            if (summary := reading_summary(run)) is not None:
+                note(summary)
         if request.question is not None:
-            _show_answer(run, note, json=json)
+            show_answer(run, note, interruption, json=json)
         elif not json:
             note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
                  f"--context {shlex.quote(str(request.save_context))}")
@@ -392,17 +401,3 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
             write_json(run_report(run))
     if memory_report:
         console.print(memory_table(run.memory_report()))
-
-
-def _show_answer(run: Run, note: Callable[[str], None], *, json: bool) -> None:
-    from l4ctx.terminal import without_controls
-
-    for piece in run.decode():
-        if not json:
-            write(without_controls(piece))
-    if not json and not run.answer.endswith("\n"):
-        write("\n")
-    if run.stop_reason == "length":
-        note(f"the answer was cut at {run.max_new_tokens} tokens; --max-new-tokens allows more")
-    elif not run.answer.strip():
-        note("the model ended its answer at once")

@@ -241,6 +241,12 @@ class ContextUse:
         return (f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.writer.folder}; the same command "
                 "goes on from there")
 
+    def bytes_on_disk(self) -> int | None:
+        """Of the context that is written to; None without one."""
+        if self.writer is None:
+            return None
+        return sum(path.lstat().st_size for path in self.writer.folder.rglob("*") if path.is_file())
+
     def close(self) -> None:
         for used in (self.reader, self.writer):
             if used is not None:

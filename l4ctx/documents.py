@@ -96,6 +96,11 @@ class DocumentSet:
     def has_images(self) -> bool:
         return any(document.images for document in self.documents)
 
+    @property
+    def characters(self) -> int:
+        """Of the texts that are not taken yet."""
+        return sum(len(part) for document in self.documents for part in document.parts if isinstance(part, str))
+
     def require_any(self, paths: Iterable[str]) -> None:
         """Raise DocumentError where nothing was read from `paths`, naming them and the first reasons."""
         if self.documents:

@@ -55,6 +55,7 @@ class Interruption:
     """What to say when Ctrl-C comes: what is kept, as far as it is known by then."""
 
     kept: Callable[[], str] = lambda: "nothing is kept"
+    when: Callable[[], str] = lambda: ""  # such as " after 3 tokens of the answer"
 
 
 def name_of_known(error: Exception) -> str | None:
@@ -79,7 +80,7 @@ def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
         yield interruption
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback
-        fail(f"interrupted; {interruption.kept()}", INTERRUPTED, json=json)
+        fail(f"interrupted{interruption.when()}; {interruption.kept()}", INTERRUPTED, json=json)
     except BrokenPipeError:
         leave(CLOSED)
     except Exception as error:  # to look at; what is not a user's doing goes on as it was
@@ -119,8 +120,9 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def write(text: str) -> None:
-    """To stdout at once; what the stream's encoding lacks is escaped. Raises BrokenPipeError and OutputError."""
+def write(text: str, what: str = "the answer") -> None:
+    """To stdout at once; what the stream's encoding lacks is escaped. Raises BrokenPipeError, and OutputError which
+    names `what` cannot be written."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -128,7 +130,7 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"the answer cannot be written: {error.strerror}") from None
+        raise OutputError(f"{what} cannot be written: {error.strerror}") from None
 
 
 def check_stdout(what: str) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
+from l4ctx.loop_guard import LoopGuard
 from l4ctx.prefill import as_batch
 from model.transformer import Transformer
 
-StopReason = Literal["stop", "length"]
+StopReason = Literal["stop", "length", "repetition"]
 
 
 class GenerationError(Exception):
@@ -93,11 +94,13 @@ def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest:
 
 
 def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_tokens: int,
-             stop_tokens: frozenset[int], sampling: Sampling = Sampling()) -> Generator[int, None, StopReason]:
+             stop_tokens: frozenset[int], sampling: Sampling = Sampling(),
+             guard: LoopGuard | None = None) -> Generator[int, None, StopReason]:
     """Continues from `token`, the prompt's last, which the cache does not hold yet.
 
-    Yields token ids as they are chosen; returns "stop" at a stop token (which is not yielded) or "length" after
-    `max_new_tokens`. Raises GenerationError when the logits are not numbers.
+    Yields token ids as they are chosen; returns "stop" at a stop token (which is not yielded), "repetition" when
+    `guard` has found a loop, or "length" after `max_new_tokens`. Raises GenerationError when the logits are not
+    numbers.
     """
     generator = torch.Generator()
     if sampling.seed is None:
@@ -110,6 +113,8 @@ def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_to
         if token in stop_tokens:
             return "stop"
         yield token
+        if guard is not None and guard.push(token):
+            return "repetition"
     return "length"
 
 

@@ -7,19 +7,33 @@ from collections.abc import Iterator
 
 from l4ctx.inspection import Report
 from l4ctx.memory import counted, human_bytes
+from l4ctx.tables import INDENT, NARROWEST_TEXT
 from l4ctx.terminal import without_controls
+from l4ctx.wrapping import cells, wrapped
 
 SHOWN_LINES = 20
 LABEL_COLUMNS = 17
 
 
-def listing(report: Report) -> str:
-    """The report as plain, aligned lines."""
+def listing(report: Report, width: int | None = None) -> str:
+    """The report as plain, aligned lines; broken at words where they are to fit into so many columns."""
     kind, lines = ("a checkpoint", _model_lines) if report["kind"] == "model" else ("a saved context", _context_lines)
     version = f", version {report['version']} of the format" if report.get("version") else ""
     text = [f"{report['path']}: {kind}{version}"]
-    text += [f"{label:{LABEL_COLUMNS}}{value}" for label, value in [*lines(report), *_damage_lines(report)]]
+    for label, value in [*lines(report), *_damage_lines(report)]:
+        line = f"{label:{LABEL_COLUMNS}}{value}"
+        text += [line] if width is None or cells(_clean(line)) <= width else _narrow(label, value, width)
     return "".join(f"{_clean(line)}\n" for line in text)
+
+
+def _narrow(label: str, value: str, width: int) -> Iterator[str]:
+    """The value beside its label where that leaves enough room, else below it."""
+    if width < LABEL_COLUMNS + NARROWEST_TEXT:
+        yield from [label] if label else []
+        yield from wrapped(_clean(value), width, INDENT)
+        return
+    for number, line in enumerate(wrapped(_clean(value), width, LABEL_COLUMNS)):
+        yield f"{label:{LABEL_COLUMNS}}{line.lstrip()}" if number == 0 else line
 
 
 def _clean(line: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from l4ctx.memory import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning import PlanReport
+from l4ctx.tables import FigureTable, TextTable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,34 +18,24 @@ SHOWN_DOCUMENTS = 20
 def plan_table(report: PlanReport) -> RenderableType:
     """The report for people: documents with their tokens, bytes by owner and tier, and what follows from them."""
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     from l4ctx.terminal import without_controls
 
     plan, end, most, room, job = report.plan, report.plan.end, report.plan.peak, report.room, report.plan.job
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold",
-                     show_header=any(columns))
-        made.add_column("", overflow="fold")
-        for name in columns:
-            made.add_column(name, justify="right", no_wrap=True)
-        return made
-
     parts: list[RenderableType] = []
     if report.documents:
-        documents = table("documents", "tokens", "share")
+        documents = FigureTable("documents", ("tokens", "share"))
         shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
         for source, tokens in [document for document in report.documents if document in shown]:
-            documents.add_row(Text(without_controls(source)), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
+            documents.add_row(without_controls(source), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
         if len(shown) < len(report.documents):
             rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
             documents.add_row(f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}",
                               f"{rest / job.prompt_tokens:.0%}")
         parts.append(documents)
 
-    memory = table("memory", "at the end", "at most", "free")
+    memory = FigureTable("memory", ("at the end", "at most", "free"))
 
     def row(name: str, *values: int | None) -> None:
         if any(values):
@@ -67,8 +58,7 @@ def plan_table(report: PlanReport) -> RenderableType:
     row("  an unbounded cache would take", plan.unbounded_cache)
     parts.append(memory)
 
-    facts = table("run")
-    facts.add_column("")
+    facts = TextTable("run")
     answer = f" and {job.max_new_tokens:,} of the answer" if job.max_new_tokens else ""
     positions = f"the model has {job.config.max_position_embeddings:,} positions"
     facts.add_row("tokens", f"{job.prompt_tokens:,}{answer}; {positions}")
@@ -86,7 +76,7 @@ def plan_table(report: PlanReport) -> RenderableType:
     if report.exceeds_positions:
         facts.add_row("", f"more tokens than the model has positions: {job.length:,}")
     for number, remedy in enumerate(plan.remedies(room)):
-        facts.add_row("what helps" if number == 0 else "", Text(without_controls(remedy)))
+        facts.add_row("what helps" if number == 0 else "", without_controls(remedy))
     return Group(*(part for each in parts for part in (each, "")), facts)
 
 

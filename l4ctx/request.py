@@ -38,6 +38,7 @@ class Request:
     top_k: int | None = None
     seed: int | None = None
     sample: bool = False
+    loop_guard: bool = True  # ends an answer that repeats itself for good
     dtype: str = "auto"
     kv_dtype: str = "auto"
     kv_device_memory: int | None = None  # bytes

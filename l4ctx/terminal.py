@@ -1,30 +1,25 @@
-"""What a person sees: the progress of reading, the memory table, and text made safe for a terminal.
+"""Standard streams as a person sees them: what they can show, how wide they are, and text made safe for them.
 
-Builds what `cli.py` prints; decides nothing. Progress is drawn on the console that it is given.
+What is shown there is left to others: `activity`, `answer`, and the tables.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
-
-from l4ctx.memory import human_bytes, process_memory
-from l4ctx.progress import CostModel, Work
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
 
-    from cache.sizes import KVBytes
-    from l4ctx.prefill import PrefillProgress
-    from l4ctx.report import MemoryReport
-
+PIPED_COLUMNS = 160
+NARROW_COLUMNS = 80
 PLAIN_LINE_SECONDS = 30.0
+"""Between the lines that tell where there is no screen what goes on."""
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -52,36 +47,53 @@ class _Unfailing:
         return getattr(self._stream, name)
 
 
+def is_screen(stream: TextIO | None) -> bool:
+    """Whether it is a terminal that can move its cursor. Variables that ask for colour make no file a terminal."""
+    return (stream is not None and stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+            and os.environ.get("TTY_COMPATIBLE") != "0")
+
+
+def columns(stream: TextIO) -> int:
+    """The width of the terminal that the stream is, unless COLUMNS says another one."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 def stderr_console() -> Console:
-    """A console on standard error that goes on when that is closed or full."""
+    """A console on standard error that goes on when that is closed or full, and is animated on a screen alone."""
     from rich.console import Console
 
-    return Console(file=cast(TextIO, _Unfailing(sys.stderr)))
+    is_animated = is_screen(sys.stderr) and os.environ.get("TTY_INTERACTIVE") != "0"
+    return Console(file=cast(TextIO, _Unfailing(sys.stderr)), force_interactive=is_animated)
 
 
 def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
-    """Where notes go: one line each on the console, or nowhere."""
+    """Where notes go: one line each on the console, broken at words where a screen is narrow; or nowhere."""
+    from l4ctx.wrapping import wrapped
+
     def note(text: str) -> None:
+        line = without_controls(f"l4ctx: {text}")
+        if console.is_interactive and console.width < NARROW_COLUMNS:
+            line = "\n".join(wrapped(line, console.width))
         if not quiet:
-            console.print(without_controls(f"l4ctx: {text}"), markup=False, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return note
 
 
 def rendered(content: RenderableType) -> str:
-    """What standard output is to show: styled and as wide as it is if it is a terminal, else plain."""
+    """What standard output is to show: as wide as it is if it is a terminal, styled if that is a screen; else plain."""
     from rich.console import Console
 
     shown = io.StringIO()
-    is_terminal = sys.stdout.isatty()
-    width = Console(file=sys.stdout).width if is_terminal else 160
-    Console(file=shown, width=width, force_terminal=is_terminal).print(content)
+    width = columns(sys.stdout) if sys.stdout.isatty() else PIPED_COLUMNS
+    Console(file=shown, width=width, force_terminal=is_screen(sys.stdout)).print(content)
     return "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())
-
-
-def show_waiting(console: Console) -> AbstractContextManager[object]:
-    """Within it a terminal shows that work goes on which has no steps: decoding, tokenizing, loading."""
-    return console.status("preparing", spinner="line") if console.is_interactive else nullcontext()
 
 
 def human_seconds(seconds: float) -> str:
@@ -94,102 +106,22 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-def show_reading(steps: Iterable[PrefillProgress], work: Work, console: Console) -> Iterator[PrefillProgress]:
-    """Passes the steps on and draws them: a live line on a terminal, else a plain one every so often."""
-    observed = _observed(steps, work)
-    if console.is_interactive:
-        yield from _live(observed, console)
-        return
-    shown = time.monotonic()
-    for step, cost in observed:
-        yield step
-        if time.monotonic() - shown > PLAIN_LINE_SECONDS and step.done < step.total:
-            console.print(f"l4ctx: read {_line(step, cost)}", highlight=False, soft_wrap=True)
-            shown = time.monotonic()
+def human_clock(seconds: float) -> str:
+    """'0:12', '3:05', '2:10:00'."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _observed(steps: Iterable[PrefillProgress], work: Work) -> Iterator[tuple[PrefillProgress, CostModel]]:
-    """Each step with the one cost model that has seen it and all before it."""
-    cost: CostModel | None = None
-    for step in steps:
-        cost = cost or CostModel(work, step.start, step.start + step.total)
-        cost.observe(step.step.start, step.step.stop, step.step_seconds)
-        yield step, cost
+def shortened(text: str, width: int) -> str:
+    """In at most `width` columns, without its middle if it takes more."""
+    from l4ctx.wrapping import cells
 
-
-def _live(observed: Iterable[tuple[PrefillProgress, CostModel]], console: Console) -> Iterator[PrefillProgress]:
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    bar_width = 24 if console.width >= 160 else 10
-    with Progress(TextColumn("reading"), BarColumn(bar_width), TextColumn("{task.description}"),
-                  console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        for step, cost in observed:
-            line = _line(step, cost, console.width - len("reading") - bar_width - 3)
-            bar.update(task, total=step.total, completed=step.done, description=line)
-            yield step
-
-
-def _line(step: PrefillProgress, cost: CostModel, width: int | None = None) -> str:
-    """As much as fits into `width` columns, what matters most first."""
-    rates, memory = cost.rates, process_memory()
-    tiers = ", ".join(f"{tier} {human_bytes(count)}" for tier, count in _tiers(step.held).items() if count)
-    line, *rest = (
-        f"{step.done:,} of {step.total:,} tokens",
-        f", {human_seconds(cost.seconds_left)} left",
-        f", {_rate(rates.now)} tokens/s",
-        f" (average {_rate(rates.average)})",
-        f"; KV: {tiers}" if tiers else "",
-        f"; process: {human_bytes(memory.anonymous)}" if memory else "",
-    )
-    for part in rest:
-        if width is not None and len(line) + len(part) > width:
-            break
-        line += part
-    return line
-
-
-def _tiers(held: KVBytes | None) -> dict[str, int]:
-    """Bytes of keys and values by where they are. RoPE windows lie where the newest NoPE blocks do."""
-    if held is None:
-        return {}
-    accelerator = held.nope_device + held.rope_windows if held.nope_device else 0
-    return {"accelerator": accelerator, "memory": held.total - accelerator, "disk": held.nope_disk}
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def memory_table(report: MemoryReport) -> Table:
-    """The memory report for people, a row an owner: bytes predicted for the end, at the most, held, and at the peak."""
-    from rich.table import Table
-
-    plan, end, most = report.predicted, report.predicted.end, report.predicted.peak
-    table = Table(box=None, pad_edge=False, title="memory", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("predicted", "at most", "held", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def row(name: str, *values: int | None) -> None:
-        if any(values):
-            table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
-
-    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights",
-        plan.weights, None, report.weights)
-    row("RoPE windows", end.rope_windows, most.rope_windows, report.rope_windows)
-    row("NoPE keys and values, accelerator", end.nope_device, most.nope_device, report.nope_device)
-    row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)
-    row("NoPE keys and values, disk", end.nope_disk, most.nope_disk, report.nope_disk)
-    row("read buffers", end.buffers, most.buffers, report.buffers)
-    row("token ids", plan.token_ids, None, report.token_ids)
-    row("activations", None, plan.activations)
-    row("images and the vision tower", None, plan.images)
-    if report.process and report.process_peak:
-        row("process, anonymous", None, None, report.process.anonymous, report.process_peak.anonymous)
-        row("process, file-backed", None, None, report.process.file_backed, report.process_peak.file_backed)
-    row("accelerator", None, None, None, report.accelerator_peak)
-    held = report.rope_windows + report.nope_device + report.nope_host + report.buffers
-    row("keys and values in memory", end.total, None, held)
-    row("  an unbounded cache would take", plan.unbounded_cache)
-    return table
+    if cells(text) <= width:
+        return text
+    head, tail = 0, len(text)
+    while True:
+        is_at_end = len(text) - tail <= head
+        more = (head, tail - 1) if is_at_end else (head + 1, tail)
+        if cells(text[:more[0]]) + cells(text[more[1]:]) + 1 > width:
+            return f"{text[:head]}…{text[tail:]}"
+        head, tail = more

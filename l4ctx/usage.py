@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -17,7 +18,8 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 def refuse_arguments(error: Exception) -> NoReturn:
     """Ends the command; where no arguments were given at all, its help is the answer."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()  # type: ignore[attr-defined]
+        with suppress(OSError):  # of a stderr that is full
+            error.show()  # type: ignore[attr-defined]
         leave(INPUT)
     message = re.sub(r"^Invalid value for '([^']*)'(?: / '[^']*')*: ", r"\1: ", error.format_message())  # type: ignore[attr-defined]
     message = re.sub(r" \(Possible options?: (.*)\)$", r"; did you mean \1?", " ".join(message.split()))

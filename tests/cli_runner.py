@@ -184,6 +184,12 @@ def check_refused(result: Result, code: int, *parts: str, as_json: bool = False)
         assert part in result.stderr
 
 
+def summaries(stderr: str) -> list[str]:
+    """The lines that tell what reading took."""
+    summary = r"^l4ctx: read [\d,]+ tokens? in [\d.]+ s \([\d,.]+ tokens/s\)(?:; [\d.]+ [KM]?i?B on disk)?\n"
+    return re.findall(summary, stderr, re.MULTILINE)
+
+
 def text_file(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:

@@ -161,7 +161,8 @@ def test_streams_that_are_closed_or_full_before_torch(folder: Path) -> None:
 def test_a_pipe(folder: Path) -> None:
     result = run_process("ask", QUESTION, "--model", TINY.as_posix(), stdin=DOCUMENT.encode(), folder=folder)
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert re.fullmatch(r"l4ctx: 1 document, \d+ tokens\n", result.stderr)
+    assert re.fullmatch(r"l4ctx: 1 document, \d+ tokens\nl4ctx: read \d+ tokens in [\d.]+ s \([\d,.]+ tokens/s\)\n",
+                        result.stderr)
 
 
 def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
@@ -219,6 +220,9 @@ def test_answered(inside: Path, arguments: list[str], stdin: str | None, notes: 
     result = run_here("ask", QUESTION, *arguments, stdin=None if stdin is None else stdin.encode())
     assert (result.code, result.stdout) == (0, ANSWER)
     lines = [line.removeprefix("l4ctx: ") for line in result.stderr.splitlines()]
+    summary = r"read [\d,]+ tokens in [\d.]+ s \([\d,.]+ tokens/s\)"
+    at = next((number for number, line in enumerate(lines) if re.fullmatch(summary, line)), None)
+    assert (at is None) == (not notes) and (at is None or lines.pop(at))
     assert [re.sub(r"[\d,]+ tokens", "N tokens", line) for line in lines] == notes
 
 
@@ -406,7 +410,7 @@ def test_every_error_with_an_exit_code_exists() -> None:
 def test_progress_without_a_terminal(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", -1.0)
     result = run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32")
-    line = (r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s \(average [\d,]+\); "
+    line = (r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s \(average [\d,]+\), in docs/a\.md; "
             r"KV: memory [\d.]+ [KM]iB; process: [\d.]+ [MG]iB$")
     assert re.search(line, result.stderr, re.MULTILINE) and not CONTROLS.search(result.stderr)
     assert run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32", "--quiet").stderr == ""

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from cli_runner import (
     question,
     run_here,
     spans,
+    summaries,
     text_file,
     told,
 )
@@ -92,8 +94,10 @@ def write_documents(names: str, first: str = "") -> None:
 
 def test_what_is_kept_is_asked_without_documents(place: Path) -> None:
     total = spans()[-1]
-    assert Path("notes").read_text(encoding="utf-8") == (
-        f"l4ctx: 3 documents, {total:,} tokens\n"
+    written = Path("notes").read_text(encoding="utf-8")
+    (summary,) = summaries(written)
+    assert written == (
+        f"l4ctx: 3 documents, {total:,} tokens\n{summary}"
         f"l4ctx: {total:,} tokens are kept in c; ask with: l4ctx ask QUESTION --context c\n")
     assert 2 * ROW + CHUNK < total < 3 * ROW - 100  # two rows, a chunk, and a part of one
     shutil.rmtree("docs")
@@ -141,10 +145,13 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
         result = ask(names[0], "docs", "--context", "c")
         assert (result.code, result.stdout) == (0, answer(names[0]))
         assert result.stderr == (f"l4ctx: {len(paths)} documents, {report['prompt_tokens']:,} tokens\n"
-                                 f"l4ctx: {taken:,} of {report['prompt_tokens']:,} tokens are taken from c\n")
+                                 f"l4ctx: {taken:,} of {report['prompt_tokens']:,} tokens are taken from c\n"
+                                 + ''.join(summaries(result.stderr)))
+        assert len(summaries(result.stderr)) <= 1
     assert files(place) == before
 
-    notes = prefill().stderr.splitlines()[1:-1]
+    written = prefill().stderr
+    notes = [line for line in written.splitlines()[1:-1] if f"{line}\n" not in summaries(written)]
     total, reused = spans()[-1], taken if change == "none" else taken // CHUNK * CHUNK
     assert notes == [f"l4ctx: {reused:,} of {total:,} tokens are in c already" if reused else
                      f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise "
@@ -166,7 +173,9 @@ def test_json_and_quiet(place: Path) -> None:
     assert report["documents"] == listed and report["skipped"] == []
     assert report["timings"]["prefill"] == {"seconds": 0.0, "tokens_per_second": None}
     assert report["memory"]["nope_disk"] == 2 * ROW * 1024
-    assert prefill("--json", context="new").stderr == f"l4ctx: 3 documents, {kept[-1]:,} tokens\n"
+    written = prefill("--json", context="new").stderr
+    assert written == f"l4ctx: 3 documents, {kept[-1]:,} tokens\n{''.join(summaries(written))}"
+    assert re.search(r"; [\d.]+ [KM]iB on disk$", written)
     assert prefill("--quiet", context="newer") == Result(0, "", "")
 
     report = told()

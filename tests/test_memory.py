@@ -36,10 +36,10 @@ from l4ctx.memory import (
     human_bytes,
     process_memory,
 )
+from l4ctx.memory_table import memory_table
 from l4ctx.plan import MemoryPlan
 from l4ctx.prefill import prefill
 from l4ctx.report import MemoryReport
-from l4ctx.terminal import memory_table
 from model.config import TextConfig, activation_bytes
 from model.transformer import Transformer
 

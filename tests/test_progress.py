@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -13,9 +14,12 @@ from functools import partial
 import pytest
 
 from cache.sizes import KVBytes
-from l4ctx import terminal
 from l4ctx.prefill import PrefillProgress
 from l4ctx.progress import CHANGE_STEPS, CostModel
+from l4ctx.prompt import Span
+from l4ctx.reading_progress import Reading, _rate
+from l4ctx.terminal import shortened
+from l4ctx.wrapping import cells
 from model.config import TextConfig, reading_operations
 
 SCOUT = TextConfig.from_dict({"model_type": "llama4_text"})  # attention costs as much as the rest at 150,000 tokens
@@ -154,48 +158,100 @@ def test_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def step(held: KVBytes | None) -> tuple[PrefillProgress, CostModel]:
-    """The last but one token of ten million, read at 262 tokens/s, faster of late."""
-    total = 10 * 2**20
-    cost = cost_model(SCOUT, 1000, 1000 + total)
-    cost.observe(1000, 1000 + total // 2, 30_000.0)
-    cost.observe(1000 + total // 2, 1000 + total - 1, 10_000.0)
-    return PrefillProgress(start=1000, done=total - 1, total=total, seconds=40_000.0,
-                           step=range(1000 + total // 2, 1000 + total - 1), step_seconds=10_000.0, held=held), cost
+# The line that shows it
+
+SPAN = Span("notes/a rather long name of a document.md", 1000, 9 * 2**20, "")
+STOP = 1000 + 10 * 2**20
+TIERS = KVBytes(rope_windows=2**20, nope_device=0, nope_host=2**30, nope_disk=9 * 2**30)
 
 
-def test_the_line_holds_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "process_memory", lambda: None)
-    state, cost = step(KVBytes(rope_windows=2**20, nope_device=0, nope_host=2**30, nope_disk=9 * 2**30))
-    parts = ["10,485,759 of 10,485,760 tokens", ", 0.0 s left", ", 524 tokens/s", " (average 262)",
-             "; KV: memory 1.0 GiB, disk 9.0 GiB"]
-    assert terminal._line(state, cost) == "".join(parts)
-    for number in range(1, len(parts) + 1):
-        shown = "".join(parts[:number])
-        assert terminal._line(state, cost, len(shown)) == shown
-        assert len(terminal._line(state, cost, len(shown) - 1)) < len(shown) or number == 1
+def read(reading: Reading, start: int, stop: int, seconds: float, held: KVBytes | None = None) -> None:
+    reading.observe(PrefillProgress(start=start, done=stop - start, total=stop - start, seconds=seconds,
+                                    step=range(start, stop), step_seconds=seconds, held=held))
+
+
+def half_read(held: KVBytes | None = TIERS, stop: int = STOP, documents: tuple[Span, ...] = (SPAN,)) -> Reading:
+    """Half of ten million tokens behind a thousand that were there, at 175 tokens/s, faster of late."""
+    reading = Reading(partial(reading_operations, LINEAR_ONLY), 1000, stop, documents)
+    read(reading, 1000, 1000 + 2**21, 20_000.0)
+    read(reading, 1000 + 2**21, 1000 + 5 * 2**20, 10_000.0, held)
+    return reading
+
+
+@pytest.fixture(autouse=True)
+def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that stands still, and a process without memory."""
+    monkeypatch.setattr("l4ctx.reading_progress.time.monotonic", lambda: 5.0)
+    monkeypatch.setattr("l4ctx.reading_progress.process_memory", lambda: None)
+
+
+def test_the_line_says_all_of_it() -> None:
+    line = half_read().line(None, 5.0)
+    assert re.fullmatch(r"read 5,243,880 of 10,486,760 tokens, \d:\d\d:\d\d h left, 315 tokens/s \(average 175\), "
+                        r"in notes/a rather long name of a document\.md; KV: memory 1\.0 GiB, disk 9\.0 GiB", line)
+
+
+def test_what_goes_first_when_it_is_narrow() -> None:
+    """Whatever the width: the time left is there as long as anything is, then what matters more than the rest."""
+    reading, full = half_read(), half_read().line(None, 5.0)
+    order = ("left", "tokens/s", ", in ", "KV: ", "average")
+    for width in range(15, len(full) + 1):
+        line = reading.line(width, 5.0)
+        shown = [re.search(part, line) is not None for part in order]
+        assert len(line) <= width and shown == sorted(shown, reverse=True), (width, line)
+    assert reading.line(len(full), 5.0) == full
+    assert re.fullmatch(r"5,243,880 of 10,486,760, \d:\d\d:\d\d h left", reading.line(40, 5.0))
+    assert re.fullmatch(r"50%, \d:\d\d:\d\d h left", reading.line(20, 5.0))
+
+
+def test_before_the_first_step_there_are_numbers() -> None:
+    reading = Reading(partial(reading_operations, SCOUT), 0, 500_000, (Span("a.md", 10, 400_000, ""),))
+    assert reading.line(None, 17.5) == "reading 0 of 500,000 tokens, 0:12 so far"
+    assert reading.line(30, 17.5) == "0 of 500,000, 0:12 so far" and reading.share == 0
+    assert reading.line(None, 5.0 + 3725) == "reading 0 of 500,000 tokens, 1:02:05 so far"
+
+
+def test_what_was_there_already_counts_as_done() -> None:
+    reading = Reading(partial(reading_operations, SCOUT), 131_072, 500_000)
+    assert reading.line(None, 5.0).startswith("reading 131,072 of 500,000 tokens")
+    read(reading, 131_072, 139_264, 4.0)
+    assert reading.line(None, 5.0).startswith("read 139,264 of 500,000 tokens, ") and reading.share == 139_264 / 500_000
+
+
+def test_the_time_left_runs_down_within_a_step() -> None:
+    reading = Reading(partial(reading_operations, LINEAR_ONLY), 0, 40_000)
+    read(reading, 0, 10_000, 10.0)
+    read(reading, 10_000, 20_000, 10.0)
+    assert ", 20 s left" in reading.line(None, 5.0) and ", 12 s left" in reading.line(None, 13.0)
+    assert ", 0.0 s left" in reading.line(None, 99.0)
+
+
+def test_the_document_that_is_being_read() -> None:
+    documents = (Span("first.md", 10, 100, ""), Span("second.md", 100, 250, ""))
+    reading = Reading(partial(reading_operations, SCOUT), 0, 300, documents)
+    for stop, name in ((10, "first.md"), (90, "first.md"), (100, "second.md"), (249, "second.md"), (250, None)):
+        read(reading, reading._done, stop, 0.1)
+        line = reading.line(None, 5.0)
+        assert (f", in {name}" in line) if name else (", in " not in line)
+
+
+@pytest.mark.parametrize(("text", "width", "expected"), [
+    ("short.md", 8, "short.md"), ("docs/chapter one.md", 12, "docs/…one.md"), ("docs/chapter one.md", 1, "…"),
+    ("文件夾/文件.md", 9, "文件….md"), ("abc", 2, "…c")])
+def test_names_are_shortened_in_the_middle(text: str, width: int, expected: str) -> None:
+    assert shortened(text, width) == expected and cells(expected) <= width
 
 
 @pytest.mark.parametrize(("held", "shown"), [
-    (None, "(average 262)"),
+    (None, "document.md"),
     (KVBytes(2**20, 0, 2**20, buffers=2**20), "; KV: memory 3.0 MiB"),
     (KVBytes(2**20, 2**20, 0), "; KV: accelerator 2.0 MiB"),
     (KVBytes(2**20, 2**20, 2**30, 2**31, 2**29), "; KV: accelerator 2.0 MiB, memory 1.5 GiB, disk 2.0 GiB"),
 ])
-def test_keys_and_values_by_tier(monkeypatch: pytest.MonkeyPatch, held: KVBytes | None, shown: str) -> None:
-    monkeypatch.setattr(terminal, "process_memory", lambda: None)
-    assert terminal._line(*step(held)).endswith(shown)
+def test_keys_and_values_by_tier(held: KVBytes | None, shown: str) -> None:
+    assert half_read(held).line(None, 5.0).endswith(shown)
 
 
 def test_rates_of_all_sizes() -> None:
-    shown = [terminal._rate(rate) for rate in (24_310.4, 10.4, 9.96, 2.345, 0.081)]
+    shown = [_rate(rate) for rate in (24_310.4, 10.4, 9.96, 2.345, 0.081)]
     assert shown == ["24,310", "10", "10", "2.3", "0.081"]
-
-
-def test_steps_are_passed_on_and_seen_by_one_cost_model() -> None:
-    states = [PrefillProgress(start=7, done=8192 * n, total=8192 * 4, seconds=float(n), step_seconds=1.0, held=None,
-                              step=range(7 + 8192 * (n - 1), 7 + 8192 * n)) for n in range(1, 5)]
-    seen = list(terminal._observed(iter(states), partial(reading_operations, LINEAR_ONLY)))
-    assert [state for state, _ in seen] == states and len({id(cost) for _, cost in seen}) == 1
-    assert seen[-1][1].seconds_left == 0 and seen[-1][1].rates.average == 8192
-    assert list(terminal._observed(iter([]), partial(reading_operations, SCOUT))) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -103,10 +103,10 @@ def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
 @contextmanager
 def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Within it a terminal shows what is being done."""
-    from l4ctx.terminal import show_waiting, without_controls
+    from l4ctx.activity import Activity
 
-    with nullcontext() if quiet else show_waiting(console) as shown:
-        yield lambda text: shown.update(without_controls(text)) if hasattr(shown, "update") else None
+    with Activity(console, is_shown=not quiet) as activity:
+        yield activity.tell
 
 
 @contextmanager

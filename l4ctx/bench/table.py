@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from l4ctx.bench.report import OWN, BenchReport, Figures
 from l4ctx.memory import human_bytes
+from l4ctx.tables import FigureTable
 from l4ctx.terminal import human_seconds, without_controls
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
         return []
     rounds = max(len(column.prefill_rates) for column in figures)
     title = f"{tokens:,} tokens, median of {rounds} round{'s' * (rounds != 1)}"
-    table = _table([column.candidate.engine for column in figures])
+    table = FigureTable("", [without_controls(column.candidate.engine) for column in figures])
     decoded = f"{report.decode_tokens} more, tokens/s"
     rows: list[Row] = [
         ("version", lambda column: column.version or ""),
@@ -77,7 +77,7 @@ def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
 def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
     """A column a dtype; what has no dtype stands in the first."""
     dtypes = list(ceilings["product"])
-    table = _table(dtypes)
+    table = FigureTable("", dtypes)
     table.add_row("matrix product, GFLOP/s", *(_giga(ceilings["product"][dtype]) for dtype in dtypes))
     for name, rates in ceilings["attention"].items():
         table.add_row(f"attention ({name}), GFLOP/s", *(_giga(rates.get(dtype)) for dtype in dtypes))
@@ -105,14 +105,6 @@ def _shares(report: BenchReport, tokens: int) -> Text:
 def _title(text: str) -> list[RenderableType]:
     """Not the table's own, which would be wrapped where the table is narrow."""
     return [Text(), Text(text, style="bold")]
-
-
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
 
 
 def _line(text: str) -> Text:

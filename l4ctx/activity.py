@@ -1,0 +1,134 @@
+"""What the program is doing, on stderr while it lasts: a live line on a screen, elsewhere a plain line now and then.
+
+Both are drawn by a thread of their own, so that they go on where one step takes minutes. What is said is the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from l4ctx import terminal
+from l4ctx.terminal import NARROW_COLUMNS, human_clock, without_controls
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+LIVE_SECONDS = 0.25
+
+
+class View(Protocol):
+    """Something to show, asked for from another thread."""
+
+    @property
+    def share(self) -> float | None:
+        """How much is done, from 0 to 1, if that is known."""
+
+    def line(self, width: int | None, now: float) -> str:
+        """What there is to say at `now` (of time.monotonic), in at most `width` columns."""
+
+
+class Activity:
+    """Shows nothing outside of its context, which can be entered again."""
+
+    def __init__(self, console: Console, *, is_shown: bool = True) -> None:
+        self._console, self._is_shown = console, is_shown
+        self._view: View = Doing("preparing")
+        self._live: Live | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._last_line = 0.0
+
+    def tell(self, what: str) -> None:
+        """What is being done from now on, such as 'loading weights'."""
+        if isinstance(self._view, Doing) and self._view.kind == what.partition(":")[0]:
+            self._view.what = what
+        else:
+            self.show(Doing(what))
+
+    def show(self, view: View) -> None:
+        self._view = view
+
+    def __enter__(self) -> Activity:
+        self._last_line = time.monotonic()
+        if self._is_shown and self._console.is_interactive:
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._drawn, console=self._console, transient=True,
+                              refresh_per_second=1 / LIVE_SECONDS)
+            self._live.start()
+        elif self._is_shown:
+            self._ended.clear()
+            self._thread = threading.Thread(target=self._print_lines, name="l4ctx-activity", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        live, thread = self._live, self._thread
+        self._live = self._thread = None
+        if live is not None:
+            live.stop()
+        if thread is not None:
+            self._ended.set()
+            thread.join()
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(max(0.05, self._last_line + terminal.PLAIN_LINE_SECONDS - time.monotonic())):
+            self.beat()
+
+    def beat(self) -> None:
+        """Prints a plain line if one is due."""
+        now = time.monotonic()
+        if self._thread is None or now - self._last_line < terminal.PLAIN_LINE_SECONDS:
+            return
+        self._last_line = now
+        line = without_controls(f"l4ctx: {self._view.line(None, now)}")
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _drawn(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.spinner import Spinner
+        from rich.table import Table
+        from rich.text import Text
+
+        width, share = self._console.width, self._view.share
+        parts: list[RenderableType] = []
+        if width >= NARROW_COLUMNS and share is not None:
+            bar = 24 if width >= 160 else 10
+            parts = [Text("reading"), ProgressBar(total=1.0, completed=share, width=bar)]
+            width -= len("reading ") + bar + 1
+        elif width >= NARROW_COLUMNS:
+            parts = [self._spinner or Spinner("line")]
+            self._spinner = parts[0]
+            width -= 2
+        line = without_controls(self._view.line(width - 1, time.monotonic())).replace("\n", " ")
+        drawn = Table.grid(padding=(0, 1))
+        for _ in (*parts, line):
+            drawn.add_column(no_wrap=True)
+        drawn.add_row(*parts, Text(line, overflow="crop"))
+        return drawn
+
+    _spinner: RenderableType | None = None
+
+
+class Doing:
+    """Work whose end is not known: what is done, and for how long."""
+
+    share = None
+
+    def __init__(self, what: str) -> None:
+        self.what, self._began = what, time.monotonic()
+
+    @property
+    def kind(self) -> str:
+        """What stays while its numbers change."""
+        return self.what.partition(":")[0]
+
+    def line(self, width: int | None, now: float) -> str:
+        seconds = now - self._began
+        return f"{self.what}, {human_clock(seconds)} so far" if seconds >= 1 else self.what

@@ -1,0 +1,93 @@
+"""Shows an answer while it is generated: on a terminal broken at words, elsewhere as it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from l4ctx.exits import Interruption, OutputError, write
+from l4ctx.memory import counted
+from l4ctx.terminal import without_controls
+from l4ctx.wrapping import WordWrap
+
+if TYPE_CHECKING:
+    from l4ctx.ask import Run
+
+
+def show_answer(run: Run, note: Callable[[str], None], interruption: Interruption, *, json: bool) -> None:
+    """Generates the answer; writes it to standard output, unless `json` is to show it whole.
+
+    Raises OutputError and what `Run.decode` raises; the line that was begun is ended before.
+    """
+    interruption.when = lambda: _after_tokens(run)
+    interruption.kept = lambda: _kept(run)
+    shown = _Answer()
+    try:
+        for piece in run.decode():
+            if not json:
+                shown.write(without_controls(piece))
+        if not json:
+            shown.finish()
+    except (KeyboardInterrupt, Exception):
+        with suppress(OSError, OutputError):  # of a stream that has failed already
+            shown.end_line()
+        raise
+    if run.loop is not None:
+        period = "token" if run.loop.period == 1 else f"{run.loop.period} tokens"
+        note(f"the answer repeats itself (the same {period}, {run.loop.times} times in a row) and was ended there; "
+             "--no-loop-guard lets it go on")
+    elif run.stop_reason == "length":
+        note(f"the answer was cut at {run.max_new_tokens} tokens; --max-new-tokens allows more")
+    elif not run.answer.strip():
+        note("the model ended its answer at once")
+
+
+def _after_tokens(run: Run) -> str:
+    tokens = run.generated_tokens
+    return f" after {counted(tokens, 'token')} of the answer" if tokens else " before the answer began"
+
+
+def _kept(run: Run) -> str:
+    """Of what was read for the answer."""
+    folder, request = run.contexts.folder, run.request
+    if folder is None or (request.context is not None and request.paths):
+        return run.kept()
+    return f"the context {folder} holds what was read"
+
+
+class _Answer:
+    """Standard output, and whether its last line has been begun."""
+
+    def __init__(self) -> None:
+        self._wrap = WordWrap(_terminal_width) if sys.stdout is not None and sys.stdout.isatty() else None
+        self._is_line_begun = False
+        self._is_ended = False  # by a newline of the answer itself
+
+    def write(self, text: str) -> None:
+        if text:
+            self._is_ended = text.endswith("\n")
+        self._write(self._wrap.push(text) if self._wrap else text)
+
+    def finish(self) -> None:
+        """Ends the last line, unless the answer did."""
+        rest = self._wrap.finish() if self._wrap else ""
+        self._write(rest if self._is_ended else f"{rest}\n")
+
+    def end_line(self) -> None:
+        """After what was given out so far, if that is within a line."""
+        rest = self._wrap.finish() if self._wrap else ""
+        if rest or self._is_line_begun:
+            self._write(f"{rest}\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            write(text)
+            self._is_line_begun = not text.endswith("\n")
+
+
+def _terminal_width() -> int:
+    from l4ctx.terminal import columns
+
+    return columns(sys.stdout)

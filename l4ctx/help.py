@@ -1,0 +1,113 @@
+"""The text of --help: as wide as the terminal, nothing of it cut off, and written as answers are.
+
+Works with click itself and with the copy of it that later versions of typer bring along.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from l4ctx.exits import errors_as_exit_codes, write
+
+MARGIN = 2
+PIPED_WIDTH = 80 - MARGIN
+WIDEST = 120
+TWO_COLUMNS_FROM = 64
+"""Narrower, what an option means stands below it."""
+
+_Context: Any = TyperGroup.context_class
+_Formatter: Any = _Context.formatter_class
+
+
+class HelpFormatter(_Formatter):  # type: ignore[misc]
+    """click's, but for narrow terminals."""
+
+    def __init__(self, **options: Any) -> None:
+        columns = shutil.get_terminal_size((PIPED_WIDTH + MARGIN, 24)).columns
+        super().__init__(**{**options, "width": max(20, min(columns, WIDEST) - MARGIN)})
+
+    def write_text(self, text: str) -> None:
+        """Paragraphs; where the line is narrow, options are not broken at their hyphens."""
+        from l4ctx.wrapping import wrapped
+
+        if self.width >= TWO_COLUMNS_FROM:
+            super().write_text(text)
+            return
+        paragraphs = [wrapped(paragraph, self.width, self.current_indent) for paragraph in text.split("\n\n")]
+        self.write("\n\n".join(map("\n".join, paragraphs)) + "\n")
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *options: Any, **named: Any) -> None:
+        """Rows of a name and what it means."""
+        from l4ctx.wrapping import wrapped
+
+        if self.width >= TWO_COLUMNS_FROM:
+            super().write_dl(rows, *options, **named)
+            return
+        for name, meaning in rows:
+            choices = [part for word in name.split() for part in re.findall(r"[^|]*\||[^|]+", word)]
+            fits = len(name) + self.current_indent <= self.width
+            lines = [" " * self.current_indent + name] if fits else _joined(choices, self.width, self.current_indent)
+            self.write("".join(f"{line}\n" for line in lines))
+            for paragraph in meaning.split("\n\n"):
+                lines = wrapped(paragraph, self.width, self.current_indent + 4)
+                self.write("".join(f"{line}\n" for line in lines))
+
+
+def _joined(parts: Sequence[str], width: int, indent: int) -> list[str]:
+    """Choices such as a|b|c broken behind a bar, words between blanks."""
+    lines = [""]
+    for part in parts:
+        start = " " * (indent if lines == [""] else indent + 2)
+        joint = "" if lines[-1].endswith("|") or not lines[-1] else " "
+        if lines[-1] and len(lines[-1]) + len(joint) + len(part) <= width:
+            lines[-1] += joint + part
+        else:
+            lines = [*lines, start + part] if lines != [""] else [start + part]
+    return lines
+
+
+class HelpContext(_Context):  # type: ignore[misc]
+    formatter_class = HelpFormatter
+
+
+class _Help:
+    """What a command and a group of them have in common."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The whole first sentence, which the formatter wraps."""
+        return super().get_short_help_str(2**31)  # type: ignore[misc]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option, which writes to standard output as every command does."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+def _show_help(ctx: Any, parameter: Any, is_wanted: bool) -> None:
+    if is_wanted and not ctx.resilient_parsing:
+        show(ctx.get_help(), "the help")
+        ctx.exit()
+
+
+def show(text: str, what: str) -> None:
+    """Writes a text that is no answer; ends the command where standard output is full or nobody reads it."""
+    if sys.stdout is None:  # closed by the caller, who wants none of it
+        return
+    with errors_as_exit_codes():
+        write(f"{text}\n", what)
+
+
+class Command(_Help, TyperCommand):
+    context_class = HelpContext
+
+
+class Group(_Help, TyperGroup):
+    context_class = HelpContext

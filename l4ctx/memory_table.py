@@ -1,0 +1,40 @@
+"""The memory report for people. Measures nothing itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from l4ctx.memory import human_bytes
+from l4ctx.tables import FigureTable
+
+if TYPE_CHECKING:
+    from l4ctx.report import MemoryReport
+
+
+def memory_table(report: MemoryReport) -> FigureTable:
+    """The memory report for people, a row an owner: bytes predicted for the end, at the most, held, and at the peak."""
+    plan, end, most = report.predicted, report.predicted.end, report.predicted.peak
+    table = FigureTable("memory", ("predicted", "at most", "held", "peak"))
+
+    def row(name: str, *values: int | None) -> None:
+        if any(values):
+            table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
+
+    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights",
+        plan.weights, None, report.weights)
+    row("RoPE windows", end.rope_windows, most.rope_windows, report.rope_windows)
+    row("NoPE keys and values, accelerator", end.nope_device, most.nope_device, report.nope_device)
+    row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)
+    row("NoPE keys and values, disk", end.nope_disk, most.nope_disk, report.nope_disk)
+    row("read buffers", end.buffers, most.buffers, report.buffers)
+    row("token ids", plan.token_ids, None, report.token_ids)
+    row("activations", None, plan.activations)
+    row("images and the vision tower", None, plan.images)
+    if report.process and report.process_peak:
+        row("process, anonymous", None, None, report.process.anonymous, report.process_peak.anonymous)
+        row("process, file-backed", None, None, report.process.file_backed, report.process_peak.file_backed)
+    row("accelerator", None, None, None, report.accelerator_peak)
+    held = report.rope_windows + report.nope_device + report.nope_host + report.buffers
+    row("keys and values in memory", end.total, None, held)
+    row("  an unbounded cache would take", plan.unbounded_cache)
+    return table

@@ -1,0 +1,140 @@
+"""How far the reading of a prompt is, in a line of any width: tokens, time left, rate, document, memory by tier.
+
+Shows nothing itself: that is `l4ctx.activity`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l4ctx.memory import counted, human_bytes, process_memory
+from l4ctx.progress import CostModel, Rates, Work
+from l4ctx.terminal import human_clock, human_seconds, shortened
+from l4ctx.wrapping import cells
+
+if TYPE_CHECKING:
+    from cache.sizes import KVBytes
+    from l4ctx.activity import Activity
+    from l4ctx.ask import Run
+    from l4ctx.prefill import PrefillProgress
+    from l4ctx.prompt import Span
+
+SHORTEST_NAME = 12
+"""Columns of a document's name below which it is left out."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """After a step."""
+
+    seconds_left: float
+    rates: Rates
+    held: KVBytes | None
+    at: float  # of time.monotonic
+
+
+class Reading:
+    """A run over positions `start` .. `stop` - 1 of a prompt: those before, which need not be read, count as done."""
+
+    def __init__(self, work: Work, start: int, stop: int, documents: Sequence[Span] = ()) -> None:
+        self._cost = CostModel(work, start, stop)
+        self._done, self._stop = start, stop
+        self._documents = documents
+        self._began = time.monotonic()
+        self._known: _Known | None = None
+
+    def observe(self, step: PrefillProgress) -> None:
+        self._cost.observe(step.step.start, step.step.stop, step.step_seconds)
+        self._done = step.step.stop
+        self._known = _Known(self._cost.seconds_left, self._cost.rates, step.held, time.monotonic())
+
+    @property
+    def share(self) -> float:
+        return self._done / self._stop
+
+    def line(self, width: int | None, now: float) -> str:
+        """As much as fits, what matters most first: of what a narrow line has room for, the time left goes last."""
+        done, known = self._done, self._known
+        if known is None:
+            time_told, verb = f"{human_clock(now - self._began)} so far", "reading "
+        else:
+            time_told, verb = f"{human_seconds(max(0.0, known.seconds_left - (now - known.at)))} left", "read "
+        counts = (f"{verb}{done:,} of {self._stop:,} tokens", f"{done:,} of {self._stop:,} tokens",
+                  f"{done:,} of {self._stop:,}", f"{100 * done // self._stop}%")
+        for count in counts:
+            line = f"{count}, {time_told}"
+            if width is None or cells(line) <= width:
+                return line + self._rest(None if width is None else width - cells(line))
+        return time_told
+
+    def _rest(self, width: int | None) -> str:
+        """Parts in the order in which they are read; where not all fit, by how much they matter."""
+        known, memory, room = self._known, process_memory(), width
+        parts = {"rate": "", "average": "", "document": "", "tiers": "", "process": ""}
+
+        def add(name: str, text: str) -> None:
+            nonlocal room
+            if room is not None and cells(text) > room:
+                room = 0  # nothing that matters less is shown instead
+                return
+            parts[name] = text
+            room = None if room is None else room - cells(text)
+
+        if known is not None:
+            add("rate", f", {_rate(known.rates.now)} tokens/s")
+        if (name := self._document()) is not None:
+            least = min(SHORTEST_NAME, cells(name))
+            longest = cells(name) if room is None else max(least, min(cells(name), room - len(", in ")))
+            add("document", f", in {shortened(name, longest)}")
+        if known is not None:
+            tiers = ", ".join(f"{tier} {human_bytes(count)}" for tier, count in _tiers(known.held).items() if count)
+            add("tiers", f"; KV: {tiers}" if tiers else "")
+            add("average", f" (average {_rate(known.rates.average)})")
+            add("process", f"; process: {human_bytes(memory.anonymous)}" if memory else "")
+        return "".join(parts.values())
+
+    def _document(self) -> str | None:
+        """The name of the one that is being read."""
+        number = bisect_right(self._documents, self._done, key=lambda span: span.start) - 1
+        if number < 0 or self._done >= self._documents[number].stop:
+            return None
+        return self._documents[number].source
+
+
+def read_shown(run: Run, activity: Activity) -> None:
+    """Reads what a prompt has beyond what a context holds. Raises what `Run.prefill` raises."""
+    start, stop = run.contexts.reused, run.reading_stop
+    reading = Reading(run.work, start, stop, run.prompt.spans) if start < stop else None
+    if reading is not None:
+        activity.show(reading)
+    for step in run.prefill():
+        if reading is not None:
+            reading.observe(step)
+            activity.beat()
+
+
+def reading_summary(run: Run) -> str | None:
+    """What reading documents took; None where nothing of them had to be read."""
+    if not run.prompt.spans or run.prompt.documents_stop <= run.contexts.reused:
+        return None
+    timing = run.timings["prefill"]
+    rate = f" ({_rate(timing.tokens / timing.seconds)} tokens/s)" if timing.seconds else ""
+    disk = run.contexts.bytes_on_disk()
+    kept = f"; {human_bytes(disk)} on disk" if disk is not None else ""
+    return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{kept}"
+
+
+def _tiers(held: KVBytes | None) -> dict[str, int]:
+    """Bytes of keys and values by where they are. RoPE windows lie where the newest NoPE blocks do."""
+    if held is None:
+        return {}
+    accelerator = held.nope_device + held.rope_windows if held.nope_device else 0
+    return {"accelerator": accelerator, "memory": held.total - accelerator, "disk": held.nope_disk}
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
