@@ -164,7 +164,10 @@ class UnitFile:
         """Raises DiskError unless header and length are as written: a check that reads no unit."""
         units = self.units.values()
         with self._opened() as descriptor:
-            size = os.fstat(descriptor).st_size
+            try:
+                size = os.fstat(descriptor).st_size
+            except OSError as error:
+                raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         expected = self._data + max((unit.offset + unit.nbytes for unit in units), default=0)
         if isinstance(self.source, Path) and size != expected:
             raise DiskError(f"{self.source}: {'cut short' if size < expected else 'too long'}: "

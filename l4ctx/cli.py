@@ -93,8 +93,8 @@ def ask(
         metavar="FILE", help="Read the question from a file; every argument is then a path. - is standard "
         "input.")] = None,
     context: Annotated[str | None, typer.Option(
-        metavar="CONTEXT", help="Answer from what l4ctx prefill has read. With paths that begin as CONTEXT does, "
-        "answer from these, and read only what is new.")] = None,
+        metavar="CONTEXT", help="Answer from what l4ctx prefill has read, or has read so far. With paths that begin "
+        "as CONTEXT does, answer from these, and read only what is new.")] = None,
     save_context: Annotated[str | None, typer.Option(
         metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
     add: Annotated[list[str] | None, typer.Option(
@@ -197,7 +197,8 @@ def ask(
 def prefill(
     paths: options.Paths = None,
     output: Annotated[str | None, typer.Option(
-        "--output", "-o", metavar="CONTEXT", help="Folder to keep what is read in; made, or gone on with.",
+        "--output", "-o", metavar="CONTEXT", help="Folder to keep what is read in; made, or gone on with. Only you can "
+        "read it.",
         show_default=False)] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,

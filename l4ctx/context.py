@@ -259,18 +259,19 @@ class ContextReader:
         """The first of the state's tokens that can be answered from: all of them, or those that are sealed."""
         return self.state.kept(self.context.recipe.block_tokens)
 
-    @property
-    def note(self) -> str | None:
-        """What the user should know of the documents that are answered from."""
+    def note(self, *, alone: bool) -> str | None:
+        """What the user should know of the context; `alone`: it is all that is answered from."""
         tip = self.context.states[-1]
         done = f"{tip.kept(self.context.recipe.block_tokens):,} of {tip.tokens:,} tokens"
         if not self.state.is_complete:
-            return f"{self.context.folder} is still being read: the answer is from the first {done}"
+            return f"{self.context.folder} is still being read: " + (
+                f"the answer is from the first {done}" if alone else f"{done} are there so far")
         if tip is self.state:
             return None
         how_far = f"are still being read ({done})" if self.is_being_written else f"were read up to {done} only"
-        return (f"{self.context.folder}: newer documents {how_far}; the answer is from the {self.state.tokens:,} "
-                "tokens of those before")
+        return f"{self.context.folder}: newer documents {how_far}; " + (
+            "the answer is from" if alone else "what is taken is from") + (
+            f" the {self.state.tokens:,} tokens of those before")
 
     def close(self) -> None:
         if self._lock is not None:

@@ -54,8 +54,8 @@ class ContextUse:
             from l4ctx.context import ContextReader
 
             self.reader = ContextReader(self.request.context, waiting=note)
-            if self.reader.note:
-                self.notes.append(self.reader.note)
+            if text := self.reader.note(alone=not self.request.paths):
+                self.notes.append(text)
 
     @property
     def folder(self) -> Path | None:

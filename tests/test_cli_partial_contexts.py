@@ -84,10 +84,10 @@ def test_what_is_sealed_is_asked_while_the_rest_is_read(place: Path, monkeypatch
 
     def act() -> None:
         found.extend([ask("a", "--context", "c"), told(), run_here("inspect", "c"), run_here("inspect", "c", "--json"),
-                      told("docs")])
+                      told("docs"), ask("c", "docs", "--context", "c")])
 
     assert while_reading(monkeypatch, 3, act, "--kv-dtype", kv_dtype).code == 0
-    asked, report, listed, inspected, beside = found
+    asked, report, listed, inspected, beside, asked_beside = found
     kept = spans()
     done = f"{ROW:,} of {kept[-1]:,} tokens"
     assert kept[1] < ROW < kept[2]  # amid the second document
@@ -99,6 +99,8 @@ def test_what_is_sealed_is_asked_while_the_rest_is_read(place: Path, monkeypatch
     assert listed.code == 0 and f"still being read, {done} so far" in listed.stdout
     assert json.loads(inspected.stdout)["is_being_written"] is True
     assert beside["reused_tokens"] == ROW and len(beside["documents"]) == 3
+    assert (asked_beside.code, asked_beside.stdout) == (0, answer("c"))
+    assert f"l4ctx: c is still being read: {done} are there so far\n" in asked_beside.stderr
     check_answers()
     report = told()
     assert "context_is_partial" not in report and not any("is_partial" in entry for entry in report["documents"])
@@ -177,13 +179,13 @@ REASONS: dict[str, tuple[Callable[[], object], list[str], str]] = {
                               "the documents are the same, but their first block is missing or damaged"),
     "token ids missing": (lambda: next(Path("c").glob("tokens-*")).unlink(), [],
                           "which tokens these are is missing or damaged"),
-    "system prompt": (lambda: None, ["--system", "Be brief."],
+    "system prompt": (lambda: None, ["--system", "Be brief.", "--replace"],
                       "these documents begin otherwise (what comes before the first document differs (--system))"),
     "first changed": (lambda: text_file(Path("docs/a.md"), "New."), [],
                       "these documents begin otherwise (docs/a.md has changed)"),
-    "first removed": (lambda: Path("docs/a.md").unlink(), [],
+    "first removed": (lambda: Path("docs/a.md").unlink(), ["--replace"],
                       "these documents begin otherwise (docs/b.md comes where docs/a.md came)"),
-    "renamed": (lambda: Path("docs/a.md").rename("docs/aa.md"), [],
+    "renamed": (lambda: Path("docs/a.md").rename("docs/aa.md"), ["--replace"],
                 "these documents begin otherwise (docs/aa.md was docs/a.md then)"),
 }
 
