@@ -234,7 +234,9 @@ def why_unusable(context: Context, state: State, ids: memoryview, documents: Seq
         return "which tokens these are is missing or damaged"
     if state.kept(context.recipe.block_tokens) < chunk <= same:
         return "the documents are the same, but their first block is missing or damaged"
-    return f"these documents begin otherwise ({first_difference(saved, documents, same)})"
+    how = "these documents begin otherwise" if not saved or same < saved[0].stop else (
+        f"the first {same:,} tokens are the same, too few to go on from")
+    return f"{how} ({first_difference(saved, documents, same)})"
 
 
 class ContextReader:

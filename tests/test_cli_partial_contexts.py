@@ -202,6 +202,19 @@ def test_the_true_reason_why_nothing_can_be_used(place: Path, what: str) -> None
     check_answers(names="c")
 
 
+@pytest.mark.parametrize(("before", "after", "reason"), [
+    ("a", "ab", "docs/b.md is new"), ("ab", "aB", "docs/b.md has changed"), ("ab", "ac", "docs/c.md comes where")])
+def test_documents_that_are_too_short_to_go_on_from(place: Path, before: str, after: str, reason: str) -> None:
+    for name in "abc":
+        text_file(Path("docs", f"{name}.md"), answer(name))
+    prefill("--quiet", paths=tuple(f"docs/{name}.md" for name in before))
+    if after == "aB":
+        text_file(Path("docs/b.md"), "New: " + answer("b"))
+    result = prefill("--replace", paths=tuple(f"docs/{name.lower()}.md" for name in after))
+    assert result.code == 0 and "tokens in c can be used: the first " in result.stderr
+    assert f" tokens are the same, too few to go on from ({reason}" in result.stderr
+
+
 def test_an_unreadable_block_is_no_damage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill("--quiet")
     block, opened = next(Path("c/blocks").glob("000001-*")), os.open
