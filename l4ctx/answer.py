@@ -46,13 +46,13 @@ def show_answer(run: Run, note: Callable[[str], None], interruption: Interruptio
 
 def _after_tokens(run: Run) -> str:
     tokens = run.generated_tokens
-    return f" after {counted(tokens, 'token')} of the answer" if tokens else " before the answer began"
+    return f" after {counted(tokens, 'token')} of the answer" if tokens else ""
 
 
 def _kept(run: Run) -> str:
     """Of what was read for the answer."""
     folder, request = run.contexts.folder, run.request
-    if folder is None or (request.context is not None and request.paths):
+    if not run.generated_tokens or folder is None or (request.context is not None and request.paths):
         return run.kept()
     return f"the context {folder} holds what was read"
 

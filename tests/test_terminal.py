@@ -273,8 +273,7 @@ def test_an_answer_that_is_cut_off_ends_its_line(monkeypatch: pytest.MonkeyPatch
     text, notes, interruption = answered(Run(pieces, error), monkeypatch, columns)
     assert (text, notes) == (shown, ["ended"])
     count = len(pieces)
-    assert interruption.when() == (f" after {count} token{'s' * (count != 1)} of the answer" if count else
-                                   " before the answer began")
+    assert interruption.when() == (f" after {count} token{'s' * (count != 1)} of the answer" if count else "")
 
 
 def test_a_loop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
