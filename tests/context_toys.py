@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from error_budget import difference, in_float64, limit
 from torch import Tensor, nn
 
 from cache.hybrid import HybridKVCache
@@ -162,6 +163,18 @@ def _fresh_answer(ids: bytes, kind: Kind) -> Tensor:
     cache = HybridKVCache(CONFIG, length=layout.length, dtype=getattr(torch, kind.dtype), layout=layout)
     read(cache, memoryview(array("i", ids)), kind)
     return logits(cache, kind.dtype)
+
+
+@functools.cache
+def rounding() -> float:
+    """The limit of a relative difference of the model's float32 logits from those of float64."""
+    ids = as_batch(tokens(8 * BLOCK), torch.device("cpu"))
+    return limit(in_float64(model(), lambda model: model(ids)), model()(ids))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """But for rounding, which both have: what is asked of a run that goes on where a fresh run's grid has no cut."""
+    return difference(a, b) <= 2 * rounding()
 
 
 def read(cache: HybridKVCache, ids: memoryview, kind: Kind) -> None:

@@ -28,6 +28,7 @@ from context_toys import (
     block_digests,
     block_files,
     changed,
+    close,
     files,
     fresh_answer,
     journal_types,
@@ -56,11 +57,6 @@ KINDS = [Kind(kv_dtype, dtype) for dtype in ("float32", "bfloat16", "float16") f
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit by bit."""
     return torch.equal(a, b)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """But for rounding: what is asked of a run that goes on where a fresh run's grid has no cut."""
-    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from context_toys import (
     Kind,
     answer,
     changed,
+    close,
     files,
     fresh_answer,
     keep,
@@ -40,10 +41,6 @@ from l4ctx.request import Request
 IDS = tokens(4 * BLOCK + CHUNK + 7)
 LATER = changed(IDS, 3 * BLOCK + CHUNK + 5)  # goes on in the middle of a block
 REFUSED = (ContextError, DiskError)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import context_toys
 import pytest
 import torch
-from context_toys import CONFIG, Kind, model, tokens
+from context_toys import CONFIG, Kind, close, model, tokens
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
@@ -88,9 +88,9 @@ def test_a_context_serves_up_to_the_first_other_image(tmp_path: Path, images: tu
     keep(tmp_path / "c", IMAGES)
     served, logits = from_context(tmp_path / "c", images)
     assert served == min(first_difference, LENGTH - 1) // CHUNK * CHUNK
-    assert (logits - fresh(images)).abs().max() < 1e-5 * logits.abs().max()
+    assert close(logits, fresh(images))
     assert keep(tmp_path / "c", images) == (LENGTH if images == IMAGES else served)
-    assert torch.allclose(from_context(tmp_path / "c", images)[1], logits, atol=1e-5)
+    assert close(from_context(tmp_path / "c", images)[1], logits)
 
 
 def test_other_images_give_other_answers() -> None:

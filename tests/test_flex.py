@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cached_paths import CACHED_PATHS
+from error_budget import difference
 from paths import PATHS
 from test_masks import random_ranges
 from torch import Tensor
@@ -25,7 +26,6 @@ from model.registry import backend
 
 HEADS, HEAD_DIM = 6, 10
 TEN_MILLION = 10_000_000
-TOLERANCE = 1e-5  # of the oracle's largest logit
 CACHED = {name: CACHED_PATHS[name] for name in (
     "prefill chunks smaller than an attention chunk", "prefill chunks that are no multiple", "token by token",
     "forked")}
@@ -177,17 +177,17 @@ def test_whole_models_by_every_path(toys: Toys, model_with_flex: Callable[[str, 
     for path_name, path in paths.items():
         logits = path(ours, ids)
         for other_name, other in (("transformers", expected), ("sdpa", path(sdpa, ids))):
-            difference = ((logits - other).abs().max() / expected.abs().max()).item()
-            if not difference <= TOLERANCE:
-                wrong[path_name, other_name] = difference
+            error = difference(logits, other)
+            if not error <= toy.limit(1, 2 * CHUNK + 1) * (1 if other is expected else 2):  # sdpa errs as well
+                wrong[path_name, other_name] = error
     assert not wrong
 
 
 def test_rows_of_a_batch(toys: Toys, model_with_flex: Callable[[str, float], Any]) -> None:
-    ids, expected = toys("scout", 0.25).case(2, 33)
+    toy = toys("scout", 0.25)
+    ids, expected = toy.case(2, 33)
     for path in (PATHS["full"], CACHED["prefill chunks that are no multiple"]):
-        difference = (path(model_with_flex("scout", 0.25), ids) - expected).abs().max()
-        assert difference <= TOLERANCE * expected.abs().max()
+        assert difference(path(model_with_flex("scout", 0.25), ids), expected) <= toy.limit(2, 33)
 
 
 class Compiler:

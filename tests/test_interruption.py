@@ -51,7 +51,7 @@ def test_the_cache_goes_on_from_its_offset(toys: Any, monkeypatch: pytest.Monkey
     """Steps shorter and longer than the attention chunk of 7, begun inside one and at its boundary."""
     model = load_checkpoint(toys("scout", 0.25).folder, dtype=torch.float32)
     ids = torch.arange(61).remainder(model.config.vocab_size)[None]
-    expected = model(ids)
+    expected, both = model(ids), 2 * toys("scout", 0.25).limit(1, 61)  # of two ways to compute the same
     assert expected is not None
     for number in (1, 2, 5, 7, 13, 20):
         cache = new_cache(model, ids)
@@ -67,7 +67,7 @@ def test_the_cache_goes_on_from_its_offset(toys: Any, monkeypatch: pytest.Monkey
                     continue
                 assert logits is not None
                 difference = (logits - expected[:, start:stop]).abs().max()
-                assert difference <= 1e-5 * expected.abs().max()
+                assert difference <= both * expected.abs().max()
 
 
 STEPS = (5, BLOCK, 1, 2 * CHUNK + 3, 3, BLOCK + 2, 1)

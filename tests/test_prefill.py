@@ -108,7 +108,7 @@ def tokens(count: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("block_chunks", [1, 4])
 @pytest.mark.parametrize("size", [1, 5, CHUNK, 16, 100])
-def test_progress_ends_at_the_total(scout: Transformer, size: int, block_chunks: int) -> None:
+def test_progress_ends_at_the_total(toys: Toys, scout: Transformer, size: int, block_chunks: int) -> None:
     ids = tokens(61)
     cache = new_cache(scout, ids, block_chunks=block_chunks)
     for start, stop in ((0, 17), (17, 18), (18, 60)):  # three prefills, each behind what is there
@@ -125,7 +125,8 @@ def test_progress_ends_at_the_total(scout: Transformer, size: int, block_chunks:
         seconds = [0.0, *(state.seconds for state in progress)]
         assert all(0 < state.step_seconds <= state.seconds - before
                    for state, before in zip(progress, seconds, strict=False))
-    assert (scout(ids[:, 60:], cache) - scout(ids)[:, 60:]).abs().max() < 1e-5 * scout(ids).abs().max()
+    both = 2 * toys("scout", 0.25).limit(1, 61)  # of two ways to compute the same
+    assert (scout(ids[:, 60:], cache) - scout(ids)[:, 60:]).abs().max() < both * scout(ids).abs().max()
 
 
 def test_nothing_to_read(scout: Transformer) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from error_budget import difference, in_float64, limit_by
 from torch import Tensor
 from transformers import (
     Llama4Config,
@@ -25,6 +26,7 @@ from transformers import (
 CHUNK, FLOOR_SCALE, VOCABULARY = 7, 9, 97
 IMAGE_TOKEN = VOCABULARY - 1
 SCALES = (0.02, 0.25)  # small weights hide errors of attention, large ones errors of eps
+MANY_ROWS = (1, 61)  # batch, length
 LENGTHS = (5, CHUNK, 2 * CHUNK + 1, 61)  # within a chunk, exactly one, several, past six floors of the temperature
 
 BASE: dict[str, Any] = {
@@ -103,11 +105,29 @@ class Toy:
 
     @functools.cache  # noqa: B019 (as long-lived as the session's toys)
     def case(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T) and the oracle's logits (B, T, V): its full forward, without a cache."""
+        """Token ids (B, T) and the oracle's logits (B, T, V): its full forward in float64, without a cache."""
         generator = torch.Generator().manual_seed(1000 * batch + length)
         ids = torch.randint(VOCABULARY, (batch, length), generator=generator)
-        with torch.no_grad():
-            return ids, self.oracle(ids, use_cache=False).logits
+        return ids, in_float64(self.oracle, lambda oracle: oracle(ids, use_cache=False).logits)
+
+    @functools.cache  # noqa: B019
+    def limit(self, batch: int, length: int) -> float:
+        """What `error_budget.difference` from the case's logits is allowed in float32.
+
+        A few rows may be computed with luck, so the errors of many rows count too.
+        """
+        return limit_by(*(error for case in {(batch, length), MANY_ROWS} for error in self.errors(*case)))
+
+    @functools.cache  # noqa: B019
+    def errors(self, batch: int, length: int) -> list[float]:
+        """Of the float32 oracle, by its two kinds of attention."""
+        ids, expected = self.case(batch, length)
+        found = []
+        for attention in ("sdpa", "eager"):
+            self.oracle.set_attn_implementation(attention)
+            with torch.no_grad():
+                found.append(difference(self.oracle(ids, use_cache=False).logits, expected))
+        return found
 
 
 Toys = Callable[[str, float], Toy]
