@@ -6,6 +6,7 @@ import ctypes
 import gc
 import io
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -179,15 +180,23 @@ class CountingSampler(PeakSampler):
             assert self.taken.acquire(timeout=60)
 
 
+def resident(size: int) -> mmap.mmap:
+    """So many bytes in pages of their own, which go back when it is closed; malloc might keep them."""
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for start in range(0, size, MIB):
+        block[start:start + MIB] = b"x" * MIB
+    return block
+
+
 @needs_proc
 def test_the_sampler_sees_what_is_gone_by_the_end() -> None:
     gc.collect()
     threads = threading.active_count()
     with CountingSampler() as sampler:
         before = process_memory()
-        block = bytearray(b"x") * (64 * MIB)  # written, so that it is resident
+        block = resident(64 * MIB)
         sampler.wait_for_one()
-        del block
+        block.close()
         sampler.wait_for_one()
         after = process_memory()
     assert before is not None and after is not None and sampler.peak is not None
@@ -203,13 +212,13 @@ def test_the_sampler_ends_with_an_error_and_samples_once_more() -> None:
 
     def interrupted() -> None:
         with sampler:
-            stack.append(bytearray(b"x") * (64 * MIB))
+            stack.append(resident(64 * MIB))
             raise KeyboardInterrupt
 
-    stack: list[bytearray] = []
+    stack: list[mmap.mmap] = []
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    stack.clear()
+    stack.pop().close()
     now = process_memory()
     assert now is not None and sampler.peak is not None and threading.active_count() == threads
     assert sampler.peak.anonymous - now.anonymous > 60 * MIB  # seen by the last sample alone
