@@ -209,5 +209,5 @@ def test_default_lengths_are_shortened_to_the_model(positions: int, decode: int,
 def test_other_lengths_that_are_too_long_are_refused(options: tuple[str, ...], tmp_path: Path,
                                                      workers: Workers) -> None:
     jobs = workers({})
-    check_refused(bench(config_file(tmp_path), *options), 4, "1,500 positions")
+    check_refused(bench(config_file(tmp_path), *options), 4, "1,500 positions", as_json=True)
     assert not jobs
