@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from l4ctx.images import DocumentImage, ImageError, pixels_digest
-from l4ctx.memory import human_bytes
+from l4ctx.memory import counted, human_bytes
 from l4ctx.pdf_process import (
     MOST_LEFT,
     MOST_TEXT,
@@ -219,6 +219,8 @@ class _Read:
     content: list[str | DocumentImage] = field(default_factory=list)
     without_text: list[int] = field(default_factory=list)
     undrawn_fields: int = 0
+    attachments: int = 0  # files within the document
+    comments: int = 0  # annotations with text, on pages without
     failures: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of pages
 
     def all_pages(self, raw: bytes) -> None:
@@ -238,7 +240,8 @@ class _Read:
         header = {"do": "read", "mode": self.mode, "first": self.next, "longer_side": PAGE_PIXELS,
                   "memory": memory_limit(len(raw))}
         with request(header, raw) as receive:
-            self.pages = self._timed(receive).header["pages"]
+            opened = self._timed(receive).header
+            self.pages, self.attachments = opened["pages"], opened["attachments"]
             while self.next <= self.pages:
                 if not self._has_time():
                     return  # which ends the process
@@ -271,6 +274,7 @@ class _Read:
         text: str | None = None
         image: DocumentImage | None = None
         if "has_text" in header:
+            self.comments += header["comments"]
             self.text_bytes += len(reply.body)
             if self.text_bytes > MOST_TEXT:
                 raise PdfError(f"a PDF with more than {human_bytes(MOST_TEXT)} of text")
@@ -307,8 +311,7 @@ class _Read:
         if not self.content:
             raise PdfError(f"a PDF of which nothing can be read: {'; '.join(notes)}")
         if self.mode == "text" and len(self.without_text) + sum(map(len, self.failures.values())) == self.pages:
-            reason = "a PDF without text (scanned?); --pdf pages reads its pages as images"
-            raise PdfError("; ".join([reason, *notes]))
+            raise PdfError("; ".join([self._without_text(), *notes]))
         if self.without_text:
             verb = "has" if len(self.without_text) == 1 else "have"
             hint = "; --pdf pages reads them as images" if self.mode == "text" else ""
@@ -316,6 +319,16 @@ class _Read:
         if self.undrawn_fields:
             notes.append(f"{self.undrawn_fields} form field(s) without an appearance are not read (print it to a PDF)")
         return notes
+
+    def _without_text(self) -> str:
+        """What a document is that has no text on its pages."""
+        if self.comments:
+            return (f"a PDF without text but for {counted(self.comments, 'comment')} (sticky notes and the like); "
+                    "print it to a PDF with its comments")
+        if self.attachments:
+            return (f"a PDF without text but with {counted(self.attachments, 'file')} attached (a portfolio?); save "
+                    "the attached files and name them")
+        return "a PDF without text (scanned?); --pdf pages reads its pages as images"
 
     def _count(self, numbers: list[int]) -> str:
         return f"{len(numbers)} of {self.pages} page{'s' * (self.pages > 1)}"

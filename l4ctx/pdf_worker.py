@@ -256,7 +256,7 @@ def _read(pdfium: ModuleType, raw: bytes, request: dict[str, Any], send: _Send) 
         pages = pdfium.FPDF_GetPageCount(document.handle)
         if pages < 1:
             raise _DocumentError("a PDF without pages")
-        send({"pages": pages})
+        send({"pages": pages, "attachments": max(pdfium.FPDFDoc_GetAttachmentCount(document.handle), 0)})
         for index in range(request["first"] - 1, pages):
             header: dict[str, Any] = {"fields": _undrawn_fields(pdfium, document, index)}
             text = ""
@@ -265,6 +265,7 @@ def _read(pdfium: ModuleType, raw: bytes, request: dict[str, Any], send: _Send) 
                     if request["mode"] != "pages":
                         text = _page_text(pdfium, page)
                         header["has_text"] = True
+                        header["comments"] = 0 if text and not text.isspace() else _comments(pdfium, page)
                     if request["mode"] != "text":
                         size = _image_size(pdfium, document, index, request["longer_side"])
                         header["sha256"] = pixels_digest(*size, memoryview(_pixels(pdfium, page, *size)))
@@ -319,6 +320,16 @@ def _undrawn_fields(pdfium: ModuleType, document: _Document, index: int) -> int:
                 pdfium.FPDFPage_CloseAnnot(annotation)
     finally:
         pdfium.FPDF_ClosePage(page)
+    return count
+
+
+def _comments(pdfium: ModuleType, page: Any) -> int:
+    """How many annotations of a page hold text, such as sticky notes."""
+    count = 0
+    for at in range(pdfium.FPDFPage_GetAnnotCount(page)):
+        if annotation := pdfium.FPDFPage_GetAnnot(page, at):
+            count += pdfium.FPDFAnnot_GetStringValue(annotation, b"Contents", None, 0) > 2  # the NUL in UTF-16
+            pdfium.FPDFPage_CloseAnnot(annotation)
     return count
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pdf_toys
 import pytest
-from pdf_toys import SCANNED, Page, mark, pdf, text
+from pdf_toys import SCANNED, Page, assembled, mark, pdf, stream, text
 
 from l4ctx.images import DocumentImage, ImageError, pixels_digest
 from l4ctx.pdf import PAGE_PIXELS, PDF_MODES, PdfError, PdfSupportMissing, is_pdf, read_pdf
@@ -333,3 +333,16 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
 def test_a_mode_is_one_of_three() -> None:
     with pytest.raises(ValueError, match="mode is 'html', not one of text, pages, both"):
         read(pdf(Page()), "html")
+
+
+def test_text_that_is_elsewhere_than_on_the_pages() -> None:
+    note = b"<< /Type /Annot /Subtype /Text /Rect [9 9 20 20] /Contents (a remark) >>"
+    with pytest.raises(PdfError, match=r"^a PDF without text but for 2 comments \(sticky notes .* with its comments$"):
+        read(pdf(Page(entries=b"/Annots [" + note + note + b"]")))
+    attached = assembled([
+        b"<< /Type /Catalog /Pages 2 0 R /Names << /EmbeddedFiles << /Names [(a.txt) 4 0 R] >> >> >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] >>",
+        b"<< /Type /Filespec /F (a.txt) /EF << /F 5 0 R >> >>", stream(b"words", b"/Type /EmbeddedFile")])
+    with pytest.raises(PdfError, match=r"^a PDF without text but with 1 file attached \(a portfolio\?\); save the"):
+        read(attached)
