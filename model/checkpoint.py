@@ -268,7 +268,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            beginning = stream.read(8)
+            length = int.from_bytes(beginning, "little")
+            if beginning == b"version ":  # as git without LFS leaves it; a header of that length is none
+                raise CheckpointError(f"{file}: a pointer of git LFS, not the weights themselves: run git lfs pull in "
+                                      "the clone, or download the file")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut short inside its header ({size} bytes)")
             header = json.loads(stream.read(length))

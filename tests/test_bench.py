@@ -88,7 +88,8 @@ def test_what_the_machine_lacks_is_refused() -> None:
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l4ctx.bench.course.available_memory", lambda: 2**20)
     monkeypatch.setattr("l4ctx.bench.course.run_worker", lambda job: {
-        "stored_dtype": "float32", "parameters": 3_000_000, "accelerator_free": None, "device": "cpu"})
+        "stored_dtype": "float32", "parameters": 3_000_000, "can_be_mapped": True, "accelerator_free": None,
+        "device": "cpu"})
     check_refused(run_here("bench", "--model", str(TINY), "--tokens", "64"), 5, "this run needs")
 
 

@@ -334,3 +334,10 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     assert weights > 110e6 and peak < slack
     weights, largest, peak = measured("bfloat16")
     assert weights > 55e6 and peak < weights + largest + slack
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4903351912\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a pointer of git LFS.*git lfs pull"):
+        read_header(file)

@@ -409,7 +409,8 @@ def test_a_full_disk_of_a_context_loses_nothing(place: Path, monkeypatch: pytest
         patch.setattr(name, full)
         check_refused(prefill("-q", paths=paths), 5, "c: cannot be written: No space left on device; ",
                       f"{kept:,} tokens are kept: free some space and run the same command again")
-    notes = prefill(paths=paths).stderr.splitlines()[1:-1]
+    *notes, end = prefill(paths=paths).stderr.splitlines()[1:-1]
     assert notes == [f"l4ctx: {kept:,} of {spans()[-1]:,} tokens are in c already"] * bool(kept)
+    assert end.startswith("l4ctx: read ")
     assert block_digests(Path("c")) == block_digests(Path("whole"))
     check_answers(names="a")
