@@ -38,6 +38,20 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return toy
 
 
+@pytest.fixture(scope="module")
+def small_rows() -> Iterator[None]:
+    """Contexts of toys have several rows of blocks, and do not wait for the disk: that fsync is called is the matter of
+    test_context_kill.py."""
+    from cache import sizes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
+        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
+        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of attention by matrix products so small that toys have several, with edges."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,20 +30,10 @@ from cli_runner import (
 from context_toys import files
 from image_files import encoded, pattern
 
-from cache import sizes
 from l4ctx.manifest import _digest, read_manifest, saved_checkpoint
 
+pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK = 512
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

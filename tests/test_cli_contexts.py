@@ -44,20 +44,10 @@ from cli_runner import (
 from context_toys import block_digests, files
 
 import l4ctx.prefill
-from cache import sizes
 from model.checkpoint import read_header
 
+pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK, ROW = 512, 1024
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
-        patch.setattr(os, "fsync", lambda descriptor: None)  # that it is called is the matter of test_context_kill.py
-        yield
 
 
 @pytest.fixture(scope="module")

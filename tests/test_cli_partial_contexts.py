@@ -29,23 +29,13 @@ from cli_runner import (
 )
 
 import l4ctx.prefill
-from cache import sizes
 from l4ctx import locks
 from l4ctx.context import Context
 from l4ctx.difference import first_difference
 from l4ctx.prompt import Span
 
+pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK, ROW = 512, 1024
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture
