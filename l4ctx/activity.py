@@ -39,6 +39,7 @@ class Activity:
         self._console, self._is_shown = console, is_shown
         self._view: View = Doing("preparing")
         self._live: Live | None = None
+        self._spinner: RenderableType | None = None  # one for all drawings: it turns by its own clock
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._last_line = 0.0
@@ -103,8 +104,8 @@ class Activity:
             parts = [Text("reading"), ProgressBar(total=1.0, completed=share, width=bar)]
             width -= len("reading ") + bar + 1
         elif width >= NARROW_COLUMNS:
-            parts = [self._spinner or Spinner("line")]
-            self._spinner = parts[0]
+            self._spinner = self._spinner or Spinner("line")
+            parts = [self._spinner]
             width -= 2
         line = without_controls(self._view.line(width - 1, time.monotonic())).replace("\n", " ")
         drawn = Table.grid(padding=(0, 1))
@@ -112,8 +113,6 @@ class Activity:
             drawn.add_column(no_wrap=True)
         drawn.add_row(*parts, Text(line, overflow="crop"))
         return drawn
-
-    _spinner: RenderableType | None = None
 
 
 class Doing:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def _file(path: Path) -> str:
     if name.endswith(_PICKLED):
         return f"a file in {_PICKLE}"
     if name.endswith(".safetensors"):
-        what = _folder(path.parent, sorted(_names(path.parent)))
+        what = _folder(path.parent, _names_if_any(path.parent))
         return f"weights alone, without the config.json and tokenizer.json of a checkpoint (its folder: {what})"
     if name.endswith((".onnx", ".npz", ".mlmodel", ".h5", ".tflite")):
         return f"a model in another program's format; a safetensors checkpoint is needed: {_DOWNLOAD}"
@@ -139,7 +138,7 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
                     f"hf download {repository}")
         return f"the hub's cache of {repository}; give a snapshot in it: --model {snapshots[0]}"
     hub = path / "hub" if "hub" in names and path.name == "huggingface" else path
-    models = [name for name in (names if hub == path else _names_or_none(hub)) if name.startswith("models--")]
+    models = [name for name in (names if hub == path else _names_if_any(hub)) if name.startswith("models--")]
     if not models:
         return None
     found = [snapshot for name in models for snapshot in _snapshots(hub / name)[:1]]
@@ -150,7 +149,7 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
 def _snapshots(root: Path) -> list[Path]:
     """Of a repository in the hub's cache, those with a config.json: that of the main branch first, then the newest."""
     main = (_first_bytes(root / "refs" / "main", 100) or b"").decode("ascii", "replace").strip()
-    found = [root / "snapshots" / name for name in _names_or_none(root / "snapshots")]
+    found = [root / "snapshots" / name for name in _names_if_any(root / "snapshots")]
     return sorted((folder for folder in found if os.path.exists(folder / CONFIG)),
                   key=lambda folder: (folder.name != main, -os.stat(folder).st_mtime, folder.name))
 
@@ -162,7 +161,8 @@ def _hub() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
 
 
-def _names_or_none(folder: Path) -> Iterable[str]:
+def _names_if_any(folder: Path) -> list[str]:
+    """In order; none where the folder cannot be listed."""
     try:
         return sorted(_names(folder))
     except OSError:

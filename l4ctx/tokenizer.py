@@ -64,10 +64,9 @@ class Tokenizer:
                  settings: Iterable[Mapping[str, Any]] = (), template: str = "", embeddings: int | None = None) -> None:
         """`control` recognises its added tokens; an encoder for data is made from its parts.
 
-        `embeddings`: how many tokens the model has; an id beyond them is refused wherever it comes up.
-
         That one recognises no control tokens, but words that were added as text; `settings` and `template` are as in
-        `added_tokens.control_tokens`.
+        `added_tokens.control_tokens`. `embeddings`: how many tokens the model has; an id beyond them is refused
+        wherever it comes up.
         """
         control.no_truncation()
         control.no_padding()
