@@ -33,8 +33,8 @@ class ChunkedKVCache:
         tokens = keys.shape[2]
         self._first, self._stop = offset - used, offset + tokens
         if used + tokens <= self.chunk_size:
-            self.window.keys[:, :, used:used + tokens] = keys
-            self.window.values[:, :, used:used + tokens] = values
+            self.window.keys[:, :, used : used + tokens] = keys
+            self.window.values[:, :, used : used + tokens] = values
         else:
             self._new = Block(keys, values)
 

@@ -25,11 +25,33 @@ from torch import Tensor
 
 MAX_HEADER_BYTES = 16 * 2**20
 ALIGNMENT = 64
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-               torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PASSING = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
-                     errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ENOTCONN, errno.EHOSTDOWN})
+PASSING = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EBUSY,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+    }
+)
 """What the system says of a file that may well be whole."""
 
 Units = Mapping[str, Sequence[tuple[str, Tensor]]]
@@ -79,8 +101,11 @@ def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base
         for name, tensor in tensors:
             assert tensor.is_contiguous(), (unit, name, tensor.stride())  # a copy would have to outlive the writing
             content = as_bytes(tensor)
-            header[f"{unit}.{name}"] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                                        "data_offsets": [offset, offset + len(content)]}
+            header[f"{unit}.{name}"] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + len(content)],
+            }
             payload.append(content)
             crc = zlib.crc32(content, crc)
             offset += len(content)
@@ -170,15 +195,17 @@ class UnitFile:
                 raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         expected = self._data + max((unit.offset + unit.nbytes for unit in units), default=0)
         if isinstance(self.source, Path) and size != expected:
-            raise DiskError(f"{self.source}: {'cut short' if size < expected else 'too long'}: "
-                            f"{size:,} bytes instead of {expected:,}")
+            raise DiskError(
+                f"{self.source}: {'cut short' if size < expected else 'too long'}: "
+                f"{size:,} bytes instead of {expected:,}"
+            )
 
     def verify(self) -> int:
         """Reads everything; returns the number of bytes. Raises DiskError at the first damage."""
         self.check_size()
         buffer = bytearray(max((unit.nbytes for unit in self.units.values()), default=0))
         for name, unit in self.units.items():
-            self.read(name, memoryview(buffer)[:unit.nbytes])
+            self.read(name, memoryview(buffer)[: unit.nbytes])
         return sum(unit.nbytes for unit in self.units.values())
 
     @contextmanager
@@ -249,8 +276,10 @@ class Scratch:
         try:
             digest, size = write_units(self._file.fileno(), units, {"block": str(row)}, self._end)
         except OSError as error:
-            raise DiskFullError(f"{self.folder}: keys and values cannot be written: {error.strerror}; "
-                                "free some space there, or name another folder with --kv-dir") from None
+            raise DiskFullError(
+                f"{self.folder}: keys and values cannot be written: {error.strerror}; "
+                "free some space there, or name another folder with --kv-dir"
+            ) from None
         file = UnitFile(self._file.fileno(), header_sha256=digest, base=self._end)
         self._end += -(-size // 4096) * 4096
         return file

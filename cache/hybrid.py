@@ -29,23 +29,38 @@ class HybridKVCache:
     cache.sizes.KV_DTYPES) and lie where `residency` says. What memory does not hold is written to `rows`.
     """
 
-    def __init__(self, config: TextConfig, *, length: int | None = None, batch_size: int = 1,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kv_dtype: str = "auto",
-                 residency: Residency | None = None, rows: RowStore | None = None,
-                 layout: StoreLayout | None = None) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        length: int | None = None,
+        batch_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv_dtype: str = "auto",
+        residency: Residency | None = None,
+        rows: RowStore | None = None,
+        layout: StoreLayout | None = None,
+    ) -> None:
         self.config = config
         self.offset = 0
         self.length = config.max_position_embeddings if length is None else length
         self.batch_size, self.dtype, self.device = batch_size, dtype, torch.device(device)
-        self.layout = layout or StoreLayout.of(config, length=self.length, dtype=str(dtype).removeprefix("torch."),
-                                               kv_dtype=kv_dtype, batch_size=batch_size)
+        self.layout = layout or StoreLayout.of(
+            config,
+            length=self.length,
+            dtype=str(dtype).removeprefix("torch."),
+            kv_dtype=kv_dtype,
+            batch_size=batch_size,
+        )
         self.residency = residency or Residency(on_accelerator=self.device.type == "cuda")
         self.rows = rows
         self.tiers = Tiers(self.layout, self.device)
         self._is_saved = rows is not None and rows.is_durable  # every sealed block has a file
         self._placed = 0  # sealed rows of which each lies where it should
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
-            self._new_layer(layer) for layer in range(config.num_hidden_layers)]
+            self._new_layer(layer) for layer in range(config.num_hidden_layers)
+        ]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values (B, H_kv, T, D) of new tokens at `offset`; `segments` shows them at once."""
@@ -91,11 +106,13 @@ class HybridKVCache:
         """Bytes that are allocated now. The host tier of a model that computes on the CPU is its only one."""
         windows = [cache for cache in self.layers if isinstance(cache, ChunkedKVCache)]
         on_disk = sum(1 for store in self.stores for block in store.sealed if block.file is not None)
-        return KVBytes(sum(cache.nbytes for cache in windows),
-                       nope_device=sum(cache.nbytes(on_host=False) for cache in self.stores),
-                       nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
-                       nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
-                       buffers=self.tiers.buffer_bytes)
+        return KVBytes(
+            sum(cache.nbytes for cache in windows),
+            nope_device=sum(cache.nbytes(on_host=False) for cache in self.stores),
+            nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
+            nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
+            buffers=self.tiers.buffer_bytes,
+        )
 
     def predicted(self, tokens: int) -> int:
         """Bytes of memory that will be allocated after `tokens` tokens, in closed form."""
@@ -105,8 +122,14 @@ class HybridKVCache:
     def stores(self) -> list[OffloadedKVCache]:
         return [cache for cache in self.layers if isinstance(cache, OffloadedKVCache)]
 
-    def restore(self, offset: int, files: Sequence[UnitFile], *, tail: Mapping[int, Block] | None = None,
-                partial: UnitFile | None = None) -> None:
+    def restore(
+        self,
+        offset: int,
+        files: Sequence[UnitFile],
+        *,
+        tail: Mapping[int, Block] | None = None,
+        partial: UnitFile | None = None,
+    ) -> None:
         """Starts with `offset` tokens whose sealed blocks are in `files`, a row each.
 
         What is behind them comes from `tail`, by layer: keys and values of the open block's tokens of a NoPE layer and
@@ -180,8 +203,12 @@ class HybridKVCache:
         blocks = [store.sealed[row] for store in self.stores]
         if self.rows is None or all(block.file is not None for block in blocks):
             return
-        units = {unit_name(block.layer, number): self.tiers.to_host(packed).tensors
-                 for block in blocks for number, packed in enumerate(block.segments) if packed is not None}
+        units = {
+            unit_name(block.layer, number): self.tiers.to_host(packed).tensors
+            for block in blocks
+            for number, packed in enumerate(block.segments)
+            if packed is not None
+        }
         file = self.rows.write(row, units)
         for block in blocks:
             block.file = file

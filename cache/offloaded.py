@@ -38,8 +38,8 @@ class OffloadedKVCache:
             segment = self.segment(number)
             count = min(stop - position, size - used)
             source = slice(position - offset, position - offset + count)
-            segment.keys[:, :, used:used + count] = keys[:, :, source]
-            segment.values[:, :, used:used + count] = values[:, :, source]
+            segment.keys[:, :, used : used + count] = keys[:, :, source]
+            segment.values[:, :, used : used + count] = values[:, :, source]
             position += count
         self._stop = stop
 
@@ -88,6 +88,7 @@ class OffloadedKVCache:
         """The open segment of this number, made if need be; not larger than what is left of the run."""
         if number not in self.open:
             size = self.tiers.layout.segment_tokens
-            self.open[number] = empty_block(self.tiers.layout, min(size, self.length - number * size),
-                                            self.tiers.device)
+            self.open[number] = empty_block(
+                self.tiers.layout, min(size, self.length - number * size), self.tiers.device
+            )
         return self.open[number]

@@ -86,15 +86,23 @@ class StoreLayout:
     segment_tokens: int
 
     @classmethod
-    def of(cls, config: TextConfig, *, length: int, dtype: str, kv_dtype: str = "auto",
-           batch_size: int = 1) -> StoreLayout:
+    def of(
+        cls, config: TextConfig, *, length: int, dtype: str, kv_dtype: str = "auto", batch_size: int = 1
+    ) -> StoreLayout:
         """The layout of a run of at most `length` tokens; kv_dtype "auto" is `dtype`."""
         assert dtype in KV_DTYPES and dtype not in QUANTIZED, dtype
         kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
         assert kv_dtype in KV_DTYPES, kv_dtype
         itemsize = KV_DTYPES[dtype]
-        return cls(config, length, dtype, kv_dtype, batch_size, block_tokens(config, itemsize, batch_size),
-                   segment_tokens(config, itemsize, batch_size))
+        return cls(
+            config,
+            length,
+            dtype,
+            kv_dtype,
+            batch_size,
+            block_tokens(config, itemsize, batch_size),
+            segment_tokens(config, itemsize, batch_size),
+        )
 
     def computed_in(self, dtype: str) -> StoreLayout:
         """The same store for a model that computes in `dtype`: cut in the same places, stored in the same type."""
@@ -172,12 +180,17 @@ class StoreLayout:
         open_bytes = min(self.open_bytes(open_tokens), self.config.num_nope_layers * last * self.token_bytes)
         on_device = device * self.row_bytes + (open_bytes if residency.on_accelerator else 0)
         on_host = host * self.row_bytes + (0 if residency.on_accelerator else open_bytes)
-        return KVBytes(self.window_bytes, on_device, on_host,
-                       nope_disk=(rows if all_on_disk else disk) * self.row_bytes,
-                       buffers=self.buffer_bytes(rows if all_on_disk else disk, rows))
+        return KVBytes(
+            self.window_bytes,
+            on_device,
+            on_host,
+            nope_disk=(rows if all_on_disk else disk) * self.row_bytes,
+            buffers=self.buffer_bytes(rows if all_on_disk else disk, rows),
+        )
 
-    def peak(self, tokens: int, step_tokens: int, residency: Residency = Residency(), *,
-             all_on_disk: bool = False) -> KVBytes:
+    def peak(
+        self, tokens: int, step_tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False
+    ) -> KVBytes:
         """The most that a run of `tokens` in the driver's steps of up to `step_tokens` holds: before its last block is
         sealed, or at the end. One layer's packed block, while it is made, is not counted."""
         end = self.held(tokens, residency, all_on_disk=all_on_disk)
@@ -188,11 +201,18 @@ class StoreLayout:
         sealed_before = (rows - stepped) * self.block_tokens
         before = self.held(sealed_before, residency)
         behind = tokens % self.block_tokens if step_tokens > self.block_tokens else 0
-        full = min(self.open_bytes(stepped * self.block_tokens + behind),
-                   self.config.num_nope_layers * (self.length - sealed_before) * self.token_bytes)
+        full = min(
+            self.open_bytes(stepped * self.block_tokens + behind),
+            self.config.num_nope_layers * (self.length - sealed_before) * self.token_bytes,
+        )
         device, host = (full, 0) if residency.on_accelerator else (0, full)
-        return KVBytes(end.rope_windows, max(end.nope_device, before.nope_device + device),
-                       max(end.nope_host, before.nope_host + host), end.nope_disk, end.buffers)
+        return KVBytes(
+            end.rope_windows,
+            max(end.nope_device, before.nope_device + device),
+            max(end.nope_host, before.nope_host + host),
+            end.nope_disk,
+            end.buffers,
+        )
 
     def rows_within(self, budget: int, step_tokens: int, *, is_open_here: bool, is_read_here: bool) -> int:
         """Sealed rows that fit into `budget` bytes of one tier beside its open blocks and its read buffers."""
@@ -221,8 +241,7 @@ def block_tokens(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
 def segment_tokens(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
     """Tokens in a segment: the least whole share of a block, in attention chunks, that is not too small."""
     block = block_tokens(config, itemsize, batch_size)
-    least = max(MIN_SEGMENT_TOKENS,
-                math.ceil(MIN_SEGMENT_BYTES / layer_bytes_per_token(config, itemsize, batch_size)))
+    least = max(MIN_SEGMENT_TOKENS, math.ceil(MIN_SEGMENT_BYTES / layer_bytes_per_token(config, itemsize, batch_size)))
     chunks = block // config.attention_chunk_size
     shares = (n * config.attention_chunk_size for n in range(1, chunks + 1) if chunks % n == 0)
     return next((tokens for tokens in shares if tokens >= least), block)

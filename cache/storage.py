@@ -22,8 +22,13 @@ from torch import Tensor
 from cache.blocks import Block
 from cache.sizes import KV_DTYPES, QUANTIZED, StoreLayout
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-                "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 assert TORCH_DTYPES.keys() == KV_DTYPES.keys()
 
 KEY_SCALES_SHARED_OVER, VALUE_SCALES_SHARED_OVER = 3, 4
@@ -55,8 +60,12 @@ class Packed(NamedTuple):
     @property
     def tensors(self) -> list[tuple[str, Tensor]]:
         """By name, in the order in which they lie in a file: scales first, so that all are aligned."""
-        named = [("key_scales", self.key_scales), ("value_scales", self.value_scales),
-                 ("keys", self.keys), ("values", self.values)]
+        named = [
+            ("key_scales", self.key_scales),
+            ("value_scales", self.value_scales),
+            ("keys", self.keys),
+            ("values", self.values),
+        ]
         return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
@@ -67,8 +76,11 @@ def shapes(layout: StoreLayout) -> list[tuple[str, torch.dtype, tuple[int, ...]]
     stored: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("keys", dtype, shape), ("values", dtype, shape)]
     if layout.kv_dtype not in QUANTIZED:
         return stored
-    return [("key_scales", torch.float32, (b, h, s // layout.group_tokens, d)),
-            ("value_scales", torch.float32, (b, h, s, 1)), *stored]
+    return [
+        ("key_scales", torch.float32, (b, h, s // layout.group_tokens, d)),
+        ("value_scales", torch.float32, (b, h, s, 1)),
+        *stored,
+    ]
 
 
 def pack(block: Block, layout: StoreLayout) -> Packed:
@@ -99,8 +111,12 @@ def unpack(packed: Packed, layout: StoreLayout, into: Block) -> Block:
 
 def empty_packed(layout: StoreLayout, device: torch.device, pinned: bool = False) -> Packed:
     """Uninitialised."""
-    return Packed(**{name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
-                     for name, dtype, shape in shapes(layout)})
+    return Packed(
+        **{
+            name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            for name, dtype, shape in shapes(layout)
+        }
+    )
 
 
 def packed_from_bytes(buffer: Tensor, layout: StoreLayout) -> Packed:
@@ -111,7 +127,7 @@ def packed_from_bytes(buffer: Tensor, layout: StoreLayout) -> Packed:
     offset = 0
     for name, dtype, shape in shapes(layout):
         nbytes = dtype.itemsize * torch.Size(shape).numel()
-        views[name] = buffer[offset:offset + nbytes].view(dtype).view(shape)
+        views[name] = buffer[offset : offset + nbytes].view(dtype).view(shape)
         offset += nbytes
     return Packed(**views)
 
@@ -139,8 +155,9 @@ def _quantized(x: Tensor, layout: StoreLayout, shared_over: int) -> tuple[Tensor
     grouped = x.unflatten(2, (-1, layout.group_tokens))
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     grouped_codes = codes.unflatten(2, (-1, layout.group_tokens))
-    scales = torch.empty([1 if i == shared_over else n for i, n in enumerate(grouped.shape)],
-                         dtype=torch.float32, device=x.device)
+    scales = torch.empty(
+        [1 if i == shared_over else n for i, n in enumerate(grouped.shape)], dtype=torch.float32, device=x.device
+    )
     for piece in _pieces(layout, x.device):
         elements, scale = grouped[:, :, piece].float(), scales[:, :, piece]
         absmax = torch.maximum(elements.amax(shared_over, keepdim=True), -elements.amin(shared_over, keepdim=True))

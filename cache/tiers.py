@@ -57,8 +57,11 @@ class SealedBlock:
 
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes in host memory, or on an accelerator."""
-        return sum(packed.nbytes for packed in self.segments
-                   if packed is not None and (packed.keys.device.type == "cpu") == on_host)
+        return sum(
+            packed.nbytes
+            for packed in self.segments
+            if packed is not None and (packed.keys.device.type == "cpu") == on_host
+        )
 
     def move(self, place: Callable[[Packed], Packed]) -> None:
         for number, packed in enumerate(self.segments):
@@ -103,8 +106,9 @@ class Tiers:
         """Allocates the buffers that the layout's closed form counts, before they are needed."""
         if reads and not self._read_buffers:
             size = self.layout.sealed_segment_bytes
-            self._read_buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pins)
-                                  for _ in range(READ_BUFFERS)]
+            self._read_buffers = [
+                torch.empty(size, dtype=torch.uint8, pin_memory=self._pins) for _ in range(READ_BUFFERS)
+            ]
         if has_sealed and self.layout.is_packed:
             self._unpack_buffer(self.device)
 
@@ -117,15 +121,21 @@ class Tiers:
         the next is asked for. Blocks that memory is meant to hold stay there when they are read again: the first answer
         does not wait for memory to be filled."""
         _, _, on_disk = residency.split(len(blocks))
-        loans = (Loan(block, number, row >= on_disk and block.was_read) for row, block in enumerate(blocks)
-                 for number in range(len(block.segments)))
+        loans = (
+            Loan(block, number, row >= on_disk and block.was_read)
+            for row, block in enumerate(blocks)
+            for number in range(len(block.segments))
+        )
         fetched = self._fetched(loans)
         if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:
             fetched = self._on_device(fetched)
         for packed in fetched:
             device = packed.keys.device
-            yield unpack(packed, self.layout, self._unpack_buffer(device)) if self.layout.is_packed else Block(
-                packed.keys, packed.values)
+            yield (
+                unpack(packed, self.layout, self._unpack_buffer(device))
+                if self.layout.is_packed
+                else Block(packed.keys, packed.values)
+            )
 
     def load(self, block: SealedBlock, number: int) -> Block:
         """One segment in the compute dtype, in memory of its own."""
@@ -162,8 +172,13 @@ class Tiers:
             else:
                 yield begun
 
-    def _in_background(self, work: Callable[[SealedBlock, int, Tensor], Packed], block: SealedBlock, number: int,
-                       buffer: Tensor | None = None) -> Future[Packed]:
+    def _in_background(
+        self,
+        work: Callable[[SealedBlock, int, Tensor], Packed],
+        block: SealedBlock,
+        number: int,
+        buffer: Tensor | None = None,
+    ) -> Future[Packed]:
         if self._readers is None:
             self._readers = ThreadPoolExecutor(max_workers=READ_BUFFERS - 1, thread_name_prefix="read-ahead")
         begun = self._readers.submit(work, block, number, self._room() if buffer is None else buffer)

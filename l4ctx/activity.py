@@ -59,8 +59,9 @@ class Activity:
         if self._is_shown and self._console.is_interactive:
             from rich.live import Live
 
-            self._live = Live(get_renderable=self._drawn, console=self._console, transient=True,
-                              refresh_per_second=1 / LIVE_SECONDS)
+            self._live = Live(
+                get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=1 / LIVE_SECONDS
+            )
             self._live.start()
         elif self._is_shown:
             self._ended.clear()
@@ -68,8 +69,9 @@ class Activity:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         live, thread = self._live, self._thread
         self._live = self._thread = None
         if live is not None:

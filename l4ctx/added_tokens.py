@@ -15,8 +15,9 @@ _CONTROL_FORM = re.compile(r"<\|.*\|>", re.DOTALL)
 _WORDS = re.compile(r"[\w\s'’.-]+")
 
 
-def control_tokens(added: Iterable[tokenizers.AddedToken], settings: Iterable[Mapping[str, Any]],
-                   template: str) -> frozenset[str]:
+def control_tokens(
+    added: Iterable[tokenizers.AddedToken], settings: Iterable[Mapping[str, Any]], template: str
+) -> frozenset[str]:
     """Those that data must never become, as they are written.
 
     They are the special ones; those that one of `settings` (tokenizer_config.json, special_tokens_map.json) names as
@@ -25,9 +26,13 @@ def control_tokens(added: Iterable[tokenizers.AddedToken], settings: Iterable[Ma
     """
     named = {content for fields in settings for content in _named(fields)}
     return frozenset(
-        token.content for token in added
-        if token.special or token.content in named or _CONTROL_FORM.fullmatch(token.content)
-        or (token.content in template and not _WORDS.fullmatch(token.content)))
+        token.content
+        for token in added
+        if token.special
+        or token.content in named
+        or _CONTROL_FORM.fullmatch(token.content)
+        or (token.content in template and not _WORDS.fullmatch(token.content))
+    )
 
 
 def _named(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -50,8 +55,9 @@ def _contents(value: Any) -> Iterator[str]:
         yield content
 
 
-def add_in_order(target: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken],
-                 control: frozenset[str]) -> bool:
+def add_in_order(
+    target: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken], control: frozenset[str]
+) -> bool:
     """Adds the same tokens to another tokenizer of the same model, so that `control` are special there and pass as
     plain text; whether all of them got their own ids."""
     for _, token in sorted(added.items()):
@@ -62,7 +68,8 @@ def add_in_order(target: tokenizers.Tokenizer, added: Mapping[int, tokenizers.Ad
     target.encode_special_tokens = True
     again = target.get_added_tokens_decoder()
     return {token_id: token.content for token_id, token in again.items()} == {
-        token_id: token.content for token_id, token in added.items()}
+        token_id: token.content for token_id, token in added.items()
+    }
 
 
 class CutCheck:
@@ -80,11 +87,12 @@ class CutCheck:
     def is_clear(self, text: str, cut: int, prefix: str = "", suffix: str = "") -> bool:
         """For `text[:cut]` and `text[cut:]`, between `prefix` and `suffix`."""
         n = self._longest
-        before, after = text[max(0, cut - n):cut], text[cut:cut + n]
+        before, after = text[max(0, cut - n) : cut], text[cut : cut + n]
         if len(before) < n:
-            before = prefix[-(n - len(before)):] + before
+            before = prefix[-(n - len(before)) :] + before
         if len(after) < n:
-            after += suffix[:n - len(after)]
+            after += suffix[: n - len(after)]
         window, at = before + after, len(before)
         return not self._any.search(window) or not any(
-            content in window[max(0, at - len(content)):at + len(content)] for content in self._contents)
+            content in window[max(0, at - len(content)) : at + len(content)] for content in self._contents
+        )

@@ -36,8 +36,10 @@ def show_answer(run: Run, note: Callable[[str], None], interruption: Interruptio
         raise
     if run.loop is not None:
         period = "token" if run.loop.period == 1 else f"{run.loop.period} tokens"
-        note(f"the answer repeats itself (the same {period}, {run.loop.times} times in a row) and was ended there; "
-             "--no-loop-guard lets it go on")
+        note(
+            f"the answer repeats itself (the same {period}, {run.loop.times} times in a row) and was ended there; "
+            "--no-loop-guard lets it go on"
+        )
     elif run.stop_reason == "length":
         note(f"the answer was cut at {run.max_new_tokens} tokens; --max-new-tokens allows more")
     elif not run.answer.strip():

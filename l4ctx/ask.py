@@ -64,7 +64,8 @@ class Run:
     generated_tokens: int = 0
     loop: Loop | None = None  # what ended the answer, if the stop reason is "repetition"
     timings: dict[str, Timing] = field(
-        default_factory=lambda: {name: Timing() for name in ("load", "tokenize", "prefill", "decode")})
+        default_factory=lambda: {name: Timing() for name in ("load", "tokenize", "prefill", "decode")}
+    )
     skipped: list[Skipped] = field(default_factory=list)
 
     config: TextConfig = field(init=False)
@@ -105,17 +106,24 @@ class Run:
         self.config = TextConfig.from_folder(self.request.model)
         self.contexts = ContextUse(self.request)
         check_kv_dir(self.request.kv_dir)
-        self.images = ImageUse(self.request.model, self.config, no_images=self.request.no_images,
-                                   pdf=self.request.pdf)
-        self._documents = read_documents(self.request.paths, stdin=self.request.stdin, pdf=self.request.pdf,
-                                         encoding=self.request.encoding, keep_payload=self.request.keep_payload,
-                                         no_images=self.images.why_not, progress=self._tell_of_documents,
-                                         skip_unreadable=self.request.skip_unreadable)
+        self.images = ImageUse(self.request.model, self.config, no_images=self.request.no_images, pdf=self.request.pdf)
+        self._documents = read_documents(
+            self.request.paths,
+            stdin=self.request.stdin,
+            pdf=self.request.pdf,
+            encoding=self.request.encoding,
+            keep_payload=self.request.keep_payload,
+            no_images=self.images.why_not,
+            progress=self._tell_of_documents,
+            skip_unreadable=self.request.skip_unreadable,
+        )
         self.skipped = self._documents.skipped
         if self.request.paths == ["-"] and self.skipped:
             or_alone = "" if self.request.question is None else "; --no-documents asks the model alone"
-            raise RequestError(f"no documents: standard input has nothing to read: {self.skipped[0].reason} "
-                               f"(name a file or folder{or_alone})")
+            raise RequestError(
+                f"no documents: standard input has nothing to read: {self.skipped[0].reason} "
+                f"(name a file or folder{or_alone})"
+            )
         if self.request.paths:
             self._documents.require_any(self.request.paths)
         for entry in self.skipped[:SKIPPED_LINES]:
@@ -146,12 +154,20 @@ class Run:
         began = time.perf_counter()
         self.tell("tokenizing")
         if self._documents.has_images:
-            self._reading = self.images.prepare(self.tokenizer, self.images.stored_tensors(),
-                                               with_digests=self.contexts.folder is not None)
+            self._reading = self.images.prepare(
+                self.tokenizer, self.images.stored_tensors(), with_digests=self.contexts.folder is not None
+            )
         held = self._leave_out_what_is_held()
-        self.prompt = build_prompt(self.tokenizer, template, self._documents.take(), self.request.question or "",
-                                   images=self._reading.prompter if self._reading else None, system=self.request.system,
-                                   first_index=held + 1, progress=self._tell_of_tokens(self._documents.characters))
+        self.prompt = build_prompt(
+            self.tokenizer,
+            template,
+            self._documents.take(),
+            self.request.question or "",
+            images=self._reading.prompter if self._reading else None,
+            system=self.request.system,
+            first_index=held + 1,
+            progress=self._tell_of_tokens(self._documents.characters),
+        )
         self._keep_what_is_asked()
         self.timings["tokenize"] = Timing(time.perf_counter() - began, len(self.prompt.ids))
         for text in self.prompt.notes:
@@ -161,13 +177,17 @@ class Run:
         if self.request.question is None:
             self.max_new_tokens = 0
         if 0 < room < self.max_new_tokens:
-            raise RequestError(f"--max-new-tokens {self.max_new_tokens}: the prompt's {self.prompt_tokens:,} tokens "
-                               f"leave {room:,} of the model's {self.config.max_position_embeddings:,} positions")
+            raise RequestError(
+                f"--max-new-tokens {self.max_new_tokens}: the prompt's {self.prompt_tokens:,} tokens "
+                f"leave {room:,} of the model's {self.config.max_position_embeddings:,} positions"
+            )
         check_length(self.prompt, self.max_new_tokens, self.config.max_position_embeddings, self.prompt_tokens)
         if self.prompt.spans:
-            self.note(f"{counted(len(self.prompt.spans), 'document')}, "
-                      f"{counted(len(self.prompt.images), 'image') + ', ' if self.prompt.images else ''}"
-                      f"{len(self.prompt.ids):,} tokens")
+            self.note(
+                f"{counted(len(self.prompt.spans), 'document')}, "
+                f"{counted(len(self.prompt.images), 'image') + ', ' if self.prompt.images else ''}"
+                f"{len(self.prompt.ids):,} tokens"
+            )
 
     def plan_memory(self) -> None:
         """Predicts every owner's bytes, and opens a context that is written to.
@@ -183,20 +203,27 @@ class Run:
         self._before = process_memory()
         room = self._room()
         on_accelerator = self._device.type != "cpu"
-        dtype = computing_dtype(self.contexts.choice("dtype"), stored, parameters, available=room.host,
-                                on_accelerator=on_accelerator)
+        dtype = computing_dtype(
+            self.contexts.choice("dtype"), stored, parameters, available=room.host, on_accelerator=on_accelerator
+        )
         self._attention = self.contexts.attention(dtype, on_accelerator=on_accelerator)
-        job = Job(self.config, prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens,
-                  weights=parameters * KV_DTYPES[dtype],
-                  weights_are_mapped=not on_accelerator and dtype == stored and is_mappable,
-                  dtype=dtype, kv_dtype=self.contexts.choice("kv_dtype"),
-                  prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
-                  is_saved=self.contexts.folder is not None,
-                  on_disk_already=2**62 if self.request.context is not None else 0,  # all of it: nothing is written
-                  new_tokens=len(self.prompt.ids),
-                  stored_dtype=stored if is_mappable else None, largest=self._largest(),
-                  saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
-                  images=self._reading.work(self.prompt.images) if self._reading else None)
+        job = Job(
+            self.config,
+            prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            weights=parameters * KV_DTYPES[dtype],
+            weights_are_mapped=not on_accelerator and dtype == stored and is_mappable,
+            dtype=dtype,
+            kv_dtype=self.contexts.choice("kv_dtype"),
+            prefill_chunk_size=self.contexts.choice("prefill_chunk_size"),
+            is_saved=self.contexts.folder is not None,
+            on_disk_already=2**62 if self.request.context is not None else 0,  # all of it: nothing is written
+            new_tokens=len(self.prompt.ids),
+            stored_dtype=stored if is_mappable else None,
+            largest=self._largest(),
+            saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
+            images=self._reading.work(self.prompt.images) if self._reading else None,
+        )
         self.plan = MemoryPlan.of(job, room)
         if self.request.save_context is not None and self.request.save_context.exists():
             room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
@@ -204,8 +231,9 @@ class Run:
         for text in self.plan.notes:
             self.note(text)
         self.tell(f"comparing with {self.contexts.folder}" if self.contexts.folder else "planning memory")
-        self.contexts.begin(self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size,
-                            self._attention)
+        self.contexts.begin(
+            self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size, self._attention
+        )
         for text in self.contexts.notes:
             self.note(text)
         self._check_unsaved_rows()
@@ -221,17 +249,29 @@ class Run:
 
         began = time.perf_counter()
         self.tell("loading weights")
-        self.model = load_checkpoint(self.request.model, dtype=self.plan.job.dtype, device=self._device,
-                                     attention=self._attention, is_mapped=self.plan.weights_are_mapped)
+        self.model = load_checkpoint(
+            self.request.model,
+            dtype=self.plan.job.dtype,
+            device=self._device,
+            attention=self._attention,
+            is_mapped=self.plan.weights_are_mapped,
+        )
         unread = [placed for placed in self.prompt.images if placed.span.stop > self.contexts.reused]
         if self._reading is not None and unread:
-            self._features = self._reading.load(unread, dtype=self.model.dtype, device=self._device,
-                                               is_mapped=self.plan.weights_are_mapped)
+            self._features = self._reading.load(
+                unread, dtype=self.model.dtype, device=self._device, is_mapped=self.plan.weights_are_mapped
+            )
         if self.request.kv_dir is not None:
             self._scratch = Scratch(self.request.kv_dir)
-        self.cache = HybridKVCache(self.config, length=self.prompt_tokens + self.max_new_tokens, dtype=self.model.dtype,
-                                   device=self._device, layout=self.plan.layout, residency=self.plan.residency,
-                                   rows=self.contexts.writer or self._scratch)
+        self.cache = HybridKVCache(
+            self.config,
+            length=self.prompt_tokens + self.max_new_tokens,
+            dtype=self.model.dtype,
+            device=self._device,
+            layout=self.plan.layout,
+            residency=self.plan.residency,
+            rows=self.contexts.writer or self._scratch,
+        )
         if self.contexts.reused:
             self.tell(f"loading {self.contexts.reused:,} tokens of {self.contexts.folder}")
         self.contexts.restore(self.cache)
@@ -259,11 +299,12 @@ class Run:
         from l4ctx.prefill import prefill
 
         first = self.prompt_tokens - len(self.prompt.ids)  # position of the prompt's first own token
-        ids = memoryview(self.prompt.ids)[self.cache.offset - first:stop - first]
+        ids = memoryview(self.prompt.ids)[self.cache.offset - first : stop - first]
         before = self.timings["prefill"]
         with self.contexts.naming_the_mend(), self._telling_what_is_kept():
-            for step in prefill(self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size,
-                                features=self._features):
+            for step in prefill(
+                self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size, features=self._features
+            ):
                 self.timings["prefill"] = Timing(before.seconds + step.seconds, before.tokens + step.done)
                 yield step
 
@@ -291,8 +332,15 @@ class Run:
         began = time.perf_counter()
         decoder = StreamDecoder(self.tokenizer)
         guard = LoopGuard() if self.request.loop_guard else None
-        tokens = generate(self.model, self.cache, self.prompt.ids[-1], max_new_tokens=self.max_new_tokens,
-                          stop_tokens=self.generation.stop_tokens, sampling=self.sampling, guard=guard)
+        tokens = generate(
+            self.model,
+            self.cache,
+            self.prompt.ids[-1],
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=self.generation.stop_tokens,
+            sampling=self.sampling,
+            guard=guard,
+        )
         while True:
             try:
                 with self.contexts.naming_the_mend():
@@ -329,13 +377,19 @@ class Run:
         on_gpu = self._device.type == "cuda"
         return MemoryReport(
             predicted=self.plan,
-            weights=sum(p.nbytes for p in self.model.parameters()) + (
-                self._features.weight_bytes if self._features else 0),
-            rope_windows=held.rope_windows, nope_device=held.nope_device, nope_host=held.nope_host,
-            nope_disk=held.nope_disk, buffers=held.buffers, token_ids=memoryview(self.prompt.ids).nbytes,
-            process_before=self._before, process=process_memory(),
+            weights=sum(p.nbytes for p in self.model.parameters())
+            + (self._features.weight_bytes if self._features else 0),
+            rope_windows=held.rope_windows,
+            nope_device=held.nope_device,
+            nope_host=held.nope_host,
+            nope_disk=held.nope_disk,
+            buffers=held.buffers,
+            token_ids=memoryview(self.prompt.ids).nbytes,
+            process_before=self._before,
+            process=process_memory(),
             process_peak=self._sampler.peak,
-            accelerator_peak=torch.cuda.max_memory_allocated(self._device) if on_gpu else None)
+            accelerator_peak=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+        )
 
     def _tell_of_documents(self, count: int) -> None:
         self.tell(f"reading files: {counted(count, 'document')}")
@@ -387,7 +441,8 @@ class Run:
         tokens = self.contexts.reader.tokens  # it may still be being read
         held = [span for span in self.contexts.documents() if span.start < tokens]
         self._documents.documents, skipped = added_documents(
-            self._documents.documents, {span.source: span.sha256 if span.stop <= tokens else "" for span in held})
+            self._documents.documents, {span.source: span.sha256 if span.stop <= tokens else "" for span in held}
+        )
         for entry in skipped:
             self.note(f"skipped {entry.source}: {entry.reason}")
         self.skipped += skipped
@@ -403,9 +458,14 @@ class Run:
         check_kv_device_memory(asked.kv_device_memory, on_accelerator=self._device.type == "cuda")
         folder = asked.save_context or asked.kv_dir
         disk = None if folder is None else available_disk(folder)
-        return Room(host=available_memory(), accelerator=free_on_accelerator(self._device),
-                    kv_device=asked.kv_device_memory, kv_host=asked.kv_host_memory, disk=disk,
-                    disk_folder=str(folder or asked.context) if folder or asked.context else None)
+        return Room(
+            host=available_memory(),
+            accelerator=free_on_accelerator(self._device),
+            kv_device=asked.kv_device_memory,
+            kv_host=asked.kv_host_memory,
+            disk=disk,
+            disk_folder=str(folder or asked.context) if folder or asked.context else None,
+        )
 
     def _check_unsaved_rows(self) -> None:
         """Blocks that are read anew beside a context that is only answered from have no place on disk."""
@@ -414,8 +474,10 @@ class Run:
             return
         new = layout.sealed_rows(self.prompt_tokens) - self.contexts.reused // layout.block_tokens
         if new > host + self.plan.residency.device_rows:
-            raise MemoryPlanError("what these documents have beyond the context does not fit into memory; add "
-                                  "--kv-dir, or read them into the context with l4ctx prefill")
+            raise MemoryPlanError(
+                "what these documents have beyond the context does not fit into memory; add "
+                "--kv-dir, or read them into the context with l4ctx prefill"
+            )
 
     def _sampling(self) -> Sampling:
         from l4ctx.generate import Sampling

@@ -60,16 +60,26 @@ def chat_environment(date: datetime.datetime | None = None) -> ImmutableSandboxe
     def strftime_now(format: str) -> str:  # its name can be given in a template
         return (date or datetime.datetime.now()).strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, LoopControlExtension])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+    )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": strftime_now, "dict": SafeDict(),
-                            "namespace": SafeNamespace}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": strftime_now,
+        "dict": SafeDict(),
+        "namespace": SafeNamespace,
+    }
     return environment
 
 
-def _to_json(x: Any, ensure_ascii: bool = False, indent: int | str | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Plain JSON: Jinja's own `tojson` escapes for HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

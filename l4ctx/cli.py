@@ -50,8 +50,13 @@ if TYPE_CHECKING:
     from l4ctx.planning import PlanRequest
     from l4ctx.request import Request
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> NoReturn:
@@ -69,9 +74,14 @@ def main() -> NoReturn:
 
 
 @app.callback(cls=Group, epilog=EXIT_CODES)
-def l4ctx(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.",
-                                                callback=lambda wanted: _show_version(wanted), is_eager=True)] = False,
-          ) -> None:
+def l4ctx(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=lambda wanted: _show_version(wanted), is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Ask questions over documents of millions of tokens with Llama 4."""
 
 
@@ -85,42 +95,69 @@ def _show_version(wanted: bool) -> None:
 
 @app.command(cls=Command, epilog=EXIT_CODES)
 def ask(
-    question: Annotated[str | None, typer.Argument(
-        metavar="QUESTION", help="What to ask; - reads the question from standard input.", show_default=False)] = None,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="QUESTION", help="What to ask; - reads the question from standard input.", show_default=False
+        ),
+    ] = None,
     paths: options.Paths = None,
     model: options.Model = None,
-    question_file: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="Read the question from a file; every argument is then a path. - is standard "
-        "input.")] = None,
-    context: Annotated[str | None, typer.Option(
-        metavar="CONTEXT", help="Answer from what l4ctx prefill has read, or has read so far. With paths that begin "
-        "as CONTEXT does, answer from these, and read only what is new.")] = None,
-    save_context: Annotated[str | None, typer.Option(
-        metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")] = None,
-    add: Annotated[list[str] | None, typer.Option(
-        "--add", metavar="PATH", help="With --context: read this, too, behind what CONTEXT holds; CONTEXT stays as it "
-        "is. Can be repeated.", show_default=False)] = None,
+    question_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Read the question from a file; every argument is then a path. - is standard input."
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONTEXT",
+            help="Answer from what l4ctx prefill has read, or has read so far. With paths that begin "
+            "as CONTEXT does, answer from these, and read only what is new.",
+        ),
+    ] = None,
+    save_context: Annotated[
+        str | None, typer.Option(metavar="CONTEXT", help="Keep what is read in this folder, to ask more later.")
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add",
+            metavar="PATH",
+            help="With --context: read this, too, behind what CONTEXT holds; CONTEXT stays as it is. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     replace: options.Replace = False,
-    no_documents: Annotated[bool, typer.Option(
-        "--no-documents", help="Ask the model alone, about nothing.")] = False,
+    no_documents: Annotated[bool, typer.Option("--no-documents", help="Ask the model alone, about nothing.")] = False,
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
     encoding: options.Encoding = None,
     keep_payload: options.KeepPayload = False,
     system: options.System = None,
-    max_new_tokens: Annotated[int | None, typer.Option(
-        parser=options.token_count(1), metavar="N", help="Length of the answer at most, in tokens; 1024 unless "
-        "told.")] = None,
-    temperature: Annotated[float | None, typer.Option(
-        min=0.0, help="0 takes the likeliest token each time, which is the default.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(
-        min=0.0, max=1.0, help="Draw from the likeliest tokens of this total probability.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count(1),
+            metavar="N",
+            help="Length of the answer at most, in tokens; 1024 unless told.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 takes the likeliest token each time, which is the default.", show_default=False),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total probability.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from that many of the likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws, for the same answer twice.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw as the checkpoint's authors recommend.")] = False,
-    loop_guard: Annotated[bool, typer.Option(
-        "--loop-guard/--no-loop-guard", help="End an answer that repeats the same words for good.")] = True,
+    loop_guard: Annotated[
+        bool, typer.Option("--loop-guard/--no-loop-guard", help="End an answer that repeats the same words for good.")
+    ] = True,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
@@ -153,41 +190,75 @@ def ask(
             raise UsageError(f"--seed: {seed} is not between 0 and {2**63 - 1}")
         check_stdout("the answer to")
         if context is not None and save_context is not None:
-            raise UsageError("--context answers from what was kept, --save-context keeps: give one of them "
-                             "(l4ctx prefill adds documents to a context)")
+            raise UsageError(
+                "--context answers from what was kept, --save-context keeps: give one of them "
+                "(l4ctx prefill adds documents to a context)"
+            )
         if add and (context is None or paths):
-            raise UsageError("--add PATH reads PATH behind what --context CONTEXT holds: give a context, and no other "
-                             "paths")
+            raise UsageError(
+                "--add PATH reads PATH behind what --context CONTEXT holds: give a context, and no other paths"
+            )
         if replace and save_context is None:
             raise UsageError("--replace is for --save-context")
         asked, kept = context_folder("--context", context), context_folder("--save-context", save_context)
-        text, documents, stdin = inputs(question, question_file, paths or add or [], quiet=quiet,
-                                        reads_pipe=context is None and not no_documents)
+        text, documents, stdin = inputs(
+            question, question_file, paths or add or [], quiet=quiet, reads_pipe=context is None and not no_documents
+        )
         if no_documents:
             if documents or context is not None or save_context is not None or (stdin and holds_data(stdin)):
-                raise UsageError("--no-documents asks the model alone: leave out paths, --context, --save-context and "
-                                 "what is piped in, or leave out --no-documents")
+                raise UsageError(
+                    "--no-documents asks the model alone: leave out paths, --context, --save-context and "
+                    "what is piped in, or leave out --no-documents"
+                )
         elif not documents and context is None:
-            raise UsageError("no documents: name files or folders, pipe a text in, or add --context CONTEXT; "
-                             "--no-documents asks the model alone")
+            raise UsageError(
+                "no documents: name files or folders, pipe a text in, or add --context CONTEXT; "
+                "--no-documents asks the model alone"
+            )
         if context is not None and (add or not documents):
-            for option, is_given in (("--system", system is not None), ("--pdf", pdf != "text" and not add),
-                                     ("--no-images", no_images and not add),
-                                     ("--encoding", encoding is not None and not add),
-                                     ("--keep-payload", keep_payload and not add)):
+            for option, is_given in (
+                ("--system", system is not None),
+                ("--pdf", pdf != "text" and not add),
+                ("--no-images", no_images and not add),
+                ("--encoding", encoding is not None and not add),
+                ("--keep-payload", keep_payload and not add),
+            ):
                 if is_given:
-                    raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx "
-                                     "prefill")
+                    raise UsageError(
+                        f"{option}: what it is about is part of what the context holds; give it to l4ctx prefill"
+                    )
         checkpoint = checkpoint_folder(model, asked or kept, may_be_new=asked is None)
-        return Request(model=checkpoint, question=text, paths=documents, stdin=stdin, system=system, context=asked,
-                       save_context=kept, added=bool(add), replace=replace, no_images=no_images,
-                       skip_unreadable=skip_unreadable, pdf=pdf, encoding=encoding_named(encoding),
-                       keep_payload=keep_payload, max_new_tokens=max_new_tokens,
-                       temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, sample=sample,
-                       loop_guard=loop_guard, dtype=dtype, kv_dtype=kv_dtype,
-                       kv_device_memory=size("--kv-device-memory", kv_device_memory),
-                       kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir, device=device,
-                       attention=attention, prefill_chunk_size=prefill_chunk_size)
+        return Request(
+            model=checkpoint,
+            question=text,
+            paths=documents,
+            stdin=stdin,
+            system=system,
+            context=asked,
+            save_context=kept,
+            added=bool(add),
+            replace=replace,
+            no_images=no_images,
+            skip_unreadable=skip_unreadable,
+            pdf=pdf,
+            encoding=encoding_named(encoding),
+            keep_payload=keep_payload,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            sample=sample,
+            loop_guard=loop_guard,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            kv_device_memory=size("--kv-device-memory", kv_device_memory),
+            kv_host_memory=size("--kv-host-memory", kv_host_memory),
+            kv_dir=kv_dir,
+            device=device,
+            attention=attention,
+            prefill_chunk_size=prefill_chunk_size,
+        )
 
     with errors_as_exit_codes(json=json) as interruption:
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
@@ -196,10 +267,16 @@ def ask(
 @app.command(cls=Command, epilog=EXIT_CODES)
 def prefill(
     paths: options.Paths = None,
-    output: Annotated[str | None, typer.Option(
-        "--output", "-o", metavar="CONTEXT", help="Folder to keep what is read in; made, or gone on with. Only you can "
-        "read it.",
-        show_default=False)] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="CONTEXT",
+            help="Folder to keep what is read in; made, or gone on with. Only you can read it.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
@@ -208,8 +285,9 @@ def prefill(
     keep_payload: options.KeepPayload = False,
     system: options.System = None,
     replace: options.Replace = False,
-    verify: Annotated[bool, typer.Option(
-        "--verify", help="Check every byte that CONTEXT holds, and read anew from the first damage.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every byte that CONTEXT holds, and read anew from the first damage.")
+    ] = False,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
@@ -227,6 +305,7 @@ def prefill(
 
     Interrupted, the same command goes on where it was. After documents changed, it reads from the first change on.
     """
+
     def request() -> Request:
         from l4ctx.request import Request
 
@@ -239,14 +318,27 @@ def prefill(
         documents = paths_or_pipe(paths or [], quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
-        return Request(model=checkpoint_folder(model, folder, may_be_new=True), paths=documents,
-                       stdin=standard_input(), system=system, save_context=folder, replace=replace,
-                       no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf,
-                       encoding=encoding_named(encoding), keep_payload=keep_payload, verify=verify, dtype=dtype,
-                       kv_dtype=kv_dtype,
-                       kv_device_memory=size("--kv-device-memory", kv_device_memory),
-                       kv_host_memory=size("--kv-host-memory", kv_host_memory), device=device, attention=attention,
-                       prefill_chunk_size=prefill_chunk_size)
+        return Request(
+            model=checkpoint_folder(model, folder, may_be_new=True),
+            paths=documents,
+            stdin=standard_input(),
+            system=system,
+            save_context=folder,
+            replace=replace,
+            no_images=no_images,
+            skip_unreadable=skip_unreadable,
+            pdf=pdf,
+            encoding=encoding_named(encoding),
+            keep_payload=keep_payload,
+            verify=verify,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            kv_device_memory=size("--kv-device-memory", kv_device_memory),
+            kv_host_memory=size("--kv-host-memory", kv_host_memory),
+            device=device,
+            attention=attention,
+            prefill_chunk_size=prefill_chunk_size,
+        )
 
     with errors_as_exit_codes(json=json) as interruption:
         _run(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
@@ -254,8 +346,12 @@ def prefill(
 
 @app.command(cls=Command, epilog=EXIT_CODES)
 def inspect(
-    path: Annotated[str | None, typer.Argument(
-        metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False)] = None,
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not headers and lengths alone.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -293,21 +389,36 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
 @app.command(cls=Command, epilog=EXIT_CODES)
 def plan(
     paths: options.Paths = None,
-    tokens: Annotated[int | None, typer.Option(
-        parser=options.token_count(1), metavar="N", help="Plan for so many tokens, without any document: 128k is "
-        "128,000, 10M is 10,000,000, 128Ki is 131,072.", show_default=False)] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count(1),
+            metavar="N",
+            help="Plan for so many tokens, without any document: 128k is 128,000, 10M is 10,000,000, 128Ki is 131,072.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = None,
     no_images: options.NoImages = False,
     skip_unreadable: options.SkipUnreadable = False,
     pdf: options.Pdf = "text",
     encoding: options.Encoding = None,
     keep_payload: options.KeepPayload = False,
-    max_new_tokens: Annotated[int | None, typer.Option(
-        parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.",
-        show_default=False)] = None,
-    rate: Annotated[float | None, typer.Option(
-        min=0.001, metavar="TOKENS/S", help="Reading speed at the beginning of a text, to predict the time by.",
-        show_default=False)] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.", show_default=False
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="TOKENS/S",
+            help="Reading speed at the beginning of a text, to predict the time by.",
+            show_default=False,
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure how fast this machine is instead.")] = False,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
@@ -327,6 +438,7 @@ def plan(
 
     Ends with exit code 5 when it would not fit.
     """
+
     def request() -> PlanRequest:
         from l4ctx.planning import PlanRequest
 
@@ -337,14 +449,27 @@ def plan(
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
-        return PlanRequest(model=checkpoint_folder(model), paths=documents, stdin=standard_input(), tokens=tokens,
-                           no_images=no_images, skip_unreadable=skip_unreadable, pdf=pdf,
-                           encoding=encoding_named(encoding), keep_payload=keep_payload, dtype=dtype,
-                           kv_dtype=kv_dtype, device=device,
-                           kv_device_memory=size("--kv-device-memory", kv_device_memory),
-                           kv_host_memory=size("--kv-host-memory", kv_host_memory), kv_dir=kv_dir,
-                           prefill_chunk_size=prefill_chunk_size, max_new_tokens=max_new_tokens, rate=rate,
-                           measure=measure)
+        return PlanRequest(
+            model=checkpoint_folder(model),
+            paths=documents,
+            stdin=standard_input(),
+            tokens=tokens,
+            no_images=no_images,
+            skip_unreadable=skip_unreadable,
+            pdf=pdf,
+            encoding=encoding_named(encoding),
+            keep_payload=keep_payload,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            device=device,
+            kv_device_memory=size("--kv-device-memory", kv_device_memory),
+            kv_host_memory=size("--kv-host-memory", kv_host_memory),
+            kv_dir=kv_dir,
+            prefill_chunk_size=prefill_chunk_size,
+            max_new_tokens=max_new_tokens,
+            rate=rate,
+            measure=measure,
+        )
 
     with errors_as_exit_codes(json=json):
         leave(_plan(request(), json=json, quiet=quiet))
@@ -396,8 +521,10 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
         if request.question is not None:
             show_answer(run, note, interruption, json=json)
         elif not json:
-            note(f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
-                 f"--context {shlex.quote(str(request.save_context))}")
+            note(
+                f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
+                f"--context {shlex.quote(str(request.save_context))}"
+            )
         if json:
             write_json(run_report(run))
     if memory_report:

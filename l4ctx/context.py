@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 class Context:
     """A context as its journal describes it now. Raises ContextError for one that cannot be trusted."""
 
-    def __init__(self, folder: Path, recipe: Recipe, head: tuple[int, str] | None,
-                 records: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, head: tuple[int, str] | None, records: list[dict[str, Any]]
+    ) -> None:
         self.folder, self.recipe = folder, recipe
         if (folder / BLOCKS).is_symlink():
             raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
@@ -114,8 +115,10 @@ class Context:
     def images(self, state: State) -> list[ImageSpan]:
         """Where images are among the tokens, and the digests of what their features follow from. Raises DiskError."""
         file = self.file(state.ids)
-        return [ImageSpan(start, stop, sha256) for _, start, stop, sha256 in (
-            _listed(file, "images") if "images" in file.units else ())]
+        return [
+            ImageSpan(start, stop, sha256)
+            for _, start, stop, sha256 in (_listed(file, "images") if "images" in file.units else ())
+        ]
 
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
         """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError.
@@ -162,8 +165,10 @@ def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
     text = bytearray(file.units[unit].nbytes)
     file.read(unit, memoryview(text))
     try:
-        return [(str(entry.get("source", "")), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
-                for entry in json.loads(text)]
+        return [
+            (str(entry.get("source", "")), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
+            for entry in json.loads(text)
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DiskError(f"{file.source}: its list of {unit} cannot be read ({error})") from None
 
@@ -188,7 +193,7 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
             low, high = 0, here.stop - start  # bytes known to be equal, and length in which they differ
             while high - low > 4:
                 middle = (low + high) // 8 * 4
-                if left[start + low:start + middle] == right[start + low:start + middle]:
+                if left[start + low : start + middle] == right[start + low : start + middle]:
                     low = middle
                 else:
                     high = middle
@@ -196,8 +201,9 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
     return size // 4
 
 
-def reusable(context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State],
-             images: Sequence[ImageSpan]) -> Reuse:
+def reusable(
+    context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State], images: Sequence[ImageSpan]
+) -> Reuse:
     """The longest prefix of `ids`, with these images among them, that one of the states holds, as far as it can be
     gone on from. Raises DiskError.
 
@@ -234,8 +240,11 @@ def why_unusable(context: Context, state: State, ids: memoryview, documents: Seq
         return "which tokens these are is missing or damaged"
     if state.kept(context.recipe.block_tokens) < chunk <= same:
         return "the documents are the same, but their first block is missing or damaged"
-    how = "these documents begin otherwise" if not saved or same < saved[0].stop else (
-        f"the first {same:,} tokens are the same, too few to go on from")
+    how = (
+        "these documents begin otherwise"
+        if not saved or same < saved[0].stop
+        else (f"the first {same:,} tokens are the same, too few to go on from")
+    )
     return f"{how} ({first_difference(saved, documents, same)})"
 
 
@@ -267,13 +276,16 @@ class ContextReader:
         done = f"{tip.kept(self.context.recipe.block_tokens):,} of {tip.tokens:,} tokens"
         if not self.state.is_complete:
             return f"{self.context.folder} is still being read: " + (
-                f"the answer is from the first {done}" if alone else f"{done} are there so far")
+                f"the answer is from the first {done}" if alone else f"{done} are there so far"
+            )
         if tip is self.state:
             return None
         how_far = f"are still being read ({done})" if self.is_being_written else f"were read up to {done} only"
-        return f"{self.context.folder}: newer documents {how_far}; " + (
-            "the answer is from" if alone else "what is taken is from") + (
-            f" the {self.state.tokens:,} tokens of those before")
+        return (
+            f"{self.context.folder}: newer documents {how_far}; "
+            + ("the answer is from" if alone else "what is taken is from")
+            + (f" the {self.state.tokens:,} tokens of those before")
+        )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -302,10 +314,12 @@ def _answerable(context: Context, is_being_written: bool) -> State:
             return tip
         how_far = "it was just begun" if tip is None else f"0 of {tip.tokens:,} tokens"
         raise ContextError(f"{context.folder}: it is still being read ({how_far}); nothing can be answered from yet")
-    how_far = "nothing was read yet" if tip is None else (
-        f"reading was interrupted after {done:,} of {tip.tokens:,} tokens")
-    raise ContextError(f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) goes on from "
-                       "there")
+    how_far = (
+        "nothing was read yet" if tip is None else (f"reading was interrupted after {done:,} of {tip.tokens:,} tokens")
+    )
+    raise ContextError(
+        f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) goes on from there"
+    )
 
 
 def read_head(folder: Path) -> tuple[int, str] | None:
@@ -326,10 +340,14 @@ def _check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[s
     """Raises ContextError where the journal lacks the end of the newest complete state."""
     if head is None:
         if any(record.get("type") == "end" for record in records[:-1]):
-            raise ContextError(f"{folder / HEAD}: missing, so that it cannot be told whether the journal is whole; "
-                               "make the context anew")
+            raise ContextError(
+                f"{folder / HEAD}: missing, so that it cannot be told whether the journal is whole; "
+                "make the context anew"
+            )
         return
     number, expected = head
     if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
-        raise ContextError(f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
-                           f"records, and number {number} should be the end of the newest state; make the context anew")
+        raise ContextError(
+            f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
+            f"records, and number {number} should be the end of the newest state; make the context anew"
+        )

@@ -49,8 +49,9 @@ def check_loss(context: Context, reading: Reading) -> None:
         if kept and loss is not None:
             losses.append(loss)
     if losses:
-        raise ContextError(f"{context.folder}: {losses[-1]}; it is left as it is: name another folder, or add "
-                           "--replace")
+        raise ContextError(
+            f"{context.folder}: {losses[-1]}; it is left as it is: name another folder, or add --replace"
+        )
 
 
 def _loss(context: Context, state: State, reading: Reading) -> str | None:
@@ -61,16 +62,25 @@ def _loss(context: Context, state: State, reading: Reading) -> str | None:
     if lost:
         names = ", ".join(f"{span.source} ({span.stop - span.start:,} tokens)" for span in lost[:SHOWN_DOCUMENTS])
         more = f" and {len(lost) - SHOWN_DOCUMENTS:,} more" if len(lost) > SHOWN_DOCUMENTS else ""
-        return (f"it holds other documents, which would be lost: {names}{more}, "
-                f"in all {sum(span.stop - span.start for span in lost):,} tokens")
+        return (
+            f"it holds other documents, which would be lost: {names}{more}, "
+            f"in all {sum(span.stop - span.start for span in lost):,} tokens"
+        )
     first, now = (spans[0] if spans else None for spans in (saved, reading.spans))
-    if (first is None or now is None or (first.source, first.sha256) != (now.source, now.sha256)
-            or common >= min(first.stop, reading.attention_chunk_size)):
+    if (
+        first is None
+        or now is None
+        or (first.source, first.sha256) != (now.source, now.sha256)
+        or common >= min(first.stop, reading.attention_chunk_size)
+    ):
         return None
     kept = state.kept(context.recipe.block_tokens)
     if common < first.start or first.start != now.start:
-        what = ("with another system prompt (--system)" if state.system or reading.has_system_prompt else
-                "with another text before them")
+        what = (
+            "with another system prompt (--system)"
+            if state.system or reading.has_system_prompt
+            else "with another text before them"
+        )
     else:
         what = "in another way (--pdf, --no-images or another option of how files are read)"
     return f"it holds these documents, read {what}: all {kept:,} tokens would be read anew"
@@ -87,7 +97,8 @@ def _lost(saved: Sequence[Span], reading: Reading, common: int) -> list[Span]:
 
     def is_in_a_folder(span: Span) -> bool:
         return not _is_stdin(span.source) and any(
-            not folder or span.source.startswith(f"{folder}/") for folder in reading.folders)
+            not folder or span.source.startswith(f"{folder}/") for folder in reading.folders
+        )
 
     same = [span for span in saved if span.sha256 in contents]
     named = [span for span in saved if is_named(span)]

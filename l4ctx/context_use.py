@@ -90,8 +90,10 @@ class ContextUse:
         if self.folder is None:
             return
         if config.rope_parameters.rope_type == "longrope":
-            raise RequestError("saved contexts cannot be used with rope_type longrope, whose table depends on the "
-                               "length of the whole run")
+            raise RequestError(
+                "saved contexts cannot be used with rope_type longrope, whose table depends on the "
+                "length of the whole run"
+            )
         if self.recipe is not None:
             self.recipe.check(self.folder, made_with, self._where_the_checkpoint_was(self.folder))
 
@@ -101,7 +103,8 @@ class ContextUse:
         if known is None:
             return ""
         is_this = known == self.request.model.absolute() or (
-            known.exists() and self.request.model.exists() and known.samefile(self.request.model))
+            known.exists() and self.request.model.exists() and known.samefile(self.request.model)
+        )
         return f" ({known}{', which has changed since' if is_this else '' if known.is_dir() else ', not there now'})"
 
     def saved_layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout | None:
@@ -112,8 +115,9 @@ class ContextUse:
         self.recipe.check(self.folder, {"block_tokens": saved.block_tokens, "segment_tokens": saved.segment_tokens})
         return saved.computed_in(dtype)
 
-    def begin(self, prompt: Prompt, made_with: dict[str, str], layout: StoreLayout, prefill_chunk_size: int,
-              attention: str) -> None:
+    def begin(
+        self, prompt: Prompt, made_with: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
+    ) -> None:
         """Finds what need not be read, and for writing, makes or opens the context.
 
         Raises ContextError and cache.disk.DiskFullError.
@@ -122,9 +126,15 @@ class ContextUse:
             self._begin_reading(self.reader, prompt, layout)
         elif self.request.save_context is not None:
             recipe = self.recipe or Recipe(
-                **made_with, dtype=layout.dtype, kv_dtype=layout.kv_dtype, attention=attention,
-                prefill_chunk_size=prefill_chunk_size, block_tokens=layout.block_tokens,
-                segment_tokens=layout.segment_tokens, date=self.date.isoformat())
+                **made_with,
+                dtype=layout.dtype,
+                kv_dtype=layout.kv_dtype,
+                attention=attention,
+                prefill_chunk_size=prefill_chunk_size,
+                block_tokens=layout.block_tokens,
+                segment_tokens=layout.segment_tokens,
+                date=self.date.isoformat(),
+            )
             self._begin_writing(self.request.save_context, recipe, prompt, layout)
 
     def _begin_reading(self, reader: ContextReader, prompt: Prompt, layout: StoreLayout) -> None:
@@ -133,12 +143,19 @@ class ContextUse:
         if self.request.answers_from_all:
             self.reused = reader.tokens
             if self.request.added:
-                self.notes.append(f"{self.reused:,} of {self.reused + len(prompt.ids):,} tokens are taken from "
-                                  f"{reader.context.folder}")
+                self.notes.append(
+                    f"{self.reused:,} of {self.reused + len(prompt.ids):,} tokens are taken from "
+                    f"{reader.context.folder}"
+                )
             return
         with self.naming_the_mend():
-            reuse = reusable(reader.context, memoryview(prompt.ids)[:prompt.documents_stop], layout, [reader.state],
-                             prompt.image_spans)
+            reuse = reusable(
+                reader.context,
+                memoryview(prompt.ids)[: prompt.documents_stop],
+                layout,
+                [reader.state],
+                prompt.image_spans,
+            )
             if not reuse.tokens:
                 self._check_beginning(reader, prompt)
         self.reused = reuse.tokens
@@ -149,12 +166,14 @@ class ContextUse:
         from l4ctx.context import common_prefix
 
         first = next(iter(reader.context.documents(reader.state)), None)
-        common = common_prefix(reader.context.ids(reader.state), memoryview(prompt.ids)[:prompt.documents_stop])
+        common = common_prefix(reader.context.ids(reader.state), memoryview(prompt.ids)[: prompt.documents_stop])
         if first is not None and common < min(first.stop, reader.tokens):
             add = " ".join(f"--add {shlex.quote(path)}" for path in self.request.paths[:3])
-            raise RequestError(f"these documents begin otherwise than those of {reader.context.folder}, so that "
-                               f"nothing would be taken from it: {add} adds them to what it holds; without --context "
-                               "the answer is from them alone")
+            raise RequestError(
+                f"these documents begin otherwise than those of {reader.context.folder}, so that "
+                f"nothing would be taken from it: {add} adds them to what it holds; without --context "
+                "the answer is from them alone"
+            )
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
         from l4ctx.context import why_unusable
@@ -163,17 +182,20 @@ class ContextUse:
         writer = self.writer = ContextWriter(folder, recipe, self.request.model)
         self.notes += writer.notes
         held = writer.kept
-        ids = memoryview(prompt.ids)[:prompt.documents_stop]
+        ids = memoryview(prompt.ids)[: prompt.documents_stop]
         with self.naming_the_mend():
             damage = writer.drop_damaged(verify=self.request.verify)
             self.notes += [f"{text}; it is read anew from there" for text in damage]
             if not self.request.replace:
                 self._check_loss(writer, prompt, layout)
-            why = why_unusable(writer.context, writer.tip, ids, prompt.spans,
-                               layout.config.attention_chunk_size) if held else ""
-            self.reused = writer.begin(ids, prompt.spans, layout,
-                                       system=bool((self.request.system or "").strip()),
-                                       images=prompt.image_spans)
+            why = (
+                why_unusable(writer.context, writer.tip, ids, prompt.spans, layout.config.attention_chunk_size)
+                if held
+                else ""
+            )
+            self.reused = writer.begin(
+                ids, prompt.spans, layout, system=bool((self.request.system or "").strip()), images=prompt.image_spans
+            )
         if self.reused:
             self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
         elif held:
@@ -191,9 +213,16 @@ class ContextUse:
         from l4ctx.context_guard import Reading, check_loss
 
         folders = [folder_source(path) for path in self.request.paths if os.path.isdir(path)]
-        check_loss(writer.context, Reading(
-            memoryview(prompt.ids)[:prompt.documents_stop], prompt.spans, folders,
-            bool((self.request.system or "").strip()), layout.config.attention_chunk_size))
+        check_loss(
+            writer.context,
+            Reading(
+                memoryview(prompt.ids)[: prompt.documents_stop],
+                prompt.spans,
+                folders,
+                bool((self.request.system or "").strip()),
+                layout.config.attention_chunk_size,
+            ),
+        )
 
     def documents(self) -> list[Span]:
         """Those of a context that is answered from without reading any. Raises ContextError."""
@@ -223,12 +252,16 @@ class ContextUse:
         try:
             yield
         except UnreadableError as error:
-            raise ContextError(f"{error}; {self.folder} is left as it is: see to that and run the same command again, "
-                               "or let l4ctx prefill with the same documents, the same -o and --verify read it "
-                               "anew") from None
+            raise ContextError(
+                f"{error}; {self.folder} is left as it is: see to that and run the same command again, "
+                "or let l4ctx prefill with the same documents, the same -o and --verify read it "
+                "anew"
+            ) from None
         except DiskError as error:
-            raise ContextError(f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill "
-                               "with the same documents, the same -o and --verify keeps what is before it") from None
+            raise ContextError(
+                f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill "
+                "with the same documents, the same -o and --verify keeps what is before it"
+            ) from None
 
     def kept(self) -> str:
         """What an interruption leaves."""
@@ -238,8 +271,10 @@ class ContextUse:
         tip = self.writer.tip
         if tip.is_complete:
             return f"all {tip.tokens:,} tokens of the documents are kept in {self.writer.folder}"
-        return (f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.writer.folder}; the same command "
-                "goes on from there")
+        return (
+            f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.writer.folder}; the same command "
+            "goes on from there"
+        )
 
     def bytes_on_disk(self) -> int | None:
         """Of the context that is written to; None without one."""

@@ -111,8 +111,15 @@ class ContextWriter:
             found |= damaged
         return list(found.values())
 
-    def begin(self, ids: memoryview, documents: Sequence[Span], layout: StoreLayout, *, system: bool,
-              images: Sequence[ImageSpan]) -> int:
+    def begin(
+        self,
+        ids: memoryview,
+        documents: Sequence[Span],
+        layout: StoreLayout,
+        *,
+        system: bool,
+        images: Sequence[ImageSpan],
+    ) -> int:
         """Starts to read `ids`, or goes on with it; returns how many of them need not be read.
 
         Raises DiskError and DiskFullError.
@@ -130,7 +137,7 @@ class ContextWriter:
         number = None
         if base is not None:
             number = self.context.states.index(base)
-            state.blocks = base.blocks[:start // layout.block_tokens]
+            state.blocks = base.blocks[: start // layout.block_tokens]
             state.partial = self.context.source(base, start)
         with _as_disk_full(self.folder):
             self._append(state.begin_record(number))
@@ -140,11 +147,12 @@ class ContextWriter:
 
     def _go_on(self, state: State, layout: StoreLayout) -> int:
         """Where an interrupted state goes on: at a cut of the driver's grid, so that it takes the very same steps."""
-        period = grid_period(self.context.recipe.prefill_chunk_size, layout.config.attention_chunk_size,
-                             layout.block_tokens)
+        period = grid_period(
+            self.context.recipe.prefill_chunk_size, layout.config.attention_chunk_size, layout.block_tokens
+        )
         sealed = len(state.blocks) * layout.block_tokens
         start = max(state.start, sealed // period * period)
-        del state.blocks[start // layout.block_tokens:]
+        del state.blocks[start // layout.block_tokens :]
         return start
 
     def restore(self, cache: HybridKVCache, tokens: int) -> None:
@@ -244,8 +252,10 @@ class ContextWriter:
                 os.close(descriptor)
 
     def _write_ids(self, ids: memoryview, documents: Sequence[Span], images: Sequence[ImageSpan]) -> Stored:
-        units = {"ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
-                 "documents": [("json", _as_json([asdict(span) for span in documents]))]}
+        units = {
+            "ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
+            "documents": [("json", _as_json([asdict(span) for span in documents]))],
+        }
         if images:
             units["images"] = [("json", _as_json([span._asdict() for span in images]))]
         with self._new_file("tokens") as (name, descriptor):
@@ -287,8 +297,9 @@ def _as_disk_full(folder: Path, writer: ContextWriter | None = None) -> Iterator
     except OSError as error:
         kept = f"{writer.kept:,} tokens are kept" if writer is not None else "nothing of this was kept"
         remedy = "free some space" if error.errno in NO_SPACE else "see to that"
-        raise DiskFullError(f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same "
-                            "command again") from None
+        raise DiskFullError(
+            f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same command again"
+        ) from None
 
 
 def _write_head(folder: Path, records: int, record: dict[str, Any]) -> None:
@@ -312,5 +323,8 @@ def _narrowed(folder: Path) -> list[str]:
                 was_open |= narrow(path)
     except OSError as error:
         return [f"{folder}: others may read it, and that cannot be changed: {error.strerror}"]
-    return [f"{folder}: others could read it; now only you can (its text can be decoded from what it holds)"
-            ] if was_open else []
+    return (
+        [f"{folder}: others could read it; now only you can (its text can be decoded from what it holds)"]
+        if was_open
+        else []
+    )

@@ -78,8 +78,9 @@ def decode(raw: bytes, given: str | None = None) -> tuple[str, list[str]]:
         return _decoded(raw, *marked)
     text = _strict(raw, "utf-8")
     is_ascii = text is not None and raw.isascii()
-    if given is not None and (text is None or "\0" in text[:SAMPLE_BYTES]
-                              or (is_ascii and given.startswith(_SEVEN_BIT))):
+    if given is not None and (
+        text is None or "\0" in text[:SAMPLE_BYTES] or (is_ascii and given.startswith(_SEVEN_BIT))
+    ):
         return _by_name(raw, given)
     if text is not None and "\0" not in text[:SAMPLE_BYTES] and not (is_ascii and b"\x1b" in raw):
         return text, []

@@ -24,6 +24,9 @@ def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: 
     if old is None:
         return f"{new.source} is new"
     if old.sha256 == new.sha256:
-        return (f"{new.source} is read otherwise than then (--encoding, --pdf or --no-images)" if
-                old.source == new.source else f"{new.source} was {old.source} then")
+        return (
+            f"{new.source} is read otherwise than then (--encoding, --pdf or --no-images)"
+            if old.source == new.source
+            else f"{new.source} was {old.source} then"
+        )
     return f"{new.source} has changed" if old.source == new.source else f"{new.source} comes where {old.source} came"

@@ -114,10 +114,17 @@ class DocumentSet:
         raise DocumentError(f"found nothing to read in {where}: {found}{hint}")
 
 
-def read_documents(paths: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None, pdf: str = "text",
-                   no_images: str | None = None, encoding: str | None = None, keep_payload: bool = False,
-                   skip_unreadable: bool = False,
-                   progress: Callable[[int], None] | None = None) -> DocumentSet:
+def read_documents(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    stdin: BinaryIO | None,
+    pdf: str = "text",
+    no_images: str | None = None,
+    encoding: str | None = None,
+    keep_payload: bool = False,
+    skip_unreadable: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
     Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that
@@ -169,8 +176,16 @@ class _Entry:
 class _Reader:
     """The state of one `read_documents` call."""
 
-    def __init__(self, stdin: BinaryIO | None, pdf: str, no_images: str | None, encoding: str | None,
-                 keep_payload: bool, progress: Callable[[int], None] | None, skip_unreadable: bool) -> None:
+    def __init__(
+        self,
+        stdin: BinaryIO | None,
+        pdf: str,
+        no_images: str | None,
+        encoding: str | None,
+        keep_payload: bool,
+        progress: Callable[[int], None] | None,
+        skip_unreadable: bool,
+    ) -> None:
         self.found = DocumentSet()
         self._encoding, self._keep_payload = encoding, keep_payload
         self._pdf, self._no_images, self._progress = pdf, no_images, progress
@@ -291,8 +306,15 @@ class _Reader:
             except OSError as error:
                 status = error
             own = os.path.join(real, each.name)
-            entry = _Entry(each.path, own, os.path.realpath(own) if is_link else own,
-                           f"{source}/{printable(each.name)}".lstrip("/"), rules, status, is_link)
+            entry = _Entry(
+                each.path,
+                own,
+                os.path.realpath(own) if is_link else own,
+                f"{source}/{printable(each.name)}".lstrip("/"),
+                rules,
+                status,
+                is_link,
+            )
             entries.append((os.fsencode(each.name) + b"/" * entry.is_folder, entry))
         return [entry for _, entry in sorted(entries, key=lambda pair: pair[0], reverse=True)]
 
@@ -343,8 +365,10 @@ class _Reader:
         """Raise DocumentError where something in a folder could not be read: the first three, and how many more."""
         if self._missed:
             more = f"; and {len(self._missed) - 3} more" if len(self._missed) > 3 else ""
-            raise DocumentError(f"{'; '.join(self._missed[:3])}{more} (--skip-unreadable leaves "
-                                f"{'it' if len(self._missed) == 1 else 'them'} out)")
+            raise DocumentError(
+                f"{'; '.join(self._missed[:3])}{more} (--skip-unreadable leaves "
+                f"{'it' if len(self._missed) == 1 else 'them'} out)"
+            )
 
     def _already_read(self, real: str, source: str) -> bool:
         if real in self._seen:
@@ -385,8 +409,9 @@ class _Reader:
         elif is_rtf(sample):
             raise _LeftOutError(_named(RTF, path))
         if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
-            raise DocumentMemoryError(f"{human_bytes(size)}, but {human_bytes(free)} of memory are free; split it, or "
-                                      "leave it out")
+            raise DocumentMemoryError(
+                f"{human_bytes(size)}, but {human_bytes(free)} of memory are free; split it, or leave it out"
+            )
 
     def _content(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
         """What a document shows, what was left out of its text, and notes. Raises _NOT_READ."""

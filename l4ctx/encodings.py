@@ -62,8 +62,12 @@ ENCODINGS = (
     Encoding("Windows-1254", "cp1254", "Latin"), Encoding("Windows-1257", "cp1257", "Latin"),
     Encoding("Mac Roman", "mac_roman", "Latin"), Encoding("CP850", "cp850", "Latin"),
 )  # fmt: skip
-_WIDE = (Encoding("UTF-16-LE", "utf-16-le", ""), Encoding("UTF-16-BE", "utf-16-be", ""),
-         Encoding("UTF-32-LE", "utf-32-le", ""), Encoding("UTF-32-BE", "utf-32-be", ""))
+_WIDE = (
+    Encoding("UTF-16-LE", "utf-16-le", ""),
+    Encoding("UTF-16-BE", "utf-16-be", ""),
+    Encoding("UTF-32-LE", "utf-32-le", ""),
+    Encoding("UTF-32-BE", "utf-32-be", ""),
+)
 _ESCAPES = re.compile(rb"\x1b(?:\$[@AB]|\$\([A-Z]|\([BIJ]|\$\)C)")  # of ISO-2022
 _HIGH = re.compile(rb"[\x80-\xff]")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -93,14 +97,17 @@ class _Candidate(NamedTuple):
 def detect(raw: bytes) -> Detected:
     """The encoding of text that is not UTF-8, or that has zero bytes or escapes of ISO-2022."""
     if _ESCAPES.search(raw):
-        for name, codec in (("ISO-2022-JP", "iso2022_jp_2"), ("ISO-2022-KR", "iso2022_kr"),
-                            ("ISO-2022-JP", "iso2022_jp_ext")):
+        for name, codec in (
+            ("ISO-2022-JP", "iso2022_jp_2"),
+            ("ISO-2022-KR", "iso2022_kr"),
+            ("ISO-2022-JP", "iso2022_jp_ext"),
+        ):
             text = _decoded(raw, codec)
             if text is not None and "\x1b" not in text:
                 return Detected(name, codec)
         if raw.isascii():
             return Detected()
-    if b"\0" in raw[:1 << 16]:
+    if b"\0" in raw[: 1 << 16]:
         wide = wide_encoding(raw)
         return Detected(wide.name, wide.codec) if wide and _decoded(raw, wide.codec) is not None else Detected()
     high = sum(map(len, runs := re.findall(rb"[\x80-\xff]+", raw)))
@@ -143,9 +150,16 @@ def _wide_share(text: str) -> float:
     for char, count in _counted(text).items():
         if unicodedata.category(char) in ("Cc", "Cn", "Co") and char not in "\t\n\r\f\v\x1b":
             return 0.0
-        usual += count * (char < "\u0700" or "\u0e00" <= char < "\u0e80" or char in CHINESE or char in JAPANESE_KANJI
-                          or char in HANGUL or char in WIDE_MARKS or "\u2010" <= char <= "\u203a"
-                          or "\u3040" <= char <= "\u30ff")
+        usual += count * (
+            char < "\u0700"
+            or "\u0e00" <= char < "\u0e80"
+            or char in CHINESE
+            or char in JAPANESE_KANJI
+            or char in HANGUL
+            or char in WIDE_MARKS
+            or "\u2010" <= char <= "\u203a"
+            or "\u3040" <= char <= "\u30ff"
+        )
     return usual / len(text)
 
 
@@ -286,13 +300,26 @@ def _is_ideographic(char: str) -> bool:
     return "\u2010" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7a3" or "\uf900" <= char <= "\uff60"
 
 
-def _judged_alphabet(encoding: Encoding, text: str, shown: str, beyond: dict[str, int],
-                     total: int) -> _Candidate | None:
+def _judged_alphabet(
+    encoding: Encoding, text: str, shown: str, beyond: dict[str, int], total: int
+) -> _Candidate | None:
     """Cyrillic, Greek and other letters that are not Latin."""
-    languages = {"Cyrillic": list(CYRILLIC.values()), "Greek": [GREEK], "Hebrew": [HEBREW], "Arabic": [ARABIC],
-                 "Thai": [THAI]}[encoding.script]
-    marks = MARKS | (frozenset("،؛؟٪") if encoding.script == "Arabic" else frozenset("־׳״₪") if encoding.script ==
-                     "Hebrew" else frozenset("฿") if encoding.script == "Thai" else frozenset())
+    languages = {
+        "Cyrillic": list(CYRILLIC.values()),
+        "Greek": [GREEK],
+        "Hebrew": [HEBREW],
+        "Arabic": [ARABIC],
+        "Thai": [THAI],
+    }[encoding.script]
+    marks = MARKS | (
+        frozenset("،؛؟٪")
+        if encoding.script == "Arabic"
+        else frozenset("־׳״₪")
+        if encoding.script == "Hebrew"
+        else frozenset("฿")
+        if encoding.script == "Thai"
+        else frozenset()
+    )
     best = None
     runs = re.findall(r"[^\x00-\x7f]+", shown)
     if sum(len(run) == 1 for run in runs) * 5 > len(runs) * 2:
@@ -336,12 +363,14 @@ def _judged_latin(encoding: Encoding, text: str, shown: str, total: int) -> _Can
     if of_letters * 3 > sum(map(len, words)):
         return None  # no language has so many
     bad = sum(_has_wrong_case(word) for word in words if not word.isascii())
-    bad += sum(count for char, count in _counted(shown).items()
-               if char > "\x7f" and not char.isalpha() and char not in MARKS)
+    bad += sum(
+        count for char, count in _counted(shown).items() if char > "\x7f" and not char.isalpha() and char not in MARKS
+    )
     bad += len(re.findall(r"(?<=[^\W\d_])[^\W_a-zA-Z]*[‚„“”«»‹›–—…•°§€£¥©®™¿¡†‡±×÷µ²³¬](?=[^\W\d_])", shown))
     languages = _languages(words)
-    foreign = min(sum(count for char, count in letters.items() if char not in LATIN[name].letters)
-                  for name in languages)
+    foreign = min(
+        sum(count for char, count in letters.items() if char not in LATIN[name].letters) for name in languages
+    )
     if (bad + foreign) * 20 > total:
         return None
     return _Candidate(encoding, text, 1 - foreign / total, bad + foreign)

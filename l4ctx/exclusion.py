@@ -96,8 +96,11 @@ class Exclusion:
         try:
             return ask_git(self._git, folder, root)
         except GitError as error:
-            self._tell(os.path.join(root, ".git"), f"git does not say what is ignored ({error}); .gitignore files, "
-                       ".git/info/exclude and core.excludesFile hold")
+            self._tell(
+                os.path.join(root, ".git"),
+                f"git does not say what is ignored ({error}); .gitignore files, "
+                ".git/info/exclude and core.excludesFile hold",
+            )
             if isinstance(error, GitSlowError):
                 self._git = None  # once is enough
             return None
@@ -107,9 +110,10 @@ class Exclusion:
         common = common_folder(root)
         settings = core_settings(common)
         rules = PatternRules(root, PatternFile(b""), "", ignore_case=settings.ignore_case)
-        for path, words in ((settings.excludes_file and os.path.join(root, settings.excludes_file),
-                             "ignored by core.excludesFile"),
-                            (os.path.join(common, "info", "exclude"), "ignored by .git/info/exclude")):
+        for path, words in (
+            (settings.excludes_file and os.path.join(root, settings.excludes_file), "ignored by core.excludesFile"),
+            (os.path.join(common, "info", "exclude"), "ignored by .git/info/exclude"),
+        ):
             try:
                 content = read_patterns(path, follow_link=True) if path else None
             except PatternFileError as error:

@@ -21,24 +21,42 @@ used, 4 the prompt is too long for the model, 5 it does not fit into memory or o
 OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, CONTEXT, INTERRUPTED, CLOSED = 1, 2, 3, 4, 5, 6, 7, 130, 141
 CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
     "l4ctx.exits.OutputError": OUTPUT,
-    "l4ctx.exits.UsageError": INPUT, "l4ctx.images.ImageError": INPUT,
+    "l4ctx.exits.UsageError": INPUT,
+    "l4ctx.images.ImageError": INPUT,
     "l4ctx.images.ImageMemoryError": MEMORY,
     "l4ctx.documents.DocumentMemoryError": MEMORY,
-    "l4ctx.documents.DocumentError": INPUT, "l4ctx.request.RequestError": INPUT,
-    "model.config.ConfigError": CHECKPOINT, "model.checkpoint.CheckpointError": CHECKPOINT,
+    "l4ctx.documents.DocumentError": INPUT,
+    "l4ctx.request.RequestError": INPUT,
+    "model.config.ConfigError": CHECKPOINT,
+    "model.checkpoint.CheckpointError": CHECKPOINT,
     "l4ctx.image_processing.ImageProcessingError": CHECKPOINT,
-    "l4ctx.tokenizer.TokenizerError": CHECKPOINT, "l4ctx.prompt.PromptError": CHECKPOINT,
-    "l4ctx.prompt.PromptLengthError": TOO_LONG, "model.rope.LengthError": TOO_LONG,
-    "l4ctx.manifest.ContextError": CONTEXT, "cache.disk.DiskError": CONTEXT, "cache.disk.UnreadableError": CONTEXT,
+    "l4ctx.tokenizer.TokenizerError": CHECKPOINT,
+    "l4ctx.prompt.PromptError": CHECKPOINT,
+    "l4ctx.prompt.PromptLengthError": TOO_LONG,
+    "model.rope.LengthError": TOO_LONG,
+    "l4ctx.manifest.ContextError": CONTEXT,
+    "cache.disk.DiskError": CONTEXT,
+    "cache.disk.UnreadableError": CONTEXT,
     "cache.disk.DiskFullError": MEMORY,
-    "l4ctx.plan.MemoryPlanError": MEMORY, "builtins.MemoryError": MEMORY, "torch.OutOfMemoryError": MEMORY,
-    "l4ctx.generate.GenerationConfigError": CHECKPOINT, "l4ctx.generate.GenerationError": MODEL,
+    "l4ctx.plan.MemoryPlanError": MEMORY,
+    "builtins.MemoryError": MEMORY,
+    "torch.OutOfMemoryError": MEMORY,
+    "l4ctx.generate.GenerationConfigError": CHECKPOINT,
+    "l4ctx.generate.GenerationError": MODEL,
     "l4ctx.bench.process.WorkerError": MODEL,
 }
 
 
-KINDS = {OUTPUT: "output", INPUT: "input", CHECKPOINT: "checkpoint", TOO_LONG: "too_long", MEMORY: "memory",
-         MODEL: "model", CONTEXT: "context", INTERRUPTED: "interrupted"}
+KINDS = {
+    OUTPUT: "output",
+    INPUT: "input",
+    CHECKPOINT: "checkpoint",
+    TOO_LONG: "too_long",
+    MEMORY: "memory",
+    MODEL: "model",
+    CONTEXT: "context",
+    INTERRUPTED: "interrupted",
+}
 """What --json calls an error of each code."""
 
 

@@ -44,8 +44,12 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
 
     Raises CheckpointError, TokenizerError and PromptError.
     """
-    return {"config": _of_config(config), "weights": _of_weights(stored), "tokenizer": _of_tokenizer(folder),
-            "template": _of_template(folder)}
+    return {
+        "config": _of_config(config),
+        "weights": _of_weights(stored),
+        "tokenizer": _of_tokenizer(folder),
+        "template": _of_template(folder),
+    }
 
 
 def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: Mapping[str, StoredTensor]) -> str:
@@ -102,8 +106,9 @@ def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
                     shard.seek(tensor.offset + start)
                     parts.append(shard.read(stop - start))
                     if len(parts[-1]) != stop - start:
-                        raise CheckpointError(f"{file}: truncated: it ends inside tensor {tensor.name}; "
-                                              "download it again")
+                        raise CheckpointError(
+                            f"{file}: truncated: it ends inside tensor {tensor.name}; download it again"
+                        )
                 digests.append(_digest(*parts))
     except (OSError, ValueError, OverflowError) as error:  # the latter two: offsets that no file has
         raise CheckpointError(f"{file}: its tensors cannot be read ({error})") from None

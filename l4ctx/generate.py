@@ -61,16 +61,22 @@ class GenerationConfig:
             raise GenerationConfigError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
         if not raw.get("do_sample", raw.get("temperature") is not None):
             return cls(frozenset(ids))
-        return cls(frozenset(ids), Sampling(
-            temperature=_number(file, raw, "temperature", 1.0, math.inf), top_p=_number(file, raw, "top_p", 1.0, 1.0),
-            top_k=int(_number(file, raw, "top_k", 0, 2.0**31))))
-
+        return cls(
+            frozenset(ids),
+            Sampling(
+                temperature=_number(file, raw, "temperature", 1.0, math.inf),
+                top_p=_number(file, raw, "top_p", 1.0, 1.0),
+                top_k=int(_number(file, raw, "top_k", 0, 2.0**31)),
+            ),
+        )
 
     def check(self, embeddings: int) -> None:
         """Raises GenerationConfigError where no answer could end, as the model has only so many tokens."""
         if self.stop_tokens and min(self.stop_tokens) >= embeddings:
-            raise GenerationConfigError(f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "
-                                        f"model has {embeddings:,} embeddings")
+            raise GenerationConfigError(
+                f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "
+                f"model has {embeddings:,} embeddings"
+            )
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -93,9 +99,16 @@ def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest:
     return value
 
 
-def generate(model: Transformer, cache: HybridKVCache, token: int, *, max_new_tokens: int,
-             stop_tokens: frozenset[int], sampling: Sampling = Sampling(),
-             guard: LoopGuard | None = None) -> Generator[int, None, StopReason]:
+def generate(
+    model: Transformer,
+    cache: HybridKVCache,
+    token: int,
+    *,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    sampling: Sampling = Sampling(),
+    guard: LoopGuard | None = None,
+) -> Generator[int, None, StopReason]:
     """Continues from `token`, the prompt's last, which the cache does not hold yet.
 
     Yields token ids as they are chosen; returns "stop" at a stop token (which is not yielded), "repetition" when
@@ -130,7 +143,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     ranked = logits[order].double()
     scaled = (ranked - ranked[0]) / sampling.temperature  # the largest is 0 at any temperature
     if sampling.top_k > 0:
-        scaled = scaled[:sampling.top_k]
+        scaled = scaled[: sampling.top_k]
     probabilities = scaled.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier ones
     probabilities[before >= sampling.top_p] = 0

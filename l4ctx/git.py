@@ -19,9 +19,22 @@ from l4ctx.files import printable
 SECONDS = 20.0
 MOST_OUTPUT = 64 << 20  # bytes of names
 
-_OPTIONS = ("--no-pager", "--literal-pathspecs", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null",
-            "-c", "core.untrackedCache=false", "-c", "core.sshCommand=false", "-c", "core.gitProxy=",
-            "-c", "submodule.recurse=false")
+_OPTIONS = (
+    "--no-pager",
+    "--literal-pathspecs",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "core.hooksPath=/dev/null",
+    "-c",
+    "core.untrackedCache=false",
+    "-c",
+    "core.sshCommand=false",
+    "-c",
+    "core.gitProxy=",
+    "-c",
+    "submodule.recurse=false",
+)
 _LIST = ("ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory")
 
 
@@ -68,12 +81,18 @@ def ask_git(git: str, folder: str, root: str) -> GitRules:
 
 def _environment(root: str) -> dict[str, str]:
     """Without what other git processes pass on; the user's configuration may be named there, and stays."""
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")
+    }
     return kept | {
         "GIT_WORK_TREE": root,  # whatever core.worktree says
-        "GIT_CEILING_DIRECTORIES": os.path.dirname(root), "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
-        "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none",  # objects that are missing stay so
+        "GIT_CEILING_DIRECTORIES": os.path.dirname(root),
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "none",  # objects that are missing stay so
         "LC_ALL": "C",
     }
 
@@ -82,8 +101,14 @@ def _output(command: list[str], environment: dict[str, str]) -> bytes:
     """Standard output of a process that ends well, in time, and says no more than there can be."""
     with tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                                       env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+            )
         except OSError as error:
             raise GitError(f"it cannot be started: {error.strerror}") from None
         late = threading.Event()

@@ -98,7 +98,7 @@ class PatternFile:
             kind = (body != name, pathname)
             if kind not in self._sets:
                 self._sets[kind] = _Patterns(pathname, self._ignore_case)
-            self._sets[kind].add(len(self._negated), name[pathname and name[0] == ord("/"):])
+            self._sets[kind].add(len(self._negated), name[pathname and name[0] == ord("/") :])
             self._negated.append(body != pattern)
 
     def ignores(self, path: bytes, *, is_folder: bool) -> bool | None:

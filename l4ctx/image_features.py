@@ -32,8 +32,11 @@ class ImageFeatures:
 
     def among(self, positions: range) -> list[PlacedImage]:
         """The images that have tokens at these absolute positions."""
-        return [placed for placed in self._images
-                if placed.span.start < positions.stop and placed.span.stop > positions.start]
+        return [
+            placed
+            for placed in self._images
+            if placed.span.start < positions.stop and placed.span.stop > positions.start
+        ]
 
     @torch.inference_mode()
     def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
@@ -53,10 +56,10 @@ class ImageFeatures:
             first = placed.span.start + offset
             start, stop = max(first, positions.start), min(first + size, positions.stop)
             if start < stop:
-                features = self._features(placed, tile)[start - first:stop - first]
-                embeddings[start - positions.start:stop - positions.start] = features
+                features = self._features(placed, tile)[start - first : stop - first]
+                embeddings[start - positions.start : stop - positions.start] = features
                 spliced += stop - start
-        here = ids[max(0, placed.span.start - positions.start):placed.span.stop - positions.start]
+        here = ids[max(0, placed.span.start - positions.start) : placed.span.stop - positions.start]
         patches = int((here == self._prompter.tokens.patch).sum())
         if patches != spliced:
             raise ImageError(f"{placed.image.source}: {spliced} features for {patches} patch tokens")
@@ -65,7 +68,7 @@ class ImageFeatures:
         """Of one tile: (tokens_per_tile, C)."""
         first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # always the same ones together: equal steps give equal bits
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
-            pixels = self._pixels(placed)[first:first + TILES_AT_A_TIME]
+            pixels = self._pixels(placed)[first : first + TILES_AT_A_TIME]
             self._group = (placed, first, self._tower(normalized(pixels, self._prompter.processing, self._tower.dtype)))
         return self._group[2][tile - first]
 
@@ -74,6 +77,5 @@ class ImageFeatures:
         if self._tiles is None or self._tiles[0] is not placed:
             self._tiles = (placed, image_tiles(placed.image.decode(), self._prompter.processing))
             if len(self._tiles[1]) != placed.layout.tiles:
-                raise ImageError(f"{placed.image.source}: {len(self._tiles[1])} tiles instead of "
-                                   f"{placed.layout.tiles}")
+                raise ImageError(f"{placed.image.source}: {len(self._tiles[1])} tiles instead of {placed.layout.tiles}")
         return self._tiles[1]

@@ -103,8 +103,9 @@ def _size(get: FieldReader, image_size: int) -> int:
     return image_size
 
 
-def _three(get: FieldReader, name: str, default: tuple[float, float, float], least: float
-           ) -> tuple[float, float, float]:
+def _three(
+    get: FieldReader, name: str, default: tuple[float, float, float], least: float
+) -> tuple[float, float, float]:
     """Of red, green and blue; a single number stands for all three."""
     value = get.value(name, default)
     values = value if isinstance(value, list | tuple) else [value] * 3

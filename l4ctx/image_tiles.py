@@ -40,8 +40,13 @@ def tile_layout(width: int, height: int, processing: ImageProcessing) -> TileLay
     the order of Meta's and transformers' lists. With `resize_to_max_canvas`: the greatest enlargement. Scales are
     compared as float32 quotients, as both references do.
     """
-    scales = [(min(_quotient(rows * processing.size, height), _quotient(columns * processing.size, width)),
-               TileLayout(rows, columns)) for rows, columns in _canvases(processing.max_patches)]
+    scales = [
+        (
+            min(_quotient(rows * processing.size, height), _quotient(columns * processing.size, width)),
+            TileLayout(rows, columns),
+        )
+        for rows, columns in _canvases(processing.max_patches)
+    ]
     enlarging = [scale for scale, _ in scales if scale >= 1]
     if enlarging:
         best = max(enlarging) if processing.resize_to_max_canvas else min(enlarging)
@@ -101,8 +106,10 @@ def normalized(tiles: Tensor, processing: ImageProcessing, dtype: torch.dtype) -
         return tiles.to(dtype)
     if not processing.do_normalize:
         return (tiles * processing.rescale_factor).to(dtype)
-    mean, std = (torch.tensor(values, dtype=torch.bfloat16, device=tiles.device).view(3, 1, 1)
-                 for values in (processing.image_mean, processing.image_std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.bfloat16, device=tiles.device).view(3, 1, 1)
+        for values in (processing.image_mean, processing.image_std)
+    )
     return (tiles.to(torch.bfloat16) * processing.rescale_factor).sub_(mean).div_(std).to(dtype)
 
 

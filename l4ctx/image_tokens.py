@@ -47,8 +47,10 @@ class ImageTokens:
                 raise TokenizerError(f"the tokenizer has no token <|{name}|>: images cannot be put into the prompt")
             ids[name] = token_id
         if ids["patch"] != patch_id:
-            raise TokenizerError(f"<|patch|> is token {ids['patch']} of the tokenizer, but image_token_index of "
-                                 f"config.json is {patch_id}")
+            raise TokenizerError(
+                f"<|patch|> is token {ids['patch']} of the tokenizer, but image_token_index of "
+                f"config.json is {patch_id}"
+            )
         tokenizer.check_ids(ids.values(), "every image")
         return cls(**ids, tokens_per_tile=tokens_per_tile)
 
@@ -69,4 +71,5 @@ class ImageTokens:
     def tile_starts(self, layout: TileLayout) -> list[int]:
         """Where in `ids(layout)` the first `<|patch|>` of each tile is, in the order of `image_tiles`."""
         return [1 + tile * (self.tokens_per_tile + 1) for tile in range(layout.tiles - 1)] + [
-            self.count(layout) - 1 - self.tokens_per_tile]
+            self.count(layout) - 1 - self.tokens_per_tile
+        ]

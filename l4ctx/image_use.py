@@ -45,8 +45,9 @@ class ImageUse:
             if self._vision is None:
                 self.why_not = "the checkpoint reads text alone"
         if pdf != "text" and self.why_not is not None:
-            raise RequestError(f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads "
-                               "their text")
+            raise RequestError(
+                f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads their text"
+            )
 
     def stored_tensors(self) -> dict[str, StoredTensor]:
         """Of the vision tower, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
@@ -54,8 +55,9 @@ class ImageUse:
 
         return checked_vision_tensors(self._model, self._usable_vision(), self._config.hidden_size)
 
-    def prepare(self, tokenizer: Tokenizer, stored: Mapping[str, StoredTensor] | None, *,
-                with_digests: bool = False) -> ImageReading:
+    def prepare(
+        self, tokenizer: Tokenizer, stored: Mapping[str, StoredTensor] | None, *, with_digests: bool = False
+    ) -> ImageReading:
         """What it takes to read images. `stored`: as `stored_tensors` gives it, or None where there are no shards.
 
         `with_digests`: what images' features follow from is to be known, for a saved context. Raises ConfigError,
@@ -100,9 +102,14 @@ class ImageReading:
             parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
             dtypes = {tensor.dtype_name for tensor in stored.values()}
             dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return ImageWork(self.vision, parameters, dtype,
-                         sum(placed.span.stop - placed.span.start for placed in images), self._pixel_bytes(largest),
-                         largest.image.source)
+        return ImageWork(
+            self.vision,
+            parameters,
+            dtype,
+            sum(placed.span.stop - placed.span.start for placed in images),
+            self._pixel_bytes(largest),
+            largest.image.source,
+        )
 
     def with_images(self, operations: Operations, images: Sequence[PlacedImage], start: int, stop: int) -> Operations:
         """Those of the text model for positions start .. stop - 1, and those of the tower for the images there."""
@@ -110,15 +117,17 @@ class ImageReading:
         tower = a_tile * count_image_tokens(images, start, stop) // self.vision.tokens_per_tile
         return replace(operations, linear=operations.linear + tower)
 
-    def load(self, images: Sequence[PlacedImage], *, dtype: torch.dtype, device: torch.device,
-             is_mapped: bool) -> ImageFeatures:
+    def load(
+        self, images: Sequence[PlacedImage], *, dtype: torch.dtype, device: torch.device, is_mapped: bool
+    ) -> ImageFeatures:
         """The features of the prompt's images. Raises CheckpointError."""
         from l4ctx.image_features import ImageFeatures
         from model.checkpoint import load_vision
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "is_mapped": is_mapped}
-        return ImageFeatures(load_vision(self.model, self.vision, self.config.hidden_size, **options), self.prompter,
-                             images)
+        return ImageFeatures(
+            load_vision(self.model, self.vision, self.config.hidden_size, **options), self.prompter, images
+        )
 
     def _pixel_bytes(self, placed: PlacedImage) -> int:
         return placed.image.memory + tiling_bytes(placed.layout, self.prompter.processing)

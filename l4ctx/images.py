@@ -32,12 +32,35 @@ MAX_SIDE = 2**20  # in pixels: an image that long and thin shows nothing, and re
 
 _TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF, with 64-bit offsets
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # the sizes that exist; a text that begins with BM has none of them
-_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
-                    16: 8, 17: 8, 18: 8}
+_TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 _SHORT, _LONG = 3, 4
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 0x0142, 0x0143
-_UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-            7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> the PIL.Image.Transpose that undoes it
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # EXIF orientation -> the PIL.Image.Transpose that undoes it
 _SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
 _MOST_PAGES = 10_000  # of a TIFF, that are counted
 _SURELY_FREE = 2**28  # bytes; for less nobody is asked what is free
@@ -269,8 +292,10 @@ def _check_memory(width: int, height: int) -> None:
         return
     free = available_memory()
     if free is not None and needed > free:
-        raise ImageMemoryError(f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
-                               f"{human_bytes(free)} are free (scale it down)")
+        raise ImageMemoryError(
+            f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
+            f"{human_bytes(free)} are free (scale it down)"
+        )
 
 
 def _too_large(size: str) -> str:

@@ -17,8 +17,9 @@ from l4ctx.files import printable
 from l4ctx.request import Request
 
 
-def inputs(question: str | None, question_file: Path | None, paths: list[str], *, quiet: bool,
-           reads_pipe: bool) -> tuple[str, list[str], BinaryIO | None]:
+def inputs(
+    question: str | None, question_file: Path | None, paths: list[str], *, quiet: bool, reads_pipe: bool
+) -> tuple[str, list[str], BinaryIO | None]:
     """The question, the paths to read, and standard input unless the question was read from it."""
     stdin = standard_input()
     if question == "-" or question_file == Path("-"):
@@ -72,8 +73,9 @@ def _question_text(read: Callable[[], bytes], name: str) -> str:
     except FileNotFoundError as error:
         from l4ctx.suggestions import did_you_mean
 
-        raise UsageError(f"{printable(name)}: the question cannot be read: {error.strerror}"
-                         f"{did_you_mean(name)}") from None
+        raise UsageError(
+            f"{printable(name)}: the question cannot be read: {error.strerror}{did_you_mean(name)}"
+        ) from None
     except OSError as error:
         raise UsageError(f"{printable(name)}: the question cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -162,8 +164,10 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     if known is None:
         raise UsageError("no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL")
     if not known.is_dir():
-        raise UsageError(f"no model: {context} was made with {printable(str(known))}, and no such folder is there now; "
-                         "give the checkpoint with --model DIR")
+        raise UsageError(
+            f"no model: {context} was made with {printable(str(known))}, and no such folder is there now; "
+            "give the checkpoint with --model DIR"
+        )
     return known
 
 

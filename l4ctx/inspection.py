@@ -31,9 +31,21 @@ if TYPE_CHECKING:
     from model.checkpoint import StoredTensor
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
-READ_WHOLE = (CONFIG, INDEX, SHARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
-              "preprocessor_config.json", MANIFEST, "head.json")
+READ_WHOLE = (
+    CONFIG,
+    INDEX,
+    SHARD,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    MANIFEST,
+    "head.json",
+)
 """Names under which a pipe or a device would be read without end."""
 
 PIECE_BYTES = 16 * 2**20
@@ -120,14 +132,20 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
 
     tokenizer = None
     if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
-        tokenizer = _attempt(report, folder / "tokenizer.json", Tokenizer.from_folder, folder,
-                             None if shown is None else shown.vocab_size)
+        tokenizer = _attempt(
+            report,
+            folder / "tokenizer.json",
+            Tokenizer.from_folder,
+            folder,
+            None if shown is None else shown.vocab_size,
+        )
     report["tokenizer_vocabulary"] = tokenizer and tokenizer.vocab_size
     vision = None if raw is None else _attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
     is_readable = weights is not None and 0 < weights["shards"] == weights["readable_shards"]
     report["vision"] = vision and asdict(vision) | {
         "tokens_per_tile": vision.tokens_per_tile,
-        "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None}
+        "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None,
+    }
     if vision and report["vision"]["has_tensors"] is not False:
         _check_vision(folder, report, vision, shown, tokenizer)
     before = len(report["damage"])
@@ -145,8 +163,9 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
         _attempt(report, folder / "generation_config.json", generation.check, shown.vocab_size)
 
 
-def _check_vision(folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None,
-                  tokenizer: Tokenizer | None) -> None:
+def _check_vision(
+    folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None, tokenizer: Tokenizer | None
+) -> None:
     """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
     from l4ctx.image_processing import ImageProcessing
     from l4ctx.image_tokens import ImageTokens
@@ -155,12 +174,22 @@ def _check_vision(folder: Path, report: Report, vision: VisionConfig, text: Text
     if text and report["vision"]["has_tensors"]:
         _attempt(report, folder, checked_vision_tensors, folder, vision, text.hidden_size)
     if text and vision.image_token_index >= text.vocab_size:
-        _add_damage(report, folder / CONFIG, f"image_token_index is {vision.image_token_index:,}, but there are only "
-                                             f"{text.vocab_size:,} tokens (vocab_size)")
+        _add_damage(
+            report,
+            folder / CONFIG,
+            f"image_token_index is {vision.image_token_index:,}, but there are only "
+            f"{text.vocab_size:,} tokens (vocab_size)",
+        )
     _attempt(report, folder, ImageProcessing.from_folder, folder, vision.image_size)
     if tokenizer:
-        _attempt(report, folder / "tokenizer.json", ImageTokens.from_tokenizer, tokenizer, vision.tokens_per_tile,
-                 vision.image_token_index)
+        _attempt(
+            report,
+            folder / "tokenizer.json",
+            ImageTokens.from_tokenizer,
+            tokenizer,
+            vision.tokens_per_tile,
+            vision.image_token_index,
+        )
 
 
 def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
@@ -182,9 +211,12 @@ def _config_fields(config: TextConfig) -> Report:
     fields = asdict(config)
     del fields["torch_dtype"]  # not checked, not used: what is stored counts
     return fields | {
-        "parameters": parameter_count(config), "num_rope_layers": config.num_rope_layers,
-        "num_nope_layers": config.num_nope_layers, "kv_bytes_per_token_bf16": bytes_per_token(config, BF16_BYTES),
-        "window_bytes_bf16": config.num_rope_layers * window}
+        "parameters": parameter_count(config),
+        "num_rope_layers": config.num_rope_layers,
+        "num_nope_layers": config.num_nope_layers,
+        "kv_bytes_per_token_bf16": bytes_per_token(config, BF16_BYTES),
+        "window_bytes_bf16": config.num_rope_layers * window,
+    }
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -212,8 +244,16 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
                     sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
         if verify and tensors:
             _attempt(report, shard, _check_numbers, report, shard, tensors)
-    names = ("readable_shards", "parameters", "tensors", "bytes", "vision_tensors", "vision_bytes",
-             "ignored_tensors", "ignored_bytes")
+    names = (
+        "readable_shards",
+        "parameters",
+        "tensors",
+        "bytes",
+        "vision_tensors",
+        "vision_bytes",
+        "ignored_tensors",
+        "ignored_bytes",
+    )
     return {"shards": len(shards), "dtypes": dict(dtypes)} | {name: sums[name] for name in names}
 
 
@@ -261,8 +301,11 @@ def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> 
                     nans += int(piece.isnan().sum())
                     infinities += int(piece.isinf().sum())
             if nans or infinities:
-                _add_damage(report, shard, f"tensor {tensor.name} holds {nans:,} NaN and {infinities:,} infinities; "
-                                           "download it again")
+                _add_damage(
+                    report,
+                    shard,
+                    f"tensor {tensor.name} holds {nans:,} NaN and {infinities:,} infinities; download it again",
+                )
 
 
 # Saved contexts
@@ -275,9 +318,14 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
     with _reading(folder):
         report |= {"is_being_written": is_being_written(folder), "others_have_rights_on": _open_to_others(folder)}
         recipe = _attempt(report, folder / MANIFEST, read_manifest, folder)
-        report |= {"format": FORMAT, "version": VERSION if recipe else None, "made_with": recipe and asdict(recipe),
-                   "checkpoint": recipe and _path_of_checkpoint(folder),
-                   "states": [], "bytes": None}
+        report |= {
+            "format": FORMAT,
+            "version": VERSION if recipe else None,
+            "made_with": recipe and asdict(recipe),
+            "checkpoint": recipe and _path_of_checkpoint(folder),
+            "states": [],
+            "bytes": None,
+        }
         context = None if recipe is None else _attempt(report, folder, Context.read, folder)
         if context is None:
             return
@@ -330,15 +378,20 @@ def _state(report: Report, context: Context, state: State, bad: set[str]) -> Rep
         spans = _attempt(report, context.folder / state.ids.name, _documents, context, state)
         images = _attempt(report, context.folder / state.ids.name, _images, context, state)
         bad |= {state.ids.name} if spans is None or images is None else set()
-    return {"is_newest": state is context.states[-1], "is_complete": state.is_complete, "tokens": state.tokens,
-            "kept_tokens": state.kept(context.recipe.block_tokens), "sealed_blocks": len(state.blocks),
-            "has_system_prompt": state.system,
-            "documents": spans and [{"path": span.source, "tokens": span.stop - span.start, "sha256": span.sha256}
-                                    for span in spans],
-            "images": images and [{"start": span.start, "tokens": span.stop - span.start, "sha256": span.sha256}
-                                  for span in images],
-            "damaged": [stored.name for stored in state.needs if stored.name in bad],
-            "can_keep_tokens": _can_keep(state, context.recipe.block_tokens, bad)}
+    return {
+        "is_newest": state is context.states[-1],
+        "is_complete": state.is_complete,
+        "tokens": state.tokens,
+        "kept_tokens": state.kept(context.recipe.block_tokens),
+        "sealed_blocks": len(state.blocks),
+        "has_system_prompt": state.system,
+        "documents": spans
+        and [{"path": span.source, "tokens": span.stop - span.start, "sha256": span.sha256} for span in spans],
+        "images": images
+        and [{"start": span.start, "tokens": span.stop - span.start, "sha256": span.sha256} for span in images],
+        "damaged": [stored.name for stored in state.needs if stored.name in bad],
+        "can_keep_tokens": _can_keep(state, context.recipe.block_tokens, bad),
+    }
 
 
 def _documents(context: Context, state: State) -> list[Span]:

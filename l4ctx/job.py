@@ -107,5 +107,9 @@ class Job:
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
         """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
         itemsize, before = sizes.KV_DTYPES[dtype], sizes.KV_DTYPES[self.dtype]
-        return replace(self, dtype=dtype, weights=self.weights * itemsize // before,
-                       weights_are_mapped=dtype == self.stored_dtype and not on_accelerator)
+        return replace(
+            self,
+            dtype=dtype,
+            weights=self.weights * itemsize // before,
+            weights_are_mapped=dtype == self.stored_dtype and not on_accelerator,
+        )

@@ -171,8 +171,10 @@ def _checked(file: Path, data: bytes) -> _Content:
         text = line[_DIGITS + 1 :]
         digits = _chained(digits, text)
         if line[: _DIGITS + 1] != digits + b" ":
-            raise JournalError(f"{file}: line {number}: it is damaged or does not belong after the line before "
-                               "(its checksum does not fit)")
+            raise JournalError(
+                f"{file}: line {number}: it is damaged or does not belong after the line before "
+                "(its checksum does not fit)"
+            )
         try:
             records.append(_parsed(text))
         except (ValueError, TypeError, RecursionError) as error:

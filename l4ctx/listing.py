@@ -70,12 +70,20 @@ def _model_lines(report: Report) -> Iterator[Line]:
     if config:
         yield from _config_lines(config)
     if vision and vision["has_tensors"] is not False:
-        yield "images", (f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
-                         f"{vision['tokens_per_tile']} tokens each")
+        yield (
+            "images",
+            (
+                f"tiles of {vision['image_size']} x {vision['image_size']} pixels, "
+                f"{vision['tokens_per_tile']} tokens each"
+            ),
+        )
     if report.get("tokenizer_vocabulary"):
         over = max(0, report["tokenizer_vocabulary"] - config["vocab_size"]) if config else 0
-        yield "tokenizer", f"{report['tokenizer_vocabulary']:,} tokens" + (
-            f", {over:,} more than the model has embeddings for: a text that uses one is refused" if over else "")
+        yield (
+            "tokenizer",
+            f"{report['tokenizer_vocabulary']:,} tokens"
+            + (f", {over:,} more than the model has embeddings for: a text that uses one is refused" if over else ""),
+        )
     if "chat_template" in report:
         yield "chat template", {True: "yes", False: "no", None: "cannot be read"}[report["chat_template"]]
     if report.get("stop_tokens") is not None:
@@ -89,15 +97,30 @@ def _config_lines(config: Report) -> Iterator[Line]:
     if moe:
         yield "experts", f"{config['num_local_experts']} in each MoE layer, {config['num_experts_per_tok']} a token"
     yield "hidden size", f"{config['hidden_size']:,}"
-    yield "heads", (f"{config['num_attention_heads']} of size {config['head_dim']}; "
-                    f"{config['num_key_value_heads']} for keys and values")
-    yield "attention", (f"chunks of {config['attention_chunk_size']:,} tokens; "
-                        f"{config['max_position_embeddings']:,} positions; temperature tuning "
-                        f"{'on' if config['attn_temperature_tuning'] else 'off'}")
+    yield (
+        "heads",
+        (
+            f"{config['num_attention_heads']} of size {config['head_dim']}; "
+            f"{config['num_key_value_heads']} for keys and values"
+        ),
+    )
+    yield (
+        "attention",
+        (
+            f"chunks of {config['attention_chunk_size']:,} tokens; "
+            f"{config['max_position_embeddings']:,} positions; temperature tuning "
+            f"{'on' if config['attn_temperature_tuning'] else 'off'}"
+        ),
+    )
     yield "rope", f"{config['rope_parameters']['rope_type']}, theta {config['rope_parameters']['rope_theta']:,.0f}"
     yield "vocabulary", f"{config['vocab_size']:,}"
-    yield "keys and values", (f"{human_bytes(config['kv_bytes_per_token_bf16'])} a token in bfloat16, and windows of "
-                              f"{human_bytes(config['window_bytes_bf16'])}")
+    yield (
+        "keys and values",
+        (
+            f"{human_bytes(config['kv_bytes_per_token_bf16'])} a token in bfloat16, and windows of "
+            f"{human_bytes(config['window_bytes_bf16'])}"
+        ),
+    )
 
 
 def _context_lines(report: Report) -> Iterator[Line]:
@@ -105,14 +128,21 @@ def _context_lines(report: Report) -> Iterator[Line]:
 
     made, sizes = report.get("made_with"), report.get("bytes")
     if made:
-        yield "made with", (f"{made['dtype']}, blocks in {made['kv_dtype']}, attention {made['attention']}, prefill "
-                            f"chunks of {made['prefill_chunk_size']:,}")
+        yield (
+            "made with",
+            (
+                f"{made['dtype']}, blocks in {made['kv_dtype']}, attention {made['attention']}, prefill "
+                f"chunks of {made['prefill_chunk_size']:,}"
+            ),
+        )
         yield "", f"blocks of {made['block_tokens']:,} tokens in segments of {made['segment_tokens']:,}"
         yield "date", made["date"]
         if report.get("checkpoint"):
             yield "checkpoint", report["checkpoint"]
-        yield "" if report.get("checkpoint") else "checkpoint", ", ".join(
-            f"{name} {made[name][:12]}" for name in FIELDS)
+        yield (
+            "" if report.get("checkpoint") else "checkpoint",
+            ", ".join(f"{name} {made[name][:12]}" for name in FIELDS),
+        )
     if sizes:
         parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(count)}" for name, count in sizes.items())
         yield "on disk", f"{human_bytes(sum(sizes.values()))}: {parts}"
@@ -122,15 +152,24 @@ def _context_lines(report: Report) -> Iterator[Line]:
     for state in report.get("states", ()):
         yield from _state_lines(state, is_written=is_written)
     if sizes and not report["states"]:
-        yield "documents", "none yet: " + ("a writer has just begun" if is_written else
-                                           "the l4ctx prefill command that made the context goes on")
+        yield (
+            "documents",
+            "none yet: "
+            + ("a writer has just begun" if is_written else "the l4ctx prefill command that made the context goes on"),
+        )
 
 
 def _state_lines(state: Report, *, is_written: bool) -> Iterator[Line]:
     documents, images, tokens = state["documents"], state["images"], f"{state['tokens']:,} tokens"
-    done = f"{tokens}, complete" if state["is_complete"] else (
-        f"still being read, {state['kept_tokens']:,} of {tokens} so far" if is_written and state["is_newest"] else
-        f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on")
+    done = (
+        f"{tokens}, complete"
+        if state["is_complete"]
+        else (
+            f"still being read, {state['kept_tokens']:,} of {tokens} so far"
+            if is_written and state["is_newest"]
+            else f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on"
+        )
+    )
     blocks = f"{'a system prompt, ' * state['has_system_prompt']}{state['sealed_blocks']:,} sealed blocks"
     yield "documents" if state["is_newest"] else "before that", f"{done} ({blocks})"
     for document in (documents or ())[:SHOWN_LINES]:
@@ -148,8 +187,12 @@ def _state_lines(state: Report, *, is_written: bool) -> Iterator[Line]:
 def _damage_lines(report: Report) -> Iterator[Line]:
     damage = [entry["what"] for entry in report["damage"]]
     if not damage:
-        yield "damage", "none, every byte was read" if report["verified"] else (
-            "none in headers and lengths (--verify reads every byte)")
+        yield (
+            "damage",
+            "none, every byte was read"
+            if report["verified"]
+            else ("none in headers and lengths (--verify reads every byte)"),
+        )
     for number, what in enumerate(damage[:SHOWN_LINES]):
         yield "damage" if number == 0 else "", what
     if len(damage) > SHOWN_LINES:
@@ -160,6 +203,10 @@ def _damage_lines(report: Report) -> Iterator[Line]:
         if state["damaged"]:
             tokens = state["can_keep_tokens"]
             kept = f"the first {tokens:,} tokens" if tokens else "no tokens"
-            yield "to keep" if state["is_newest"] else "before that", (
-                f"{kept} can be kept: l4ctx prefill --verify with the same documents and "
-                f"-o {shlex.quote(report['path'])} reads the rest anew")
+            yield (
+                "to keep" if state["is_newest"] else "before that",
+                (
+                    f"{kept} can be kept: l4ctx prefill --verify with the same documents and "
+                    f"-o {shlex.quote(report['path'])} reads the rest anew"
+                ),
+            )

@@ -42,8 +42,9 @@ def writer_lock(folder: Path) -> Lock:
     try:
         return _waited_for(folder / WRITER_LOCK, folder, WRITERS_WAIT, exclusive=True, create=True)
     except BlockingIOError:
-        raise ContextError(f"{folder}: another process is writing to it; wait for that, or name another "
-                           "folder") from None
+        raise ContextError(
+            f"{folder}: another process is writing to it; wait for that, or name another folder"
+        ) from None
 
 
 def is_being_written(folder: Path) -> bool:
@@ -66,8 +67,10 @@ def readers_lock(folder: Path, waiting: Callable[[str], None] | None = None) -> 
     try:
         return _waited_for(file, folder / BLOCKS, READERS_WAIT, exclusive=False, waiting=waiting)
     except BlockingIOError:
-        raise ContextError(f"{file}: another process has held this lock for {READERS_WAIT:.0f} seconds, so that the "
-                           "context cannot be read; end that process (fuser names it), or try again") from None
+        raise ContextError(
+            f"{file}: another process has held this lock for {READERS_WAIT:.0f} seconds, so that the "
+            "context cannot be read; end that process (fuser names it), or try again"
+        ) from None
     except OSError:
         return None
 
@@ -80,8 +83,15 @@ def deletion_lock(folder: Path) -> Lock | None:
         return None
 
 
-def _waited_for(file: Path, folder: Path, seconds: float, *, exclusive: bool, create: bool = False,
-                waiting: Callable[[str], None] | None = None) -> Lock:
+def _waited_for(
+    file: Path,
+    folder: Path,
+    seconds: float,
+    *,
+    exclusive: bool,
+    create: bool = False,
+    waiting: Callable[[str], None] | None = None,
+) -> Lock:
     began = time.monotonic()
     while True:
         try:

@@ -25,8 +25,12 @@ JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writ
 """The names of what lies beside it in the folder; l4ctx.context says what each is."""
 
 MAX_BYTES = 2**20
-_WHAT = {"block_tokens": "block size", "segment_tokens": "segment size", "config": "configuration",
-         "template": "chat template"}
+_WHAT = {
+    "block_tokens": "block size",
+    "segment_tokens": "segment size",
+    "config": "configuration",
+    "template": "chat template",
+}
 
 
 class ContextError(Exception):
@@ -58,8 +62,11 @@ class Recipe:
         for name in ("prefill_chunk_size", "block_tokens", "segment_tokens"):
             if not 0 < getattr(self, name) < 2**40:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
-        for name, known in (("dtype", KV_DTYPES.keys() - set(QUANTIZED)), ("kv_dtype", KV_DTYPES.keys()),
-                            ("attention", set(BACKEND_NAMES))):
+        for name, known in (
+            ("dtype", KV_DTYPES.keys() - set(QUANTIZED)),
+            ("kv_dtype", KV_DTYPES.keys()),
+            ("attention", set(BACKEND_NAMES)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
         datetime.datetime.fromisoformat(self.date)
@@ -74,14 +81,20 @@ class Recipe:
             mine = getattr(self, name)
             if mine == other:
                 continue
-            option = {"dtype": "--dtype", "kv_dtype": "--kv-dtype", "attention": "--attention",
-                      "prefill_chunk_size": "--prefill-chunk-size"}.get(name)
+            option = {
+                "dtype": "--dtype",
+                "kv_dtype": "--kv-dtype",
+                "attention": "--attention",
+                "prefill_chunk_size": "--prefill-chunk-size",
+            }.get(name)
             if option:
                 raise ContextError(f"{folder}: made with {option} {mine}, not {other}; give that, or another folder")
             differing = [_WHAT.get(name, name) for name in wanted if getattr(self, name) != wanted[name]]
             what = " and ".join([", ".join(differing[:-1])] * (len(differing) > 1) + differing[-1:])
-            raise ContextError(f"{folder}: made with another {what} than this checkpoint's ({name} differs); it is "
-                               f"left as it is: use the checkpoint that it was made with{where}, or another folder")
+            raise ContextError(
+                f"{folder}: made with another {what} than this checkpoint's ({name} differs); it is "
+                f"left as it is: use the checkpoint that it was made with{where}, or another folder"
+            )
 
 
 def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
@@ -129,8 +142,11 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
     except FileNotFoundError:
         from l4ctx.suggestions import did_you_mean
 
-        what = f"not a saved context: it has no {FILE}" if folder.exists() else (
-            f"no such folder{did_you_mean(str(folder))}")
+        what = (
+            f"not a saved context: it has no {FILE}"
+            if folder.exists()
+            else (f"no such folder{did_you_mean(str(folder))}")
+        )
         raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
     except OSError as error:
         raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
@@ -140,8 +156,10 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         if content["version"] != VERSION:
-            raise ContextError(f"{file}: version {content['version']!r} of the format is not known here; "
-                               f"{VERSION} is: use the l4ctx that made it, or make it anew")
+            raise ContextError(
+                f"{file}: version {content['version']!r} of the format is not known here; "
+                f"{VERSION} is: use the l4ctx that made it, or make it anew"
+            )
         if _digest(content) != said:
             raise ValueError("its checksum does not match")
         made = content["made_with"]
@@ -150,8 +168,10 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
             raise ValueError(f"checkpoint {said_path!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
-                           "trusted without it: make the context anew") from None
+        raise ContextError(
+            f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
+            "trusted without it: make the context anew"
+        ) from None
     return recipe, None if said_path is None else Path(said_path)
 
 
@@ -174,11 +194,13 @@ def saved_recipe(folder: Path) -> Recipe | None:
     ours = {WRITER_LOCK, READERS_LOCK}
     if (folder / BLOCKS).is_dir() and not any((folder / BLOCKS).iterdir()):
         ours.add(BLOCKS)
-    others = sorted(entry.name for entry in folder.iterdir()
-                    if entry.name not in ours and not entry.name.startswith(f".{FILE}."))
+    others = sorted(
+        entry.name for entry in folder.iterdir() if entry.name not in ours and not entry.name.startswith(f".{FILE}.")
+    )
     if others:
-        raise ContextError(f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; "
-                           "name a new or an empty folder")
+        raise ContextError(
+            f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; name a new or an empty folder"
+        )
     return None
 
 

@@ -59,8 +59,9 @@ class PeakSampler:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -208,8 +209,9 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 8388608 (bytes)")
     number, unit, suffix = found.groups()
     if not unit and not suffix and 0 < float(number) < 2**20:
-        raise ValueError(f"{text.strip()} would be bytes; with a unit it is clear: {number}GiB, {number}MiB, or "
-                         f"{number}B for bytes")
+        raise ValueError(
+            f"{text.strip()} would be bytes; with a unit it is clear: {number}GiB, {number}MiB, or {number}B for bytes"
+        )
     factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
     return int(Fraction(number.rstrip(".")) * factor)
 
@@ -224,8 +226,9 @@ def parse_tokens(text: str) -> int:
     if found is not None:
         number, unit = found.groups()
         base = 1024 if unit.endswith("i") else 1000
-        count = Fraction(number.replace("_", "")) * base**" kmg".index(unit[:1] or " ")
+        count = Fraction(number.replace("_", "")) * base ** " kmg".index(unit[:1] or " ")
     if count < 0 or count.denominator != 1:
-        raise ValueError(f"{text!r} is not a number of tokens such as 4096, 128k (128,000), 10M (10,000,000) or "
-                         "128Ki (131,072)")
+        raise ValueError(
+            f"{text!r} is not a number of tokens such as 4096, 128k (128,000), 10M (10,000,000) or 128Ki (131,072)"
+        )
     return int(count)

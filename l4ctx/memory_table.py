@@ -20,8 +20,12 @@ def memory_table(report: MemoryReport) -> FigureTable:
         if any(values):
             table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
 
-    row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights",
-        plan.weights, None, report.weights)
+    row(
+        "weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights",
+        plan.weights,
+        None,
+        report.weights,
+    )
     row("RoPE windows", end.rope_windows, most.rope_windows, report.rope_windows)
     row("NoPE keys and values, accelerator", end.nope_device, most.nope_device, report.nope_device)
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)

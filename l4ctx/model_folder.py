@@ -20,16 +20,20 @@ from model.config import ConfigError
 
 CONFIG = "config.json"
 MAX_NAMES, MAX_JSON_BYTES = 5000, 2**20
-_REPOSITORY = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
-                         r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?")
+_REPOSITORY = re.compile(
+    r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?"
+)
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[\w.-]*\.(pth|pt|bin|ckpt)")
 _EXPECTED = "a checkpoint folder is expected"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
 _GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
-_PICKLE = ("PyTorch's pickled format, which is not loaded, as such a file can run any program; take the safetensors of "
-           "the same model")
+_PICKLE = (
+    "PyTorch's pickled format, which is not loaded, as such a file can run any program; take the safetensors of "
+    "the same model"
+)
 
 
 def check_model_folder(path: Path) -> None:
@@ -69,8 +73,10 @@ def _missing(path: Path) -> str:
         snapshots = _snapshots(_hub() / f"models--{name.replace('/', '--')}")
         if snapshots:
             return f"no such folder, but the repository is in the hub's cache: --model {snapshots[0]}"
-        return (f"no such folder; if the repository of that name is meant, download it: hf download {name} --local-dir "
-                "DIR, then --model DIR")
+        return (
+            f"no such folder; if the repository of that name is meant, download it: hf download {name} --local-dir "
+            "DIR, then --model DIR"
+        )
     return f"no such folder{did_you_mean(text) or f'; {_EXPECTED}'}"
 
 
@@ -103,14 +109,21 @@ def _folder(path: Path, names: list[str]) -> str:
     if "adapter_config.json" in there:
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
-        return (f"an adapter (LoRA){of}, no whole model: merge it into its base model (merge_and_unload of peft, then "
-                "save_pretrained), and give that folder")
+        return (
+            f"an adapter (LoRA){of}, no whole model: merge it into its base model (merge_and_unload of peft, then "
+            "save_pretrained), and give that folder"
+        )
     if (cached := _in_the_hubs_cache(path, names)) is not None:
         return cached
-    if "checklist.chk" in there or "params.json" in there or any(re.fullmatch(r"consolidated.*\.pth", name)
-                                                                for name in names):
-        return ("a checkpoint in Meta's own format, which is not read: convert it with "
-                "convert_llama4_weights_to_hf.py of transformers, or download the converted one: " + _DOWNLOAD)
+    if (
+        "checklist.chk" in there
+        or "params.json" in there
+        or any(re.fullmatch(r"consolidated.*\.pth", name) for name in names)
+    ):
+        return (
+            "a checkpoint in Meta's own format, which is not read: convert it with "
+            "convert_llama4_weights_to_hf.py of transformers, or download the converted one: " + _DOWNLOAD
+        )
     if ".gguf" in endings:
         return f"no config.json there, but files of {_GGUF}"
     inner = [name for name in names[:200] if os.path.lexists(path / name / CONFIG)]
@@ -120,8 +133,10 @@ def _folder(path: Path, names: list[str]) -> str:
     if ".safetensors" in endings:
         return "no config.json there, though weights are: download the other files of the repository, too"
     if ".onnx" in endings or ".npz" in endings or "onnx" in there:
-        return ("no config.json there, but a model in another program's format (ONNX, MLX); a safetensors checkpoint "
-                f"is needed: {_DOWNLOAD}")
+        return (
+            "no config.json there, but a model in another program's format (ONNX, MLX); a safetensors checkpoint "
+            f"is needed: {_DOWNLOAD}"
+        )
     if any(_PICKLED_WEIGHTS.fullmatch(name) for name in names):
         return f"no config.json there, but files in {_PICKLE}"
     return f"{'an empty folder, ' * (not names)}no config.json there; {_EXPECTED}"
@@ -134,8 +149,10 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
         repository = root.name.removeprefix("models--").replace("--", "/", 1)
         snapshots = _snapshots(root)
         if not snapshots:
-            return (f"the hub's cache of {repository}, in which no snapshot has a config.json: download it again, with "
-                    f"hf download {repository}")
+            return (
+                f"the hub's cache of {repository}, in which no snapshot has a config.json: download it again, with "
+                f"hf download {repository}"
+            )
         return f"the hub's cache of {repository}; give a snapshot in it: --model {snapshots[0]}"
     hub = path / "hub" if "hub" in names and path.name == "huggingface" else path
     models = [name for name in (names if hub == path else _names_if_any(hub)) if name.startswith("models--")]
@@ -150,14 +167,17 @@ def _snapshots(root: Path) -> list[Path]:
     """Of a repository in the hub's cache, those with a config.json: that of the main branch first, then the newest."""
     main = (_first_bytes(root / "refs" / "main", 100) or b"").decode("ascii", "replace").strip()
     found = [root / "snapshots" / name for name in _names_if_any(root / "snapshots")]
-    return sorted((folder for folder in found if os.path.exists(folder / CONFIG)),
-                  key=lambda folder: (folder.name != main, -os.stat(folder).st_mtime, folder.name))
+    return sorted(
+        (folder for folder in found if os.path.exists(folder / CONFIG)),
+        key=lambda folder: (folder.name != main, -os.stat(folder).st_mtime, folder.name),
+    )
 
 
 def _hub() -> Path:
     """Where the hub's library keeps what it downloads."""
     home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
 
 

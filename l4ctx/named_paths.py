@@ -58,13 +58,19 @@ def _question_is_a_path(question: str, paths: Sequence[str], missing: Sequence[s
     name = printable(question)
     kind = "folder" if os.path.isdir(question) else "file"
     if not paths:
-        return (f"{name}: the name of a {kind}, and no question about it: l4ctx ask QUESTION {_quoted(question)} "
-                "(where that is the question, give it with --question-file)")
+        return (
+            f"{name}: the name of a {kind}, and no question about it: l4ctx ask QUESTION {_quoted(question)} "
+            "(where that is the question, give it with --question-file)"
+        )
     if paths[0] in missing:
-        return (f"{printable(paths[0])}: no such file or folder, but {name} is a {kind}: are they swapped? The "
-                f"question comes first: l4ctx ask {_quoted(paths[0])} {_quoted(question)}")
-    return (f"{name}: the name of a {kind}, where the question is expected: l4ctx ask QUESTION {_quoted(question)} ... "
-            "(where that is the question, give it with --question-file)")
+        return (
+            f"{printable(paths[0])}: no such file or folder, but {name} is a {kind}: are they swapped? The "
+            f"question comes first: l4ctx ask {_quoted(paths[0])} {_quoted(question)}"
+        )
+    return (
+        f"{name}: the name of a {kind}, where the question is expected: l4ctx ask QUESTION {_quoted(question)} ... "
+        "(where that is the question, give it with --question-file)"
+    )
 
 
 def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None) -> str:
@@ -77,9 +83,11 @@ def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None)
     is_unquoted = question is not None and not re.search(r"\s", question) and paths[0] in words
     if question is not None and is_unquoted and (meant is None or len(words) > 1):
         sentence = [question, *itertools.takewhile(lambda word: word in words, paths)]
-        rest = "".join(f" {_quoted(other)}" for other in paths[len(sentence) - 1:][:3])
-        return (f"{printable(path)}: no such file or folder{also}; if it belongs to the question, put that in quotes: "
-                f"l4ctx ask {_quoted(' '.join(sentence))}{rest}")
+        rest = "".join(f" {_quoted(other)}" for other in paths[len(sentence) - 1 :][:3])
+        return (
+            f"{printable(path)}: no such file or folder{also}; if it belongs to the question, put that in quotes: "
+            f"l4ctx ask {_quoted(' '.join(sentence))}{rest}"
+        )
     if meant is not None:
         return f"{printable(path)}: no such file or folder{also}; did you mean {printable(meant)}?"
     if glob.has_magic(path):

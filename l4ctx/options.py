@@ -11,6 +11,7 @@ import typer
 
 def token_count(minimum: int) -> Callable[[str], int]:
     """Reads an option that counts tokens; the parser of arguments says which one is wrong."""
+
     def parse(text: str) -> int:
         from l4ctx.memory import parse_tokens
 
@@ -25,45 +26,103 @@ def token_count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-Model = Annotated[Path | None, typer.Option(
-    "--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder.", show_default=False)]
-Paths = Annotated[list[str] | None, typer.Argument(
-    metavar="PATH", help="Files and folders to read, in this order; - stands for standard input. Without "
-    "a path, what is piped in is the document.", show_default=False)]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder.", show_default=False),
+]
+Paths = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PATH",
+        help="Files and folders to read, in this order; - stands for standard input. Without "
+        "a path, what is piped in is the document.",
+        show_default=False,
+    ),
+]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave image files out.")]
-SkipUnreadable = Annotated[bool, typer.Option(
-    "--skip-unreadable", help="Leave out what cannot be read in a folder, instead of ending with exit code 2.")]
-Pdf = Annotated[str, typer.Option(
-    metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf]).")]
-Replace = Annotated[bool, typer.Option(
-    "--replace", help="Let a context go of other documents that it holds.")]
-Encoding = Annotated[str | None, typer.Option(
-    metavar="NAME", help="Encoding of texts that are not UTF-8 and have no byte order mark, such as gbk or "
-    "windows-1252; unless told, it is detected.", show_default=False)]
-KeepPayload = Annotated[bool, typer.Option(
-    "--keep-payload", help="Keep outputs of notebooks and the content of data: URIs, which are left out.")]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave out what cannot be read in a folder, instead of ending with exit code 2."
+    ),
+]
+Pdf = Annotated[
+    str,
+    typer.Option(
+        metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf])."
+    ),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Let a context go of other documents that it holds.")]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Encoding of texts that are not UTF-8 and have no byte order mark, such as gbk or "
+        "windows-1252; unless told, it is detected.",
+        show_default=False,
+    ),
+]
+KeepPayload = Annotated[
+    bool,
+    typer.Option("--keep-payload", help="Keep outputs of notebooks and the content of data: URIs, which are left out."),
+]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
-Dtype = Annotated[str, typer.Option(
-    metavar="auto|float32|bfloat16|float16", help="Type to compute in. auto: the checkpoint's own; on a CPU "
-    "that is slower with it float32, if those weights take less than a quarter of the free memory.")]
-KVDtype = Annotated[str, typer.Option(
-    "--kv-dtype", metavar="auto|float32|bfloat16|float16|fp8|int8", help="Type to store keys and values of older text "
-    "in. auto: the type computed in; int8 takes about half of bfloat16.")]
-KVDeviceMemory = Annotated[str | None, typer.Option(
-    "--kv-device-memory", metavar="SIZE", help="GPU memory for keys and values of the NoPE layers, such as 8GiB; "
-    "what is free unless told.")]
-KVHostMemory = Annotated[str | None, typer.Option(
-    "--kv-host-memory", metavar="SIZE", help="Host memory for them, such as 8GiB; what is free unless told.")]
-KVDir = Annotated[Path | None, typer.Option(
-    "--kv-dir", metavar="DIR", help="Folder on a fast disk for what memory does not hold; nothing is left there.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Type to compute in. auto: the checkpoint's own; on a CPU "
+        "that is slower with it float32, if those weights take less than a quarter of the free memory.",
+    ),
+]
+KVDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        metavar="auto|float32|bfloat16|float16|fp8|int8",
+        help="Type to store keys and values of older text "
+        "in. auto: the type computed in; int8 takes about half of bfloat16.",
+    ),
+]
+KVDeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-device-memory",
+        metavar="SIZE",
+        help="GPU memory for keys and values of the NoPE layers, such as 8GiB; what is free unless told.",
+    ),
+]
+KVHostMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-host-memory", metavar="SIZE", help="Host memory for them, such as 8GiB; what is free unless told."
+    ),
+]
+KVDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--kv-dir", metavar="DIR", help="Folder on a fast disk for what memory does not hold; nothing is left there."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
-Attention = Annotated[str | None, typer.Option(
-    metavar="sdpa|matmul|flex|eager", help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "
-    "flex_attention, or the slow reference. Unless told, what is the quickest here.",
-    show_default=False)]
-PrefillChunkSize = Annotated[int | None, typer.Option(
-    parser=token_count(1), metavar="N", help="Tokens read at a time; fewer need less memory for activations. 8192, or "
-    "fewer if those do not fit.", show_default=False)]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sdpa|matmul|flex|eager",
+        help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "
+        "flex_attention, or the slow reference. Unless told, what is the quickest here.",
+        show_default=False,
+    ),
+]
+PrefillChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=token_count(1),
+        metavar="N",
+        help="Tokens read at a time; fewer need less memory for activations. 8192, or fewer if those do not fit.",
+        show_default=False,
+    ),
+]
 MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]

@@ -19,7 +19,8 @@ _NEXT_LINE = r"(?=[A-Za-z0-9+/]{40}|[A-Za-z0-9+/]{1,75}[=\"')])"  # of a content
 _BASE64 = re.compile(  # no two of its alternatives begin alike: it takes linear time
     rf"(data:(?:{_MEDIA_TYPE})?(?:;[A-Za-z0-9.+_-]{{1,60}}=[^;,\s\"'()<>]{{1,80}}){{0,5}};base64,)"
     rf"((?:[A-Za-z0-9+/_=%-]++|\\/|\\r?\n{_NEXT_LINE}|\\n{_NEXT_LINE}|[ \t]*+\r?+\n[ \t]*+{_NEXT_LINE})++)",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

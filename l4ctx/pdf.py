@@ -44,7 +44,8 @@ _HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text i
 _VERSION = re.compile(rb"%PDF-\d\.\d\s*(?:[\r\n]|\Z)")
 _OBJECT = re.compile(rb"(?:\A|[\r\n\0 ])\d{1,10} \d{1,5} obj\b")
 _FIELD = re.compile(  # of a mail, a form or an answer by HTTP; or a boundary, or the size of a chunk
-    rb"--|[A-Za-z][A-Za-z0-9-]*:|[ \t]+\S|HTTP/[0-9.]+ |[A-Z]+ \S+ HTTP/|[0-9A-Fa-f]{1,8}\s*$")
+    rb"--|[A-Za-z][A-Za-z0-9-]*:|[ \t]+\S|HTTP/[0-9.]+ |[A-Z]+ \S+ HTTP/|[0-9A-Fa-f]{1,8}\s*$"
+)
 _CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 _START_XREF = re.compile(rb"startxref\s+(\d{1,12})\s+%%EOF")
 _TABLE = re.compile(rb"\s*(?:xref\s|\d+ \d+ obj\b)")
@@ -195,8 +196,14 @@ class _File:
                 size = os.stat(path).st_size
             except OSError as error:
                 raise RefusedError(f"cannot be read any more: {error.strerror}") from None
-        header = {"do": "draw", "path": path, "sha256": sha256, "page": number, "longer_side": PAGE_PIXELS,
-                  "memory": memory_limit(size)}
+        header = {
+            "do": "draw",
+            "path": path,
+            "sha256": sha256,
+            "page": number,
+            "longer_side": PAGE_PIXELS,
+            "memory": memory_limit(size),
+        }
         with request(header, self._raw) as receive:
             return receive()
 
@@ -237,8 +244,13 @@ class _Read:
 
     def _further_pages(self, raw: bytes) -> None:
         """All that are left, in one process."""
-        header = {"do": "read", "mode": self.mode, "first": self.next, "longer_side": PAGE_PIXELS,
-                  "memory": memory_limit(len(raw))}
+        header = {
+            "do": "read",
+            "mode": self.mode,
+            "first": self.next,
+            "longer_side": PAGE_PIXELS,
+            "memory": memory_limit(len(raw)),
+        }
         with request(header, raw) as receive:
             opened = self._timed(receive).header
             self.pages, self.attachments = opened["pages"], opened["attachments"]
@@ -323,11 +335,15 @@ class _Read:
     def _without_text(self) -> str:
         """What a document is that has no text on its pages."""
         if self.comments:
-            return (f"a PDF without text but for {counted(self.comments, 'comment')} (sticky notes and the like); "
-                    "print it to a PDF with its comments")
+            return (
+                f"a PDF without text but for {counted(self.comments, 'comment')} (sticky notes and the like); "
+                "print it to a PDF with its comments"
+            )
         if self.attachments:
-            return (f"a PDF without text but with {counted(self.attachments, 'file')} attached (a portfolio?); save "
-                    "the attached files and name them")
+            return (
+                f"a PDF without text but with {counted(self.attachments, 'file')} attached (a portfolio?); save "
+                "the attached files and name them"
+            )
         return "a PDF without text (scanned?); --pdf pages reads its pages as images"
 
     def _count(self, numbers: list[int]) -> str:

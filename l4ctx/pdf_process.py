@@ -99,8 +99,14 @@ class _Worker:
 
     def __init__(self) -> None:
         try:
-            self.process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                                            stderr=subprocess.DEVNULL, start_new_session=True)  # gets no Ctrl-C
+            self.process = subprocess.Popen(
+                _COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # gets no Ctrl-C
         except OSError as error:
             raise NoWorkerError(f"the process that reads it cannot be started: {error.strerror}") from None
         self.end = weakref.finalize(self, _end, self.process)

@@ -60,7 +60,9 @@ class MemoryPlan:
         if job.weights_are_mapped and room.host is not None and plan.weights < SPARE_SHARE * room.host:
             held = cls._within(replace(job, weights_are_mapped=False), room)
             if not held.missing(room) and (held.residency, held.prefill_chunk_size) == (
-                    plan.residency, plan.prefill_chunk_size):
+                plan.residency,
+                plan.prefill_chunk_size,
+            ):
                 return held
         return plan
 
@@ -80,8 +82,15 @@ class MemoryPlan:
         layout, on_accelerator = job.layout, room.accelerator is not None
         step, rows = min(prefill_chunk_size, job.read_tokens), layout.sealed_rows(job.length)
         nothing = KVBytes(0, 0, 0)
-        plan = cls(job, layout, Residency(on_accelerator=on_accelerator), prefill_chunk_size, nothing, nothing,
-                   activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]))
+        plan = cls(
+            job,
+            layout,
+            Residency(on_accelerator=on_accelerator),
+            prefill_chunk_size,
+            nothing,
+            nothing,
+            activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]),
+        )
         device_rows = 0
         if room.accelerator is not None:
             left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
@@ -189,14 +198,17 @@ class MemoryPlan:
         missing = self.missing(room)
         if not missing:
             return
-        short = "; ".join(f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
-                          f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
-                          for tier, (needed, there) in missing.items())
+        short = "; ".join(
+            f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
+            f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
+            for tier, (needed, there) in missing.items()
+        )
         what_helps = "; ".join(self.remedies(room)) or "nothing but a larger machine"
         raise MemoryPlanError(
             f"this run needs {short} (keys and values {human_bytes(self.peak.rope_windows + self.peak.nope)}, weights "
             f"{human_bytes(self.held_weights)}, activations {human_bytes(self.activations)}"
-            f"{f', images {human_bytes(self.images)}' if self.images else ''}); what helps: {what_helps}")
+            f"{f', images {human_bytes(self.images)}' if self.images else ''}); what helps: {what_helps}"
+        )
 
     def remedies(self, room: Room) -> list[str]:
         """What a user can do: first what is enough by itself, then the rest; the cheapest of each first."""
@@ -235,14 +247,20 @@ class MemoryPlan:
 
     def _notes(self, room: Room) -> Iterator[str]:
         if room.kv_host is not None and room.has_disk and self.host_keys_values > room.kv_host:
-            yield (f"--kv-host-memory {human_bytes(room.kv_host)} is exceeded: open blocks and read buffers take "
-                   f"{human_bytes(self.host_keys_values)} in any case")
+            yield (
+                f"--kv-host-memory {human_bytes(room.kv_host)} is exceeded: open blocks and read buffers take "
+                f"{human_bytes(self.host_keys_values)} in any case"
+            )
         if room.kv_device is not None and self.peak.nope_device > room.kv_device:
-            yield (f"--kv-device-memory {human_bytes(room.kv_device)} is exceeded: open blocks take "
-                   f"{human_bytes(self.peak.nope_device)} in any case")
+            yield (
+                f"--kv-device-memory {human_bytes(room.kv_device)} is exceeded: open blocks take "
+                f"{human_bytes(self.peak.nope_device)} in any case"
+            )
         if self.weights_are_mapped and room.host is not None and self.weights > room.host:
-            yield (f"the weights ({human_bytes(self.weights)}) are more than the memory that is free: the run reads "
-                   "them from the checkpoint's files again and again, which no prediction of time takes into account")
+            yield (
+                f"the weights ({human_bytes(self.weights)}) are more than the memory that is free: the run reads "
+                "them from the checkpoint's files again and again, which no prediction of time takes into account"
+            )
         chosen = self.job.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
         if self.prefill_chunk_size < chosen:
             yield f"{self.prefill_chunk_size} tokens are read at a time, so that the activations fit"
@@ -250,14 +268,36 @@ class MemoryPlan:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for --json; keys and values are those at the end of the run."""
         end, layout = self.end, self.layout
-        numbers = {name: getattr(self, name) for name in (
-            "weights", "weights_are_mapped", "token_ids", "activations", "images", "needed", "needed_on_accelerator",
-            "needed_on_disk", "unbounded_cache", "prefill_chunk_size")}
+        numbers = {
+            name: getattr(self, name)
+            for name in (
+                "weights",
+                "weights_are_mapped",
+                "token_ids",
+                "activations",
+                "images",
+                "needed",
+                "needed_on_accelerator",
+                "needed_on_disk",
+                "unbounded_cache",
+                "prefill_chunk_size",
+            )
+        }
         device, host, _ = self.residency.split(layout.sealed_rows(self.job.length))
-        return {"tokens": self.job.length, **numbers, "rope_windows": end.rope_windows, "nope_device": end.nope_device,
-                "nope_host": end.nope_host, "nope_disk": end.nope_disk, "buffers": end.buffers, "dtype": self.job.dtype,
-                "kv_dtype": layout.kv_dtype, "block_tokens": layout.block_tokens, "host_rows": host,
-                "device_rows": device}
+        return {
+            "tokens": self.job.length,
+            **numbers,
+            "rope_windows": end.rope_windows,
+            "nope_device": end.nope_device,
+            "nope_host": end.nope_host,
+            "nope_disk": end.nope_disk,
+            "buffers": end.buffers,
+            "dtype": self.job.dtype,
+            "kv_dtype": layout.kv_dtype,
+            "block_tokens": layout.block_tokens,
+            "host_rows": host,
+            "device_rows": device,
+        }
 
 
 class _Option(NamedTuple):
@@ -273,8 +313,12 @@ def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
     """From the cheapest, in effort and in loss of quality, to the dearest."""
     job, on_accelerator = plan.job, room.accelerator is not None
     if room.disk is not None and (lacking := plan.needed_on_disk - room.disk) > 0:
-        yield _Option(f"{human_bytes(lacking)} more free in {room.disk_folder}, or a folder on a larger disk,", "", job,
-                      replace(room, disk=None))
+        yield _Option(
+            f"{human_bytes(lacking)} more free in {room.disk_folder}, or a folder on a larger disk,",
+            "",
+            job,
+            replace(room, disk=None),
+        )
     if room.kv_host is not None:
         unlimited = replace(room, kv_host=None)
         without = MemoryPlan.of(job, unlimited)
@@ -286,18 +330,27 @@ def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
         yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", job, there)
     for size in PREFILL_CHUNK_SIZES if job.prefill_chunk_size and job.saved_layout is None else ():
         smaller = replace(job, prefill_chunk_size=size)
-        if size < plan.prefill_chunk_size and (size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(
-                smaller, room).missing(room)):
+        if size < plan.prefill_chunk_size and (
+            size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(smaller, room).missing(room)
+        ):
             yield _Option(f"--prefill-chunk-size {size}", "", smaller, room)
             break
     yield from _other_dtypes(plan, room)
     if job.images is not None:
         largest, pixels = job.images.largest, human_bytes(job.images.pixel_bytes)
-        yield _Option("--no-images", f" ({largest} takes {pixels} to decode; scaled down it takes less)",
-                      job.without_images(), room)
+        yield _Option(
+            "--no-images",
+            f" ({largest} takes {pixels} to decode; scaled down it takes less)",
+            job.without_images(),
+            room,
+        )
     if on_accelerator:
-        yield _Option("--device cpu", "", job.in_dtype(job.dtype, on_accelerator=False),
-                      replace(room, accelerator=None, kv_device=None))
+        yield _Option(
+            "--device cpu",
+            "",
+            job.in_dtype(job.dtype, on_accelerator=False),
+            replace(room, accelerator=None, kv_device=None),
+        )
 
 
 def _other_dtypes(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
@@ -313,8 +366,12 @@ def _other_dtypes(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
         if dtype == "bfloat16":
             for computed in dict.fromkeys(("bfloat16", job.stored_dtype)):
                 if computed is not None and computed != job.dtype:
-                    yield _Option(f"--dtype {computed}", "",
-                                  job.in_dtype(computed, on_accelerator=room.accelerator is not None), room)
+                    yield _Option(
+                        f"--dtype {computed}",
+                        "",
+                        job.in_dtype(computed, on_accelerator=room.accelerator is not None),
+                        room,
+                    )
 
 
 def _together(plan: MemoryPlan, room: Room) -> list[str]:

@@ -31,8 +31,9 @@ def plan_table(report: PlanReport) -> RenderableType:
             documents.add_row(without_controls(source), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
         if len(shown) < len(report.documents):
             rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
-            documents.add_row(f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}",
-                              f"{rest / job.prompt_tokens:.0%}")
+            documents.add_row(
+                f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}", f"{rest / job.prompt_tokens:.0%}"
+            )
         parts.append(documents)
 
     memory = FigureTable("memory", ("at the end", "at most", "free"))

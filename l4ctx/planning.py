@@ -155,12 +155,19 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     room = _room(request)
     on_accelerator = room.accelerator is not None
     dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
-    job = Job(config, prompt_tokens=read.tokens, max_new_tokens=_max_new_tokens(request, config, read.tokens),
-              weights=parameters * KV_DTYPES[dtype],
-              weights_are_mapped=dtype == stored and not on_accelerator and is_mappable,
-              dtype=dtype, kv_dtype=request.kv_dtype, stored_dtype=stored if is_mappable else None,
-              prefill_chunk_size=request.prefill_chunk_size, largest=read.documents,
-              images=read.reading.work(read.images) if read.reading else None)
+    job = Job(
+        config,
+        prompt_tokens=read.tokens,
+        max_new_tokens=_max_new_tokens(request, config, read.tokens),
+        weights=parameters * KV_DTYPES[dtype],
+        weights_are_mapped=dtype == stored and not on_accelerator and is_mappable,
+        dtype=dtype,
+        kv_dtype=request.kv_dtype,
+        stored_dtype=stored if is_mappable else None,
+        prefill_chunk_size=request.prefill_chunk_size,
+        largest=read.documents,
+        images=read.reading.work(read.images) if read.reading else None,
+    )
     plan = MemoryPlan.of(job, room)
     for text in plan.notes:
         noted(text)
@@ -169,11 +176,18 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     if read.reading:
         operations = read.reading.with_images(operations, read.images, 0, read.tokens)
     return PlanReport(
-        plan, room, plan.missing(room), read.documents, read.skipped, notes,
+        plan,
+        room,
+        plan.missing(room),
+        read.documents,
+        read.skipped,
+        notes,
         tokens_in_memory=tokens_that_fit(job, room.without_disk),
         tokens_with_disk=tokens_that_fit(job, room) if room.has_disk else None,
-        speed=speed, seconds=speed and speed.seconds(operations),
-        read_from_disk=_read_from_disk(plan))
+        speed=speed,
+        seconds=speed and speed.seconds(operations),
+        read_from_disk=_read_from_disk(plan),
+    )
 
 
 def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int) -> int:
@@ -187,8 +201,10 @@ def _stored_dtype(config: TextConfig, note: Note) -> str:
     """That of the checkpoint, as its config.json says."""
     if config.torch_dtype in ("float32", "bfloat16", "float16"):
         return config.torch_dtype
-    note(f"config.json says {'no dtype' if config.torch_dtype is None else repr(config.torch_dtype)}; "
-         "bfloat16 is taken for the weights")
+    note(
+        f"config.json says {'no dtype' if config.torch_dtype is None else repr(config.torch_dtype)}; "
+        "bfloat16 is taken for the weights"
+    )
     return "bfloat16"
 
 
@@ -226,16 +242,27 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     from l4ctx.tokenizer import Tokenizer
 
     images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
-    found = read_documents(request.paths, stdin=request.stdin, pdf=request.pdf, no_images=images.why_not,
-                           encoding=request.encoding, keep_payload=request.keep_payload,
-                           skip_unreadable=request.skip_unreadable)
+    found = read_documents(
+        request.paths,
+        stdin=request.stdin,
+        pdf=request.pdf,
+        no_images=images.why_not,
+        encoding=request.encoding,
+        keep_payload=request.keep_payload,
+        skip_unreadable=request.skip_unreadable,
+    )
     found.require_any(request.paths)
     for text in found.notes:
         note(text)
     tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
     reading = images.prepare(tokenizer, _tower(images, note)) if found.has_images else None
-    prompt = build_prompt(tokenizer, ChatTemplate.from_folder(request.model), found.take(), "",
-                          images=reading.prompter if reading else None)
+    prompt = build_prompt(
+        tokenizer,
+        ChatTemplate.from_folder(request.model),
+        found.take(),
+        "",
+        images=reading.prompter if reading else None,
+    )
     for text in prompt.notes:
         note(text)
     documents = [(span.source, span.stop - span.start) for span in prompt.spans]
@@ -259,9 +286,14 @@ def _room(request: PlanRequest) -> Room:
     check_kv_device_memory(request.kv_device_memory, on_accelerator=accelerator is not None)
     folder = request.kv_dir
     check_kv_dir(folder)
-    return Room(host=available_memory(), accelerator=accelerator, kv_device=request.kv_device_memory,
-                kv_host=request.kv_host_memory, disk=None if folder is None else available_disk(folder),
-                disk_folder=None if folder is None else str(folder))
+    return Room(
+        host=available_memory(),
+        accelerator=accelerator,
+        kv_device=request.kv_device_memory,
+        kv_host=request.kv_host_memory,
+        disk=None if folder is None else available_disk(folder),
+        disk_folder=None if folder is None else str(folder),
+    )
 
 
 def _accelerator(device: str, *, quick: bool) -> int | None:
@@ -336,10 +368,18 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
         return attend(queries[:, :, :rows], range(start, start + rows), [segment], AttentionMask(None), kernel)
 
     with torch.inference_mode():
-        linear = growing_rate(lambda rows: Work(partial(feed_forward, rows), 6 * rows * c * width), growing(rows),
-                              device, MEASURED_SECONDS)
-        attention = growing_rate(lambda rows: Work(partial(attention_of, rows), 4 * h * d * rows * start),
-                                 growing(MEASURED_ROWS), device, MEASURED_SECONDS)
+        linear = growing_rate(
+            lambda rows: Work(partial(feed_forward, rows), 6 * rows * c * width),
+            growing(rows),
+            device,
+            MEASURED_SECONDS,
+        )
+        attention = growing_rate(
+            lambda rows: Work(partial(attention_of, rows), 4 * h * d * rows * start),
+            growing(MEASURED_ROWS),
+            device,
+            MEASURED_SECONDS,
+        )
     return Speed(linear, attention)
 
 

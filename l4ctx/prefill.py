@@ -39,8 +39,9 @@ class PrefillProgress:
     held: KVBytes | None  # after that step
 
 
-def prefill_grid(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int,
-                 block_tokens: int | None = None) -> Iterator[range]:
+def prefill_grid(
+    start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int, block_tokens: int | None = None
+) -> Iterator[range]:
     """Positions start .. stop - 1 cut on an absolute grid, so that any run over the same tokens takes the same steps.
 
     Prefill chunks at least as long as an attention chunk are whole numbers of those; shorter ones are counted from each
@@ -69,25 +70,38 @@ def grid_period(prefill_chunk_size: int, attention_chunk_size: int, block_tokens
     return block_tokens
 
 
-def prefill(model: Transformer, cache: HybridKVCache, ids: Sequence[int], *,
-            prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
-            features: ImageFeatures | None = None) -> Iterator[PrefillProgress]:
+def prefill(
+    model: Transformer,
+    cache: HybridKVCache,
+    ids: Sequence[int],
+    *,
+    prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
+    features: ImageFeatures | None = None,
+) -> Iterator[PrefillProgress]:
     """Reads `ids` behind what the cache holds, as keys and values only: no logits are computed.
 
     A step that does not finish leaves the cache where the last yielded progress says. `features` has the images among
     the ids; raises its ImageError.
     """
     began, base = time.perf_counter(), cache.offset
-    grid = prefill_grid(base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size,
-                        cache.layout.block_tokens)
+    grid = prefill_grid(
+        base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size, cache.layout.block_tokens
+    )
     for positions in grid:
         step_began = time.perf_counter()
-        step_ids = as_batch(ids[positions.start - base:positions.stop - base], model.device)
+        step_ids = as_batch(ids[positions.start - base : positions.stop - base], model.device)
         model(_inputs(model, step_ids, positions, features), cache, logits="none")
         give_back_free_memory()
         now = time.perf_counter()
-        yield PrefillProgress(start=base, done=positions.stop - base, total=len(ids), seconds=now - began,
-                              step=positions, step_seconds=now - step_began, held=cache.held())
+        yield PrefillProgress(
+            start=base,
+            done=positions.stop - base,
+            total=len(ids),
+            seconds=now - began,
+            step=positions,
+            step_seconds=now - step_began,
+            held=cache.held(),
+        )
 
 
 def _inputs(model: Transformer, ids: Tensor, positions: range, features: ImageFeatures | None) -> Tensor:

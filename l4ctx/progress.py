@@ -117,8 +117,9 @@ class CostModel:
         self._last.append(step)
         slowness = [seen.seconds / seen.expected for seen in self._last]
         if len(slowness) == CHANGE_STEPS and (min(slowness) > CHANGE or max(slowness) < 1 / CHANGE):
-            self._sums.slow_down(statistics.median(seen.seconds / self._predict(seen.linear, seen.full)
-                                                   for seen in self._last))
+            self._sums.slow_down(
+                statistics.median(seen.seconds / self._predict(seen.linear, seen.full) for seen in self._last)
+            )
             self._costs = self._sums.solve()
             self._last.clear()
 
@@ -149,7 +150,7 @@ class _Sums:
 
     def slow_down(self, factor: float) -> None:
         """As if every step so far had taken, and been expected to take, `factor` times as long."""
-        self._scale(factor ** -2, 1 / factor)
+        self._scale(factor**-2, 1 / factor)
 
     def solve(self) -> tuple[float, float]:
         """(a, b), both at least 0, that minimise the sum of (a x + b y - t) ** 2 and PRIOR_WEIGHT's term."""

@@ -93,9 +93,7 @@ class ChatTemplate:
     date: datetime.datetime | None = None  # None: now
 
     @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None
-    ) -> ChatTemplate | None:
+    def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
         """The chat template of a checkpoint folder; None for a base model, which has none.
 
         Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
@@ -253,8 +251,9 @@ def _add_document(
             if progress is not None:
                 progress(done + characters, len(prompt.ids))
 
-        encoded = tokenizer.encode_data(text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report,
-                                        user=_attribute(document.source))
+        encoded = tokenizer.encode_data(
+            text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report, user=_attribute(document.source)
+        )
         cuts.extend(done + offset for offset in encoded.forced_cuts)
         done += len(text)
 
@@ -274,8 +273,9 @@ def _add_document(
         prompt.notes.append(_forced_cuts_note(document.source, tuple(cuts)))
     if document.payload is not None:
         tokens = document.payload.tokens(len(tokenizer.encode_data(document.payload.sample).ids))
-        prompt.notes.append(f"{document.source}: {document.payload.what} left out, about {tokens:,} tokens "
-                            "(--keep-payload keeps all)")
+        prompt.notes.append(
+            f"{document.source}: {document.payload.what} left out, about {tokens:,} tokens (--keep-payload keeps all)"
+        )
 
 
 def _texts_before_images(parts: Iterable[str | DocumentImage]) -> Iterator[tuple[str, DocumentImage | None]]:
@@ -317,9 +317,7 @@ def _default_template(source: object, file: Path) -> str:
     return source
 
 
-def _render(
-    source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None
-) -> str:
+def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
     """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
     from l4ctx.chat_environment import chat_environment
 

@@ -63,8 +63,12 @@ class Reading:
             time_told, verb = f"{human_clock(now - self._began)} so far", "reading "
         else:
             time_told, verb = f"{human_seconds(max(0.0, known.seconds_left - (now - known.at)))} left", "read "
-        counts = (f"{verb}{done:,} of {self._stop:,} tokens", f"{done:,} of {self._stop:,} tokens",
-                  f"{done:,} of {self._stop:,}", f"{100 * done // self._stop}%")
+        counts = (
+            f"{verb}{done:,} of {self._stop:,} tokens",
+            f"{done:,} of {self._stop:,} tokens",
+            f"{done:,} of {self._stop:,}",
+            f"{100 * done // self._stop}%",
+        )
         for count in counts:
             line = f"{count}, {time_told}"
             if width is None or cells(line) <= width:

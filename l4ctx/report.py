@@ -47,10 +47,12 @@ class MemoryReport:
 
     def as_dict(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return fields | {"predicted": self.predicted.as_dict(),
-                         "process_before": self.process_before and asdict(self.process_before),
-                         "process": self.process and asdict(self.process),
-                         "process_peak": self.process_peak and asdict(self.process_peak)}
+        return fields | {
+            "predicted": self.predicted.as_dict(),
+            "process_before": self.process_before and asdict(self.process_before),
+            "process": self.process and asdict(self.process),
+            "process_peak": self.process_peak and asdict(self.process_peak),
+        }
 
 
 def run_report(run: Run) -> dict[str, Any]:
@@ -84,12 +86,16 @@ def _what_was_read(run: Run) -> dict[str, Any]:
     images = [_read_of(placed.image.source, placed.span, end) for placed in run.prompt.images]
     if reader is not None and run.request.answers_from_all:
         held = run.contexts.documents()
-        of_held = [(next((document.source for document in held if document.stop > span.start), ""), span)
-                   for span in run.contexts.images()]
-        documents = [_read_of(span.source, span, reader.tokens) for span in held if span.start < reader.tokens
-                     ] + documents
-        images = [_read_of(source, span, reader.tokens) for source, span in of_held if span.start < reader.tokens
-                  ] + images
+        of_held = [
+            (next((document.source for document in held if document.stop > span.start), ""), span)
+            for span in run.contexts.images()
+        ]
+        documents = [
+            _read_of(span.source, span, reader.tokens) for span in held if span.start < reader.tokens
+        ] + documents
+        images = [
+            _read_of(source, span, reader.tokens) for source, span in of_held if span.start < reader.tokens
+        ] + images
     return {"documents": documents, "images": images}
 
 

@@ -63,5 +63,7 @@ def check_kv_dir(folder: Path | None) -> None:
 def check_kv_device_memory(amount: int | None, *, on_accelerator: bool) -> None:
     """Raises RequestError for a --kv-device-memory where there is no such memory."""
     if amount is not None and not on_accelerator:
-        raise RequestError("--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
-                           "--kv-host-memory limits that")
+        raise RequestError(
+            "--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
+            "--kv-host-memory limits that"
+        )

@@ -16,9 +16,11 @@ from typing import Any
 
 from l4ctx.manifest import ContextError
 
-_NAMES = {"block": re.compile(r"blocks/\d{6,12}-[0-9a-f]{12}\.safetensors"),
-          "ids": re.compile(r"tokens-[0-9a-f]{12}\.safetensors"),
-          "tail": re.compile(r"tail-[0-9a-f]{12}\.safetensors")}
+_NAMES = {
+    "block": re.compile(r"blocks/\d{6,12}-[0-9a-f]{12}\.safetensors"),
+    "ids": re.compile(r"tokens-[0-9a-f]{12}\.safetensors"),
+    "tail": re.compile(r"tail-[0-9a-f]{12}\.safetensors"),
+}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,9 +70,16 @@ class State:
 
     def begin_record(self, base: int | None) -> dict[str, Any]:
         """`base` is the number of the state that the first blocks are those of."""
-        return {"type": "begin", "tokens": self.tokens, "start": self.start, "ids": self.ids.as_dict(),
-                "system": self.system, "base": base, "kept": len(self.blocks),
-                "partial": None if self.partial is None else self.partial.as_dict()}
+        return {
+            "type": "begin",
+            "tokens": self.tokens,
+            "start": self.start,
+            "ids": self.ids.as_dict(),
+            "system": self.system,
+            "base": base,
+            "kept": len(self.blocks),
+            "partial": None if self.partial is None else self.partial.as_dict(),
+        }
 
 
 def block_record(index: int, stored: Stored) -> dict[str, Any]:
@@ -109,8 +118,9 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
             else:
                 raise ValueError(f"type {record['type']!r}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ContextError(f"{file}: damaged: record {number} makes no sense ({type(error).__name__}: {error}); "
-                           "make the context anew") from None
+        raise ContextError(
+            f"{file}: damaged: record {number} makes no sense ({type(error).__name__}: {error}); make the context anew"
+        ) from None
     return states
 
 

@@ -40,8 +40,10 @@ class FigureTable:
 
     def _least_width(self) -> int:
         labels = max((cells(label) for label, _ in self._rows), default=0)
-        figures = [[name, *(row[number] for _, row in self._rows if number < len(row))]
-                   for number, name in enumerate(self._columns)]
+        figures = [
+            [name, *(row[number] for _, row in self._rows if number < len(row))]
+            for number, name in enumerate(self._columns)
+        ]
         return min(labels, NARROWEST_TEXT) + sum(GAP + max(map(cells, column)) for column in figures)
 
     def _table(self) -> Table:
@@ -75,8 +77,9 @@ class TextTable:
 
         labels = max((cells(label) for label, _ in self._rows), default=0)
         if labels + GAP + NARROWEST_TEXT > options.max_width:
-            yield from _stacked(self._title, [(label, text.split(" ")) for label, text in self._rows],
-                                options.max_width, separator="")
+            yield from _stacked(
+                self._title, [(label, text.split(" ")) for label, text in self._rows], options.max_width, separator=""
+            )
             return
         table = _plain_table(self._title, show_header=False)
         table.add_column("", overflow="fold", no_wrap=True)
@@ -89,12 +92,14 @@ class TextTable:
 def _plain_table(title: str, *, show_header: bool = True) -> Table:
     from rich.table import Table
 
-    return Table(box=None, pad_edge=False, title=title or None, title_justify="left", title_style="bold",
-                 show_header=show_header)
+    return Table(
+        box=None, pad_edge=False, title=title or None, title_justify="left", title_style="bold", show_header=show_header
+    )
 
 
-def _stacked(title: str, rows: Iterable[tuple[str, list[str]]], width: int,
-             separator: str = ",") -> Iterator[RenderableType]:
+def _stacked(
+    title: str, rows: Iterable[tuple[str, list[str]]], width: int, separator: str = ","
+) -> Iterator[RenderableType]:
     """The title, then each label with its parts below, none of which is broken if a line can hold it."""
     from rich.text import Text
 

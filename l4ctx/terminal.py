@@ -49,8 +49,12 @@ class _Unfailing:
 
 def is_screen(stream: TextIO | None) -> bool:
     """Whether it is a terminal that can move its cursor. Variables that ask for colour make no file a terminal."""
-    return (stream is not None and stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
-            and os.environ.get("TTY_COMPATIBLE") != "0")
+    return (
+        stream is not None
+        and stream.isatty()
+        and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+        and os.environ.get("TTY_COMPATIBLE") != "0"
+    )
 
 
 def columns(stream: TextIO) -> int:
@@ -122,6 +126,6 @@ def shortened(text: str, width: int) -> str:
     while True:
         is_at_end = len(text) - tail <= head
         more = (head, tail - 1) if is_at_end else (head + 1, tail)
-        if cells(text[:more[0]]) + cells(text[more[1]:]) + 1 > width:
+        if cells(text[: more[0]]) + cells(text[more[1] :]) + 1 > width:
             return f"{text[:head]}…{text[tail:]}"
         head, tail = more

@@ -60,8 +60,15 @@ class Encoded:
 class Tokenizer:
     """Encodes and decodes with the `tokenizers` library; made by `from_folder`."""
 
-    def __init__(self, control: tokenizers.Tokenizer, bos_token: str | None = None, *,
-                 settings: Iterable[Mapping[str, Any]] = (), template: str = "", embeddings: int | None = None) -> None:
+    def __init__(
+        self,
+        control: tokenizers.Tokenizer,
+        bos_token: str | None = None,
+        *,
+        settings: Iterable[Mapping[str, Any]] = (),
+        template: str = "",
+        embeddings: int | None = None,
+    ) -> None:
         """`control` recognises its added tokens; an encoder for data is made from its parts.
 
         That one recognises no control tokens, but words that were added as text; `settings` and `template` are as in
@@ -107,9 +114,13 @@ class Tokenizer:
             control = tokenizers.Tokenizer.from_file(os.fspath(file))
         config = read_json(Path(path) / "tokenizer_config.json")
         bos_token = special_tokens(path).get("bos_token", "<|begin_of_text|>")
-        return cls(control, None if config.get("add_bos_token") is False else bos_token,
-                   settings=(config, read_json(Path(path) / "special_tokens_map.json")),
-                   template=_template_source(Path(path), config), embeddings=embeddings)
+        return cls(
+            control,
+            None if config.get("add_bos_token") is False else bos_token,
+            settings=(config, read_json(Path(path) / "special_tokens_map.json")),
+            template=_template_source(Path(path), config),
+            embeddings=embeddings,
+        )
 
     def special_id(self, content: str) -> int | None:
         """The id of the added token written `content`, if there is one."""
@@ -119,8 +130,10 @@ class Tokenizer:
         """Raises TokenizerError where `user`, such as "the chat template", uses an id beyond the model's embeddings."""
         if self._embeddings is None or (largest := max(ids, default=-1)) < self._embeddings:
             return
-        raise TokenizerError(f"{user} uses the token {self._control.id_to_token(largest)!r} (id {largest}), but the "
-                             f"model has {self._embeddings:,} embeddings: tokenizer and weights do not belong together")
+        raise TokenizerError(
+            f"{user} uses the token {self._control.id_to_token(largest)!r} (id {largest}), but the "
+            f"model has {self._embeddings:,} embeddings: tokenizer and weights do not belong together"
+        )
 
     def encode_control(self, text: str) -> list[int]:
         """Ids of template text: added tokens are recognised; nothing is added before or after."""
@@ -266,8 +279,9 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     sources = [config.get("chat_template"), read_json(folder / "chat_template.json").get("chat_template")]
     with suppress(OSError):
         sources.append((folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace"))
-    return "\n".join(source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
-                     for source in sources if source)
+    return "\n".join(
+        source if isinstance(source, str) else json.dumps(source, ensure_ascii=False) for source in sources if source
+    )
 
 
 def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], bool] | None = None) -> Iterator[int]:

@@ -31,5 +31,5 @@ def refuse_arguments(error: Exception) -> NoReturn:
 
 def wants_json(arguments: list[str]) -> bool:
     """Whether --json is among the arguments of a line that cannot be parsed."""
-    options = arguments[:arguments.index("--")] if "--" in arguments else arguments
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in options

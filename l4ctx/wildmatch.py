@@ -23,10 +23,18 @@ def _set(characters: Iterable[int]) -> int:
 _PUNCTUATION = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _DIGITS, _LETTERS = range(48, 58), [*range(65, 91), *range(97, 123)]
 _CLASSES = {  # as git's own character table has them: ASCII, vertical tab and form feed no space
-    b"alnum": _set([*_DIGITS, *_LETTERS]), b"alpha": _set(_LETTERS), b"blank": _set(b" \t"),
-    b"cntrl": _set([*range(32), 127]), b"digit": _set(_DIGITS), b"graph": _set(range(33, 127)),
-    b"lower": _set(range(97, 123)), b"print": _set(range(32, 127)), b"punct": _set(_PUNCTUATION),
-    b"space": _set(b" \t\n\r"), b"upper": _UPPER, b"xdigit": _set(b"0123456789abcdefABCDEF"),
+    b"alnum": _set([*_DIGITS, *_LETTERS]),
+    b"alpha": _set(_LETTERS),
+    b"blank": _set(b" \t"),
+    b"cntrl": _set([*range(32), 127]),
+    b"digit": _set(_DIGITS),
+    b"graph": _set(range(33, 127)),
+    b"lower": _set(range(97, 123)),
+    b"print": _set(range(32, 127)),
+    b"punct": _set(_PUNCTUATION),
+    b"space": _set(b" \t\n\r"),
+    b"upper": _UPPER,
+    b"xdigit": _set(b"0123456789abcdefABCDEF"),
 }
 
 

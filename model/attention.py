@@ -43,15 +43,16 @@ class KVCache(Protocol):
 class Step(NamedTuple):
     """What all layers of one forward share."""
 
-    positions: range   # absolute positions of the new tokens
-    rotation: Tensor   # (T, D // 2) complex64, for RoPE layers
+    positions: range  # absolute positions of the new tokens
+    rotation: Tensor  # (T, D // 2) complex64, for RoPE layers
     temperature: Tensor | None  # (T,) float32, for NoPE layers
     backend: Backend
     cache: KVCache | None
 
     @classmethod
-    def at(cls, config: TextConfig, positions: range, backend: Backend, cache: KVCache | None,
-           device: torch.device) -> Step:
+    def at(
+        cls, config: TextConfig, positions: range, backend: Backend, cache: KVCache | None, device: torch.device
+    ) -> Step:
         length = max(positions.stop, cache.length) if cache is not None else positions.stop
         rotation = phases(config, positions.start, positions.stop, length, device)
         return cls(positions, rotation, query_temperature(config, positions, device), backend, cache)

@@ -39,8 +39,9 @@ class AttentionState(NamedTuple):
 Backend = Callable[[Tensor, range, KVSegment, AttentionMask], Iterator[tuple[range, AttentionState]]]
 
 
-def attend(queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask,
-           backend: Backend) -> Tensor:
+def attend(
+    queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
+) -> Tensor:
     """Attention of `queries` (B, H, T, D) at `positions` to all segments: (B, H, T, D), the queries' dtype.
 
     The segments together must hold at least one visible key for each query.
@@ -83,8 +84,9 @@ def _merge_rows(total: AttentionState, rows: range, part: AttentionState) -> Att
     return total
 
 
-def eager(queries: Tensor, positions: range, segment: KVSegment,
-          mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
+def eager(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
+) -> Iterator[tuple[range, AttentionState]]:
     """The reference: scores of T x S elements in float32, masked by the predicate alone."""
     b, h, t, d = queries.shape
     _, h_kv, s, _ = segment.keys.shape

@@ -61,8 +61,14 @@ class StoredTensor:
         return str(DTYPES[self.dtype]).removeprefix("torch.")
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu",
-                    attention: str = "sdpa", is_mapped: bool = True) -> Transformer:
+def load_checkpoint(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+    is_mapped: bool = True,
+) -> Transformer:
     """Loads the text model of the checkpoint folder `path`.
 
     `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
@@ -79,8 +85,15 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | str = "auto", devi
     return model.eval()
 
 
-def load_vision(path: str | Path, config: VisionConfig, text_hidden_size: int, *, dtype: torch.dtype | str,
-                device: torch.device | str = "cpu", is_mapped: bool = True) -> VisionTower:
+def load_vision(
+    path: str | Path,
+    config: VisionConfig,
+    text_hidden_size: int,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str = "cpu",
+    is_mapped: bool = True,
+) -> VisionTower:
     """Loads the vision tower of the checkpoint folder `path`, for a text model of width `text_hidden_size`.
 
     `dtype`, `device` and `is_mapped` are as in `load_checkpoint`; "auto" keeps the dtype of the stored class
@@ -121,8 +134,11 @@ def can_be_mapped(tensors: dict[str, StoredTensor]) -> bool:
 
 def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:
     """The number of weights; tied embeddings count once."""
-    return sum(math.prod(tensor.shape) for name, tensor in tensors.items()
-               if not (config.tie_word_embeddings and name == "lm_head.weight"))
+    return sum(
+        math.prod(tensor.shape)
+        for name, tensor in tensors.items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    )
 
 
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -156,11 +172,14 @@ def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[s
         if name is None:
             continue
         if stored.dtype not in DTYPES:
-            raise CheckpointError(f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}; "
-                                  f"only {', '.join(DTYPES)} are supported (quantized checkpoints are not, yet)")
+            raise CheckpointError(
+                f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}; "
+                f"only {', '.join(DTYPES)} are supported (quantized checkpoints are not, yet)"
+            )
         if name in tensors:
-            raise CheckpointError(f"{stored.file}: tensor {stored.name} is there twice "
-                                  f"(also in {tensors[name].file.name})")
+            raise CheckpointError(
+                f"{stored.file}: tensor {stored.name} is there twice (also in {tensors[name].file.name})"
+            )
         tensors[name] = stored
     return tensors
 
@@ -195,8 +214,10 @@ def unused_weights(folder: Path) -> str | None:
     used = {file.name for file in shard_files(folder)}
     if SINGLE not in used:
         used.add(INDEX)
-    others = sorted((file.name for file in folder.iterdir() if file.name not in used and _holds_weights(file.name)),
-                    key=lambda name: (name != INDEX, name))
+    others = sorted(
+        (file.name for file in folder.iterdir() if file.name not in used and _holds_weights(file.name)),
+        key=lambda name: (name != INDEX, name),
+    )
     if not others or used == {INDEX}:
         return None
     read = SINGLE if SINGLE in used else f"what {INDEX} names"
@@ -221,8 +242,10 @@ def _no_weights(folder: Path) -> CheckpointError:
     elif safe:
         message += f", though there is {_listed(safe)}"
     elif others:
-        message += (f"; {_listed(others)} is not read: convert it to safetensors with save_pretrained of transformers, "
-                    "on a machine where you trust the file")
+        message += (
+            f"; {_listed(others)} is not read: convert it to safetensors with save_pretrained of transformers, "
+            "on a machine where you trust the file"
+        )
     return CheckpointError(message)
 
 
@@ -271,16 +294,34 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             beginning = stream.read(8)
             length = int.from_bytes(beginning, "little")
             if beginning == b"version ":  # as git without LFS leaves it; a header of that length is none
-                raise CheckpointError(f"{file}: a pointer of git LFS, not the weights themselves: run git lfs pull in "
-                                      "the clone, or download the file")
+                raise CheckpointError(
+                    f"{file}: a pointer of git LFS, not the weights themselves: run git lfs pull in "
+                    "the clone, or download the file"
+                )
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut short inside its header ({size} bytes)")
             header = json.loads(stream.read(length))
-        entries = [(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]),
-                    int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
-                   for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
-            RecursionError) as error:
+        entries = [
+            (
+                name,
+                str(entry["dtype"]),
+                tuple(int(n) for n in entry["shape"]),
+                int(entry["data_offsets"][0]),
+                int(entry["data_offsets"][1]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{file}: its header cannot be read ({type(error).__name__}: {error})") from None
     end = 8 + length + max((entry[-1] for entry in entries), default=0)
     if size != end:
@@ -294,8 +335,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _checked_text(folder: Path, config: TextConfig, attention: str = "sdpa",
-                  ) -> tuple[Transformer, dict[str, StoredTensor]]:
+def _checked_text(
+    folder: Path,
+    config: TextConfig,
+    attention: str = "sdpa",
+) -> tuple[Transformer, dict[str, StoredTensor]]:
     """The model on the meta device, and its tensors."""
     with torch.device("meta"):
         model = Transformer(config, attention)
@@ -306,20 +350,26 @@ def _checked_text(folder: Path, config: TextConfig, attention: str = "sdpa",
     return model, stored
 
 
-def _checked_vision(folder: Path, config: VisionConfig, text_hidden_size: int,
-                    ) -> tuple[VisionTower, dict[str, StoredTensor]]:
+def _checked_vision(
+    folder: Path,
+    config: VisionConfig,
+    text_hidden_size: int,
+) -> tuple[VisionTower, dict[str, StoredTensor]]:
     with torch.device("meta"):
         tower = VisionTower(config, text_hidden_size)
     stored = vision_tensors(folder)
     if not stored:
-        raise CheckpointError(f"{folder}: config.json describes a vision model, but none of its tensors is there; "
-                              "--no-images reads the text alone")
+        raise CheckpointError(
+            f"{folder}: config.json describes a vision model, but none of its tensors is there; "
+            "--no-images reads the text alone"
+        )
     _check_tensors(folder, tower, stored)
     return tower, stored
 
 
-def _check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor],
-                   optional: frozenset[str] = frozenset()) -> None:
+def _check_tensors(
+    folder: Path, model: nn.Module, stored: dict[str, StoredTensor], optional: frozenset[str] = frozenset()
+) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     shapes, joined = dict(expected), {name: parts for name, parts in expert_parts(stored).items() if name in expected}
     for fused, parts in joined.items():
@@ -340,8 +390,9 @@ def _check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTenso
         raise CheckpointError(f"{stored[name].file}: extra tensor {stored[name].name}, which the model does not have")
     for name, tensor in stored.items():
         if tensor.shape != shapes[name]:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} "
-                                  f"instead of {list(shapes[name])}")
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} instead of {list(shapes[name])}"
+            )
 
 
 def _opened(file: Path) -> Any:
@@ -361,8 +412,9 @@ def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return turned.transpose(1, 2)
 
 
-def _fill(model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str,
-          is_mapped: bool) -> None:
+def _fill(
+    model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str, is_mapped: bool
+) -> None:
     """Reads the model's tensors file by file; on a CPU those of the wanted dtype stay mapped if `is_mapped`."""
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
@@ -391,7 +443,9 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _tie(folder: Path, model: Transformer, stored_apart: bool) -> None:
     embeddings = model.model.embed_tokens.weight
     if stored_apart and not torch.equal(model.lm_head.weight, embeddings):
-        raise CheckpointError(f"{folder}: lm_head.weight differs from the embeddings, though tie_word_embeddings is "
-                              "true (transformers 4 would take the embeddings, 5 lm_head.weight, which false in "
-                              "config.json makes plain)")
+        raise CheckpointError(
+            f"{folder}: lm_head.weight differs from the embeddings, though tie_word_embeddings is "
+            "true (transformers 4 would take the embeddings, 5 lm_head.weight, which false in "
+            "config.json makes plain)"
+        )
     model.lm_head.weight = embeddings

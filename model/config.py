@@ -218,9 +218,11 @@ def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None
 
 def _chunk_size(text: Mapping[str, Any]) -> int:
     if "attention_chunk_size" in text and text["attention_chunk_size"] is None:
-        raise ConfigError("attention_chunk_size: null means RoPE layers without chunks, which transformers refuses, "
-                          "too; the released checkpoints have 8192, and the value of max_position_embeddings makes "
-                          "one chunk of everything")
+        raise ConfigError(
+            "attention_chunk_size: null means RoPE layers without chunks, which transformers refuses, "
+            "too; the released checkpoints have 8192, and the value of max_position_embeddings makes "
+            "one chunk of everything"
+        )
     return FieldReader(text).integer("attention_chunk_size", 8192)
 
 
@@ -268,7 +270,9 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
         known.pop("truncate", None)
     parameters = RopeParameters(rope_type=rope_type, **known)
     needed = {
-        "linear": ("factor",), "dynamic": ("factor",), "yarn": ("original_max_position_embeddings",),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("original_max_position_embeddings",),
         "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }.get(rope_type, ())
@@ -302,8 +306,10 @@ def _mapping(text: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
     """Refuses, by name, what is inconsistent or would be computed wrongly."""
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ConfigError(f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
-                          f"num_key_value_heads ({config.num_key_value_heads})")
+        raise ConfigError(
+            f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads ({config.num_key_value_heads})"
+        )
     if config.num_hidden_layers > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers: {config.num_hidden_layers} is more than {MAX_LAYERS}")
     if config.head_dim % 2:
@@ -319,9 +325,11 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
     layer_types = text.get("layer_types")
     if layer_types is not None:
         expected = ["chunked_attention" if flag else "full_attention" for flag in config.no_rope_layers]
-        if not isinstance(layer_types, list) or layer_types[:len(expected)] != expected:
-            raise ConfigError("layer_types: disagrees with no_rope_layers; only RoPE layers with chunked attention "
-                              "and NoPE layers with full attention are supported")
+        if not isinstance(layer_types, list) or layer_types[: len(expected)] != expected:
+            raise ConfigError(
+                "layer_types: disagrees with no_rope_layers; only RoPE layers with chunked attention "
+                "and NoPE layers with full attention are supported"
+            )
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ ROWS_GUARANTEED_SAFE would be wrong, since a query may see nothing of a segment,
 since a chunk that starts within a block has partial blocks at both ends."""
 
 MAX_SCORE_BYTES = 64 * 2**20  # of the scores of one call on a CPU; up to four such arrays live at once
-MAX_BLOCKS = 2**20            # of one call on a GPU: the lists take some 16 bytes for each
-MAX_VARIANTS = 64             # compiled kernels of a process
+MAX_BLOCKS = 2**20  # of one call on a GPU: the lists take some 16 bytes for each
+MAX_VARIANTS = 64  # compiled kernels of a process
 
 
-def flex(queries: Tensor, positions: range, segment: KVSegment,
-         mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
+def flex(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
+) -> Iterator[tuple[range, AttentionState]]:
     """flex_attention over one segment; queries without a visible key in it have lse -inf and output 0.
 
     Long queries are cut into pieces, of which those that see nothing are left out. On a CPU a piece's scores in float32
@@ -45,10 +46,10 @@ def flex(queries: Tensor, positions: range, segment: KVSegment,
     at_once = _queries_at_once(queries.device.type, b * h, len(segment.positions))
     for first in range(0, t, at_once):
         rows = range(first, min(first + at_once, t))
-        seen = positions[rows.start:rows.stop]
+        seen = positions[rows.start : rows.stop]
         if mask.tiles(seen, segment.positions):
             block_mask = _block_mask(mask, *mask.moved_back(seen, segment.positions), queries.device)
-            yield rows, _attend(queries[:, :, rows.start:rows.stop], segment.keys, segment.values, block_mask)
+            yield rows, _attend(queries[:, :, rows.start : rows.stop], segment.keys, segment.values, block_mask)
 
 
 def _queries_at_once(device_type: str, heads: int, s: int) -> int:

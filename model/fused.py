@@ -18,19 +18,21 @@ Kernel = Callable[[Tensor, Tensor, Tensor], AttentionState]
 """Attention of queries (B, H, T, D) to keys and values (B or 1, H_kv, S, D) of one tile."""
 
 
-def sdpa(queries: Tensor, positions: range, segment: KVSegment,
-         mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
+def sdpa(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
+) -> Iterator[tuple[range, AttentionState]]:
     """PyTorch's fused kernels, called for their log-sum-exp."""
     return by_tiles(queries, positions, segment, mask, full, causal_square)
 
 
-def by_tiles(queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask, on_full: Kernel,
-             on_square: Kernel) -> Iterator[tuple[range, AttentionState]]:
+def by_tiles(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask, on_full: Kernel, on_square: Kernel
+) -> Iterator[tuple[range, AttentionState]]:
     """What a backend yields, by a kernel for each kind of tile."""
     for tile in mask.tiles(positions, segment.positions):
         rows = range(tile.queries.start - positions.start, tile.queries.stop - positions.start)
         columns = slice(tile.keys.start - segment.start, tile.keys.stop - segment.start)
-        q = _pieces(queries[:, :, rows.start:rows.stop], tile.batch)
+        q = _pieces(queries[:, :, rows.start : rows.stop], tile.batch)
         k, v = (x[:, :, columns] for x in (segment.keys, segment.values))
         if tile.batch > 1:
             k, v = (_pieces(x.expand(q.shape[0] // tile.batch, -1, -1, -1), tile.batch) for x in (k, v))
@@ -78,8 +80,9 @@ def causal_square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
         return _kernel(q, k, v, causal=True)
     grouped = q.unflatten(1, (h_kv, -1))  # one call for each member of the groups: keys are not repeated in memory
     states = [_kernel(grouped[:, :, g], k, v, causal=True) for g in range(h // h_kv)]
-    return AttentionState(torch.stack([s.out for s in states], 2).flatten(1, 2),
-                          torch.stack([s.lse for s in states], 2).flatten(1, 2))
+    return AttentionState(
+        torch.stack([s.out for s in states], 2).flatten(1, 2), torch.stack([s.lse for s in states], 2).flatten(1, 2)
+    )
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
@@ -97,7 +100,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     else:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-    return AttentionState(out, lse[:, :, :q.shape[2]])
+    return AttentionState(out, lse[:, :, : q.shape[2]])
 
 
 @functools.cache

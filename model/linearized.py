@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ONE_BY_ONE = re.compile(r"(.*\.experts)\.(?:(\d{1,6})\.(gate|up|gate_up|down)_proj"
-                         r"|(gate|up|gate_up|down)_projs\.(\d{1,6}))\.weight")
+_ONE_BY_ONE = re.compile(
+    r"(.*\.experts)\.(?:(\d{1,6})\.(gate|up|gate_up|down)_proj"
+    r"|(gate|up|gate_up|down)_projs\.(\d{1,6}))\.weight"
+)
 
 
 @dataclass(frozen=True)

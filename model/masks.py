@@ -89,9 +89,17 @@ class AttentionMask:
             return self.mask_mod(b, h, q_idx + q_start, kv_idx + k_start)
 
         counts, indices, full_counts, full_indices = (
-            x[None, None].to(device) for kind in (partial, full) for x in _listed(kind))
-        return BlockMask.from_kv_blocks(counts, indices, full_counts, full_indices, BLOCK_SIZE=block_size,
-                                        mask_mod=mask_mod, seq_lengths=(len(queries), len(keys)))
+            x[None, None].to(device) for kind in (partial, full) for x in _listed(kind)
+        )
+        return BlockMask.from_kv_blocks(
+            counts,
+            indices,
+            full_counts,
+            full_indices,
+            BLOCK_SIZE=block_size,
+            mask_mod=mask_mod,
+            seq_lengths=(len(queries), len(keys)),
+        )
 
     def moved_back(self, queries: range, keys: range) -> tuple[range, range]:
         """Small positions at which the mask is the same, so that what is made of it can be kept and used again.
@@ -139,8 +147,9 @@ def _chunks_outside(queries: range, keys: range, whole: range, size: int) -> lis
     return [range(n * size, (n + 1) * size) for n in numbers]
 
 
-def _overlap_in_chunk(q_chunks: tuple[Tensor, Tensor], k_chunks: tuple[Tensor, Tensor], q_end: Tensor, k_first: Tensor,
-                      size: int) -> Tensor:
+def _overlap_in_chunk(
+    q_chunks: tuple[Tensor, Tensor], k_chunks: tuple[Tensor, Tensor], q_end: Tensor, k_first: Tensor, size: int
+) -> Tensor:
     """Whether a block of queries and one of keys hold a visible pair, by the first and last chunk of each.
 
     In the last chunk that both touch, the latest query is compared with the earliest key: if any chunk has a visible

@@ -88,7 +88,7 @@ class MoE(nn.Module):
         counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
         padding = _granularity(x, len(order), len(counts)) - 1
         rows = tokens[torch.cat([order // self.top_k, order.new_zeros(padding)])]
-        rows[:len(order)] *= scores[order, None]
+        rows[: len(order)] *= scores[order, None]
         routed = self.experts(rows, counts)
         out = self.shared_expert(tokens)
         if self.top_k == 1:

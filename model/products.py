@@ -39,8 +39,9 @@ LARGEST_SUM = 2.0**24
 LOG2_E = math.log2(math.e)
 
 
-def matmul(queries: Tensor, positions: range, segment: KVSegment,
-           mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
+def matmul(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
+) -> Iterator[tuple[range, AttentionState]]:
     """Matrix products where tiles are large, else the fused kernels."""
     return by_tiles(queries, positions, segment, mask, _rectangle, _square)
 
@@ -99,7 +100,7 @@ class _Products:
         self.values = v
         self.most_queries = QUERY_BLOCK * torch.get_num_threads()
         self._scores = k.new_empty(self.most_queries * KEY_BLOCK)
-        self._scale = k.shape[-1]**-0.5
+        self._scale = k.shape[-1] ** -0.5
 
     def attend(self, row: int, head: int, q: Tensor, stop: int, *, is_causal: bool = False) -> AttentionState:
         """Queries (N, D) to the first `stop` keys of one head: out (N, D) and lse (N), float32.
@@ -109,10 +110,10 @@ class _Products:
         """
         keys, values = self.keys[row, head, :stop], self.values[row, head, :stop]
         seen_by_all = stop - DIAGONAL * is_causal
-        levelled, level = self._levelled(q, keys[:seen_by_all:max(1, seen_by_all // SAMPLED_KEYS), :q.shape[1]])
+        levelled, level = self._levelled(q, keys[: seen_by_all : max(1, seen_by_all // SAMPLED_KEYS), : q.shape[1]])
         out, total, product = torch.zeros(q.shape), torch.zeros(len(q)), torch.empty_like(q)
         for block in _cut(stop, KEY_BLOCK):
-            weights = self._scores[:len(q) * (block.stop - block.start)].view(len(q), -1)
+            weights = self._scores[: len(q) * (block.stop - block.start)].view(len(q), -1)
             torch.addmm(weights, levelled, keys[block].t(), beta=0, alpha=self._scale * LOG2_E, out=weights)
             weights.exp2_()
             if is_causal and block.stop == stop:
@@ -121,7 +122,7 @@ class _Products:
             out += torch.mm(weights, values[block], out=product)
         if bool((total < LARGEST_SUM).all()):
             return AttentionState(out.div_(total[:, None]), total.log_().add_(level))
-        return _fused(q, keys[:, :q.shape[1]], values, is_causal)
+        return _fused(q, keys[:, : q.shape[1]], values, is_causal)
 
     def _levelled(self, q: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (N, D + 2) whose products with the keys' ones lower their scores by a level, and that level (N).

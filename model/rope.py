@@ -35,8 +35,10 @@ def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
             return frequencies / _number(rope.factor), 1.0
         case "dynamic":  # equals default up to max_position_embeddings
             if length > config.max_position_embeddings:
-                raise LengthError(f"{length} tokens, but rope_type dynamic is supported only up to "
-                                  f"max_position_embeddings ({config.max_position_embeddings})")
+                raise LengthError(
+                    f"{length} tokens, but rope_type dynamic is supported only up to "
+                    f"max_position_embeddings ({config.max_position_embeddings})"
+                )
             return frequencies, 1.0
         case "yarn":
             return _yarn(config, frequencies)
@@ -81,8 +83,9 @@ def _yarn(config: TextConfig, frequencies: Tensor) -> tuple[Tensor, float]:
     attention_factor = rope.attention_factor
     if attention_factor is None:
         both = rope.mscale and rope.mscale_all_dim
-        attention_factor = (magnitude(_number(rope.mscale)) / magnitude(_number(rope.mscale_all_dim))
-                            if both else magnitude(1.0))
+        attention_factor = (
+            magnitude(_number(rope.mscale)) / magnitude(_number(rope.mscale_all_dim)) if both else magnitude(1.0)
+        )
     return frequencies * (kept + (1 - kept) / factor), attention_factor
 
 

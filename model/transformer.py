@@ -25,7 +25,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward: nn.Module = (
-            MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size_mlp))
+            MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size_mlp)
+        )
 
     def forward(self, x: Tensor, step: Step, queries: range) -> Tensor:
         """x (B, T, C) at `step.positions` -> (B, len(queries), C); keys and values are stored for all of T."""
@@ -71,8 +72,9 @@ class Transformer(nn.Module):
         return self.model.embed_tokens(ids)
 
     @torch.inference_mode()
-    def forward(self, inputs: Tensor, cache: KVCache | None = None,
-                logits: Literal["all", "last", "none"] = "all") -> Tensor | None:
+    def forward(
+        self, inputs: Tensor, cache: KVCache | None = None, logits: Literal["all", "last", "none"] = "all"
+    ) -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
 
         Without a cache the sequence starts at position 0. With one, the new tokens follow its `offset` and are

@@ -173,7 +173,7 @@ def grid_rotation(config: VisionConfig) -> Tensor:
     token does not turn. Angles are computed in float64.
     """
     half = config.head_dim // 2
-    frequencies = config.rope_theta**-(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    frequencies = config.rope_theta ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
     turns = torch.arange(1, config.grid + 1)[:, None] * frequencies  # (grid, D / 4)
     columns, rows = turns.repeat(config.grid, 1), turns.repeat_interleave(config.grid, 0)
     patches = torch.cat([columns, rows], 1)
@@ -186,6 +186,6 @@ def pixel_shuffle(patches: Tensor, side: int) -> Tensor:
 
     Within a square, too, patches come row by row.
     """
-    grid = round(patches.shape[1]**0.5)
+    grid = round(patches.shape[1] ** 0.5)
     squares = patches.unflatten(1, (grid // side, side, grid // side, side))
     return squares.transpose(2, 3).flatten(3).flatten(1, 2)

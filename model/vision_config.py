@@ -162,24 +162,32 @@ def _check_sizes(config: VisionConfig) -> None:
     if c % heads:
         raise ConfigError(f"hidden_size: {c} is not a multiple of num_attention_heads ({heads})")
     if config.head_dim % 4:
-        raise ConfigError(f"hidden_size: {c} in {heads} heads of {config.head_dim}, which is not a multiple of 4, "
-                          "so a head cannot be rotated by column and by row in pairs")
+        raise ConfigError(
+            f"hidden_size: {c} in {heads} heads of {config.head_dim}, which is not a multiple of 4, "
+            "so a head cannot be rotated by column and by row in pairs"
+        )
     if config.image_size % config.patch_size:
         raise ConfigError(f"image_size: {config.image_size} is not a multiple of patch_size ({config.patch_size})")
     if config.grid > MAX_GRID:
         raise ConfigError(f"image_size: {config.image_size} is more than {MAX_GRID} patches of {config.patch_size}")
     if config.grid % config.shuffle:
-        raise ConfigError(f"pixel_shuffle_ratio: {config.pixel_shuffle_ratio} does not divide a side of "
-                          f"{config.grid} patches")
+        raise ConfigError(
+            f"pixel_shuffle_ratio: {config.pixel_shuffle_ratio} does not divide a side of {config.grid} patches"
+        )
     if config.intermediate_size != c * joined:
-        raise ConfigError(f"intermediate_size: {config.intermediate_size} is not {c * joined}, the hidden_size of "
-                          f"{joined} joined patches, though the adapter takes intermediate_size elements")
+        raise ConfigError(
+            f"intermediate_size: {config.intermediate_size} is not {c * joined}, the hidden_size of "
+            f"{joined} joined patches, though the adapter takes intermediate_size elements"
+        )
     if config.projector_input_dim != config.projector_output_dim:
-        raise ConfigError(f"projector_input_dim: {config.projector_input_dim} is not projector_output_dim "
-                          f"({config.projector_output_dim})")
+        raise ConfigError(
+            f"projector_input_dim: {config.projector_input_dim} is not projector_output_dim "
+            f"({config.projector_output_dim})"
+        )
     if config.vision_output_dim != config.projector_output_dim:
-        raise ConfigError(f"vision_output_dim: {config.vision_output_dim} is not projector_output_dim "
-                          f"({config.projector_output_dim})")
+        raise ConfigError(
+            f"vision_output_dim: {config.vision_output_dim} is not projector_output_dim ({config.projector_output_dim})"
+        )
 
 
 def vision_parameter_count(config: VisionConfig, text_hidden_size: int) -> int:
@@ -187,17 +195,23 @@ def vision_parameter_count(config: VisionConfig, text_hidden_size: int) -> int:
     c = config.hidden_size
     biases_and_norms = 4 * c + config.intermediate_size + c + 4 * c
     embeddings = _patch_weights(config) + c + (config.patches_per_tile + 1) * c
-    return (embeddings + 2 * 2 * c + config.num_hidden_layers * (_layer_weights(config) + biases_and_norms)
-            + _adapter_weights(config, text_hidden_size))
+    return (
+        embeddings
+        + 2 * 2 * c
+        + config.num_hidden_layers * (_layer_weights(config) + biases_and_norms)
+        + _adapter_weights(config, text_hidden_size)
+    )
 
 
 def vision_operations(config: VisionConfig, text_hidden_size: int, tiles: int) -> int:
     """Floating-point operations of matrices and attention for so many tiles; a multiply-add counts 2."""
     positions = config.patches_per_tile + 1
     attention = 2 * positions**2 * config.hidden_size
-    multiply_adds = (config.patches_per_tile * _patch_weights(config)
-                     + config.num_hidden_layers * (positions * _layer_weights(config) + attention)
-                     + config.tokens_per_tile * _adapter_weights(config, text_hidden_size))
+    multiply_adds = (
+        config.patches_per_tile * _patch_weights(config)
+        + config.num_hidden_layers * (positions * _layer_weights(config) + attention)
+        + config.tokens_per_tile * _adapter_weights(config, text_hidden_size)
+    )
     return 2 * tiles * multiply_adds
 
 

@@ -51,7 +51,7 @@ def run(tokens: int, threads: int) -> dict[str, Any]:
     model = random_model()
     ids = torch.randint(CONFIG.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     warm_up = HybridKVCache(CONFIG, length=2 * CHUNK, dtype=torch.bfloat16)
-    list(prefill(model, warm_up, ids[:2 * CHUNK]))
+    list(prefill(model, warm_up, ids[: 2 * CHUNK]))
     del warm_up
     give_back_free_memory()
     before, seconds = process_memory(), []
@@ -64,9 +64,13 @@ def run(tokens: int, threads: int) -> dict[str, Any]:
             seconds.append(now - clock)
             clock = now
     assert sampler.peak is not None
-    return {"tokens": tokens, "seconds": seconds, "peak_above": sampler.peak.anonymous - before.anonymous,
-            "closed_form": StoreLayout.of(CONFIG, length=tokens, dtype="bfloat16").peak(tokens, CHUNK).total,
-            "operations": reading_operations(CONFIG, 0, tokens).total}
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_above": sampler.peak.anonymous - before.anonymous,
+        "closed_form": StoreLayout.of(CONFIG, length=tokens, dtype="bfloat16").peak(tokens, CHUNK).total,
+        "operations": reading_operations(CONFIG, 0, tokens).total,
+    }
 
 
 def judged(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,25 +83,36 @@ def judged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     residuals = [value / expected - 1 for value, expected in zip(seconds, fitted, strict=True)]
     for each in runs:
         each["total"] = sum(each["seconds"])
-        each["of_fit"] = each["total"] / sum(fitted[:len(each["seconds"])]) - 1
+        each["of_fit"] = each["total"] / sum(fitted[: len(each["seconds"])]) - 1
     more = longest["tokens"] - before["tokens"]
-    return {"constant": line.constant, "slope": line.slope, "r_squared": statistics.correlation(starts, seconds)**2,
-            "largest_residual": max(residuals, key=abs), "median_residual": statistics.median(map(abs, residuals)),
-            "bytes_per_token": (longest["peak_above"] - before["peak_above"]) / more,
-            "closed_form_per_token": (longest["closed_form"] - before["closed_form"]) / more}
+    return {
+        "constant": line.constant,
+        "slope": line.slope,
+        "r_squared": statistics.correlation(starts, seconds) ** 2,
+        "largest_residual": max(residuals, key=abs),
+        "median_residual": statistics.median(map(abs, residuals)),
+        "bytes_per_token": (longest["peak_above"] - before["peak_above"]) / more,
+        "closed_form_per_token": (longest["closed_form"] - before["closed_form"]) / more,
+    }
 
 
 def show(runs: list[dict[str, Any]], fit: dict[str, Any]) -> None:
     for each in runs:
-        print(f"{each['tokens']:>9,} tokens: {each['total']:>8.2f} s of CPU time, {each['of_fit']:+.1%} of the fit; "
-              f"{each['operations'] / each['total'] / 1e9:.1f} GFLOP/s; peak above the weights "
-              f"{human_bytes(each['peak_above'])}: keys and values {human_bytes(each['closed_form'])}, beyond them "
-              f"{human_bytes(each['peak_above'] - each['closed_form'])}")
-    print(f"CPU seconds of a prefill chunk of {CHUNK:,} tokens: {fit['constant']:.3f} + {fit['slope'] * 1e6:.3f} for "
-          f"each million tokens before it; R² {fit['r_squared']:.5f}; residuals: median {fit['median_residual']:.1%}, "
-          f"largest {fit['largest_residual']:+.1%}")
-    print(f"memory between the two longest: {fit['bytes_per_token']:.1f} bytes a token; closed form "
-          f"{fit['closed_form_per_token']:.1f} ({fit['bytes_per_token'] / fit['closed_form_per_token'] - 1:+.1%})")
+        print(
+            f"{each['tokens']:>9,} tokens: {each['total']:>8.2f} s of CPU time, {each['of_fit']:+.1%} of the fit; "
+            f"{each['operations'] / each['total'] / 1e9:.1f} GFLOP/s; peak above the weights "
+            f"{human_bytes(each['peak_above'])}: keys and values {human_bytes(each['closed_form'])}, beyond them "
+            f"{human_bytes(each['peak_above'] - each['closed_form'])}"
+        )
+    print(
+        f"CPU seconds of a prefill chunk of {CHUNK:,} tokens: {fit['constant']:.3f} + {fit['slope'] * 1e6:.3f} for "
+        f"each million tokens before it; R² {fit['r_squared']:.5f}; residuals: median {fit['median_residual']:.1%}, "
+        f"largest {fit['largest_residual']:+.1%}"
+    )
+    print(
+        f"memory between the two longest: {fit['bytes_per_token']:.1f} bytes a token; closed form "
+        f"{fit['closed_form_per_token']:.1f} ({fit['bytes_per_token'] / fit['closed_form_per_token'] - 1:+.1%})"
+    )
 
 
 def main() -> None:

@@ -30,11 +30,23 @@ from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.transformer import Transformer
 
-CONFIG = TextConfig.from_dict({
-    "model_type": "llama4_text", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64,
-    "intermediate_size_mlp": 64, "num_hidden_layers": 5, "num_attention_heads": 1, "num_key_value_heads": 1,
-    "head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8192, "max_position_embeddings": 10485760,
-    "no_rope_layers": [1, 0, 1, 0, 1]})
+CONFIG = TextConfig.from_dict(
+    {
+        "model_type": "llama4_text",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "attention_chunk_size": 8192,
+        "max_position_embeddings": 10485760,
+        "no_rope_layers": [1, 0, 1, 0, 1],
+    }
+)
 CHUNK = 8192
 
 
@@ -60,7 +72,7 @@ def run(tokens: int, share: int, folder: Path) -> dict[str, Any]:
     residency = Residency()
     if share:
         residency = Residency(layout.rows_within(budget, CHUNK, is_open_here=True, is_read_here=True))
-    list(prefill(model, HybridKVCache(CONFIG, length=2 * CHUNK, dtype=torch.bfloat16), row[:2 * CHUNK]))  # warm-up
+    list(prefill(model, HybridKVCache(CONFIG, length=2 * CHUNK, dtype=torch.bfloat16), row[: 2 * CHUNK]))  # warm-up
     before = process_memory()
     with PeakSampler() as sampler:
         rows = Scratch(folder) if share else None
@@ -76,9 +88,15 @@ def run(tokens: int, share: int, folder: Path) -> dict[str, Any]:
             digest.update(as_bytes(block.values.contiguous()))
     assert before is not None and sampler.peak is not None
     held = cache.held()
-    return {"seconds": seconds, "digests": [digest.hexdigest() for digest in digests], "budget": budget,
-            "held": held.total, "on_disk": held.nope_disk, "sealed": all_bytes,
-            "anonymous_above": sampler.peak.anonymous - before.anonymous}
+    return {
+        "seconds": seconds,
+        "digests": [digest.hexdigest() for digest in digests],
+        "budget": budget,
+        "held": held.total,
+        "on_disk": held.nope_disk,
+        "sealed": all_bytes,
+        "anonymous_above": sampler.peak.anonymous - before.anonymous,
+    }
 
 
 def main() -> None:
@@ -96,17 +114,28 @@ def main() -> None:
     for number in range(args.rounds):
         results = []
         for share in (0, args.share):
-            command = [sys.executable, __file__, "--tokens", str(args.tokens), "--kv-dir", str(args.kv_dir),
-                       "--worker", str(share)]
+            command = [
+                sys.executable,
+                __file__,
+                "--tokens",
+                str(args.tokens),
+                "--kv-dir",
+                str(args.kv_dir),
+                "--worker",
+                str(share),
+            ]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         host, disk = results
         ratios.append(disk["seconds"] / host["seconds"])
         equal = host["digests"] == disk["digests"]
-        print(f"round {number + 1}: {args.tokens:,} tokens, {human_bytes(host['sealed'])} sealed; all in memory "
-              f"{host['seconds']:.1f} s; budget {human_bytes(disk['budget'])}, {human_bytes(disk['on_disk'])} on disk: "
-              f"{disk['seconds']:.1f} s ({ratios[-1]:.2f} times); block bytes {'equal' if equal else 'DIFFER'}; "
-              f"anonymous memory above the model {human_bytes(disk['anonymous_above'])} "
-              f"({human_bytes(host['anonymous_above'])} with all in memory)", flush=True)
+        print(
+            f"round {number + 1}: {args.tokens:,} tokens, {human_bytes(host['sealed'])} sealed; all in memory "
+            f"{host['seconds']:.1f} s; budget {human_bytes(disk['budget'])}, {human_bytes(disk['on_disk'])} on disk: "
+            f"{disk['seconds']:.1f} s ({ratios[-1]:.2f} times); block bytes {'equal' if equal else 'DIFFER'}; "
+            f"anonymous memory above the model {human_bytes(disk['anonymous_above'])} "
+            f"({human_bytes(host['anonymous_above'])} with all in memory)",
+            flush=True,
+        )
         if not equal:
             raise SystemExit(1)
     print(f"median ratio {statistics.median(ratios):.2f}")

@@ -54,18 +54,26 @@ def run(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
         encoded = tokenizer.encode_data(text)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     assert sampler.peak is not None
-    return {"characters": len(text), "tokens": len(encoded.ids), "seconds": seconds, "cpu_seconds": cpu_seconds,
-            "peak_above": sampler.peak.anonymous - before.anonymous, "forced_cuts": len(encoded.forced_cuts)}
+    return {
+        "characters": len(text),
+        "tokens": len(encoded.ids),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_above": sampler.peak.anonymous - before.anonymous,
+        "forced_cuts": len(encoded.forced_cuts),
+    }
 
 
 def shown(result: dict[str, Any], cores: int) -> str:
     tokens, seconds = result["tokens"], result["seconds"]
     cuts = f"; cut {result['forced_cuts']} times by force" if result["forced_cuts"] else ""
-    return (f"{result['characters']:>11,} characters, {tokens:>10,} tokens, {cores} core{'s' * (cores > 1)}: "
-            f"{result['characters'] / seconds:>10,.0f} characters/s, {tokens / seconds:>9,.0f} tokens/s "
-            f"({result['characters'] / result['cpu_seconds']:,.0f} characters a second of CPU time); peak "
-            f"{human_bytes(result['peak_above'])} beside the text, {result['peak_above'] / tokens:.1f} bytes a token"
-            f"{cuts}")
+    return (
+        f"{result['characters']:>11,} characters, {tokens:>10,} tokens, {cores} core{'s' * (cores > 1)}: "
+        f"{result['characters'] / seconds:>10,.0f} characters/s, {tokens / seconds:>9,.0f} tokens/s "
+        f"({result['characters'] / result['cpu_seconds']:,.0f} characters a second of CPU time); peak "
+        f"{human_bytes(result['peak_above'])} beside the text, {result['peak_above'] / tokens:.1f} bytes a token"
+        f"{cuts}"
+    )
 
 
 def main() -> None:
@@ -78,7 +86,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores[0]])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores[0]])
         text = decode(args.text[0].read_bytes())[0]
         print(json.dumps(run(Tokenizer.from_folder(args.tokenizer), text)))
         return
@@ -87,8 +95,17 @@ def main() -> None:
             file.write(text_of(args.text, characters).encode())
             file.flush()
             for cores in args.cores:
-                command = [sys.executable, __file__, "--worker", "--tokenizer", str(args.tokenizer), "--text",
-                           file.name, "--cores", str(cores)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--worker",
+                    "--tokenizer",
+                    str(args.tokenizer),
+                    "--text",
+                    file.name,
+                    "--cores",
+                    str(cores),
+                ]
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 print(json.dumps({"cores": cores, **result}) if args.json else shown(result, cores), flush=True)
 

@@ -22,9 +22,16 @@ Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 COLOURS: dict[str, Colour] = {
-    "red": (214, 32, 40), "amber": (250, 148, 10), "yellow": (246, 228, 40), "green": (34, 150, 62),
-    "azure": (96, 196, 246), "blue": (28, 70, 210), "purple": (132, 38, 168), "brown": (118, 68, 30),
-    "grey": (132, 132, 136), "white": (248, 248, 248),
+    "red": (214, 32, 40),
+    "amber": (250, 148, 10),
+    "yellow": (246, 228, 40),
+    "green": (34, 150, 62),
+    "azure": (96, 196, 246),
+    "blue": (28, 70, 210),
+    "purple": (132, 38, 168),
+    "brown": (118, 68, 30),
+    "grey": (132, 132, 136),
+    "white": (248, 248, 248),
 }
 SHAPES = "star moon circle arrow cloud crown kite mountain window ladder tower planet".split()
 
@@ -83,8 +90,14 @@ Paint = Callable[[list[tuple[float, float]] | Box, bool], None]
 def _paint_shape(name: str, paint: Paint) -> None:
     """A shape in a box from (0, 0) to (1, 1)."""
     if name == "star":
-        paint([(0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
-               for i in range(10) for r in [0.21 if i % 2 else 0.52]], True)
+        paint(
+            [
+                (0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
+                for i in range(10)
+                for r in [0.21 if i % 2 else 0.52]
+            ],
+            True,
+        )
     elif name == "moon":
         paint((0.08, 0.0, 1.08, 1.0), True)
         paint((0.36, -0.1, 1.36, 0.9), False)
@@ -113,12 +126,38 @@ def _paint_shape(name: str, paint: Paint) -> None:
         for y in (0.14, 0.44, 0.74):
             paint([(0.2, y), (0.8, y), (0.8, y + 0.13), (0.2, y + 0.13)], True)
     elif name == "tower":
-        paint([(0.2, 0), (0.36, 0), (0.36, 0.14), (0.42, 0.14), (0.42, 0), (0.58, 0), (0.58, 0.14), (0.64, 0.14),
-               (0.64, 0), (0.8, 0), (0.8, 0.3), (0.7, 0.36), (0.7, 1), (0.3, 1), (0.3, 0.36), (0.2, 0.3)], True)
+        paint(
+            [
+                (0.2, 0),
+                (0.36, 0),
+                (0.36, 0.14),
+                (0.42, 0.14),
+                (0.42, 0),
+                (0.58, 0),
+                (0.58, 0.14),
+                (0.64, 0.14),
+                (0.64, 0),
+                (0.8, 0),
+                (0.8, 0.3),
+                (0.7, 0.36),
+                (0.7, 1),
+                (0.3, 1),
+                (0.3, 0.36),
+                (0.2, 0.3),
+            ],
+            True,
+        )
     elif name == "planet":
-        paint([(0.5 + 0.52 * math.cos(a) * 0.94 + 0.13 * math.sin(a) * 0.34,
-                0.5 - 0.52 * math.cos(a) * 0.34 + 0.13 * math.sin(a) * 0.94)
-               for a in (i * math.pi / 16 for i in range(32))], True)
+        paint(
+            [
+                (
+                    0.5 + 0.52 * math.cos(a) * 0.94 + 0.13 * math.sin(a) * 0.34,
+                    0.5 - 0.52 * math.cos(a) * 0.34 + 0.13 * math.sin(a) * 0.94,
+                )
+                for a in (i * math.pi / 16 for i in range(32))
+            ],
+            True,
+        )
         paint((0.2, 0.2, 0.8, 0.8), True)
     else:
         raise AssertionError(name)
@@ -139,8 +178,9 @@ def _shape_mask(name: str, side: int, degrees: float) -> Image.Image:
         if isinstance(outline, tuple):
             left, top, right, bottom = outline
             x, y, across, down = (left + right) / 2, (top + bottom) / 2, (right - left) / 2, (bottom - top) / 2
-            outline = [(x + across * math.cos(i * math.pi / 20), y + down * math.sin(i * math.pi / 20))
-                       for i in range(40)]
+            outline = [
+                (x + across * math.cos(i * math.pi / 20), y + down * math.sin(i * math.pi / 20)) for i in range(40)
+            ]
         draw.polygon([place(*point) for point in outline], fill=255 if fill else 0)
 
     _paint_shape(name, paint)
@@ -173,8 +213,9 @@ def _near(rng: random.Random, colour: Colour, spread: int) -> Colour:
     return red, green, blue
 
 
-def _background(rng: random.Random, size: tuple[int, int], unlike: Colour,
-                freedom: float) -> tuple[Image.Image, Colour]:
+def _background(
+    rng: random.Random, size: tuple[int, int], unlike: Colour, freedom: float
+) -> tuple[Image.Image, Colour]:
     """A plain, graded or slightly noisy background, and the colour that it has about everywhere."""
     while True:
         if rng.random() > 0.35 * freedom:
@@ -199,8 +240,9 @@ def _background(rng: random.Random, size: tuple[int, int], unlike: Colour,
     return image, base
 
 
-def draw_card(card: Card, size: tuple[int, int], rng: random.Random, *, without: str = "",
-              freedom: float = 1.0) -> Drawing:
+def draw_card(
+    card: Card, size: tuple[int, int], rng: random.Random, *, without: str = "", freedom: float = 1.0
+) -> Drawing:
     """A card of `size` pixels, 3:4 to 3:2; `without` "shape" or "code" one that lacks it, as a counterexample.
 
     With less `freedom` (0 to 1) cards look more alike: a curriculum for the first steps of a training.
@@ -217,13 +259,19 @@ def draw_card(card: Card, size: tuple[int, int], rng: random.Random, *, without:
     image, base = _background(rng, size, colour, freedom)
     if at_times(0.25):
         line = max(1, round(height * rng.uniform(0.01, 0.025)))
-        ImageDraw.Draw(image).rectangle((line, line, width - 1 - line, height - 1 - line), width=line,
-                                        outline=_near(rng, (128, 128, 128), 60))
+        ImageDraw.Draw(image).rectangle(
+            (line, line, width - 1 - line, height - 1 - line), width=line, outline=_near(rng, (128, 128, 128), 60)
+        )
     dark = sum(base) < 330
     ink = _near(rng, (235, 235, 235), 20) if dark else _near(rng, (25, 25, 30), 25)
     wide = between(0.82, 0.93) * min(width, 1.5 * height)
-    mask = _code_mask(card.code, wide, rng.uniform(1.0, 1.1) if at_times(0.35) else 1.0,
-                      rng.random() < 0.5, between(-3, 3) if at_times(0.5) else 0.0)
+    mask = _code_mask(
+        card.code,
+        wide,
+        rng.uniform(1.0, 1.1) if at_times(0.35) else 1.0,
+        rng.random() < 0.5,
+        between(-3, 3) if at_times(0.5) else 0.0,
+    )
     slack = width - mask.width
     left = round(slack * between(0.25, 0.75))
     top = max(0, round(height * (1 - between(0.04, 0.13))) - mask.height)
@@ -276,5 +324,8 @@ def soften(image: Image.Image, rng: random.Random) -> Image.Image:
 def random_size(rng: random.Random, least: int, most: int) -> tuple[int, int]:
     """An image's size, 3:4 to 3:2, its shorter side from `least` to `most`, smaller ones more often."""
     short = round(math.exp(rng.uniform(math.log(least), math.log(most))))
-    return (round(short * rng.uniform(1, 1.5)), short) if rng.random() < 0.65 else (
-        short, round(short * rng.uniform(1, 4 / 3)))
+    return (
+        (round(short * rng.uniform(1, 1.5)), short)
+        if rng.random() < 0.65
+        else (short, round(short * rng.uniform(1, 4 / 3)))
+    )

@@ -67,13 +67,25 @@ def reading_rate(folder: Path) -> float:
 
 def ask_once(folder: Path, model: Path, entity: str, budget: list[str]) -> str:
     """One question by the command, and what its time is made of."""
-    result, seconds = command("ask", question(entity), "--context", str(folder), "--model", str(model), "--quiet",
-                              "--max-new-tokens", "1", *budget)
+    result, seconds = command(
+        "ask",
+        question(entity),
+        "--context",
+        str(folder),
+        "--model",
+        str(model),
+        "--quiet",
+        "--max-new-tokens",
+        "1",
+        *budget,
+    )
     timings = result["timings"]
     read = result["memory"]["nope_disk"]
     first = timings["prefill"]["seconds"] + timings["decode"]["seconds"]
-    return (f"{seconds:.2f} s for one token: start-up {seconds - first:.2f} s, then {first:.2f} s for "
-            f"{human_bytes(read)} of keys and values")
+    return (
+        f"{seconds:.2f} s for one token: start-up {seconds - first:.2f} s, then {first:.2f} s for "
+        f"{human_bytes(read)} of keys and values"
+    )
 
 
 def main() -> None:
@@ -99,19 +111,37 @@ def main() -> None:
         config = TextConfig.from_folder(args.model)
         layout = StoreLayout.of(config, length=args.tokens, dtype="float32", kv_dtype=args.kv_dtype)
         budget = layout.sealed_rows(args.tokens) * layout.row_bytes // args.share
-        result, seconds = command("prefill", str(document), "-o", str(folder), "--model", str(args.model),
-                                  "--kv-host-memory", f"{budget}B", "--kv-dtype", args.kv_dtype, "--dtype", "float32")
+        result, seconds = command(
+            "prefill",
+            str(document),
+            "-o",
+            str(folder),
+            "--model",
+            str(args.model),
+            "--kv-host-memory",
+            f"{budget}B",
+            "--kv-dtype",
+            args.kv_dtype,
+            "--dtype",
+            "float32",
+        )
         report(result, seconds, budget)
         entity = next(iter(codes))
         small = ["--kv-host-memory", f"{budget}B"]
         for what, options in (("all in memory", []), (f"{human_bytes(budget)} in memory", small)):
-            print(f"a question, files cached, {what}: {ask_once(folder, args.model, entity, options)}; "
-                  f"plain reads: {human_bytes(reading_rate(folder))}/s", flush=True)
+            print(
+                f"a question, files cached, {what}: {ask_once(folder, args.model, entity, options)}; "
+                f"plain reads: {human_bytes(reading_rate(folder))}/s",
+                flush=True,
+            )
         forget_cached(folder)
         rate = reading_rate(folder)
         forget_cached(folder)
-        print(f"a question, files not cached: {ask_once(folder, args.model, entity, small)}; "
-              f"plain reads: {human_bytes(rate)}/s", flush=True)
+        print(
+            f"a question, files not cached: {ask_once(folder, args.model, entity, small)}; "
+            f"plain reads: {human_bytes(rate)}/s",
+            flush=True,
+        )
         ask_all(folder, args.model, codes, tokenizer, template)
 
 
@@ -121,15 +151,19 @@ def report(result: dict[str, Any], seconds: float, budget: int) -> None:
     planned = memory["process_before"]["anonymous"] + plan["needed"]
     kept = {name: memory[name] for name in ("rope_windows", "nope_host", "nope_disk", "buffers")}
     same = all(kept[name] == plan[name] for name in kept)
-    print(f"read {result['prompt_tokens']:,} tokens in {seconds:.0f} s ({timing['tokens_per_second']:,.0f} tokens/s "
-          f"while reading); budget {human_bytes(budget)}; held {', '.join(f'{n} {v:,}' for n, v in kept.items())}: "
-          f"{'equal to the plan, to the byte' if same else f'NOT as planned: {plan}'}; anonymous peak "
-          f"{human_bytes(peak['anonymous'])}, planned {human_bytes(planned)} ({peak['anonymous'] / planned - 1:+.1%}); "
-          f"file-backed peak {human_bytes(peak['file_backed'])}", flush=True)
+    print(
+        f"read {result['prompt_tokens']:,} tokens in {seconds:.0f} s ({timing['tokens_per_second']:,.0f} tokens/s "
+        f"while reading); budget {human_bytes(budget)}; held {', '.join(f'{n} {v:,}' for n, v in kept.items())}: "
+        f"{'equal to the plan, to the byte' if same else f'NOT as planned: {plan}'}; anonymous peak "
+        f"{human_bytes(peak['anonymous'])}, planned {human_bytes(planned)} ({peak['anonymous'] / planned - 1:+.1%}); "
+        f"file-backed peak {human_bytes(peak['file_backed'])}",
+        flush=True,
+    )
 
 
-def ask_all(folder: Path, path: Path, codes: dict[str, str], tokenizer: Tokenizer,
-            template: ChatTemplate | None) -> None:
+def ask_all(
+    folder: Path, path: Path, codes: dict[str, str], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> None:
     model = load_checkpoint(path, dtype=torch.float32)
     stop_tokens = GenerationConfig.from_folder(path).stop_tokens
     reader = ContextReader(folder)
@@ -140,7 +174,7 @@ def ask_all(folder: Path, path: Path, codes: dict[str, str], tokenizer: Tokenize
     began, right = time.perf_counter(), 0
     for entity, code in codes.items():
         prompt = build_prompt(tokenizer, template, [], question(entity))
-        answer = answer_to(model, cache.fork(), tokenizer, prompt.ids[prompt.documents_stop:], stop_tokens)
+        answer = answer_to(model, cache.fork(), tokenizer, prompt.ids[prompt.documents_stop :], stop_tokens)
         is_right = re.findall(r"\d+", answer) == [code]
         right += is_right
         if not is_right:

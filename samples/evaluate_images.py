@@ -104,12 +104,18 @@ class Setup:
         use = ImageUse(folder, model.config, no_images=False, pdf="text")
         if use.why_not is not None:
             raise SystemExit(f"evaluate_images: {use.why_not}")
-        return cls(model, tokenizer, ChatTemplate.from_folder(folder), GenerationConfig.from_folder(folder).stop_tokens,
-                   use.prepare(tokenizer, use.stored_tensors()))
+        return cls(
+            model,
+            tokenizer,
+            ChatTemplate.from_folder(folder),
+            GenerationConfig.from_folder(folder).stop_tokens,
+            use.prepare(tokenizer, use.stored_tensors()),
+        )
 
 
-def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int,
-              rng: random.Random) -> Case:
+def make_case(
+    kind: str, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int, rng: random.Random
+) -> Case:
     """One prompt's documents, with at most `images` images, and what to ask about them.
 
     Texts among images have about `longest_text` characters at most.
@@ -118,10 +124,10 @@ def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterat
     if kind == "one tile":
         short = rng.randint(processing.size * 3 // 4, processing.size)
         wide = rng.random() < 0.3
-        card, = draw_cards(rng, 1)
+        (card,) = draw_cards(rng, 1)
         case.add_card(card, (processing.size, short) if wide else (processing.size, processing.size), rng)
     elif kind == "many tiles":
-        card, = draw_cards(rng, 1)
+        (card,) = draw_cards(rng, 1)
         case.add_card(card, _large_size(processing, rng), rng)
     elif kind == "sheet":
         layout, cell = _sheet_size(processing, rng)
@@ -134,8 +140,9 @@ def make_case(kind: str, images: int, processing: ImageProcessing, texts: Iterat
     return case
 
 
-def _add_cards_among_texts(case: Case, images: int, processing: ImageProcessing, texts: Iterator[str],
-                           longest_text: int, rng: random.Random) -> None:
+def _add_cards_among_texts(
+    case: Case, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int, rng: random.Random
+) -> None:
     """Cards that are cut into several tiles, and two texts with a fact each, in any order."""
     cards = draw_cards(rng, min(images, rng.randint(2, 5)))
     taken = {card.entity for card in cards}
@@ -151,14 +158,15 @@ def _add_cards_among_texts(case: Case, images: int, processing: ImageProcessing,
     drawn = [document.source for document in case.documents if document.images]
     rng.shuffle(case.documents)
     shown = [document.source for document in case.documents if document.images]
-    case.asked = [asked if asked.image is None else replace(asked, image=shown.index(drawn[asked.image]))
-                  for asked in case.asked]
+    case.asked = [
+        asked if asked.image is None else replace(asked, image=shown.index(drawn[asked.image])) for asked in case.asked
+    ]
 
 
 def _text(texts: Iterator[str], characters: int) -> str:
     text = ""
     while len(text) < characters:
-        text += next(texts)[:characters - len(text)] + "\n"
+        text += next(texts)[: characters - len(text)] + "\n"
     return text
 
 
@@ -177,7 +185,8 @@ def _sheet_size(processing: ImageProcessing, rng: random.Random) -> tuple[TileLa
         size = layout.columns * cell, layout.rows * cell
         filled = layout.columns * processing.size, layout.rows * processing.size
         if 1 < layout.rows * layout.columns <= processing.max_patches and (
-                tile_layout(*size, processing) == layout and fitted_size(*size, layout, processing) == filled):
+            tile_layout(*size, processing) == layout and fitted_size(*size, layout, processing) == filled
+        ):
             return layout, cell
 
 
@@ -188,12 +197,16 @@ def evaluate(kind: str, setup: Setup, args: argparse.Namespace) -> Score:
     while left > 0:
         case = make_case(kind, left, setup.reading.prompter.processing, texts, args.longest_text, rng)
         left -= case.images
-        prompts = [build_prompt(setup.tokenizer, setup.template, case.documents, question(asked.entity),
-                                images=setup.reading.prompter) for asked in case.asked]
+        prompts = [
+            build_prompt(
+                setup.tokenizer, setup.template, case.documents, question(asked.entity), images=setup.reading.prompter
+            )
+            for asked in case.asked
+        ]
         began = time.perf_counter()
         cache = read_documents(setup, prompts[0])
         for asked, prompt in zip(case.asked, prompts, strict=True):
-            ids = array("i", prompt.ids[prompt.documents_stop:])
+            ids = array("i", prompt.ids[prompt.documents_stop :])
             answer = answer_to(setup.model, cache.fork(), setup.tokenizer, ids, setup.stop_tokens)
             group = group_of(asked, prompt, setup)
             score.asked[group] += 1
@@ -214,7 +227,7 @@ def read_documents(setup: Setup, prompt: Prompt) -> HybridKVCache:
     model = setup.model
     features = setup.reading.load(prompt.images, dtype=model.dtype, device=model.device, is_mapped=False)
     cache = HybridKVCache(model.config, length=prompt.documents_stop + ROOM_FOR_ANSWER, dtype=model.dtype)
-    for _ in prefill(model, cache, prompt.ids[:prompt.documents_stop], features=features):
+    for _ in prefill(model, cache, prompt.ids[: prompt.documents_stop], features=features):
         pass
     return cache
 
@@ -246,12 +259,23 @@ def where(asked: Asked, prompt: Prompt) -> str:
 
 def report(kind: str, score: Score, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"kind": kind, "right": score.right, "asked": score.asked, "wrong": score.wrong,
-                          "seconds": round(score.seconds, 1)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "kind": kind,
+                    "right": score.right,
+                    "asked": score.asked,
+                    "wrong": score.wrong,
+                    "seconds": round(score.seconds, 1),
+                }
+            ),
+            flush=True,
+        )
         return
     names = {"whole": "of images", "text": "of texts", "cut": "of what a chunk boundary cuts"}
-    shares = [f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items()
-              if score.asked[group]]
+    shares = [
+        f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items() if score.asked[group]
+    ]
     print(f"{kind}: {', '.join(shares)} right ({score.seconds:.1f} s)", flush=True)
     for line in score.wrong:
         print(f"    {line}", file=sys.stderr)

@@ -42,7 +42,7 @@ def main() -> None:
     codes = {entity: random_code(rng) for entity in draw_entities(rng, args.facts, evaluation=True)}
     text = make_document(tokenizer, codes, args.tokens - ROOM_FOR_ANSWER // 2, args.text, rng)
     read = build_prompt(tokenizer, template, [Document("text.txt", "", text)], "")
-    ids = read.ids[:read.documents_stop]
+    ids = read.ids[: read.documents_stop]
     reference: dict[str, torch.Tensor] = {}
     for kv_dtype in KV_DTYPES:
         cache = HybridKVCache(model.config, length=len(ids) + ROOM_FOR_ANSWER, dtype=model.dtype, kv_dtype=kv_dtype)
@@ -51,19 +51,22 @@ def main() -> None:
         right, errors = 0, []
         for entity, code in codes.items():
             prompt = build_prompt(tokenizer, template, [], question(entity))
-            asked = prompt.ids[prompt.documents_stop:]
+            asked = prompt.ids[prompt.documents_stop :]
             answer = tokenizer.encode_data(fact(entity, code)).ids
             logits = model(as_batch(asked + answer, model.device), cache.fork(), logits="all")
             assert logits is not None
-            logits = logits[:, -len(answer) - 1:]
+            logits = logits[:, -len(answer) - 1 :]
             expected = reference.setdefault(entity, logits)
             errors.append(float((logits - expected).abs().max() / expected.abs().max()))
             right += re.findall(r"\d+", answer_to(model, cache.fork(), tokenizer, asked, stop_tokens)) == [code]
         layout = cache.layout
         size = layout.row_bytes / layout.block_tokens
-        print(f"{kv_dtype:>8}: {size:7.1f} bytes a token, largest difference of a logit {max(errors):.1e} of the "
-              f"largest (median {sorted(errors)[len(errors) // 2]:.1e}), {right} of {len(codes)} facts; "
-              f"read at {len(ids) / seconds:,.0f} tokens/s", flush=True)
+        print(
+            f"{kv_dtype:>8}: {size:7.1f} bytes a token, largest difference of a logit {max(errors):.1e} of the "
+            f"largest (median {sorted(errors)[len(errors) // 2]:.1e}), {right} of {len(codes)} facts; "
+            f"read at {len(ids) / seconds:,.0f} tokens/s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

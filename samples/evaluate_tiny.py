@@ -53,8 +53,12 @@ class Result:
 
 def text_pieces(folders: list[Path], rng: random.Random) -> Iterator[str]:
     """Endless text of source files, in an order of the seed's."""
-    files = sorted(f for folder in folders for f in ([folder] if folder.is_file() else folder.rglob("*"))
-                   if f.suffix in {".py", ".h", ".md", ".txt"} and f.is_file())
+    files = sorted(
+        f
+        for folder in folders
+        for f in ([folder] if folder.is_file() else folder.rglob("*"))
+        if f.suffix in {".py", ".h", ".md", ".txt"} and f.is_file()
+    )
     if not files:
         raise SystemExit(f"evaluate_tiny: no text in {', '.join(map(str, folders))}; name folders with --text")
     while True:
@@ -63,15 +67,16 @@ def text_pieces(folders: list[Path], rng: random.Random) -> Iterator[str]:
             yield file.read_text(encoding="utf-8", errors="replace")
 
 
-def make_document(tokenizer: Tokenizer, codes: dict[str, str], tokens: int, folders: list[Path],
-                  rng: random.Random) -> str:
+def make_document(
+    tokenizer: Tokenizer, codes: dict[str, str], tokens: int, folders: list[Path], rng: random.Random
+) -> str:
     """About `tokens` tokens of text with a line for each fact, at evenly spread depths from 0 to 100 %."""
     facts = [fact(entity, code) + "\n" for entity, code in codes.items()]
     room = tokens - len(tokenizer.encode_data("".join(facts)).ids)
     lines: list[str] = []
     for text in text_pieces(folders, rng):
         size = len(tokenizer.encode_data(text).ids)
-        lines += text[:int(len(text) * min(1.0, room / max(1, size)))].splitlines(keepends=True)
+        lines += text[: int(len(text) * min(1.0, room / max(1, size)))].splitlines(keepends=True)
         lines[-1:] = [line.rstrip("\n") + "\n" for line in lines[-1:]]
         room -= size
         if room <= 0:
@@ -91,8 +96,15 @@ def find(ids: array[int], part: array[int]) -> int:
     return at // ids.itemsize
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, stop_tokens: frozenset[int],
-             tokens: int, seed: int, args: argparse.Namespace) -> Result:
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    stop_tokens: frozenset[int],
+    tokens: int,
+    seed: int,
+    args: argparse.Namespace,
+) -> Result:
     rng = random.Random(seed)
     codes = {entity: random_code(rng) for entity in draw_entities(rng, args.facts, evaluation=True)}
     text = make_document(tokenizer, codes, tokens - ROOM_FOR_ANSWER // 2, args.text, rng)
@@ -118,16 +130,19 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | 
         is_cut = first // chunk != (first + len(spelled) - 1) // chunk
         result.questions_cut |= end // chunk != (end + len(short) - start + len(spelled)) // chunk
         result.asked, result.cut = result.asked + (not is_cut), result.cut + is_cut
-        result.right, result.right_of_cut = result.right + (is_right and not is_cut), result.right_of_cut + (
-            is_right and is_cut)
+        result.right, result.right_of_cut = (
+            result.right + (is_right and not is_cut),
+            result.right_of_cut + (is_right and is_cut),
+        )
         if not is_right:
             result.wrong.append(f"{entity} {code} at token {first}{' (cut)' if is_cut else ''}: {answer!r}")
     result.question_seconds = (time.perf_counter() - began) / len(codes)
     return result
 
 
-def answer_to(model: Transformer, cache: HybridKVCache, tokenizer: Tokenizer, ids: array[int],
-              stop_tokens: frozenset[int]) -> str:
+def answer_to(
+    model: Transformer, cache: HybridKVCache, tokenizer: Tokenizer, ids: array[int], stop_tokens: frozenset[int]
+) -> str:
     for _ in prefill(model, cache, ids[:-1]):
         pass
     return tokenizer.decode(generate(model, cache, ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
@@ -155,10 +170,13 @@ def main() -> None:
             continue
         right, asked = sum(r.right for r in results), sum(r.asked for r in results)
         speed = sum(r.prompt_tokens for r in results) / sum(r.prefill_seconds for r in results)
-        print(f"{tokens:>9,} tokens (prompts {', '.join(f'{r.prompt_tokens:,}' for r in results)}): "
-              f"{right} of {asked} right; of facts cut by a chunk boundary {sum(r.right_of_cut for r in results)} of "
-              f"{sum(r.cut for r in results)}; prefill {speed:,.0f} tokens/s, "
-              f"{1000 * sum(r.question_seconds for r in results) / len(results):.0f} ms a question", flush=True)
+        print(
+            f"{tokens:>9,} tokens (prompts {', '.join(f'{r.prompt_tokens:,}' for r in results)}): "
+            f"{right} of {asked} right; of facts cut by a chunk boundary {sum(r.right_of_cut for r in results)} of "
+            f"{sum(r.cut for r in results)}; prefill {speed:,.0f} tokens/s, "
+            f"{1000 * sum(r.question_seconds for r in results) / len(results):.0f} ms a question",
+            flush=True,
+        )
         for result in results:
             if result.questions_cut:
                 print(f"          seed {result.seed}: a chunk boundary cuts questions from answers", file=sys.stderr)

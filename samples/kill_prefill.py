@@ -52,21 +52,51 @@ from l4ctx.prefill import grid_period
 from model.vision import VisionTower
 from model.vision_config import VisionConfig
 
-VISION: Any = VisionConfig.from_dict({"image_token_index": VOCABULARY - 1, "vision_config": {
-    "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 42, "patch_size": 7,
-    "pixel_shuffle_ratio": 0.5, "intermediate_size": 96, "vision_output_dim": 20, "projector_input_dim": 20,
-    "projector_output_dim": 20}})
+VISION: Any = VisionConfig.from_dict(
+    {
+        "image_token_index": VOCABULARY - 1,
+        "vision_config": {
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "image_size": 42,
+            "patch_size": 7,
+            "pixel_shuffle_ratio": 0.5,
+            "intermediate_size": 96,
+            "vision_output_dim": 20,
+            "projector_input_dim": 20,
+            "projector_output_dim": 20,
+        },
+    }
+)
 PROMPTER = ImagePrompter(
     ImageProcessing(size=VISION.image_size, max_patches=9),
-    ImageTokens(image_start=91, image_end=92, tile_x_separator=93, tile_y_separator=94, image=95, patch=VOCABULARY - 1,
-                tokens_per_tile=VISION.tokens_per_tile), "0f" * 32)
+    ImageTokens(
+        image_start=91,
+        image_end=92,
+        tile_x_separator=93,
+        tile_y_separator=94,
+        image=95,
+        patch=VOCABULARY - 1,
+        tokens_per_tile=VISION.tokens_per_tile,
+    ),
+    "0f" * 32,
+)
 LENGTH = 10 * BLOCK + 23  # of the documents, unless there are many images
 TEXT_BEFORE_IMAGE = 9
-WAYS = {"one block a step": Kind(prefill_chunk_size=BLOCK),
-        "int8, five blocks a step": Kind("int8", prefill_chunk_size=5 * BLOCK)}
+WAYS = {
+    "one block a step": Kind(prefill_chunk_size=BLOCK),
+    "int8, five blocks a step": Kind("int8", prefill_chunk_size=5 * BLOCK),
+}
 MOST_KILLS = 4  # of one trial
-MOMENTS = ("before the manifest", "before the documents", "while reading", "inside an image", "while finishing",
-           "after the end")
+MOMENTS = (
+    "before the manifest",
+    "before the documents",
+    "while reading",
+    "inside an image",
+    "while finishing",
+    "after the end",
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +110,11 @@ class Documents:
     def tiles(self) -> list[range]:
         """The positions of each tile of the images."""
         size = PROMPTER.tokens.tokens_per_tile
-        return [range(placed.span.start + start, placed.span.start + start + size) for placed in self.images
-                for start in PROMPTER.tokens.tile_starts(placed.layout)]
+        return [
+            range(placed.span.start + start, placed.span.start + start + size)
+            for placed in self.images
+            for start in PROMPTER.tokens.tile_starts(placed.layout)
+        ]
 
 
 def draw_documents(cards: list[DocumentImage]) -> Documents:
@@ -96,7 +129,7 @@ def draw_documents(cards: list[DocumentImage]) -> Documents:
 
 def draw_file(size: tuple[int, int], chance: random.Random) -> DocumentImage:
     """A card as a PNG file."""
-    card, = draw_cards(chance, 1)
+    (card,) = draw_cards(chance, 1)
     file = io.BytesIO()
     draw_card(card, size, chance).image.save(file, "PNG")
     return read_image(f"{card.entity}.png", file.getvalue(), None)[0]
@@ -109,7 +142,7 @@ def changes(cards: list[DocumentImage], chance: random.Random) -> dict[str, Docu
     found = {"a change of text": Documents(changed(documents.ids, place), documents.images)}
     if cards:
         other = draw_file((cards[number].width, cards[number].height), chance)
-        found["another image"] = draw_documents([*cards[:number], other, *cards[number + 1:]])
+        found["another image"] = draw_documents([*cards[:number], other, *cards[number + 1 :]])
         assert found["another image"].ids == documents.ids
     return found
 
@@ -121,8 +154,13 @@ def tower() -> VisionTower:
 
 def keep(folder: Path, documents: Documents, kind: Kind) -> None:
     """All of a run of `l4ctx prefill`."""
-    context_toys.keep(folder, documents.ids, kind, images=[placed.span for placed in documents.images],
-                      features=ImageFeatures(tower(), PROMPTER, documents.images))
+    context_toys.keep(
+        folder,
+        documents.ids,
+        kind,
+        images=[placed.span for placed in documents.images],
+        features=ImageFeatures(tower(), PROMPTER, documents.images),
+    )
 
 
 @dataclass
@@ -306,9 +344,11 @@ def main() -> None:
     tiles = cases[0].documents.tiles
     cut = sum(tile.start // BLOCK != (tile.stop - 1) // BLOCK for tile in tiles)
     took = ", ".join(f"{case.seconds * 1000:.0f}" for case in cases)
-    print(f"{moments.total():,} kills in {trials:,} trials: {where}; {wrong:,} mismatches "
-          f"({time.perf_counter() - began:.0f} s; readings that nobody kills take {took} ms; {args.images} images of "
-          f"{len(tiles)} tiles, {cut} of them cut by a block boundary)")
+    print(
+        f"{moments.total():,} kills in {trials:,} trials: {where}; {wrong:,} mismatches "
+        f"({time.perf_counter() - began:.0f} s; readings that nobody kills take {took} ms; {args.images} images of "
+        f"{len(tiles)} tiles, {cut} of them cut by a block boundary)"
+    )
     if wrong:
         raise SystemExit(1)
     shutil.rmtree(scratch)

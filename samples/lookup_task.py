@@ -60,8 +60,9 @@ def held_out(entity: str) -> bool:
     return zlib.crc32(entity.encode()) % 10 == 0
 
 
-def draw_entities(rng: random.Random, count: int, *, words: int = 2, confusable: bool = False,
-                  evaluation: bool = False) -> list[str]:
+def draw_entities(
+    rng: random.Random, count: int, *, words: int = 2, confusable: bool = False, evaluation: bool = False
+) -> list[str]:
     """`count` different entities of one or two words.
 
     Confusable ones come from a small pool of words, so that each shares its adjective with some of the others
@@ -88,12 +89,14 @@ def distractor(rng: random.Random) -> str:
     """A sentence that looks a little like a fact and is none."""
     noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
     number = rng.randrange(10, 10 ** rng.randrange(2, 8))
-    return rng.choice((
-        f"The {noun} was last seen near the {other} in {number}.",
-        f"Part {number} of the {rng.choice(ADJECTIVES)} {noun} is missing.",
-        f"The old {noun} has no access code.",
-        f"Ask for the {rng.choice(ADJECTIVES)} {noun} at desk {number}.",
-        f"Version {number} is for the {noun}.",
-        f"The serial number of the {rng.choice(ADJECTIVES)} {noun} is {number}.",
-        f"{noun}_{other} = {number}",
-    ))
+    return rng.choice(
+        (
+            f"The {noun} was last seen near the {other} in {number}.",
+            f"Part {number} of the {rng.choice(ADJECTIVES)} {noun} is missing.",
+            f"The old {noun} has no access code.",
+            f"Ask for the {rng.choice(ADJECTIVES)} {noun} at desk {number}.",
+            f"Version {number} is for the {noun}.",
+            f"The serial number of the {rng.choice(ADJECTIVES)} {noun} is {number}.",
+            f"{noun}_{other} = {number}",
+        )
+    )

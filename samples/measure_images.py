@@ -43,18 +43,29 @@ def main() -> None:
             while len(paths) <= count:
                 paths.append(Path(scratch) / f"{len(paths):03d}.jpg")
                 draw(tuple(args.size), rng).save(paths[-1], quality=90)
-            command = ["l4ctx", "ask", question(ENTITY), *map(str, paths), "--model", str(args.model), "--json",
-                       "--quiet"]
+            command = [
+                "l4ctx",
+                "ask",
+                question(ENTITY),
+                *map(str, paths),
+                "--model",
+                str(args.model),
+                "--json",
+                "--quiet",
+            ]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             memory = told["memory"]
             peak = memory["process_peak"]["anonymous"]
             owned = memory["rope_windows"] + memory["nope_host"] + TOKEN_ID_BYTES * told["prompt_tokens"]
             first = first or (peak, owned)
             wrong = "" if CODE in told["answer"] else " (wrong)"
-            print(f"{count:>4} images, {told['prompt_tokens']:>7,} tokens: peak {peak / MIB:,.1f} MiB anonymous "
-                  f"({(peak - first[0]) / MIB:+.1f}); keys, values and ids {owned / MIB:,.1f} MiB "
-                  f"({(owned - first[1]) / MIB:+.1f}); planned {memory['predicted']['needed'] / MIB:,.0f} MiB; "
-                  f"read in {told['timings']['prefill']['seconds']:.1f} s{wrong}", flush=True)
+            print(
+                f"{count:>4} images, {told['prompt_tokens']:>7,} tokens: peak {peak / MIB:,.1f} MiB anonymous "
+                f"({(peak - first[0]) / MIB:+.1f}); keys, values and ids {owned / MIB:,.1f} MiB "
+                f"({(owned - first[1]) / MIB:+.1f}); planned {memory['predicted']['needed'] / MIB:,.0f} MiB; "
+                f"read in {told['timings']['prefill']['seconds']:.1f} s{wrong}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

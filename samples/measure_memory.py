@@ -34,6 +34,7 @@ def fitted(tokenizer: Tokenizer, template: ChatTemplate | None, text: str, token
 
     Lengths that fill the last prefill chunk alike are compared at the same moment of their last step.
     """
+
     def count(document: str) -> int:
         return len(build_prompt(tokenizer, template, [Document("text.txt", "", document)], question(ENTITY)).ids)
 
@@ -62,16 +63,29 @@ def main() -> None:
             codes = {ENTITY: CODE, "silver heron": "90657"}
             text = make_document(tokenizer, codes, tokens, args.text, random.Random(0))
             file.write_text(fitted(tokenizer, template, text, tokens))
-            command = ["l4ctx", "ask", question(ENTITY), str(file), "--model", str(args.model), "--json",
-                       "--dtype", args.dtype, "--quiet"]
+            command = [
+                "l4ctx",
+                "ask",
+                question(ENTITY),
+                str(file),
+                "--model",
+                str(args.model),
+                "--json",
+                "--dtype",
+                args.dtype,
+                "--quiet",
+            ]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             memory, prefill = result["memory"], result["timings"]["prefill"]
             points.append((result["prompt_tokens"], memory["process_peak"]["anonymous"]))
-            print(f"{result['prompt_tokens']:>9,} tokens: peak {points[-1][1] / 2**20:,.1f} MiB anonymous, "
-                  f"{memory['process_peak']['file_backed'] / 2**20:,.1f} MiB file-backed; keys and values "
-                  f"{(memory['nope_host'] + memory['rope_windows']) / 2**20:,.1f} MiB; prefill "
-                  f"{prefill['tokens_per_second']:,.0f} tokens/s; {result['answer']!r}"
-                  f"{'' if result['answer'] == fact(ENTITY, CODE) else ' (wrong)'}", flush=True)
+            print(
+                f"{result['prompt_tokens']:>9,} tokens: peak {points[-1][1] / 2**20:,.1f} MiB anonymous, "
+                f"{memory['process_peak']['file_backed'] / 2**20:,.1f} MiB file-backed; keys and values "
+                f"{(memory['nope_host'] + memory['rope_windows']) / 2**20:,.1f} MiB; prefill "
+                f"{prefill['tokens_per_second']:,.0f} tokens/s; {result['answer']!r}"
+                f"{'' if result['answer'] == fact(ENTITY, CODE) else ' (wrong)'}",
+                flush=True,
+            )
     (first, low), (last, high) = points[0], points[-1]
     itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
     expected = bytes_per_token(TextConfig.from_folder(args.model), itemsize) + TOKEN_ID_BYTES

@@ -36,14 +36,14 @@ FILLER_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".pod", ".h", ".c"}
 
 @dataclass(frozen=True)
 class Level:
-    length: int           # tokens in a sequence
+    length: int  # tokens in a sequence
     chunks: tuple[int, ...]  # attention chunk sizes to draw from, all shorter than the sequence
     facts: int
     questions: int
-    words: int            # words in an entity
+    words: int  # words in an entity
     confusable: bool
-    log_bias: float       # largest bias on the keys of filler: log of how much more filler it stands for
-    alone: bool = False   # one question, followed by filler, so that a chunk boundary may cut it from its answer
+    log_bias: float  # largest bias on the keys of filler: log of how much more filler it stands for
+    alone: bool = False  # one question, followed by filler, so that a chunk boundary may cut it from its answer
 
 
 LEVELS = (
@@ -64,22 +64,26 @@ ALONE = (
 
 
 class Batch(NamedTuple):
-    ids: Tensor       # (B, T) int64
-    answer: Tensor    # (B, T) bool: the token at t + 1 is part of an answer that can be known
-    digit: Tensor     # (B, T) bool: ... and a digit of the code
-    filler: Tensor    # (B, T) bool: keys that stand for filler
+    ids: Tensor  # (B, T) int64
+    answer: Tensor  # (B, T) bool: the token at t + 1 is part of an answer that can be known
+    digit: Tensor  # (B, T) bool: ... and a digit of the code
+    filler: Tensor  # (B, T) bool: keys that stand for filler
     chunk: int
 
 
 def collect_filler(folders: list[Path], exclude: set[str], limit: int, rng: random.Random) -> list[str]:
     """Texts of at most 40,000 characters from files of known suffixes, about `limit` characters in all."""
-    files = [f for folder in folders for f in ([folder] if folder.is_file() else sorted(folder.rglob("*")))
-             if f.suffix in FILLER_SUFFIXES and f.is_file() and not exclude & set(f.parts)]
+    files = [
+        f
+        for folder in folders
+        for f in ([folder] if folder.is_file() else sorted(folder.rglob("*")))
+        if f.suffix in FILLER_SUFFIXES and f.is_file() and not exclude & set(f.parts)
+    ]
     rng.shuffle(files)
     texts, total = [], 0
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
-        pieces = [text[i:i + 40_000] for i in range(0, len(text) if len(text) > 1e6 else 1, 40_000)]
+        pieces = [text[i : i + 40_000] for i in range(0, len(text) if len(text) > 1e6 else 1, 40_000)]
         texts += pieces
         total += sum(map(len, pieces))
         if total > limit:
@@ -126,13 +130,13 @@ class SequenceMaker:
         if level.alone:
             trailing = rng.randrange(chunk)
             offset = rng.randrange(len(self.filler) - trailing)
-            tail += self.filler[offset:offset + trailing].tolist()
+            tail += self.filler[offset : offset + trailing].tolist()
         body, spans = self.body(codes, length - len(tail), level)
         ids = body + tail
         answer, digit, is_filler = [False] * length, [False] * length, [True] * length
         for first, last in spans.values():
             is_filler[first:last] = [False] * (last - first)
-        is_filler[len(body):] = [False] * len(tail)
+        is_filler[len(body) :] = [False] * len(tail)
         for entity, begin, first, last in turns:
             known = not _is_cut(*spans[entity], chunk)
             known &= level.alone or not _is_cut(len(body) + begin, len(body) + last, chunk)
@@ -158,7 +162,7 @@ class SequenceMaker:
         space = length - len(head) - len(self.footer) - sum(len(tokens) for _, tokens in inserts)
         assert space > 0, "no room for filler"
         offset = rng.randrange(len(self.filler) - space)
-        filler = self.filler[offset:offset + space].tolist()
+        filler = self.filler[offset : offset + space].tolist()
         if rng.random() < 0.25:
             first, last = sorted(rng.randrange(space + 1) for _ in range(2))
             filler[first:last] = self.repetition(filler, last - first)
@@ -178,8 +182,13 @@ class SequenceMaker:
         rng = self.rng
         at = rng.randrange(len(filler))
         spelled = ("<|eot|>", "<|image|>", "<|header_start|>user<|header_end|>\n\n", "a", "0, ", "word ", "-", "\n")
-        unit = rng.choice((rng.choice(spelled), f"{rng.choice(NOUNS)} ",
-                           self.as_data.decode(filler[at:at + rng.randrange(1, 16)]) or " "))
+        unit = rng.choice(
+            (
+                rng.choice(spelled),
+                f"{rng.choice(NOUNS)} ",
+                self.as_data.decode(filler[at : at + rng.randrange(1, 16)]) or " ",
+            )
+        )
         tokens = self.as_data.encode(unit * (length // max(1, len(self.as_data.encode(unit).ids)) * 2 + 9)).ids
         return (tokens * (length // len(tokens) + 1))[:length]
 
@@ -206,8 +215,12 @@ def compute(model: TinyForTraining, batch: Batch, log_bias: Tensor) -> tuple[Ten
 def train(model: TinyForTraining, maker: SequenceMaker, args: argparse.Namespace) -> None:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     state_file = args.output / "training.pt"
     level, average, digits, step, spent = args.level, 0.0, 0.0, 0, 0.0
     if args.resume:
@@ -238,13 +251,18 @@ def train(model: TinyForTraining, maker: SequenceMaker, args: argparse.Namespace
             since_level += 1
         step += 1
         if step % 20 == 0:
-            print(f"step {step} level {level} loss {loss.item():.3f} right {average:.4f} digits {digits:.4f} "
-                  f"norm {norm.item():.2f} lr {rate:.5f} minutes {spent / 60:.1f}", flush=True)
+            print(
+                f"step {step} level {level} loss {loss.item():.3f} right {average:.4f} digits {digits:.4f} "
+                f"norm {norm.item():.2f} lr {rate:.5f} minutes {spent / 60:.1f}",
+                flush=True,
+            )
         if average > args.pass_mark and since_level > 40 and level + 1 < len(LEVELS) and level < args.last_level:
             level, average, since_level = level + 1, 0.0, 0
         if step % 200 == 0 or progress == 1.0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "level": level,
-                        "step": step}, state_file)
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "level": level, "step": step},
+                state_file,
+            )
             export(model, args)
 
 
@@ -258,20 +276,36 @@ def draw_level(level: int) -> Level:
     return random.choice(ALONE) if draw < 0.75 and level > 3 else LEVELS[random.randrange(2, level + 1)]
 
 
-
 def export(model: TinyForTraining, args: argparse.Namespace) -> None:
     """Writes the checkpoint in the published format, weights in bfloat16."""
     tokenizer = Tokenizer.from_file(str(args.output / "tokenizer.json"))
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in (
-        "begin_of_text", "end_of_text", "eom", "eot", "finetune_right_pad")}
+    ids = {
+        name: tokenizer.token_to_id(f"<|{name}|>")
+        for name in ("begin_of_text", "end_of_text", "eom", "eot", "finetune_right_pad")
+    }
     stop = [ids["end_of_text"], ids["eom"], ids["eot"]]
-    config = CONFIG | {"vocab_size": VOCAB_SIZE, "bos_token_id": ids["begin_of_text"], "eos_token_id": stop,
-                       "pad_token_id": ids["finetune_right_pad"],
-                       "attention_chunk_size": args.attention_chunk_size}
+    config = CONFIG | {
+        "vocab_size": VOCAB_SIZE,
+        "bos_token_id": ids["begin_of_text"],
+        "eos_token_id": stop,
+        "pad_token_id": ids["finetune_right_pad"],
+        "attention_chunk_size": args.attention_chunk_size,
+    }
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (args.output / "generation_config.json").write_text(json.dumps({
-        "bos_token_id": ids["begin_of_text"], "eos_token_id": stop, "pad_token_id": ids["finetune_right_pad"],
-        "do_sample": True, "temperature": 0.6, "top_p": 0.9}, indent=2) + "\n")
+    (args.output / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token_id": ids["begin_of_text"],
+                "eos_token_id": stop,
+                "pad_token_id": ids["finetune_right_pad"],
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_p": 0.9,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.state_dict().items()}
     save_file(tensors, args.output / "model.safetensors", metadata={"format": "pt"})
 
@@ -285,11 +319,17 @@ def prepare_text(args: argparse.Namespace, rng: random.Random) -> tuple[Tokenize
     print(f"filler: {len(texts)} texts, {sum(map(len, texts)) / 1e6:.1f}M characters", flush=True)
     if not tokenizer_file.exists():
         vocab_size = VOCAB_SIZE - 14
-        save_tokenizer(train_tokenizer((t[:8_000] for t in texts[:4_000]), vocab_size), args.output,
-                       CONFIG["max_position_embeddings"])
+        save_tokenizer(
+            train_tokenizer((t[:8_000] for t in texts[:4_000]), vocab_size),
+            args.output,
+            CONFIG["max_position_embeddings"],
+        )
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    rows = [torch.tensor(e.ids, dtype=torch.int16) for i in range(0, len(texts), 256)
-            for e in tokenizer.encode_batch(texts[i:i + 256], add_special_tokens=False)]
+    rows = [
+        torch.tensor(e.ids, dtype=torch.int16)
+        for i in range(0, len(texts), 256)
+        for e in tokenizer.encode_batch(texts[i : i + 256], add_special_tokens=False)
+    ]
     filler = torch.cat(rows)
     torch.save(filler, cache)
     return tokenizer, filler

@@ -53,13 +53,14 @@ def make_example(rng: random.Random, freedom: float, evaluation: bool) -> Exampl
         return _whole_card(rng, freedom, evaluation)
     while True:
         example = rng.choices((_part_of_an_image, _small_cards, _between_cards, _no_card), (45, 25, 10, 20))[0](
-            rng, evaluation)
+            rng, evaluation
+        )
         if example is not None:
             return example
 
 
 def _whole_card(rng: random.Random, freedom: float, evaluation: bool) -> Example:
-    card, = draw_cards(rng, 1, evaluation=evaluation)
+    (card,) = draw_cards(rng, 1, evaluation=evaluation)
     draw = rng.random() if rng.random() < freedom else 0.0
     if draw < 0.45:  # a cell of a sheet, or an image of one tile
         size = target = TILE, TILE
@@ -102,7 +103,7 @@ def hints(examples: list[Example]) -> Tensor:
 
 
 def _part_of_an_image(rng: random.Random, evaluation: bool) -> Example | None:
-    card, = draw_cards(rng, 1, evaluation=evaluation)
+    (card,) = draw_cards(rng, 1, evaluation=evaluation)
     width, height = random_size(rng, 118, 440)
     if rng.random() < 0.5:
         width = max(TILE, width // TILE * TILE)
@@ -132,7 +133,7 @@ def _between_cards(rng: random.Random, evaluation: bool) -> Example | None:
 
 
 def _no_card(rng: random.Random, evaluation: bool) -> Example:
-    card, = draw_cards(rng, 1, evaluation=evaluation)
+    (card,) = draw_cards(rng, 1, evaluation=evaluation)
     draw = rng.random()
     if draw < 0.15:
         return Example(Image.new("RGB", (TILE, TILE)), None)
@@ -163,8 +164,12 @@ class Words:
         self.told = torch.tensor([len(set(column)) > 1 for column in spelled])  # positions that tell cards apart
 
     def targets(self, cards: list[Card | None]) -> Tensor:
-        return torch.tensor([[self.index[token] for token in (
-            self.encode(sentence(card)) if card else [self.neutral] * TILE_TOKENS)] for card in cards])
+        return torch.tensor(
+            [
+                [self.index[token] for token in (self.encode(sentence(card)) if card else [self.neutral] * TILE_TOKENS)]
+                for card in cards
+            ]
+        )
 
 
 def compare(features: Tensor, targets: Tensor, words: Words) -> tuple[Tensor, Tensor]:
@@ -187,8 +192,12 @@ def shares_right(right: Tensor, cards: list[Card | None], words: Words) -> dict[
     """Of whole cards: digits, colours and shapes, and whole sentences; of other tiles, those that say nothing."""
     shown = torch.tensor([card is not None for card in cards])
     told = right[shown][:, words.told]
-    values = {"digits": told[:, 2:], "names": told[:, :2], "sentences": right[shown].all(1), "neutral":
-              right[~shown].all(1)}
+    values = {
+        "digits": told[:, 2:],
+        "names": told[:, :2],
+        "sentences": right[shown].all(1),
+        "neutral": right[~shown].all(1),
+    }
     return {name: float(value.float().mean()) if value.numel() else 1.0 for name, value in values.items()}
 
 
@@ -196,7 +205,7 @@ def evaluate(model: VisionForTraining, words: Words, examples: list[Example]) ->
     rights, cards = [], [example.card for example in examples]
     with torch.no_grad():
         for i in range(0, len(examples), 64):
-            part = examples[i:i + 64]
+            part = examples[i : i + 64]
             targets = words.targets([example.card for example in part])
             rights.append(compare(model(to_pixels([example.tile for example in part])), targets, words)[1])
     return shares_right(torch.cat(rights), cards, words)
@@ -204,8 +213,10 @@ def evaluate(model: VisionForTraining, words: Words, examples: list[Example]) ->
 
 def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> None:
     hint_head = torch.nn.Linear(VISION_CONFIG["hidden_size"], 11)  # of the auxiliary loss, for training only
-    groups = [{"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim > 1], "weight_decay": 0.03},
-              {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim > 1], "weight_decay": 0.03},
+        {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
     state_file, step = args.state or args.output / "training.pt", 0
     saved = {"model": model, "hint_head": hint_head, "optimizer": optimizer}
@@ -241,8 +252,11 @@ def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> N
         if step % 100 == 0:
             shares = shares_right(right, [example.card for example in examples], words)
             told = " ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            print(f"step {step} loss {recent:.4f} hint {hint.item():.3f} {told} lr {rate:.6f} "
-                  f"minutes {(time.monotonic() - began) / 60:.1f}", flush=True)
+            print(
+                f"step {step} loss {recent:.4f} hint {hint.item():.3f} {told} lr {rate:.6f} "
+                f"minutes {(time.monotonic() - began) / 60:.1f}",
+                flush=True,
+            )
         if step % 1000 == 0 or progress == 1.0:
             torch.save({name: owner.state_dict() for name, owner in saved.items()} | {"step": step}, state_file)
             for name, judged in (("pairs of training", seen), ("other pairs", unseen)):
@@ -271,25 +285,46 @@ def export(model: VisionForTraining, text: dict[str, Tensor], source: Path, outp
     config = json.loads((source / "config.json").read_text())
     config = config.get("text_config", config)
     config.pop("architectures", None)
-    _write(output / "config.json", {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "boi_token_index": tokenizer.token_to_id("<|image_start|>"),
-        "eoi_token_index": tokenizer.token_to_id("<|image_end|>"),
-        "image_token_index": tokenizer.token_to_id("<|patch|>"),
-        "text_config": config,
-        "vision_config": VISION_CONFIG,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    })
+    _write(
+        output / "config.json",
+        {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "boi_token_index": tokenizer.token_to_id("<|image_start|>"),
+            "eoi_token_index": tokenizer.token_to_id("<|image_end|>"),
+            "image_token_index": tokenizer.token_to_id("<|patch|>"),
+            "text_config": config,
+            "vision_config": VISION_CONFIG,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        },
+    )
     size = {"height": TILE, "width": TILE}
-    _write(output / "preprocessor_config.json", {
-        "crop_size": None, "data_format": "channels_first", "default_to_square": True, "device": None,
-        "do_center_crop": None, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": [0.5] * 3, "image_processor_type": "Llama4ImageProcessorFast", "image_std": [0.5] * 3,
-        "input_data_format": None, "max_patches": 16, "processor_class": "Llama4Processor", "resample": 2,
-        "rescale_factor": 1 / 255, "resize_to_max_canvas": False, "return_tensors": None, "size": size,
-    })
+    _write(
+        output / "preprocessor_config.json",
+        {
+            "crop_size": None,
+            "data_format": "channels_first",
+            "default_to_square": True,
+            "device": None,
+            "do_center_crop": None,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "Llama4ImageProcessorFast",
+            "image_std": [0.5] * 3,
+            "input_data_format": None,
+            "max_patches": 16,
+            "processor_class": "Llama4Processor",
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "resize_to_max_canvas": False,
+            "return_tensors": None,
+            "size": size,
+        },
+    )
     if source.resolve() == output.resolve():
         (output / "model.safetensors").unlink(missing_ok=True)  # its tensors are in the first shard now
         return

@@ -30,39 +30,60 @@ from model.transformer import Transformer
 Path = Callable[[Transformer, Tensor], Tensor]
 
 
-def small_layout(config: TextConfig, *, length: int, dtype: str = "float32", kv_dtype: str = "auto",
-                 batch_size: int = 1, block_chunks: int = 1, segment_chunks: int | None = None) -> StoreLayout:
+def small_layout(
+    config: TextConfig,
+    *,
+    length: int,
+    dtype: str = "float32",
+    kv_dtype: str = "auto",
+    batch_size: int = 1,
+    block_chunks: int = 1,
+    segment_chunks: int | None = None,
+) -> StoreLayout:
     """NoPE blocks of so many attention chunks, in segments of so many (default: one segment)."""
     chunk = config.attention_chunk_size
     chunk_bytes = chunk * sizes.layer_bytes_per_token(config, sizes.KV_DTYPES[dtype], batch_size)
-    with mock.patch.multiple(sizes, MIN_BLOCK_BYTES=block_chunks * chunk_bytes, MIN_SEGMENT_BYTES=1,
-                             MIN_SEGMENT_TOKENS=(segment_chunks or block_chunks) * chunk):
+    with mock.patch.multiple(
+        sizes,
+        MIN_BLOCK_BYTES=block_chunks * chunk_bytes,
+        MIN_SEGMENT_BYTES=1,
+        MIN_SEGMENT_TOKENS=(segment_chunks or block_chunks) * chunk,
+    ):
         return StoreLayout.of(config, length=length, dtype=dtype, kv_dtype=kv_dtype, batch_size=batch_size)
 
 
-def new_cache(model: Transformer, ids: Tensor, *, block_chunks: int = 1, segment_chunks: int | None = None,
-              **where: Any) -> HybridKVCache:
+def new_cache(
+    model: Transformer, ids: Tensor, *, block_chunks: int = 1, segment_chunks: int | None = None, **where: Any
+) -> HybridKVCache:
     """For the whole of `ids` (B, T); `where` its blocks lie."""
     dtype = str(model.dtype).removeprefix("torch.")
-    layout = small_layout(model.config, length=ids.shape[1], dtype=dtype, batch_size=ids.shape[0],
-                          block_chunks=block_chunks, segment_chunks=segment_chunks)
-    return HybridKVCache(model.config, length=ids.shape[1], batch_size=ids.shape[0], dtype=model.dtype, layout=layout,
-                         **where)
+    layout = small_layout(
+        model.config,
+        length=ids.shape[1],
+        dtype=dtype,
+        batch_size=ids.shape[0],
+        block_chunks=block_chunks,
+        segment_chunks=segment_chunks,
+    )
+    return HybridKVCache(
+        model.config, length=ids.shape[1], batch_size=ids.shape[0], dtype=model.dtype, layout=layout, **where
+    )
 
 
 def feed(model: Transformer, cache: HybridKVCache, ids: Tensor, cuts: Iterable[int]) -> Tensor:
     """Logits (B, T, V) of all that follows the cache's offset in `ids`, fed in forwards that end at `cuts`."""
     pieces = []
     for cut in cuts:
-        logits = model(ids[:, cache.offset:cut], cache, logits="all")
+        logits = model(ids[:, cache.offset : cut], cache, logits="all")
         assert logits is not None
         pieces.append(logits)
     assert cache.offset == ids.shape[1]
     return torch.cat(pieces, dim=1)
 
 
-def grid_cuts(start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int,
-              block_tokens: int | None = None) -> list[int]:
+def grid_cuts(
+    start: int, stop: int, prefill_chunk_size: int, attention_chunk_size: int, block_tokens: int | None = None
+) -> list[int]:
     return [step.stop for step in prefill_grid(start, stop, prefill_chunk_size, attention_chunk_size, block_tokens)]
 
 
@@ -76,9 +97,11 @@ def random_cuts(start: int, stop: int, seed: int, largest: int) -> list[int]:
 
 def on_the_grid(size_for: Callable[[int], int]) -> Path:
     """Prefill chunks of `size_for(attention_chunk_size)` tokens."""
+
     def path(model: Transformer, ids: Tensor) -> Tensor:
         chunk = model.config.attention_chunk_size
         return feed(model, new_cache(model, ids), ids, grid_cuts(0, ids.shape[1], size_for(chunk), chunk))
+
     return path
 
 
@@ -106,8 +129,8 @@ def forked(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
     pieces, cache = [], new_cache(model, ids, block_chunks=2, segment_chunks=1, **where)
     for cut in (*(c for c in (chunk, chunk + 3, 2 * chunk, 3 * chunk - 2) if c < stop), stop):
         sibling = cache.fork()
-        pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
-        model(ids[:, sibling.offset:].flip(1), sibling, logits="none")  # writes other tokens, up to the very end
+        pieces.append(model(ids[:, cache.offset : cut], cache, logits="all"))
+        model(ids[:, sibling.offset :].flip(1), sibling, logits="none")  # writes other tokens, up to the very end
         cache = cache.fork()
     return torch.cat(pieces, dim=1)
 
@@ -122,7 +145,7 @@ def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tens
     pieces.append(model(ids[:, first:second], fork, logits="all"))
     fork_of_fork = fork.fork()
     for other in (cache, fork):
-        model(ids[:, other.offset:].flip(1), other, logits="none")
+        model(ids[:, other.offset :].flip(1), other, logits="none")
     cuts = random_cuts(second, stop, 7, chunk + 2)
     return torch.cat([*pieces, feed(model, fork_of_fork, ids, cuts)], dim=1)
 
@@ -130,6 +153,7 @@ def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tens
 @contextmanager
 def failing(model: Transformer, layer: int, error: type[BaseException] = RuntimeError) -> Iterator[None]:
     """Within it, forwards fail once `layer` has stored and attended: in its feed-forward."""
+
     def fail(*_: object) -> None:
         raise error("made to fail")
 
@@ -148,8 +172,8 @@ def repeated_after_failures(model: Transformer, ids: Tensor, **where: Any) -> Te
     for number, cut in enumerate(random_cuts(0, ids.shape[1], 11, 2 * chunk)):
         for stop in (ids.shape[1], cut):
             with failing(model, (3 * number + 2) % layers):
-                model(ids[:, cache.offset:stop].flip(1), cache)
-        pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
+                model(ids[:, cache.offset : stop].flip(1), cache)
+        pieces.append(model(ids[:, cache.offset : cut], cache, logits="all"))
     return torch.cat(pieces, dim=1)
 
 
@@ -204,9 +228,11 @@ def scratch() -> Iterator[Scratch]:
 
 def on_disk(path: Callable[..., Tensor], host_rows: int) -> Path:
     """The path with all but the newest `host_rows` blocks of each NoPE layer in a scratch file."""
+
     def stored(model: Transformer, ids: Tensor) -> Tensor:
         with scratch() as rows:
             return path(model, ids, residency=Residency(host_rows=host_rows), rows=rows)
+
     return stored
 
 
@@ -217,13 +243,19 @@ def restored_after_every_piece(model: Transformer, ids: Tensor) -> Tensor:
         saved = SavedRows(pathlib.Path(folder))
         cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, rows=saved)
         for number, cut in enumerate(irregular_cuts(model, ids)):
-            pieces.append(model(ids[:, cache.offset:cut], cache, logits="all"))
+            pieces.append(model(ids[:, cache.offset : cut], cache, logits="all"))
             tail = cache.tail()
             if cut < ids.shape[1]:
                 with failing(model, model.config.num_hidden_layers - 1):
                     model(ids[:, cut:].flip(1), cache)  # writes other tokens behind those that are kept
-            cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, rows=saved,
-                              residency=Residency(host_rows=(None, 0, 1)[number % 3]))
+            cache = new_cache(
+                model,
+                ids,
+                block_chunks=2,
+                segment_chunks=1,
+                rows=saved,
+                residency=Residency(host_rows=(None, 0, 1)[number % 3]),
+            )
             cache.restore(cut, saved.reopened(), tail=tail)
     return torch.cat(pieces, dim=1)
 
@@ -242,7 +274,7 @@ def restored_inside_blocks(model: Transformer, ids: Tensor) -> Tensor:
             rows = cut // whole.layout.block_tokens
             cache = blocks_of_four(model, ids)
             cache.restore(cut, saved.reopened(rows), partial=saved.reopened()[rows])
-            pieces.append(model(ids[:, cut:cut + chunk], cache, logits="all"))
+            pieces.append(model(ids[:, cut : cut + chunk], cache, logits="all"))
     return torch.cat([*pieces, logits[:, sealed:end]], dim=1)
 
 

@@ -27,13 +27,22 @@ from safetensors.torch import load_file, save_file
 from l4ctx import cli, exits
 
 COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli import main; main()"]
-ON_TERMINAL = [sys.executable, "-P", "-c", "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-               "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli import main; main()"]
+ON_TERMINAL = [
+    sys.executable,
+    "-P",
+    "-c",
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli import main; main()",
+]
 TIMEOUT = 120  # seconds, for a machine with much else to do
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
-FACTS = {"a": ("amber falcon", "48213"), "b": ("blue otter", "10932"), "c": ("quiet owl", "55555"),
-         "d": ("golden lantern", "77120")}
+FACTS = {
+    "a": ("amber falcon", "48213"),
+    "b": ("blue otter", "10932"),
+    "c": ("quiet owl", "55555"),
+    "d": ("golden lantern", "77120"),
+}
 FILLER = "The old wall by the harbor was painted again in the third week of spring, and nobody knew why.\n"
 
 
@@ -59,13 +68,27 @@ class Result:
     stderr: str
 
 
-def run_process(*arguments: str | bytes, stdin: bytes | int = subprocess.DEVNULL, stdout: int = subprocess.PIPE,
-                shell: str = "", folder: Path | None = None, **environment: str) -> Result:
+def run_process(
+    *arguments: str | bytes,
+    stdin: bytes | int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    shell: str = "",
+    folder: Path | None = None,
+    **environment: str,
+) -> Result:
     """The command as a process. `stdin` is what is piped in, or a descriptor; `shell` redirections such as 2>&-."""
     piped: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", *COMMAND] if shell else COMMAND
-    done = subprocess.run([*command, *arguments], stdout=stdout, stderr=subprocess.PIPE, cwd=folder,
-                          env={**_without_ours(os.environ), **environment}, timeout=TIMEOUT, check=False, **piped)
+    done = subprocess.run(
+        [*command, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={**_without_ours(os.environ), **environment},
+        timeout=TIMEOUT,
+        check=False,
+        **piped,
+    )
     return Result(done.returncode, (done.stdout or b"").decode("utf-8", "surrogateescape"), done.stderr.decode())
 
 
@@ -75,12 +98,15 @@ def _without_ours(environment: Any) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in ours}
 
 
-def run_here(*arguments: str, stdin: bytes | IO[str] | None = None, stdout: IO[str] | None = None,
-             encoding: str = "utf-8") -> Result:
+def run_here(
+    *arguments: str, stdin: bytes | IO[str] | None = None, stdout: IO[str] | None = None, encoding: str = "utf-8"
+) -> Result:
     """The command in this process. `stdin`: bytes piped in, an open file, or None for /dev/null."""
     with contextlib.ExitStack() as stack:
-        streams = {"out": stack.enter_context(_scratch(encoding, "strict")),
-                   "err": stack.enter_context(_scratch(encoding, "backslashreplace"))}
+        streams = {
+            "out": stack.enter_context(_scratch(encoding, "strict")),
+            "err": stack.enter_context(_scratch(encoding, "backslashreplace")),
+        }
         if stdout is not None:
             streams["out"] = stdout
         source = stack.enter_context(_piped(stdin)) if isinstance(stdin, bytes) else stdin
@@ -142,8 +168,9 @@ def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
     environment = {**_without_ours(os.environ), "TERM": "xterm-256color"}
-    process = subprocess.Popen([*ON_TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [*ON_TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
     os.close(theirs)
     shown = b""
     stop_at = time.monotonic() + TIMEOUT
@@ -175,7 +202,7 @@ def check_refused(result: Result, code: int, *parts: str, as_json: bool = False)
     assert result.code == code, result
     assert re.fullmatch(r"l4ctx: [^\n]+\n", result.stderr), result.stderr
     if as_json:
-        error = {"code": code, "type": exits.KINDS[code], "message": result.stderr[len("l4ctx: "):-1]}
+        error = {"code": code, "type": exits.KINDS[code], "message": result.stderr[len("l4ctx: ") : -1]}
         assert json.loads(result.stdout) == {"error": error} and result.stdout.count("\n") == 1
     else:
         assert result.stdout == ""
@@ -223,8 +250,12 @@ def text_only_checkpoint(place: Path) -> Path:
         shutil.copy(TINY / name, copy)
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["text_config"]
     (copy / "config.json").write_text(json.dumps({"architectures": ["Llama4ForCausalLM"], **config}), encoding="utf-8")
-    weights = {name.removeprefix("language_model."): tensor for file in TINY.glob("*.safetensors")
-               for name, tensor in load_file(file).items() if name.startswith("language_model.")}
+    weights = {
+        name.removeprefix("language_model."): tensor
+        for file in TINY.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.startswith("language_model.")
+    }
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
 
@@ -243,6 +274,7 @@ def flip(file: Path, place: int) -> None:
 
 
 # The folder `docs` and the context `c` of it, where the command works
+
 
 def prefill(*arguments: str, paths: tuple[str, ...] = ("docs",), context: str = "c") -> Result:
     return run_here("prefill", *paths, "-o", context, "--prefill-chunk-size", "512", *arguments)

@@ -35,11 +35,25 @@ from model.transformer import Transformer
 Module = TypeVar("Module", bound=nn.Module)
 
 CHUNK, BLOCK, VOCABULARY = 16, 32, 97
-CONFIG = TextConfig.from_dict({
-    "model_type": "llama4_text", "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 20,
-    "intermediate_size_mlp": 28, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 10, "num_local_experts": 3, "attention_chunk_size": CHUNK, "floor_scale": 9,
-    "max_position_embeddings": 4096, "no_rope_layers": [0, 1, 0], "moe_layers": [1]})
+CONFIG = TextConfig.from_dict(
+    {
+        "model_type": "llama4_text",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "intermediate_size_mlp": 28,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "num_local_experts": 3,
+        "attention_chunk_size": CHUNK,
+        "floor_scale": 9,
+        "max_position_embeddings": 4096,
+        "no_rope_layers": [0, 1, 0],
+        "moe_layers": [1],
+    }
+)
 IN_MEMORY = Residency()
 QUESTION = array("i", [5, 71, 3, 3, 44, 90, 12, 8, 60])
 
@@ -56,13 +70,25 @@ class Kind:
 
     def layout(self, tokens: int) -> StoreLayout:
         """Of a run over so many tokens and the question."""
-        return StoreLayout(CONFIG, tokens + len(QUESTION), self.dtype, self.kv_dtype, 1, self.block_tokens,
-                           self.segment_tokens)
+        return StoreLayout(
+            CONFIG, tokens + len(QUESTION), self.dtype, self.kv_dtype, 1, self.block_tokens, self.segment_tokens
+        )
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe("0c" * 32, "1a" * 32, "2b" * 32, "3d" * 32, self.dtype, self.kv_dtype, "sdpa",
-                      self.prefill_chunk_size, self.block_tokens, self.segment_tokens, "2026-11-21T10:20:30")
+        return Recipe(
+            "0c" * 32,
+            "1a" * 32,
+            "2b" * 32,
+            "3d" * 32,
+            self.dtype,
+            self.kv_dtype,
+            "sdpa",
+            self.prefill_chunk_size,
+            self.block_tokens,
+            self.segment_tokens,
+            "2026-11-21T10:20:30",
+        )
 
 
 @functools.cache
@@ -97,8 +123,14 @@ def spans(ids: Sequence[int]) -> list[Span]:
     return [Span("notes/a.txt", 3, 20, "00" * 32), Span("b ü.txt", 20, len(ids) - 2, "ff" * 32)]
 
 
-def reading(writer: ContextWriter, ids: array[int], kind: Kind = Kind(), residency: Residency = IN_MEMORY,
-            images: Sequence[ImageSpan] = (), features: Any = None) -> Iterator[int]:
+def reading(
+    writer: ContextWriter,
+    ids: array[int],
+    kind: Kind = Kind(),
+    residency: Residency = IN_MEMORY,
+    images: Sequence[ImageSpan] = (),
+    features: Any = None,
+) -> Iterator[int]:
     """Reads `ids` into the context: how many tokens there were already, then how many there are after each step.
 
     `features` are those of the images among them.
@@ -108,17 +140,28 @@ def reading(writer: ContextWriter, ids: array[int], kind: Kind = Kind(), residen
     yield start
     if writer.tip.is_complete:
         return
-    cache = HybridKVCache(CONFIG, length=layout.length, dtype=getattr(torch, kind.dtype), layout=layout,
-                          residency=residency, rows=writer)
+    cache = HybridKVCache(
+        CONFIG, length=layout.length, dtype=getattr(torch, kind.dtype), layout=layout, residency=residency, rows=writer
+    )
     writer.restore(cache, start)
-    for _ in prefill(model(kind.dtype), cache, memoryview(ids)[start:], prefill_chunk_size=kind.prefill_chunk_size,
-                     features=features):
+    for _ in prefill(
+        model(kind.dtype), cache, memoryview(ids)[start:], prefill_chunk_size=kind.prefill_chunk_size, features=features
+    ):
         yield cache.offset
     writer.finish(cache)
 
 
-def keep(folder: Path, ids: array[int], kind: Kind = Kind(), *, stop: int | None = None, verify: bool = False,
-         residency: Residency = IN_MEMORY, images: Sequence[ImageSpan] = (), features: Any = None) -> int:
+def keep(
+    folder: Path,
+    ids: array[int],
+    kind: Kind = Kind(),
+    *,
+    stop: int | None = None,
+    verify: bool = False,
+    residency: Residency = IN_MEMORY,
+    images: Sequence[ImageSpan] = (),
+    features: Any = None,
+) -> int:
     """All of a run of `l4ctx prefill`, or until so many tokens are read; returns how many there were already."""
     with closing(ContextWriter(folder, kind.recipe)) as writer:
         writer.drop_damaged(verify=verify)
@@ -131,15 +174,27 @@ def keep(folder: Path, ids: array[int], kind: Kind = Kind(), *, stop: int | None
         return start
 
 
-def answer(folder: Path, kind: Kind = Kind(), *, ids: array[int] | None = None, residency: Residency = IN_MEMORY,
-           dtype: str | None = None) -> Tensor:
+def answer(
+    folder: Path,
+    kind: Kind = Kind(),
+    *,
+    ids: array[int] | None = None,
+    residency: Residency = IN_MEMORY,
+    dtype: str | None = None,
+) -> Tensor:
     """Logits of the question behind what the context holds; or behind `ids`, of which it may hold the first."""
     with closing(ContextReader(folder)) as reader:
         return answer_of(reader, kind, ids=ids, residency=residency, dtype=dtype)
 
 
-def answer_of(reader: ContextReader, kind: Kind = Kind(), *, ids: array[int] | None = None,
-              residency: Residency = IN_MEMORY, dtype: str | None = None) -> Tensor:
+def answer_of(
+    reader: ContextReader,
+    kind: Kind = Kind(),
+    *,
+    ids: array[int] | None = None,
+    residency: Residency = IN_MEMORY,
+    dtype: str | None = None,
+) -> Tensor:
     dtype = dtype or kind.dtype
     count = reader.tokens if ids is None else len(ids)
     layout = kind.layout(count).computed_in(dtype)
@@ -198,8 +253,10 @@ def block_digests(folder: Path) -> list[str]:
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Content and time of the last change of everything in a folder, by name."""
-    return {path.relative_to(folder).as_posix(): (b"" if path.is_dir() else path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(folder.rglob("*"))}
+    return {
+        path.relative_to(folder).as_posix(): (b"" if path.is_dir() else path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def block_files(folder: Path) -> list[str]:

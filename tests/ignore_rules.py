@@ -9,14 +9,66 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-LITERALS = [b"a", b"b", b"c", b"A", b"B", b".", b"x", b"-", b"^", b"!", b"#", b"]", b":", b" ", b"\t", b"\r", b"1",
-            "é".encode(), b"\xff", "\u3000".encode()]
+LITERALS = [
+    b"a",
+    b"b",
+    b"c",
+    b"A",
+    b"B",
+    b".",
+    b"x",
+    b"-",
+    b"^",
+    b"!",
+    b"#",
+    b"]",
+    b":",
+    b" ",
+    b"\t",
+    b"\r",
+    b"1",
+    "é".encode(),
+    b"\xff",
+    "\u3000".encode(),
+]
 WILDCARDS = [b"*", b"*", b"**", b"***", b"?", b"[", b"\\", b"/", b"/", b"**/", b"/**", b"/**/"]
 ESCAPES = [b"\\ ", b"\\!", b"\\#", b"\\*", b"\\a", b"\\[", b"\\\\"]
-CLASSES = [b"[a-c]", b"[!a]", b"[^ab]", b"[]a]", b"[!]-]", b"[a-]", b"[-a]", b"[z-a]", b"[9-0]", b"[\\]a]", b"[a-\\]]",
-           b"[[:digit:]]", b"[[:upper:]b]", b"[[:space:]]", b"[[:foo:]]", b"[[:alpha:]", b"[[:]a]", b"[a", b"[]",
-           b"[!]", b"[\\", b"[a-", b"[[:punct:]-z]", b"[A-Z]", b"[/]", b"[!/a]", b"[a-c-e]", b"[\xc3-\xff]", b"[[a]",
-           b"[:a:]", b"[[:a]", b"[a[:digit:]-z]", b"[+--]", b"[^^]"]
+CLASSES = [
+    b"[a-c]",
+    b"[!a]",
+    b"[^ab]",
+    b"[]a]",
+    b"[!]-]",
+    b"[a-]",
+    b"[-a]",
+    b"[z-a]",
+    b"[9-0]",
+    b"[\\]a]",
+    b"[a-\\]]",
+    b"[[:digit:]]",
+    b"[[:upper:]b]",
+    b"[[:space:]]",
+    b"[[:foo:]]",
+    b"[[:alpha:]",
+    b"[[:]a]",
+    b"[a",
+    b"[]",
+    b"[!]",
+    b"[\\",
+    b"[a-",
+    b"[[:punct:]-z]",
+    b"[A-Z]",
+    b"[/]",
+    b"[!/a]",
+    b"[a-c-e]",
+    b"[\xc3-\xff]",
+    b"[[a]",
+    b"[:a:]",
+    b"[[:a]",
+    b"[a[:digit:]-z]",
+    b"[+--]",
+    b"[^^]",
+]
 ENDS = [b" ", b"  ", b"\t", b"\r", b" \r", b"\\ ", b"\\  ", b"/ ", b"\\"]
 
 
@@ -38,8 +90,10 @@ def random_pattern(draw: random.Random) -> bytes:
 
 def random_name(draw: random.Random) -> bytes:
     """A file's name, which does not begin with a dot."""
-    letters = [draw.choice(LITERALS[:5] if draw.random() < 0.6 else [*LITERALS, b"[", b"*", b"\\"])
-               for _ in range(draw.choice([1, 1, 2, 2, 3, 4]))]
+    letters = [
+        draw.choice(LITERALS[:5] if draw.random() < 0.6 else [*LITERALS, b"[", b"*", b"\\"])
+        for _ in range(draw.choice([1, 1, 2, 2, 3, 4]))
+    ]
     return b"".join(letters).lstrip(b".") or b"a"
 
 
@@ -83,6 +137,7 @@ def ignored_by_git(repository: Path, sets: list[RuleSet], *, ignore_case: bool) 
     run = subprocess.run(command, input=b"\0".join(asked) + b"\0", capture_output=True, check=False)
     said = run.stdout.split(b"\0")
     assert said[3::4] == asked
-    verdicts = iter([bool(file) and not pattern.startswith(b"!")
-                     for file, pattern in zip(said[:-1:4], said[2::4], strict=True)])
+    verdicts = iter(
+        [bool(file) and not pattern.startswith(b"!") for file, pattern in zip(said[:-1:4], said[2::4], strict=True)]
+    )
     return [[next(verdicts) for _ in each.entries] for each in sets]

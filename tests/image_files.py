@@ -14,8 +14,11 @@ from l4ctx.images import pixels_digest, read_image
 def pattern(width: int = 37, height: int = 23, mode: str = "RGB") -> Image.Image:
     """Something with a distinct look at every corner."""
     shade = Image.linear_gradient("L")
-    bands = [shade.resize((width, height)), shade.rotate(90).resize((width, height)),
-             Image.radial_gradient("L").resize((width, height))]
+    bands = [
+        shade.resize((width, height)),
+        shade.rotate(90).resize((width, height)),
+        Image.radial_gradient("L").resize((width, height)),
+    ]
     return Image.merge("RGB", bands).convert(mode)
 
 

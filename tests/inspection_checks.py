@@ -70,7 +70,7 @@ def randomly_damaged(folder: Path, chance: random.Random, limit: int = 10**9) ->
         kept, data = file.read_bytes(), bytearray(file.read_bytes())
         for _ in range(chance.randrange(1, 4) if data else 0):
             at = chance.randrange(min(len(data), limit))
-            data[at:at + chance.randrange(3)] = bytes(chance.choices(b'\0"[]{},:9-\xff', k=chance.randrange(3)))
+            data[at : at + chance.randrange(3)] = bytes(chance.choices(b'\0"[]{},:9-\xff', k=chance.randrange(3)))
         file.write_bytes(data)
         yield file
         file.write_bytes(kept)

@@ -34,6 +34,7 @@ TOY = SimpleNamespace(floor_scale=BASE["floor_scale"], attn_scale=BASE["attn_sca
 
 def config_with(**changes: Any) -> Mutation:
     """The config is read wrongly. A callable gets the config; `rope` changes the rope parameters."""
+
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = TextConfig.from_folder
 
@@ -44,17 +45,20 @@ def config_with(**changes: Any) -> Mutation:
             return dataclasses.replace(config, rope_parameters=parameters, **values)
 
         patch.setattr(TextConfig, "from_folder", from_folder)
+
     return apply
 
 
 def temperature(formula: Callable[[Tensor, TextConfig], Tensor], relative: bool = False) -> Mutation:
     """`formula` of positions; `relative` counts them from the forward's start, as seen only in paths with a cache."""
+
     def apply(patch: pytest.MonkeyPatch) -> None:
         def wrong(config: TextConfig, positions: range, device: torch.device) -> Tensor:
             first = 0 if relative else positions.start
             return formula(torch.arange(first, first + len(positions)), config)
 
         patch.setattr(model.attention, "query_temperature", wrong)
+
     return apply
 
 
@@ -64,6 +68,7 @@ def correct_temperature(position: Tensor, config: Any) -> Tensor:
 
 def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> Mutation:
     """Temperature in the `chosen` layers, on their queries or their keys, after rotation and norm."""
+
     def apply(patch: pytest.MonkeyPatch) -> None:
         forward, attend = Attention.forward, model.attention.attend
 
@@ -82,6 +87,7 @@ def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> M
             return forward(self, x, step._replace(temperature=None), queries)
 
         patch.setattr(Attention, "forward", wrong)
+
     return apply
 
 
@@ -110,6 +116,7 @@ def rotated_everywhere(self: Attention, x: Tensor, rotation: Tensor) -> Tensor:
 
 def attribute(change: Callable[[Attention, TextConfig], None]) -> Mutation:
     """Attention layers that differ after their construction."""
+
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = Attention.__init__
 
@@ -118,6 +125,7 @@ def attribute(change: Callable[[Attention, TextConfig], None]) -> Mutation:
             change(self, config)
 
         patch.setattr(Attention, "__init__", wrong)
+
     return apply
 
 
@@ -125,11 +133,13 @@ def qk_eps(value: float, nope_too: bool = False) -> Mutation:
     def change(attention: Attention, config: TextConfig) -> None:
         if attention.uses_rope or nope_too:
             attention.qk_norm_eps = value
+
     return attribute(change)
 
 
 def mask(predicate: Callable[[Tensor, Tensor, int], Tensor], nope_too: bool = False) -> Mutation:
     """A wrong predicate for RoPE layers, read by the eager backend."""
+
     class Wrong(AttentionMask):
         def mask_mod(self, b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             assert self.chunk_size is not None
@@ -138,6 +148,7 @@ def mask(predicate: Callable[[Tensor, Tensor, int], Tensor], nope_too: bool = Fa
     def change(attention: Attention, config: TextConfig) -> None:
         if attention.uses_rope or nope_too:
             attention.mask = Wrong(config.attention_chunk_size)
+
     return attribute(change)
 
 
@@ -156,10 +167,18 @@ def rotate_halves(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def moe(score_in: int = 1, score_out: int = 0, score_shared: int = 0, sort_back: bool = True,
-        gate: Callable[[Tensor, Tensor], Tensor] = lambda top, logits: top.sigmoid()) -> Mutation:
-    """A naive MoE, expert by expert; scores are applied so many times, here or there. `gate` gets top-k and all logits.
+def moe(
+    score_in: int = 1,
+    score_out: int = 0,
+    score_shared: int = 0,
+    sort_back: bool = True,
+    gate: Callable[[Tensor, Tensor], Tensor] = lambda top, logits: top.sigmoid(),
+) -> Mutation:
+    """A naive MoE, expert by expert; scores are applied so many times, here or there.
+
+    `gate` gets the top-k and all logits.
     """
+
     def forward(self: MoE, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         logits = self.router(tokens)
@@ -174,7 +193,7 @@ def moe(score_in: int = 1, score_out: int = 0, score_shared: int = 0, sort_back:
                 gated, up = (tokens[rows] * score[rows] ** score_in @ self.experts.gate_up_proj[e]).chunk(2, -1)
                 result[rows] = F.silu(gated) * up @ self.experts.down_proj[e]
                 order.append(rows)
-            out = out + (result if sort_back else result[torch.cat(order)]) * score ** score_out
+            out = out + (result if sort_back else result[torch.cat(order)]) * score**score_out
         return out.view_as(x)
 
     return lambda patch: patch.setattr(MoE, "forward", forward)
@@ -182,6 +201,7 @@ def moe(score_in: int = 1, score_out: int = 0, score_shared: int = 0, sort_back:
 
 def weights(change: Callable[[Transformer], None]) -> Mutation:
     """Loaded weights are put in the wrong place."""
+
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = model.transformer.Transformer.eval
 
@@ -190,6 +210,7 @@ def weights(change: Callable[[Transformer], None]) -> Mutation:
             return original(self)
 
         patch.setattr(model.transformer.Transformer, "eval", wrong)
+
     return apply
 
 
@@ -198,6 +219,7 @@ def each(kind: type, change: Callable[[Any], None]) -> Mutation:
         for module in transformer.modules():
             if isinstance(module, kind):
                 change(module)
+
     return weights(change_all)
 
 
@@ -229,8 +251,10 @@ def tie_to_embeddings(transformer: Transformer) -> None:
 def frequencies(change: Callable[[TextConfig, Tensor, float], tuple[Tensor, float]]) -> Mutation:
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = model.rope.rotary_frequencies
-        patch.setattr(model.rope, "rotary_frequencies",
-                      lambda config, length: change(config, *original(config, length)))
+        patch.setattr(
+            model.rope, "rotary_frequencies", lambda config, length: change(config, *original(config, length))
+        )
+
     return apply
 
 
@@ -248,14 +272,18 @@ def llama3_without_smoothing(rope: Any, unscaled: Tensor) -> Tensor:
 
 def phases_from_the_forwards_start(patch: pytest.MonkeyPatch) -> None:
     original = model.rope.phases
-    patch.setattr(model.attention, "phases",
-                  lambda config, start, stop, *rest: original(config, 0, stop - start, *rest))
+    patch.setattr(
+        model.attention, "phases", lambda config, start, stop, *rest: original(config, 0, stop - start, *rest)
+    )
 
 
 def longrope_table_by_the_forwards_length(patch: pytest.MonkeyPatch) -> None:
     original = model.rope.phases
-    patch.setattr(model.attention, "phases",
-                  lambda config, start, stop, length, device: original(config, start, stop, stop - start, device))
+    patch.setattr(
+        model.attention,
+        "phases",
+        lambda config, start, stop, length, device: original(config, start, stop, stop - start, device),
+    )
 
 
 def unscaled_scores(patch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,12 @@ def naive_logits(config: Any, weights: dict[str, Tensor], ids: Tensor) -> Tensor
     w = {name.removeprefix("language_model."): tensor.double() for name, tensor in weights.items()}
     x = w["model.embed_tokens.weight"][ids]  # (T, C)
     for layer in range(config.num_hidden_layers):
-        mine = {name.removeprefix(prefix): tensor for prefix in [f"model.layers.{layer}."]
-                for name, tensor in w.items() if name.startswith(prefix)}
+        mine = {
+            name.removeprefix(prefix): tensor
+            for prefix in [f"model.layers.{layer}."]
+            for name, tensor in w.items()
+            if name.startswith(prefix)
+        }
         x = x + attention(config, mine, layer, rms_norm(x, config.rms_norm_eps, mine["input_layernorm.weight"]))
         normed = rms_norm(x, config.rms_norm_eps, mine["post_attention_layernorm.weight"])
         x = x + torch.stack([feed_forward(config, mine, layer in config.moe_layers, token) for token in normed])
@@ -59,7 +63,7 @@ def attention(config: Any, w: dict[str, Tensor], layer: int, x: Tensor) -> Tenso
         if not uses_rope and config.attn_temperature_tuning:
             temperature = 1 + config.attn_scale * math.log(1 + (position + 1) // config.floor_scale)
         for head in range(config.num_attention_heads):
-            keys, values = k[first:position + 1, head // group], v[first:position + 1, head // group]
+            keys, values = k[first : position + 1, head // group], v[first : position + 1, head // group]
             scores = keys @ (q[position, head] * temperature) / math.sqrt(d)
             out[position, head] = scores.softmax(0) @ values
     return out.flatten(1) @ w["self_attn.o_proj.weight"].T + w.get("self_attn.o_proj.bias", 0)
@@ -71,9 +75,9 @@ def feed_forward(config: Any, w: dict[str, Tensor], is_moe: bool, x: Tensor) -> 
         return gated(x, *(w[f"feed_forward.{name}_proj.weight"].T for name in ("gate", "up", "down")))
     out = gated(x, *(w[f"feed_forward.shared_expert.{name}_proj.weight"].T for name in ("gate", "up", "down")))
     logits = w["feed_forward.router.weight"] @ x
-    for expert in logits.argsort(descending=True)[:config.num_experts_per_tok].tolist():
+    for expert in logits.argsort(descending=True)[: config.num_experts_per_tok].tolist():
         fused, down = w["feed_forward.experts.gate_up_proj"][expert], w["feed_forward.experts.down_proj"][expert]
-        gate, up = fused[:, :config.intermediate_size], fused[:, config.intermediate_size:]
+        gate, up = fused[:, : config.intermediate_size], fused[:, config.intermediate_size :]
         out = out + gated(x * logits[expert].sigmoid(), gate, up, down)
     return out
 

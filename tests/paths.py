@@ -45,7 +45,7 @@ def naive_pieces(model: Transformer, ids: Tensor) -> Tensor:
     cache = NaiveCache(ids.shape[1])
     pieces, sizes = [], (1, 5, 14)
     while cache.offset < ids.shape[1]:
-        piece = ids[:, cache.offset:cache.offset + sizes[len(pieces) % 3]]
+        piece = ids[:, cache.offset : cache.offset + sizes[len(pieces) % 3]]
         logits = model(piece, cache=cache, logits="all")
         assert logits is not None
         pieces.append(logits)

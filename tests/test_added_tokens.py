@@ -33,11 +33,55 @@ WORDS: dict[str, AddedToken | str] = {
     "not ASCII": "Brücke",
     "punctuation": "!?",
 }
-TEXTS = ["zorblax", "zorb", "code", "codename", "encode", "falcon", " falcon ", "falcons", "harb", "  \n harb", "our",
-         "<x>", "<x>  \n", "==>", " ==> \n", "<|eot|>", "x<|eot|>y", "eot", "amber falcon is", "amber", "    ", "     ",
-         "one\ntwo", "one\n", "two", "Silver", "silver", "Brücke", "!?", "!", "?", " ", "\n", "\r\n", "a", "7", ".",
-         "é", "日", "/", "\t", "\u2028",
-         "_", "'s", "read", "reads", "thread"]
+TEXTS = [
+    "zorblax",
+    "zorb",
+    "code",
+    "codename",
+    "encode",
+    "falcon",
+    " falcon ",
+    "falcons",
+    "harb",
+    "  \n harb",
+    "our",
+    "<x>",
+    "<x>  \n",
+    "==>",
+    " ==> \n",
+    "<|eot|>",
+    "x<|eot|>y",
+    "eot",
+    "amber falcon is",
+    "amber",
+    "    ",
+    "     ",
+    "one\ntwo",
+    "one\n",
+    "two",
+    "Silver",
+    "silver",
+    "Brücke",
+    "!?",
+    "!",
+    "?",
+    " ",
+    "\n",
+    "\r\n",
+    "a",
+    "7",
+    ".",
+    "é",
+    "日",
+    "/",
+    "\t",
+    "\u2028",
+    "_",
+    "'s",
+    "read",
+    "reads",
+    "thread",
+]
 
 
 def with_words(folder: Path, words: list[AddedToken | str], **files: str) -> Path:
@@ -70,8 +114,11 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return int(request.param)
 
 
-@pytest.mark.parametrize("words", [*([word] for word in WORDS.values()), list(WORDS.values()),
-                                   list(WORDS.values())[::-1]], ids=[*WORDS, "all", "all, in reverse"])
+@pytest.mark.parametrize(
+    "words",
+    [*([word] for word in WORDS.values()), list(WORDS.values()), list(WORDS.values())[::-1]],
+    ids=[*WORDS, "all", "all, in reverse"],
+)
 def test_ids_are_those_of_transformers(tmp_path: Path, words: list[AddedToken | str], pieces: int) -> None:
     tokenizer, theirs = Tokenizer.from_folder(with_words(tmp_path, words)), oracle(tmp_path)
     draw = random.Random(11)
@@ -79,8 +126,10 @@ def test_ids_are_those_of_transformers(tmp_path: Path, words: list[AddedToken | 
         text = "".join(draw.choices(TEXTS, k=30))
         assert ids(tokenizer, text) == theirs(text, add_special_tokens=False).input_ids, repr(text)
         before, after = draw.choices(TEXTS, k=2)
-        assert ids(tokenizer, text, prefix=before, suffix=after) == theirs(
-            before + text + after, add_special_tokens=False).input_ids, repr((before, text, after))
+        assert (
+            ids(tokenizer, text, prefix=before, suffix=after)
+            == theirs(before + text + after, add_special_tokens=False).input_ids
+        ), repr((before, text, after))
 
 
 def test_long_texts_are_still_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,22 +145,25 @@ def test_long_texts_are_still_read_in_pieces(tmp_path: Path, monkeypatch: pytest
 def test_an_added_word_gets_its_own_id(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(with_words(tmp_path, ["zorblax", "read"]))
     word = tokenizer.special_id("zorblax")
-    assert word is not None and ids(tokenizer, "The zorblax is") [2] == word
+    assert word is not None and ids(tokenizer, "The zorblax is")[2] == word
     assert tokenizer.decode([word]) == "zorblax" and tokenizer.token_bytes(word) == b"zorblax"
     assert tokenizer.special_id("read") in ids(tokenizer, "a\nread\n")
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("tokenizer_config__json", '{"pad_token": "<end>"}'),
-    ("tokenizer_config__json", '{"additional_special_tokens": ["<end>"]}'),
-    ("tokenizer_config__json", '{"extra_special_tokens": {"image_token": "<end>"}}'),
-    ("tokenizer_config__json", '{"added_tokens_decoder": {"9": {"content": "<end>", "special": true}}}'),
-    ("special_tokens_map__json", '{"eos_token": {"content": "<end>", "lstrip": false}}'),
-    ("special_tokens_map__json", '{"additional_special_tokens": [{"content": "<end>"}]}'),
-    ("chat_template__jinja", CHAT_TEMPLATE.replace("<|eot|>", "<end>")),
-    ("chat_template__json", json.dumps({"chat_template": CHAT_TEMPLATE + "<end>"})),
-    ("tokenizer_config__json", json.dumps({"chat_template": [{"name": "default", "template": "<end>"}]})),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config__json", '{"pad_token": "<end>"}'),
+        ("tokenizer_config__json", '{"additional_special_tokens": ["<end>"]}'),
+        ("tokenizer_config__json", '{"extra_special_tokens": {"image_token": "<end>"}}'),
+        ("tokenizer_config__json", '{"added_tokens_decoder": {"9": {"content": "<end>", "special": true}}}'),
+        ("special_tokens_map__json", '{"eos_token": {"content": "<end>", "lstrip": false}}'),
+        ("special_tokens_map__json", '{"additional_special_tokens": [{"content": "<end>"}]}'),
+        ("chat_template__jinja", CHAT_TEMPLATE.replace("<|eot|>", "<end>")),
+        ("chat_template__json", json.dumps({"chat_template": CHAT_TEMPLATE + "<end>"})),
+        ("tokenizer_config__json", json.dumps({"chat_template": [{"name": "default", "template": "<end>"}]})),
+    ],
+)
 def test_what_is_used_as_a_control_token_is_none_in_data(tmp_path: Path, name: str, content: str) -> None:
     tokenizer = Tokenizer.from_folder(with_words(tmp_path, ["<end>", "zorblax"], **{name: content}))
     found = ids(tokenizer, "a <end> b zorblax <|python_start|> <|eot|>")

@@ -30,17 +30,33 @@ CACHE_LAYERS = (
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
-    "model.config", "model.vision_config", "cache.sizes",
-    "l4ctx.job", "l4ctx.journal", "l4ctx.manifest", "l4ctx.memory", "l4ctx.model_folder", "l4ctx.pdf",
-    "l4ctx.pdf_process", "l4ctx.pdf_worker", "l4ctx.images", "l4ctx.plan", "l4ctx.progress", "l4ctx.request",
-    "l4ctx.states", "l4ctx.bench.jobs", "l4ctx.bench.report", "l4ctx.bench.shares",
+    "model.config",
+    "model.vision_config",
+    "cache.sizes",
+    "l4ctx.job",
+    "l4ctx.journal",
+    "l4ctx.manifest",
+    "l4ctx.memory",
+    "l4ctx.model_folder",
+    "l4ctx.pdf",
+    "l4ctx.pdf_process",
+    "l4ctx.pdf_worker",
+    "l4ctx.images",
+    "l4ctx.plan",
+    "l4ctx.progress",
+    "l4ctx.request",
+    "l4ctx.states",
+    "l4ctx.bench.jobs",
+    "l4ctx.bench.report",
+    "l4ctx.bench.shares",
 )
 
 
 def modules() -> dict[str, Path]:
     """Dotted names of all modules of the three packages."""
-    files = {file.relative_to(ROOT).with_suffix(""): file for package in PACKAGES
-             for file in (ROOT / package).rglob("*.py")}
+    files = {
+        file.relative_to(ROOT).with_suffix(""): file for package in PACKAGES for file in (ROOT / package).rglob("*.py")
+    }
     return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
 
 
@@ -56,7 +72,7 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             found.add(origin)
             found |= {f"{origin}.{alias.name}" for alias in node.names if f"{origin}.{alias.name}" in MODULES}
@@ -82,7 +98,7 @@ def test_the_sources_are_found() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_import_downwards(module: str) -> None:
-    allowed = PACKAGES[:PACKAGES.index(top(module)) + 1]
+    allowed = PACKAGES[: PACKAGES.index(top(module)) + 1]
     wrong = {name for name in imports(module) if top(name) in {*PACKAGES, "tests", "samples"} - set(allowed)}
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 
@@ -114,12 +130,14 @@ def test_model_and_cache_know_no_command_line(module: str) -> None:
 
 def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
     """They are optional: nothing else may need them."""
-    assert {module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
-            } == {"l4ctx.bench.transformers_peer", "l4ctx.bench.worker", "l4ctx.bench.gguf_file"}
+    assert {
+        module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
+    } == {"l4ctx.bench.transformers_peer", "l4ctx.bench.worker", "l4ctx.bench.gguf_file"}
 
 
 def test_every_package_is_installed() -> None:
     """An editable installation finds those that pyproject.toml forgets; a user's does not."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted({module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
-                                     for module in MODULES})
+    assert sorted(listed) == sorted(
+        {module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0] for module in MODULES}
+    )

@@ -23,8 +23,9 @@ BACKENDS = {name: backend(name) for name in BACKEND_NAMES}
 pytestmark = pytest.mark.usefixtures("small_products")
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, positions: range, chunk: int | None,
-          dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, positions: range, chunk: int | None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """Softmax attention with repeated keys; keys start at position 0. Output and log-sum-exp."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
@@ -32,20 +33,22 @@ def naive(q: Tensor, k: Tensor, v: Tensor, positions: range, chunk: int | None,
     for row, position in enumerate(positions):
         first = 0 if chunk is None else position // chunk * chunk
         scores[:, :, row, :first] = -torch.inf
-        scores[:, :, row, position + 1:] = -torch.inf
+        scores[:, :, row, position + 1 :] = -torch.inf
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def expected_attention(q: Tensor, k: Tensor, v: Tensor, positions: range,
-                       chunk: int | None) -> tuple[Tensor, float, Tensor, float]:
+def expected_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: range, chunk: int | None
+) -> tuple[Tensor, float, Tensor, float]:
     """Output and log-sum-exp in float64, each with the largest difference that is allowed in float32."""
     exact, rounded = (naive(q, k, v, positions, chunk, dtype) for dtype in (torch.float64, torch.float32))
     (out, lse), limits = exact, [limit(x, y) * x.abs().max().item() for x, y in zip(exact, rounded, strict=True)]
     return out, limits[0], lse, limits[1]
 
 
-def tensors(seed: int, batch: int, kv_batch: int, t: int, s: int, kv_heads: int = KV_HEADS,
-            scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    seed: int, batch: int, kv_batch: int, t: int, s: int, kv_heads: int = KV_HEADS, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries strided as the model's are, (B, T, H, D) in memory; keys and values head-major."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, t, HEADS, HEAD_DIM, generator=generator).transpose(1, 2)
@@ -124,7 +127,7 @@ def test_log_sum_exp(backend: str, chunk: int | None) -> None:
     for segment in (KVSegment(k[:, :, :25], v[:, :, :25], 0), KVSegment(k[:, :, 25:], v[:, :, 25:], 25)):
         for rows, part in BACKENDS[backend](q, positions, segment, AttentionMask(chunk)):
             assert part.lse.dtype == torch.float32 and part.lse.shape == (2, HEADS, len(rows))
-            here = lse[:, :, rows.start:rows.stop]
+            here = lse[:, :, rows.start : rows.stop]
             here.copy_(torch.logaddexp(here, part.lse))
     assert (lse - expected_lse).abs().max() <= allowed
 
@@ -204,8 +207,8 @@ def test_a_segment_is_used_before_the_next_is_asked_for() -> None:
     def reused() -> Iterator[KVSegment]:
         keys, values = torch.empty(2, KV_HEADS, 6, HEAD_DIM), torch.empty(2, KV_HEADS, 6, HEAD_DIM)
         for start in range(0, 30, 6):
-            keys.copy_(k[:, :, start:start + 6])
-            values.copy_(v[:, :, start:start + 6])
+            keys.copy_(k[:, :, start : start + 6])
+            values.copy_(v[:, :, start : start + 6])
             yield KVSegment(keys, values, start)
             keys.fill_(torch.nan)
             values.fill_(torch.nan)

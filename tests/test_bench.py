@@ -34,37 +34,58 @@ from l4ctx.terminal import rendered
 from model.config import TextConfig, reading_operations
 
 OURS, THEIRS = Candidate("l4ctx", "float32", 8192, attention="sdpa"), Candidate("transformers", "bfloat16", 4096)
-TOY = {"model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-       "intermediate_size_mlp": 34, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2,
-       "head_dim": 10, "num_local_experts": 5, "num_experts_per_tok": 2, "attention_chunk_size": 7,
-       "interleave_moe_layer_step": 2, "max_position_embeddings": 256}
+TOY = {
+    "model_type": "llama4_text",
+    "vocab_size": 97,
+    "hidden_size": 42,
+    "intermediate_size": 22,
+    "intermediate_size_mlp": 34,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "attention_chunk_size": 7,
+    "interleave_moe_layer_step": 2,
+    "max_position_embeddings": 256,
+}
 SMALL = TextConfig.from_dict(TOY)
 
 
 # What is refused at once
 
-@pytest.mark.parametrize(("arguments", "code", "parts"), [
-    ([], 2, ["--model DIR", "--config FILE"]),
-    (["--model", str(TINY), "--tokens", "0"], 2, ["--tokens: 0 is too few"]),
-    (["--model", str(TINY), "--tokens", "64,-3"], 2, ["--tokens: '64,-3' is not a list of numbers"]),
-    (["--model", str(TINY), "--tokens", "64,many"], 2, ["--tokens: '64,many' is not a list of numbers"]),
-    (["--model", str(TINY), "--tokens", ""], 2, ["--tokens: ''"]),
-    (["--model", str(TINY), "--tokens", "64,99999999"], 4, ["99999999", "10,485,760 positions"]),
-    (["--model", str(TINY), "--dtype", "int3"], 2, ["--dtype: 'int3'"]),
-    (["--model", str(TINY), "--attention", "none"], 2, ["--attention: 'none' is not one of sdpa"]),
-    (["--model", str(TINY), "--compare", "vllm"], 2, ["--compare: 'vllm'", "llama.cpp=/path/to/llama-bench"]),
-    (["--model", str(TINY), "--compare", "transformers=5"], 2, ["--compare: 'transformers=5'"]),
-    (["--model", str(TINY), "--compare", "llama.cpp="], 2, ["--compare: 'llama.cpp='"]),
-    (["--model", str(TINY), "--compare", "llama.cpp=/nowhere/llama-bench"], 2, ["/nowhere/llama-bench: no such file"]),
-    (["--model", str(TINY), "--compare", f"llama.cpp={TINY / 'config.json'}"], 2, ["cannot be executed"]),
-    (["--model", str(TINY), "--gguf", "a.gguf"], 2, ["--gguf is for --compare llama.cpp"]),
-    (["--config", "/nowhere/config.json"], 3, ["/nowhere/config.json: no such file"]),
-    (["--config", str(TINY / "model-00001-of-00002.safetensors")], 3, ["cannot be read as JSON"]),
-    (["--config", str(TINY / "generation_config.json")], 3, ["generation_config.json: model_type"]),
-    (["--model", "/nowhere"], 3, ["/nowhere: no such folder"]),
-])
-def test_what_cannot_be_measured_is_refused_in_a_line(arguments: list[str], code: int, parts: list[str],
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        ([], 2, ["--model DIR", "--config FILE"]),
+        (["--model", str(TINY), "--tokens", "0"], 2, ["--tokens: 0 is too few"]),
+        (["--model", str(TINY), "--tokens", "64,-3"], 2, ["--tokens: '64,-3' is not a list of numbers"]),
+        (["--model", str(TINY), "--tokens", "64,many"], 2, ["--tokens: '64,many' is not a list of numbers"]),
+        (["--model", str(TINY), "--tokens", ""], 2, ["--tokens: ''"]),
+        (["--model", str(TINY), "--tokens", "64,99999999"], 4, ["99999999", "10,485,760 positions"]),
+        (["--model", str(TINY), "--dtype", "int3"], 2, ["--dtype: 'int3'"]),
+        (["--model", str(TINY), "--attention", "none"], 2, ["--attention: 'none' is not one of sdpa"]),
+        (["--model", str(TINY), "--compare", "vllm"], 2, ["--compare: 'vllm'", "llama.cpp=/path/to/llama-bench"]),
+        (["--model", str(TINY), "--compare", "transformers=5"], 2, ["--compare: 'transformers=5'"]),
+        (["--model", str(TINY), "--compare", "llama.cpp="], 2, ["--compare: 'llama.cpp='"]),
+        (
+            ["--model", str(TINY), "--compare", "llama.cpp=/nowhere/llama-bench"],
+            2,
+            ["/nowhere/llama-bench: no such file"],
+        ),
+        (["--model", str(TINY), "--compare", f"llama.cpp={TINY / 'config.json'}"], 2, ["cannot be executed"]),
+        (["--model", str(TINY), "--gguf", "a.gguf"], 2, ["--gguf is for --compare llama.cpp"]),
+        (["--config", "/nowhere/config.json"], 3, ["/nowhere/config.json: no such file"]),
+        (["--config", str(TINY / "model-00001-of-00002.safetensors")], 3, ["cannot be read as JSON"]),
+        (["--config", str(TINY / "generation_config.json")], 3, ["generation_config.json: model_type"]),
+        (["--model", "/nowhere"], 3, ["/nowhere: no such folder"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line(
+    arguments: list[str], code: int, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("L4CTX_MODEL", raising=False)
     check_refused(run_here("bench", *arguments), code, *parts)
 
@@ -75,8 +96,9 @@ def test_a_missing_llama_bench_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("package", "peer"), [("transformers", "transformers"), ("gguf", "llama.cpp=/bin/sh")])
-def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, peer: str,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_command_that_adds_it(
+    package: str, peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("l4ctx.bench.course.find_spec", lambda name: None if name == package else object())
     check_refused(run_here("bench", "--model", str(TINY), "--compare", peer), 2, package, 'pip install "l4ctx[bench]"')
 
@@ -87,9 +109,16 @@ def test_what_the_machine_lacks_is_refused() -> None:
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l4ctx.bench.course.available_memory", lambda: 2**20)
-    monkeypatch.setattr("l4ctx.bench.course.run_worker", lambda job: {
-        "stored_dtype": "float32", "parameters": 3_000_000, "can_be_mapped": True, "accelerator_free": None,
-        "device": "cpu"})
+    monkeypatch.setattr(
+        "l4ctx.bench.course.run_worker",
+        lambda job: {
+            "stored_dtype": "float32",
+            "parameters": 3_000_000,
+            "can_be_mapped": True,
+            "accelerator_free": None,
+            "device": "cpu",
+        },
+    )
     check_refused(run_here("bench", "--model", str(TINY), "--tokens", "64"), 5, "this run needs")
 
 
@@ -103,14 +132,17 @@ def test_a_disk_that_does_not_suffice_is_refused_before_files_are_written(tmp_pa
 
 
 def test_help_imports_no_torch() -> None:
-    code = ("import sys; sys.argv = ['l4ctx', 'bench', '--help']\n"
-            "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'rich' in sys.modules))\n"
-            "from l4ctx.cli import main; main()")
+    code = (
+        "import sys; sys.argv = ['l4ctx', 'bench', '--help']\n"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'rich' in sys.modules))\n"
+        "from l4ctx.cli import main; main()"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert "--compare" in done.stdout and done.stdout.endswith("False False\n")
 
 
 # Processes
+
 
 def test_jobs_and_measurements_survive_json() -> None:
     job = WorkerJob("l4ctx", config={"a": [1, None]}, dtype="bfloat16", batch_size=7, tokens=5, decode_tokens=3)
@@ -121,16 +153,19 @@ def test_jobs_and_measurements_survive_json() -> None:
     assert Measurement(8, 0, 2.0).decode_rate is None
 
 
-@pytest.mark.parametrize(("code", "message"), [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL (out of memory?)"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-    ("raise ValueError('too\\nbad')", "bad (exit code 1)"),
-    ("import sys; sys.exit(3)", "it said nothing (exit code 3)"),
-    ("print('garbage')", "no result (it said nothing)"),
-    ("pass", "no result (it said nothing)"),
-    ("print('[1]')", "no result (it said nothing)"),
-    ("import sys; print('{', file=sys.stdout); print('why', file=sys.stderr)", "no result (why)"),
-])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL (out of memory?)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("raise ValueError('too\\nbad')", "bad (exit code 1)"),
+        ("import sys; sys.exit(3)", "it said nothing (exit code 3)"),
+        ("print('garbage')", "no result (it said nothing)"),
+        ("pass", "no result (it said nothing)"),
+        ("print('[1]')", "no result (it said nothing)"),
+        ("import sys; print('{', file=sys.stdout); print('why', file=sys.stderr)", "no result (why)"),
+    ],
+)
 def test_a_worker_that_fails_says_how(code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", code))
     with pytest.raises(WorkerError) as caught:
@@ -154,8 +189,14 @@ def test_what_a_user_can_cause_keeps_its_class(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_process_is_watched_and_told_what_to_do() -> None:
-    done = run_apart([sys.executable, "-c", "import sys, time; held = bytearray(2**26); time.sleep(0.3); "
-                      "print(sys.stdin.read()[::-1])"], "abc")
+    done = run_apart(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; held = bytearray(2**26); time.sleep(0.3); print(sys.stdin.read()[::-1])",
+        ],
+        "abc",
+    )
     assert done.stdout == "cba\n" and done.peak is not None and done.peak.anonymous >= 2**26
     with pytest.raises(WorkerError, match="/nowhere: cannot be started"):
         run_apart(["/nowhere"])
@@ -170,10 +211,27 @@ def test_an_interruption_ends_the_worker_and_leaves_no_file(number: signal.Signa
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     process = subprocess.Popen(
-        [*COMMAND, "bench", "--config", str(config), "--tokens", "9", "--compare", f"llama.cpp={program}", "--gguf",
-         str(tmp_path / "any.gguf"), "--dtype", "bfloat16", "--no-ceilings"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(sys.path)})
+        [
+            *COMMAND,
+            "bench",
+            "--config",
+            str(config),
+            "--tokens",
+            "9",
+            "--compare",
+            f"llama.cpp={program}",
+            "--gguf",
+            str(tmp_path / "any.gguf"),
+            "--dtype",
+            "bfloat16",
+            "--no-ceilings",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     stop_at = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         assert time.monotonic() < stop_at and process.poll() is None, process.communicate()
@@ -188,6 +246,7 @@ def test_an_interruption_ends_the_worker_and_leaves_no_file(number: signal.Signa
 
 
 # llama-bench
+
 
 def script(path: Path, body: str) -> Path:
     path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
@@ -213,17 +272,22 @@ def test_figures_of_llama_bench_are_read(tmp_path: Path) -> None:
     assert "-p 64,300 -n 0" in seen[0] and "-p 0 -n 4 -d 300" in seen[1]
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    ("echo 'error: invalid parameter for argument: -fa' >&2; exit 1", "invalid parameter for argument: -fa"),
-    ("echo garbage", "wrote no figures that can be read (garbage)"),
-    ("true", "wrote no figures"),
-    ('echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": "fast"}\'', "wrote no figures"),
-    ('echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": 0}\'', "wrote no figures"),
-    ('echo \'{"n_prompt": 299, "n_gen": 0, "avg_ts": 5}\'; echo 3', "wrote no figures"),
-    ('echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": 5, "model_n_params": 4000}\'',
-     "x.gguf is another model: it has 4,000 weights instead of 5"),
-    ("kill -9 $$", "killed by SIGKILL"),
-])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("echo 'error: invalid parameter for argument: -fa' >&2; exit 1", "invalid parameter for argument: -fa"),
+        ("echo garbage", "wrote no figures that can be read (garbage)"),
+        ("true", "wrote no figures"),
+        ('echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": "fast"}\'', "wrote no figures"),
+        ('echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": 0}\'', "wrote no figures"),
+        ('echo \'{"n_prompt": 299, "n_gen": 0, "avg_ts": 5}\'; echo 3', "wrote no figures"),
+        (
+            'echo \'{"n_prompt": 300, "n_gen": 0, "avg_ts": 5, "model_n_params": 4000}\'',
+            "x.gguf is another model: it has 4,000 weights instead of 5",
+        ),
+        ("kill -9 $$", "killed by SIGKILL"),
+    ],
+)
 def test_a_llama_bench_that_fails_says_how(tmp_path: Path, body: str, message: str) -> None:
     program = script(tmp_path / "llama-bench", body)
     with pytest.raises(WorkerError) as caught:
@@ -233,16 +297,25 @@ def test_a_llama_bench_that_fails_says_how(tmp_path: Path, body: str, message: s
 
 # Medians and ratios
 
-def run(number: int, candidate: Candidate, seconds: float, tokens: int = 12, decode_seconds: float | None = None,
-        **fields: Any) -> BenchRun:
+
+def run(
+    number: int,
+    candidate: Candidate,
+    seconds: float,
+    tokens: int = 12,
+    decode_seconds: float | None = None,
+    **fields: Any,
+) -> BenchRun:
     return BenchRun(number, candidate, Measurement(tokens, 6, seconds, decode_seconds, **fields))
 
 
 RUNS = [
     run(1, OURS, 1.0, decode_seconds=3.0, peak_anonymous=5, peak_file_backed=1),
     run(1, THEIRS, 4.0, decode_seconds=6.0),
-    run(2, OURS, 3.0, decode_seconds=2.0, peak_anonymous=9), run(2, THEIRS, 6.0, decode_seconds=1.0),
-    run(3, OURS, 2.0, decode_seconds=1.0, peak_anonymous=7), run(1, OURS, 9.0, tokens=24),
+    run(2, OURS, 3.0, decode_seconds=2.0, peak_anonymous=9),
+    run(2, THEIRS, 6.0, decode_seconds=1.0),
+    run(3, OURS, 2.0, decode_seconds=1.0, peak_anonymous=7),
+    run(1, OURS, 9.0, tokens=24),
 ]
 
 
@@ -263,29 +336,53 @@ def test_the_fastest_candidate_of_an_engine_is_chosen() -> None:
 
 
 def test_medians_of_nested_figures() -> None:
-    rounds = [{"a": {"x": 1.0, "y": None}, "cached": False}, {"a": {"x": 3.0, "y": 5.0}, "cached": True},
-              {"a": {"x": 7.0}, "cached": False}]
+    rounds = [
+        {"a": {"x": 1.0, "y": None}, "cached": False},
+        {"a": {"x": 3.0, "y": 5.0}, "cached": True},
+        {"a": {"x": 7.0}, "cached": False},
+    ]
     assert median_of(rounds) == {"a": {"x": 3.0, "y": 5.0}, "cached": True}
     assert median_of([None, None]) is None
 
 
-CEILINGS = {"product": {"float32": 1e9}, "attention": {"sdpa": {"float32": 5e8}, "other": {"float32": None}},
-            "read": {"float32": 1e8, "bfloat16": 2e8}, "copy": 3e8, "disk": 4e8, "disk_is_cached": True}
+CEILINGS = {
+    "product": {"float32": 1e9},
+    "attention": {"sdpa": {"float32": 5e8}, "other": {"float32": None}},
+    "read": {"float32": 1e8, "bfloat16": 2e8},
+    "copy": 3e8,
+    "disk": 4e8,
+    "disk_is_cached": True,
+}
 
 
 def report() -> BenchReport:
     return BenchReport(
-        SMALL, {"path": "x\x1b[31m", "random_weights": True, "parameters": 5},
-        {"cpu": "toy", "accelerator": None, "threads": 1, "torch": "2", "date": "today"}, [12, 24, 48], 6, 3,
-        runs=list(RUNS), chosen={"l4ctx": OURS, "transformers": THEIRS}, failures=["llama.cpp: it said no\x07"],
-        ceilings=[CEILINGS, CEILINGS | {"copy": 5e8}])
+        SMALL,
+        {"path": "x\x1b[31m", "random_weights": True, "parameters": 5},
+        {"cpu": "toy", "accelerator": None, "threads": 1, "torch": "2", "date": "today"},
+        [12, 24, 48],
+        6,
+        3,
+        runs=list(RUNS),
+        chosen={"l4ctx": OURS, "transformers": THEIRS},
+        failures=["llama.cpp: it said no\x07"],
+        ceilings=[CEILINGS, CEILINGS | {"copy": 5e8}],
+    )
 
 
 def test_the_table_says_all_of_it_in_a_narrow_terminal() -> None:
     shown = rendered(bench_table(report()))
-    for part in ("12 tokens, median of 3 rounds", "24 tokens, median of 1 round", "transformers", "bfloat16",
-                 "l4ctx is so many times as fast", "3.00", "times what the kernels alone would take",
-                 "from the system's cache", "failed: llama.cpp: it said no"):
+    for part in (
+        "12 tokens, median of 3 rounds",
+        "24 tokens, median of 1 round",
+        "transformers",
+        "bfloat16",
+        "l4ctx is so many times as fast",
+        "3.00",
+        "times what the kernels alone would take",
+        "from the system's cache",
+        "failed: llama.cpp: it said no",
+    ):
         assert part in shown, part
     assert "\x1b" not in shown and "\x07" not in shown
 
@@ -300,6 +397,7 @@ def test_the_report_as_json_has_everything_raw() -> None:
 
 
 # Closed forms
+
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 29])
 def test_operations_to_the_first_token_are_those_of_reading_and_one_more_layer(tokens: int) -> None:

@@ -23,10 +23,21 @@ from model.checkpoint import load_checkpoint
 from model.config import TextConfig
 
 TOY = {  # what llama.cpp has, too
-    "model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-    "intermediate_size_mlp": 34, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 10, "num_local_experts": 5, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
-    "max_position_embeddings": 256, "attn_temperature_tuning": 4}
+    "model_type": "llama4_text",
+    "vocab_size": 97,
+    "hidden_size": 42,
+    "intermediate_size": 22,
+    "intermediate_size_mlp": 34,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "max_position_embeddings": 256,
+    "attn_temperature_tuning": 4,
+}
 CONFIG = TextConfig.from_dict(TOY)
 LLAMA = """case "$*" in
 *"-d 40"*) echo '{"n_prompt": 0, "n_gen": 3, "n_depth": 40, "avg_ts": 8.0}';;
@@ -48,6 +59,7 @@ def script(path: Path, body: str) -> str:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Workers are called here, where torch is imported already; `failing` says which jobs are to fail."""
+
     def install(failing: Callable[[WorkerJob], bool] = lambda job: False) -> None:
         def worker(job: WorkerJob) -> dict[str, Any]:
             job = WorkerJob.from_json(job.to_json())
@@ -70,9 +82,25 @@ def test_the_same_work_in_three_engines(config_file: str, tmp_path: Path) -> Non
     program = script(tmp_path / "llama-bench", LLAMA)
     (tmp_path / "tmp").mkdir()
     result = run_process(
-        "bench", "--config", config_file, "--tokens", "40", "--decode", "3", "--rounds", "1", "--dtype", "float32",
-        "--no-ceilings", "--compare", "transformers", "--compare", f"llama.cpp={program}", "--json",
-        TMPDIR=str(tmp_path / "tmp"))
+        "bench",
+        "--config",
+        config_file,
+        "--tokens",
+        "40",
+        "--decode",
+        "3",
+        "--rounds",
+        "1",
+        "--dtype",
+        "float32",
+        "--no-ceilings",
+        "--compare",
+        "transformers",
+        "--compare",
+        f"llama.cpp={program}",
+        "--json",
+        TMPDIR=str(tmp_path / "tmp"),
+    )
     assert result.code == 0, result.stderr
     found = json.loads(result.stdout)
     assert not found["failures"] and not list((tmp_path / "tmp").glob("l4ctx*"))
@@ -91,8 +119,12 @@ def test_the_same_work_in_three_engines(config_file: str, tmp_path: Path) -> Non
     rate = ours["prefill_tokens_per_second"]
     assert engines["llama.cpp"]["median_prefill_ratios"] == pytest.approx(rate / 150)
     assert found["machine"]["cpu"] and found["machine"]["torch"] == torch.__version__
-    assert found["model"] == {"path": config_file, "random_weights": True, "parameters": sum(
-        p.numel() for p in random_model(CONFIG, dtype=torch.float32).parameters()), "stored_dtype": "float32"}
+    assert found["model"] == {
+        "path": config_file,
+        "random_weights": True,
+        "parameters": sum(p.numel() for p in random_model(CONFIG, dtype=torch.float32).parameters()),
+        "stored_dtype": "float32",
+    }
 
 
 def test_the_table_of_a_checkpoint(in_this_process: Callable[..., None]) -> None:
@@ -102,36 +134,88 @@ def test_the_table_of_a_checkpoint(in_this_process: Callable[..., None]) -> None
     assert result.code == 0, result.stderr
     notes = result.stderr.splitlines()
     assert [note for note in notes if "trial: l4ctx float32" in note] and len(notes) == 2 + 4
-    for part in ("30 tokens, median of 2 rounds", "70 tokens, median of 2 rounds", "2 more, tokens/s",
-                 "keys and values", "matrix product, GFLOP/s", "attention (sdpa), GFLOP/s",
-                 "times what the kernels alone would take"):
+    for part in (
+        "30 tokens, median of 2 rounds",
+        "70 tokens, median of 2 rounds",
+        "2 more, tokens/s",
+        "keys and values",
+        "matrix product, GFLOP/s",
+        "attention (sdpa), GFLOP/s",
+        "times what the kernels alone would take",
+    ):
         assert part in result.stdout, result.stdout
     assert "so many times as fast" not in result.stdout
-    quiet = run_here("bench", "--model", str(TINY), "--tokens", "30", "--decode", "0", "--rounds", "1", "--quiet",
-                     "--no-ceilings", "--dtype", "bfloat16", "--prefill-chunk-size", "16")
+    quiet = run_here(
+        "bench",
+        "--model",
+        str(TINY),
+        "--tokens",
+        "30",
+        "--decode",
+        "0",
+        "--rounds",
+        "1",
+        "--quiet",
+        "--no-ceilings",
+        "--dtype",
+        "bfloat16",
+        "--prefill-chunk-size",
+        "16",
+    )
     assert quiet.code == 0 and quiet.stderr == "" and "more, tokens/s" not in quiet.stdout
     assert "ceilings" not in quiet.stdout and "bfloat16" in quiet.stdout
 
 
-def test_a_peer_that_fails_is_named_and_stops_nothing(config_file: str, tmp_path: Path,
-                                                      in_this_process: Callable[..., None]) -> None:
+def test_a_peer_that_fails_is_named_and_stops_nothing(
+    config_file: str, tmp_path: Path, in_this_process: Callable[..., None]
+) -> None:
     in_this_process()
     program = script(tmp_path / "llama-bench", "echo 'error: no such flag: -fa' >&2; exit 1")
-    result = run_here("bench", "--config", config_file, "--tokens", "40", "--rounds", "2", "--compare",
-                      f"llama.cpp={program}", "--decode", "0", "--no-ceilings")
+    result = run_here(
+        "bench",
+        "--config",
+        config_file,
+        "--tokens",
+        "40",
+        "--rounds",
+        "2",
+        "--compare",
+        f"llama.cpp={program}",
+        "--decode",
+        "0",
+        "--no-ceilings",
+    )
     assert result.code == 0, result.stderr
     assert result.stdout.count("no such flag: -fa (exit code 1)") == 3  # a candidate each
     assert "llama.cpp is left out" in result.stderr and "40 tokens, median of 2 rounds" in result.stdout
 
 
-def test_a_peer_that_fails_at_a_length_is_not_asked_for_it_again(config_file: str, tmp_path: Path,
-                                                                 in_this_process: Callable[..., None]) -> None:
+def test_a_peer_that_fails_at_a_length_is_not_asked_for_it_again(
+    config_file: str, tmp_path: Path, in_this_process: Callable[..., None]
+) -> None:
     in_this_process()
     body = f"""echo "$*" >> {tmp_path}/asked; case "$*" in *",60 "*) kill -9 $$;; esac\n{LLAMA}"""
     (tmp_path / "a.gguf").touch()
-    result = run_here("bench", "--config", config_file, "--tokens", "40,60", "--rounds", "2", "--decode", "0",
-                      "--dtype", "float32", "--no-ceilings", "--quiet", "--json", "--gguf", str(tmp_path / "a.gguf"),
-                      "--compare", f"llama.cpp={script(tmp_path / 'llama-bench', body)}")
+    result = run_here(
+        "bench",
+        "--config",
+        config_file,
+        "--tokens",
+        "40,60",
+        "--rounds",
+        "2",
+        "--decode",
+        "0",
+        "--dtype",
+        "float32",
+        "--no-ceilings",
+        "--quiet",
+        "--json",
+        "--gguf",
+        str(tmp_path / "a.gguf"),
+        "--compare",
+        f"llama.cpp={script(tmp_path / 'llama-bench', body)}",
+    )
     found = json.loads(result.stdout)
     assert found["failures"] == ["llama.cpp a.gguf, 512 at a time, 60 tokens: killed by SIGKILL (out of memory?)"]
     assert [length["tokens"] for length in found["lengths"] if len(length["engines"]) == 2] == [40]
@@ -139,12 +223,27 @@ def test_a_peer_that_fails_at_a_length_is_not_asked_for_it_again(config_file: st
     assert (asked.count(",60 "), asked.count(",40 ")) == (1, 2)
 
 
-def test_a_configuration_that_llama_cpp_lacks_is_said_in_a_line(tmp_path: Path,
-                                                                in_this_process: Callable[..., None]) -> None:
+def test_a_configuration_that_llama_cpp_lacks_is_said_in_a_line(
+    tmp_path: Path, in_this_process: Callable[..., None]
+) -> None:
     in_this_process()
     config = text_file(tmp_path / "config.json", json.dumps(TOY | {"attention_chunk_size": 7}))
-    result = run_here("bench", "--config", str(config), "--tokens", "40", "--rounds", "1", "--decode", "0",
-                      "--dtype", "float32", "--no-ceilings", "--compare", "llama.cpp=/bin/sh")
+    result = run_here(
+        "bench",
+        "--config",
+        str(config),
+        "--tokens",
+        "40",
+        "--rounds",
+        "1",
+        "--decode",
+        "0",
+        "--dtype",
+        "float32",
+        "--no-ceilings",
+        "--compare",
+        "llama.cpp=/bin/sh",
+    )
     assert result.code == 0
     assert "failed: llama.cpp: attention_chunk_size is 7, and llama.cpp has only 8192" in result.stdout
 
@@ -160,6 +259,7 @@ def test_l4ctx_itself_must_succeed(config_file: str, in_this_process: Callable[.
 
 
 # Weights and files
+
 
 def test_random_weights_are_the_same_in_memory_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l4ctx.bench.weights.SHARD_BYTES", 20_000)
@@ -212,9 +312,16 @@ def test_the_gguf_file_holds_the_weights(tmp_path: Path, kind: str) -> None:
     weights = {name: tensor.detach() for name, tensor in load_checkpoint(tmp_path).named_parameters()}
     reader = GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    assert {"token_embd.weight", "output.weight", "output_norm.weight", "blk.0.ffn_up.weight",
-            "blk.1.ffn_up_exps.weight", "blk.1.ffn_gate_inp.weight", "blk.1.ffn_down_shexp.weight",
-            "blk.4.attn_output.weight"} <= tensors.keys()
+    assert {
+        "token_embd.weight",
+        "output.weight",
+        "output_norm.weight",
+        "blk.0.ffn_up.weight",
+        "blk.1.ffn_up_exps.weight",
+        "blk.1.ffn_gate_inp.weight",
+        "blk.1.ffn_down_shexp.weight",
+        "blk.4.attn_output.weight",
+    } <= tensors.keys()
     assert sum(int(tensor.n_bytes) for tensor in tensors.values()) == gguf_bytes(CONFIG, kind)
 
     def check(name: str, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -249,11 +356,17 @@ def test_every_weight_goes_into_the_gguf_file_once() -> None:
     assert "output.weight" not in {entry.name for entry in entries(tied)}
 
 
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"attention_chunk_size": 4096}, "attention_chunk_size"), ({"attention_bias": True}, "attention_bias"),
-    ({"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers"), ({"use_qk_norm": False}, "use_qk_norm"),
-    ({"moe_layers": [1, 2]}, "moe_layers"), ({"moe_layers": []}, "no layer has experts"),
-])
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"attention_chunk_size": 4096}, "attention_chunk_size"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers"),
+        ({"use_qk_norm": False}, "use_qk_norm"),
+        ({"moe_layers": [1, 2]}, "moe_layers"),
+        ({"moe_layers": []}, "no layer has experts"),
+    ],
+)
 def test_what_llama_cpp_computes_differently_is_refused_by_name(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(GGUFError, match=name):
         check_supported(TextConfig.from_dict(TOY | changes))
@@ -261,6 +374,7 @@ def test_what_llama_cpp_computes_differently_is_refused_by_name(changes: dict[st
 
 
 # Ceilings
+
 
 def test_a_file_that_comes_from_memory_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "BYTES", 2**23)

@@ -20,9 +20,18 @@ from l4ctx.bench.process import WorkerError
 from l4ctx.planning import measured_speed
 from model.config import TextConfig
 
-WIDE = {"model_type": "llama4_text", "vocab_size": 97, "hidden_size": 640, "intermediate_size": 1280,
-        "num_hidden_layers": 4, "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 64,
-        "num_local_experts": 1, "max_position_embeddings": 1500}
+WIDE = {
+    "model_type": "llama4_text",
+    "vocab_size": 97,
+    "hidden_size": 640,
+    "intermediate_size": 1280,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_local_experts": 1,
+    "max_position_embeddings": 1500,
+}
 
 
 class Clock:
@@ -84,8 +93,9 @@ def test_a_plan_is_measured_in_seconds_at_any_speed(rate: float, dtype: str, clo
 
 
 @pytest.mark.parametrize("rate", [2e8, 1e10])
-def test_ceilings_are_measured_in_seconds_at_any_speed(rate: float, clock: Callable[[float], Clock],
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_are_measured_in_seconds_at_any_speed(
+    rate: float, clock: Callable[[float], Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ceilings, "BYTES", 2**24)
     monkeypatch.setattr(ceilings, "KEYS", 1024)
     slow = clock(rate)
@@ -95,12 +105,17 @@ def test_ceilings_are_measured_in_seconds_at_any_speed(rate: float, clock: Calla
     assert slow.passed < 8
 
 
-@pytest.mark.parametrize(("rates", "fast"), [
-    ({"float32": 70e9, "bfloat16": 5e8, "float16": 4e8}, ["float32"]),
-    ({"float32": 70e9, "bfloat16": 9e9, "float16": None}, ["float32", "bfloat16"]),
-    ({"float32": 5e12, "bfloat16": 9e13, "float16": 8e13}, ["bfloat16", "float16"])])
-def test_slow_dtypes_are_measured_no_further(rates: dict[str, float | None], fast: list[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rates", "fast"),
+    [
+        ({"float32": 70e9, "bfloat16": 5e8, "float16": 4e8}, ["float32"]),
+        ({"float32": 70e9, "bfloat16": 9e9, "float16": None}, ["float32", "bfloat16"]),
+        ({"float32": 5e12, "bfloat16": 9e13, "float16": 8e13}, ["bfloat16", "float16"]),
+    ],
+)
+def test_slow_dtypes_are_measured_no_further(
+    rates: dict[str, float | None], fast: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ceilings, "product_rate", lambda dtype, device: rates[dtype])
     monkeypatch.setattr(ceilings, "attention_rate", lambda *_: 1.0)
     monkeypatch.setattr(ceilings, "read_rate", lambda *_: 1.0)
@@ -118,14 +133,22 @@ Workers = Callable[[dict[tuple[str, str], float]], list[WorkerJob]]
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     """Workers that pretend to read so many tokens a second, by engine and dtype; 0: they fail. And what they did."""
+
     def install(rates: dict[tuple[str, str], float]) -> list[WorkerJob]:
         jobs: list[WorkerJob] = []
 
         def worker(job: WorkerJob) -> dict[str, Any]:
             jobs.append(job)
             if job.task == "machine":
-                return {"torch": "2", "threads": 1, "device": "cpu", "accelerator": None, "accelerator_free": None,
-                        "parameters": 1000, "stored_dtype": "float32"}
+                return {
+                    "torch": "2",
+                    "threads": 1,
+                    "device": "cpu",
+                    "accelerator": None,
+                    "accelerator_free": None,
+                    "parameters": 1000,
+                    "stored_dtype": "float32",
+                }
             rate = rates[job.task, job.dtype]
             if not rate:
                 raise WorkerError("killed by SIGKILL")
@@ -148,11 +171,18 @@ def bench(config: str, *options: str) -> Any:
     return run_here("bench", "--config", config, "--rounds", "1", "--decode", "0", "--no-ceilings", "--json", *options)
 
 
-@pytest.mark.parametrize(("ours", "slow"), [
-    ({"float32": 300.0, "bfloat16": 2.0}, "bfloat16"), ({"float32": 40.0, "bfloat16": 400.0}, "float32"),
-    ({"float32": 300.0, "bfloat16": 40.0}, None), ({"float32": 300.0, "bfloat16": 0.0}, None)])
-def test_a_hopeless_dtype_reads_a_few_tokens_only(ours: dict[str, float], slow: str | None, tmp_path: Path,
-                                                  workers: Workers) -> None:
+@pytest.mark.parametrize(
+    ("ours", "slow"),
+    [
+        ({"float32": 300.0, "bfloat16": 2.0}, "bfloat16"),
+        ({"float32": 40.0, "bfloat16": 400.0}, "float32"),
+        ({"float32": 300.0, "bfloat16": 40.0}, None),
+        ({"float32": 300.0, "bfloat16": 0.0}, None),
+    ],
+)
+def test_a_hopeless_dtype_reads_a_few_tokens_only(
+    ours: dict[str, float], slow: str | None, tmp_path: Path, workers: Workers
+) -> None:
     jobs = workers({("l4ctx", dtype): rate for dtype, rate in ours.items()})
     result = bench(config_file(tmp_path), "--tokens", "1000")
     assert result.code == 0, result.stderr
@@ -173,14 +203,25 @@ def test_a_hopeless_dtype_reads_a_few_tokens_only(ours: dict[str, float], slow: 
 
 def test_dtypes_of_one_engine_say_nothing_of_another(tmp_path: Path, workers: Workers) -> None:
     """An engine that is slow in all it can do is measured all the same; its batch sizes are tried in the dtype left."""
-    jobs = workers({("l4ctx", "float32"): 900.0, ("l4ctx", "bfloat16"): 800.0, ("transformers", "float32"): 20.0,
-                    ("transformers", "bfloat16"): 1.0})
+    jobs = workers(
+        {
+            ("l4ctx", "float32"): 900.0,
+            ("l4ctx", "bfloat16"): 800.0,
+            ("transformers", "float32"): 20.0,
+            ("transformers", "bfloat16"): 1.0,
+        }
+    )
     config = config_file(tmp_path, max_position_embeddings=20000)
     result = bench(config, "--tokens", "9000", "--compare", "transformers")
     assert result.code == 0, result.stderr
     theirs = [(job.dtype, job.batch_size, job.tokens) for job in jobs if job.task == "transformers"]
-    assert theirs == [("float32", 4096, 64), ("bfloat16", 4096, 64), ("float32", 4096, 8192), ("float32", 8192, 8192),
-                      ("float32", 4096, 9000)]
+    assert theirs == [
+        ("float32", 4096, 64),
+        ("bfloat16", 4096, 64),
+        ("float32", 4096, 8192),
+        ("float32", 8192, 8192),
+        ("float32", 4096, 9000),
+    ]
 
 
 def test_short_trials_are_made_at_once(tmp_path: Path, workers: Workers) -> None:
@@ -191,12 +232,19 @@ def test_short_trials_are_made_at_once(tmp_path: Path, workers: Workers) -> None
 
 # Lengths
 
-@pytest.mark.parametrize(("positions", "decode", "lengths", "shortened"), [
-    (1500, 0, [1499], "1,499 tokens are read instead of 4,096 and 16,384: the model has 1,500 positions"),
-    (9000, 20, [4096, 8979], "8,979 tokens are read instead of 16,384: the model has 9,000 positions"),
-    (4097, 0, [4096], "4,096 tokens are read instead of 16,384"), (16385, 0, [4096, 16384], "")])
-def test_default_lengths_are_shortened_to_the_model(positions: int, decode: int, lengths: list[int], shortened: str,
-                                                    tmp_path: Path, workers: Workers) -> None:
+
+@pytest.mark.parametrize(
+    ("positions", "decode", "lengths", "shortened"),
+    [
+        (1500, 0, [1499], "1,499 tokens are read instead of 4,096 and 16,384: the model has 1,500 positions"),
+        (9000, 20, [4096, 8979], "8,979 tokens are read instead of 16,384: the model has 9,000 positions"),
+        (4097, 0, [4096], "4,096 tokens are read instead of 16,384"),
+        (16385, 0, [4096, 16384], ""),
+    ],
+)
+def test_default_lengths_are_shortened_to_the_model(
+    positions: int, decode: int, lengths: list[int], shortened: str, tmp_path: Path, workers: Workers
+) -> None:
     workers({("l4ctx", "float32"): 900.0, ("l4ctx", "bfloat16"): 500.0})
     config = config_file(tmp_path, max_position_embeddings=positions)
     result = bench(config, "--decode", str(decode))
@@ -206,8 +254,9 @@ def test_default_lengths_are_shortened_to_the_model(positions: int, decode: int,
 
 
 @pytest.mark.parametrize("options", [("--tokens", "4096,16384"), ("--tokens", "1500"), ("--decode", "1499")])
-def test_other_lengths_that_are_too_long_are_refused(options: tuple[str, ...], tmp_path: Path,
-                                                     workers: Workers) -> None:
+def test_other_lengths_that_are_too_long_are_refused(
+    options: tuple[str, ...], tmp_path: Path, workers: Workers
+) -> None:
     jobs = workers({})
     check_refused(bench(config_file(tmp_path), *options), 4, "1,500 positions", as_json=True)
     assert not jobs

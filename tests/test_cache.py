@@ -24,25 +24,53 @@ from cache.tiers import Tiers
 from model.config import TextConfig
 
 CHUNK, HEADS, HEAD_DIM = 7, 2, 10
-CONFIG = TextConfig.from_dict({
-    "model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-    "intermediate_size_mlp": 34, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": HEADS,
-    "head_dim": HEAD_DIM, "num_local_experts": 5, "attention_chunk_size": CHUNK, "max_position_embeddings": 256,
-    "no_rope_layers": [1, 0, 1, 1, 0]})
+CONFIG = TextConfig.from_dict(
+    {
+        "model_type": "llama4_text",
+        "vocab_size": 97,
+        "hidden_size": 42,
+        "intermediate_size": 22,
+        "intermediate_size_mlp": 34,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "num_local_experts": 5,
+        "attention_chunk_size": CHUNK,
+        "max_position_embeddings": 256,
+        "no_rope_layers": [1, 0, 1, 1, 0],
+    }
+)
 ROPE_LAYERS, NOPE_LAYERS = 3, 2
 LAYERS = range(5)
 LLAMA4 = Path(__file__).resolve().parents[2] / "shared" / "llama4"
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
 
-def make(*, block_chunks: int = 2, segment_chunks: int = 1, batch_size: int = 1, dtype: torch.dtype = torch.float32,
-         kv_dtype: str = "auto", length: int = CONFIG.max_position_embeddings, **where: Any) -> HybridKVCache:
+def make(
+    *,
+    block_chunks: int = 2,
+    segment_chunks: int = 1,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: str = "auto",
+    length: int = CONFIG.max_position_embeddings,
+    **where: Any,
+) -> HybridKVCache:
     """A cache with NoPE blocks of `block_chunks` attention chunks, in segments of `segment_chunks`."""
-    layout = small_layout(CONFIG, length=length, dtype=str(dtype).removeprefix("torch."), kv_dtype=kv_dtype,
-                          batch_size=batch_size, block_chunks=block_chunks, segment_chunks=segment_chunks)
+    layout = small_layout(
+        CONFIG,
+        length=length,
+        dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=kv_dtype,
+        batch_size=batch_size,
+        block_chunks=block_chunks,
+        segment_chunks=segment_chunks,
+    )
     assert layout.block_tokens == block_chunks * CHUNK and layout.segment_tokens == segment_chunks * CHUNK
     return HybridKVCache(CONFIG, batch_size=batch_size, dtype=dtype, length=length, layout=layout, **where)
 
@@ -84,8 +112,8 @@ def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True
                 assert segment.start == position
                 here = segment.positions
                 assert len(here) > 0 and segment.keys.dtype == segment.values.dtype == cache.dtype
-                assert torch.equal(segment.keys, all_keys[:, :, here.start:here.stop])
-                assert torch.equal(segment.values, all_values[:, :, here.start:here.stop])
+                assert torch.equal(segment.keys, all_keys[:, :, here.start : here.stop])
+                assert torch.equal(segment.values, all_values[:, :, here.start : here.stop])
                 position = here.stop
             assert position == offset + tokens  # the new tokens come last, and nothing is left out
         if commit:
@@ -130,8 +158,9 @@ def test_segments_equal_a_naive_store(seed: int, block_chunks: int, segment_chun
     """The closed form, what it says it holds, and its storages agree after every step, up to the last token."""
     batch_size, dtype = (1, 2)[seed % 2], (torch.float32, torch.bfloat16)[seed // 2 % 2]
     length = 99 + seed
-    cache = make(block_chunks=block_chunks, segment_chunks=segment_chunks, batch_size=batch_size, dtype=dtype,
-                 length=length)
+    cache = make(
+        block_chunks=block_chunks, segment_chunks=segment_chunks, batch_size=batch_size, dtype=dtype, length=length
+    )
     naive = Naive.of(cache)
     per_token = 2 * batch_size * HEADS * HEAD_DIM * dtype.itemsize
     segment = segment_chunks * CHUNK
@@ -209,7 +238,7 @@ def test_what_is_stored_is_never_copied_as_it_grows(segment_chunks: int) -> None
         step(cache, naive, tokens)
         for number, store in enumerate(cache.stores):
             here = addresses(store)
-            assert here[:len(known[number])] == known[number]
+            assert here[: len(known[number])] == known[number]
             known[number] = here
             assert len(store.sealed) == cache.offset // (2 * CHUNK)
             assert len(here) == -(-cache.offset // (segment_chunks * CHUNK))
@@ -220,8 +249,14 @@ def test_sealed_blocks_are_never_written_again() -> None:
     cache = make(block_chunks=2, length=130)
     naive = Naive.of(cache)
     step(cache, naive, 6 * CHUNK + 2)
-    segments = [tensor for store in cache.stores for block in store.sealed for packed in block.segments
-                if packed is not None for _, tensor in packed.tensors]
+    segments = [
+        tensor
+        for store in cache.stores
+        for block in store.sealed
+        for packed in block.segments
+        if packed is not None
+        for _, tensor in packed.tensors
+    ]
     assert len(segments) == NOPE_LAYERS * 6 * 2
     versions = [tensor._version for tensor in segments]
     for tokens in pieces(1, 60):
@@ -253,7 +288,7 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
         for run, kept in runs:
             step(run, kept, tokens)
     assert [run.offset for run, _ in runs] == [first + 60, first + 63, first + 63]
-    blocks = [[store.sealed[:first // (2 * CHUNK)] for store in run.stores] for run, _ in runs]
+    blocks = [[store.sealed[: first // (2 * CHUNK)] for store in run.stores] for run, _ in runs]
     assert blocks[0] == blocks[1] == blocks[2]
     assert all(run.held().total == run.predicted(run.offset) for run, _ in runs)
 
@@ -340,16 +375,22 @@ def test_blocks_are_whole_chunks_of_at_least_16_mib(name: str) -> None:
             assert tokens % chunk == 0 and tokens * per_token >= 16 * 2**20
             assert (tokens - chunk) * per_token < 16 * 2**20
             segment = sizes.segment_tokens(config, itemsize, batch_size)
-            large_enough = [n for n in range(chunk, tokens + 1, chunk)
-                            if tokens % n == 0 and n >= 8192 and n * per_token >= 4 * 2**20]
+            large_enough = [
+                n
+                for n in range(chunk, tokens + 1, chunk)
+                if tokens % n == 0 and n >= 8192 and n * per_token >= 4 * 2**20
+            ]
             assert segment == min(large_enough, default=tokens)
 
 
 def test_the_cuts_depend_on_the_model_and_the_dtype_alone() -> None:
     """So that what was saved fits any run: neither length nor storage type moves them."""
     for dtype in ("float32", "bfloat16"):
-        layouts = [StoreLayout.of(CONFIG, length=length, dtype=dtype, kv_dtype=kv_dtype)
-                   for length in (1, 1000, 10**7) for kv_dtype in ("auto", *sizes.KV_DTYPES)]
+        layouts = [
+            StoreLayout.of(CONFIG, length=length, dtype=dtype, kv_dtype=kv_dtype)
+            for length in (1, 1000, 10**7)
+            for kv_dtype in ("auto", *sizes.KV_DTYPES)
+        ]
         assert len({(layout.block_tokens, layout.segment_tokens) for layout in layouts}) == 1
         other = layouts[0].computed_in("float16")
         assert (other.dtype, other.kv_dtype, other.block_tokens) == ("float16", dtype, layouts[0].block_tokens)
@@ -361,8 +402,10 @@ def test_the_cuts_depend_on_the_model_and_the_dtype_alone() -> None:
 def test_every_row_has_one_place(host_rows: int | None, device_rows: int) -> None:
     residency = Residency(host_rows, device_rows, on_accelerator=True)
     for count in range(9):
-        places = ["device" if age < device_rows else "host" if host_rows is None or age < device_rows + host_rows
-                  else "disk" for age in range(count)]  # the newest first
+        places = [
+            "device" if age < device_rows else "host" if host_rows is None or age < device_rows + host_rows else "disk"
+            for age in range(count)
+        ]  # the newest first
         assert residency.split(count) == tuple(places.count(place) for place in ("device", "host", "disk"))
 
 
@@ -371,8 +414,9 @@ def test_what_fits_into_a_budget(kv_dtype: str) -> None:
     """`rows_within` against `peak` of the residency that it gives: within the budget, and not much less than it."""
     chance = random.Random(0)
     for _ in range(300):
-        layout = small_layout(CONFIG, length=60 * CHUNK, kv_dtype=kv_dtype, block_chunks=chance.choice((1, 2, 4)),
-                              segment_chunks=1)
+        layout = small_layout(
+            CONFIG, length=60 * CHUNK, kv_dtype=kv_dtype, block_chunks=chance.choice((1, 2, 4)), segment_chunks=1
+        )
         used = chance.randint(30 * CHUNK, 60 * CHUNK)
         prefill_chunk_size = chance.choice((1, 5, CHUNK, 2 * CHUNK, 3 * CHUNK, 8 * CHUNK))
         budget = chance.randint(0, layout.held(used).nope)

@@ -11,8 +11,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from l4ctx.chat_environment import chat_environment
 
-MESSAGES = [{"role": "system", "content": "Be <brief> & \"kind\"."}, {"role": "user", "content": "Où est l'été?"},
-            {"role": "assistant", "content": "Là."}]
+MESSAGES = [
+    {"role": "system", "content": 'Be <brief> & "kind".'},
+    {"role": "user", "content": "Où est l'été?"},
+    {"role": "assistant", "content": "Là."},
+]
 VARIABLES: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
 
 RENDERED = [
@@ -28,23 +31,35 @@ RENDERED = [
     "{% set n = namespace(x=1) %}{% generation %}{% set n.x = n.x + 1 %}{% endgeneration %}{{ n.x }}",
     "{% generation %}{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}"
     "{% endfor %}{% endgeneration %}",
-    "{% generation %}{% endgeneration %}", "{% filter upper %}{% generation %}a{% endgeneration %}{% endfilter %}",
-    "{{ messages | tojson }}", "{{ messages | tojson(ensure_ascii=true) }}", "{{ messages | tojson(true, 2) }}",
-    "{{ messages[0] | tojson(indent=4) }}", "{{ messages[0] | tojson(separators=(',', ':')) }}",
+    "{% generation %}{% endgeneration %}",
+    "{% filter upper %}{% generation %}a{% endgeneration %}{% endfilter %}",
+    "{{ messages | tojson }}",
+    "{{ messages | tojson(ensure_ascii=true) }}",
+    "{{ messages | tojson(true, 2) }}",
+    "{{ messages[0] | tojson(indent=4) }}",
+    "{{ messages[0] | tojson(separators=(',', ':')) }}",
     "{{ {'b': 1, 'a': [1, none, true]} | tojson(sort_keys=true) }}",
     "{{ messages | tojson(indent=2, separators=(',', ' : '), sort_keys=true, ensure_ascii=true) }}",
     "{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "{{ strftime_now('%d %b %Y') }}", "{{ strftime_now(format='%Y') }}",
+    "{{ strftime_now('%d %b %Y') }}",
+    "{{ strftime_now(format='%Y') }}",
     "{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }} {{ tools is defined }} {{ other }}",
     "{% if tools is not none %}x{% endif %}{{ bos_token }}{{ pad_token is defined }}",
-    "{{ dict(a=1, b=2) }} {{ dict.fromkeys(['a'], 3) }}", "{{ namespace(self=1).self }}",
+    "{{ dict(a=1, b=2) }} {{ dict.fromkeys(['a'], 3) }}",
+    "{{ namespace(self=1).self }}",
     "{% set n = namespace({'a': 1}, b=2) %}{{ n.a + n.b }}",
     "{{ messages | map(attribute='role') | join(', ') }} {{ range(3) | list }} {{ 'a b'.split() | last }}",
 ]
 REFUSED = [
-    "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}", "{{ namespace(_x=1) }}",
-    "{% set n = namespace() %}{% set n._x = 1 %}", "{{ messages.append(1) }}", "{{ dict.mro() }}",
-    "{{ ''.__class__.__mro__ }}", "{{ messages | tojson(form=1) }}",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{{ raise_exception('no') }}",
+    "{{ namespace(_x=1) }}",
+    "{% set n = namespace() %}{% set n._x = 1 %}",
+    "{{ messages.append(1) }}",
+    "{{ dict.mro() }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages | tojson(form=1) }}",
 ]
 
 
@@ -54,8 +69,9 @@ def rendered(template: str) -> str:
 
 
 def by_transformers(template: str) -> str:
-    texts, _ = render_jinja_template(conversations=[MESSAGES], chat_template=template, add_generation_prompt=True,
-                                     **VARIABLES)
+    texts, _ = render_jinja_template(
+        conversations=[MESSAGES], chat_template=template, add_generation_prompt=True, **VARIABLES
+    )
     return str(texts[0])
 
 
@@ -80,7 +96,8 @@ def test_all_that_transformers_adds_is_there() -> None:
     assert theirs.filters.keys() == ours.filters.keys() and theirs.tests.keys() == ours.tests.keys()
     assert theirs.globals.keys() == ours.globals.keys()
     assert {tag for extension in theirs.extensions.values() for tag in extension.tags} == {
-        tag for extension in ours.extensions.values() for tag in extension.tags}
+        tag for extension in ours.extensions.values() for tag in extension.tags
+    }
 
 
 def test_the_date_can_be_given() -> None:

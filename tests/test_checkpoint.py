@@ -69,8 +69,11 @@ def test_each_tensor_is_where_it_belongs(flat: Path, sharded: Path) -> None:
         for file in folder.glob("*.safetensors"):
             stored |= load_file(file)
         model = load_checkpoint(folder)
-        text = {name.removeprefix("language_model."): tensor for name, tensor in stored.items()
-                if not name.startswith(("vision_model", "multi_modal_projector"))}
+        text = {
+            name.removeprefix("language_model."): tensor
+            for name, tensor in stored.items()
+            if not name.startswith(("vision_model", "multi_modal_projector"))
+        }
         loaded = dict(model.named_parameters())
         assert loaded.keys() == text.keys()
         assert all(torch.equal(loaded[name], text[name]) for name in text)
@@ -176,17 +179,34 @@ def test_longer_shard(sharded: Path) -> None:
 def with_header(file: Path, header: bytes, length: int | None = None) -> None:
     content = file.read_bytes()
     old = int.from_bytes(content[:8], "little")
-    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + content[8 + old:])
+    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + content[8 + old :])
 
 
-@pytest.mark.parametrize("header", [
-    b"garbage", b"\xff\xfe", b"[]", b"null", b"{}", b"[" * 50_000, b'{"a": 3}', b'{"a": {}}',
-    b'{"a": {"dtype": "F32"}}',
-    *(b'{"a": {"dtype": "F32", ' + rest + b"}}" for rest in (
-        b'"shape": [1], "data_offsets": [0]', b'"shape": 3, "data_offsets": [0, 4]',
-        b'"shape": ["x"], "data_offsets": [0, 4]', b'"shape": [1], "data_offsets": "04"',
-        b'"shape": [1], "data_offsets": [0, 1e999]', b'"shape": [1e999], "data_offsets": [0, 4]')),
-])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"garbage",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b"{}",
+        b"[" * 50_000,
+        b'{"a": 3}',
+        b'{"a": {}}',
+        b'{"a": {"dtype": "F32"}}',
+        *(
+            b'{"a": {"dtype": "F32", ' + rest + b"}}"
+            for rest in (
+                b'"shape": [1], "data_offsets": [0]',
+                b'"shape": 3, "data_offsets": [0, 4]',
+                b'"shape": ["x"], "data_offsets": [0, 4]',
+                b'"shape": [1], "data_offsets": "04"',
+                b'"shape": [1], "data_offsets": [0, 1e999]',
+                b'"shape": [1e999], "data_offsets": [0, 4]',
+            )
+        ),
+    ],
+)
 def test_header_garbage(flat: Path, header: bytes) -> None:
     with_header(flat / SINGLE, header)
     refused(flat, str(flat / SINGLE))
@@ -198,11 +218,13 @@ def test_absurd_header_length(flat: Path, length: int) -> None:
     refused(flat, str(flat / SINGLE))
 
 
-@pytest.mark.parametrize("change", [
-    {"shape": [41]}, {"shape": [-1, -42]}, {"data_offsets": [0, 4]}, {"data_offsets": [16, 8]}, {"dtype": "F16"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [41]}, {"shape": [-1, -42]}, {"data_offsets": [0, 4]}, {"data_offsets": [16, 8]}, {"dtype": "F16"}],
+)
 def test_header_that_contradicts_itself(flat: Path, change: dict[str, Any]) -> None:
     content = (flat / SINGLE).read_bytes()
-    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     header[NORM].update(change)
     with_header(flat / SINGLE, json.dumps(header).encode())
     refused(flat, str(flat / SINGLE), NORM)
@@ -211,22 +233,47 @@ def test_header_that_contradicts_itself(flat: Path, change: dict[str, Any]) -> N
 def test_overlapping_tensors(flat: Path) -> None:
     """Two tensors at one place: sizes agree, so that safetensors' own check has to find it."""
     content = (flat / SINGLE).read_bytes()
-    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     first, second = "model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"
     header[first]["data_offsets"] = header[second]["data_offsets"]
     with_header(flat / SINGLE, json.dumps(header).encode())
     refused(flat, str(flat / SINGLE))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 3}}',
-                                     b"\xff\xff", b"[" * 50_000, b'{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 3}}',
+        b"\xff\xff",
+        b"[" * 50_000,
+        b'{"weight_map": null}',
+    ],
+)
 def test_index_that_is_none(sharded: Path, content: bytes) -> None:
     (sharded / INDEX).write_bytes(content)
     refused(sharded, str(sharded / INDEX))
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "a/../../x.safetensors", "/etc/x.safetensors", "x.bin", "",
-                                   "..\\x.safetensors", "C:\\x.safetensors", "\0.safetensors", "..", "."])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../x.safetensors",
+        "a/../../x.safetensors",
+        "/etc/x.safetensors",
+        "x.bin",
+        "",
+        "..\\x.safetensors",
+        "C:\\x.safetensors",
+        "\0.safetensors",
+        "..",
+        ".",
+    ],
+)
 def test_shards_outside_the_folder(sharded: Path, shard: str) -> None:
     shutil.copy(shards(sharded)[0], sharded.parent / "x.safetensors")
     edit_json(sharded / INDEX, lambda index: index["weight_map"].update({"language_model.lm_head.weight": shard}))
@@ -248,32 +295,48 @@ def test_index_and_shards_disagree(sharded: Path) -> None:
     refused(sharded, where, name + "s", "missing")
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    (lambda t: t.pop(NORM), [NORM, "missing"]),
-    (lambda t: t.pop("model.embed_tokens.weight"), ["model.embed_tokens.weight", "missing"]),
-    (lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "missing"]),
-    (lambda t: t.update({"model.layers.8.input_layernorm.weight": torch.ones(42)}), ["extra", "model.layers.8.input"]),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(60)}), ["extra", "q_proj.bias"]),
-    (lambda t: t.update({"language_model." + NORM: torch.ones(42)}), [NORM, "twice"]),
-    (lambda t: t.update({NORM: torch.ones(43)}), [NORM, "[43]", "[42]"]),
-    (lambda t: t.update({NORM: torch.ones(42, 1)}), [NORM, "[42, 1]", "[42]"]),
-    (lambda t: t.update({NORM: torch.tensor(1.0)}), [NORM, "[]", "[42]"]),
-    (lambda t: t.update({NORM: torch.ones(42).to(torch.float8_e4m3fn)}), [NORM, "F8_E4M3", "quantized"]),
-    (lambda t: t.update({NORM: torch.ones(42, dtype=torch.int8)}), [NORM, "I8"]),
-    (lambda t: t.update({NORM: torch.ones(42, dtype=torch.float64)}), [NORM, "F64"]),
-    (lambda t: t.update({NORM: torch.ones(42, dtype=torch.bool)}), [NORM, "BOOL"]),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)}), ["extra", "weight_scale"]),
-])
-def test_tensors_that_do_not_fit(flat: Path, change: Callable[[dict[str, torch.Tensor]], Any],
-                                 parts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda t: t.pop(NORM), [NORM, "missing"]),
+        (lambda t: t.pop("model.embed_tokens.weight"), ["model.embed_tokens.weight", "missing"]),
+        (lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "missing"]),
+        (
+            lambda t: t.update({"model.layers.8.input_layernorm.weight": torch.ones(42)}),
+            ["extra", "model.layers.8.input"],
+        ),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(60)}), ["extra", "q_proj.bias"]),
+        (lambda t: t.update({"language_model." + NORM: torch.ones(42)}), [NORM, "twice"]),
+        (lambda t: t.update({NORM: torch.ones(43)}), [NORM, "[43]", "[42]"]),
+        (lambda t: t.update({NORM: torch.ones(42, 1)}), [NORM, "[42, 1]", "[42]"]),
+        (lambda t: t.update({NORM: torch.tensor(1.0)}), [NORM, "[]", "[42]"]),
+        (lambda t: t.update({NORM: torch.ones(42).to(torch.float8_e4m3fn)}), [NORM, "F8_E4M3", "quantized"]),
+        (lambda t: t.update({NORM: torch.ones(42, dtype=torch.int8)}), [NORM, "I8"]),
+        (lambda t: t.update({NORM: torch.ones(42, dtype=torch.float64)}), [NORM, "F64"]),
+        (lambda t: t.update({NORM: torch.ones(42, dtype=torch.bool)}), [NORM, "BOOL"]),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)}),
+            ["extra", "weight_scale"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    flat: Path, change: Callable[[dict[str, torch.Tensor]], Any], parts: list[str]
+) -> None:
     edit_tensors(flat / SINGLE, change)
     refused(flat, str(flat), *parts)
 
 
-@pytest.mark.parametrize(("changes", "part"), [
-    ({"architectures": ["MistralForCausalLM"]}, "architectures"), ({"quantization_config": {"bits": 4}}, "quant"),
-    ({"attention_chunk_size": None}, "attention_chunk_size"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"layer_types": ["full_attention"] * 8}, "layer_types")])
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "architectures"),
+        ({"quantization_config": {"bits": 4}}, "quant"),
+        ({"attention_chunk_size": None}, "attention_chunk_size"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_types": ["full_attention"] * 8}, "layer_types"),
+    ],
+)
 def test_configurations_are_refused_before_tensors_are_read(flat: Path, changes: dict[str, Any], part: str) -> None:
     edit_json(flat / "config.json", lambda config: config.update(changes))
     (flat / SINGLE).unlink()
@@ -286,7 +349,8 @@ def test_headers_alone_tell_names_shapes_and_bytes(flat: Path, sharded: Path) ->
             expected = load_file(file)
             header = read_header(file)
             assert {name: (t.shape, t.num_bytes, t.file) for name, t in header.items()} == {
-                name: (tuple(t.shape), t.nbytes, file) for name, t in expected.items()}
+                name: (tuple(t.shape), t.nbytes, file) for name, t in expected.items()
+            }
         assert text_tensors(folder).keys() == dict(load_checkpoint(folder).named_parameters()).keys()
 
 
@@ -316,17 +380,26 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     """Stored dtype: mapped, not copied. Another one: the converted weights plus one tensor."""
     from model.transformer import Transformer
 
-    config = {"model_type": "llama4_text", "vocab_size": 4000, "hidden_size": 256, "intermediate_size_mlp": 4500,
-              "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-              "moe_layers": []}
+    config = {
+        "model_type": "llama4_text",
+        "vocab_size": 4000,
+        "hidden_size": 256,
+        "intermediate_size_mlp": 4500,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "moe_layers": [],
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         empty = Transformer(TextConfig.from_dict(config))
     save_file({name: torch.ones(p.shape) for name, p in empty.named_parameters()}, tmp_path / SINGLE)
 
     def measured(dtype: str) -> list[int]:
-        result = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), dtype], cwd=ROOT, capture_output=True,
-                                text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(tmp_path), dtype], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return [int(word) for word in result.stdout.split()]
 
     slack = 16 * 2**20  # modules on the meta device, allocator

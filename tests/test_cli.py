@@ -68,8 +68,16 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "q", "docs/data.bin"], None, 2, ["found nothing to read", "docs/data.bin: binary"]),
     (["ask", "q", "/dev/null"], None, 2, ["/dev/null: is a device"]),
     (["ask", "q", "/proc/self/mem"], None, 2, ["/proc/self/mem: cannot be read: Input/output error"]),
-    (["ask", "q"], b"", 2, ["no documents: standard input has nothing to read: empty", "name a file",
-                            "--no-documents asks the model alone"]),
+    (
+        ["ask", "q"],
+        b"",
+        2,
+        [
+            "no documents: standard input has nothing to read: empty",
+            "name a file",
+            "--no-documents asks the model alone",
+        ],
+    ),
     (["ask", "q"], b"\0\1\2", 2, ["standard input has nothing to read: binary"]),
     (["ask", "q", "-"], None, 2, ["standard input has nothing to read: empty"]),
     (["ask", "q", "-", "docs", "-"], b"text", 2, ["- (standard input) is given twice"]),
@@ -91,8 +99,9 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "stdin", "code", "parts"), REFUSED, ids=lambda value: repr(value)[:60])
-def test_refused_before_torch(folder: Path, arguments: list[str | bytes], stdin: bytes | None, code: int,
-                              parts: list[str]) -> None:
+def test_refused_before_torch(
+    folder: Path, arguments: list[str | bytes], stdin: bytes | None, code: int, parts: list[str]
+) -> None:
     source = subprocess.DEVNULL if stdin is None else stdin
     check_refused(run_process(*arguments, stdin=source, folder=folder, L4CTX_MODEL=str(TINY)), code, *parts)
 
@@ -103,12 +112,19 @@ def test_no_model(folder: Path) -> None:
         check_refused(result, 2, "no model", "--model DIR", "L4CTX_MODEL")
 
 
-@pytest.mark.parametrize(("arguments", "part"), [
-    (["frobnicate"], "frobnicate"), (["ask", "q", "--frob"], "--frob"), (["ask", "q", "--top-p", "2"], "--top-p"),
-    (["ask", "q", "--top-k", "-1"], "--top-k"), (["ask", "q", "--max-new-tokens", "0"], "--max-new-tokens"),
-    (["ask", "q", "--temperature", "-1"], "--temperature"),
-    (["ask", "q", "--prefill-chunk-size", "x"], "--prefill-chunk-size"), (["ask", "q", "--model"], "--model"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["ask", "q", "--frob"], "--frob"),
+        (["ask", "q", "--top-p", "2"], "--top-p"),
+        (["ask", "q", "--top-k", "-1"], "--top-k"),
+        (["ask", "q", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["ask", "q", "--temperature", "-1"], "--temperature"),
+        (["ask", "q", "--prefill-chunk-size", "x"], "--prefill-chunk-size"),
+        (["ask", "q", "--model"], "--model"),
+    ],
+)
 def test_arguments_that_the_parser_refuses(folder: Path, arguments: list[str], part: str) -> None:
     check_refused(run_process(*arguments, folder=folder), 2, part)
 
@@ -119,8 +135,12 @@ def test_help_and_version() -> None:
     assert " ".join(exits.EXIT_CODES.split()) in " ".join(top.stdout.split())
     assert re.fullmatch(r"l4ctx \d+\.\d+\S*\n", version.stdout)
     assert "Usage: l4ctx" in nothing.stdout + nothing.stderr
-    for command, usage, option in (("ask", "[QUESTION] [PATH]...", "--save-context"), ("plan", "[PATH]...", "--tokens"),
-                                   ("prefill", "[PATH]...", "--verify"), ("inspect", "[MODEL|CONTEXT]", "--json")):
+    for command, usage, option in (
+        ("ask", "[QUESTION] [PATH]...", "--save-context"),
+        ("plan", "[PATH]...", "--tokens"),
+        ("prefill", "[PATH]...", "--verify"),
+        ("inspect", "[MODEL|CONTEXT]", "--json"),
+    ):
         shown = run_process(command, "-h")
         assert (shown.code, shown.stderr) == (0, "") and f"\n  {command} " in top.stdout
         assert f"Usage: l4ctx {command} [OPTIONS] {usage}" in shown.stdout and option in shown.stdout
@@ -128,20 +148,43 @@ def test_help_and_version() -> None:
 
 
 def test_every_exit_code_is_told() -> None:
-    codes = [exits.OUTPUT, exits.INPUT, exits.CHECKPOINT, exits.TOO_LONG, exits.MEMORY, exits.MODEL, exits.CONTEXT,
-             exits.INTERRUPTED, exits.CLOSED]
+    codes = [
+        exits.OUTPUT,
+        exits.INPUT,
+        exits.CHECKPOINT,
+        exits.TOO_LONG,
+        exits.MEMORY,
+        exits.MODEL,
+        exits.CONTEXT,
+        exits.INTERRUPTED,
+        exits.CLOSED,
+    ]
     assert [int(number) for number in re.findall(r"\d+", exits.EXIT_CODES)] == [0, *codes]
     assert {*exits.CODE_OF_ERROR.values(), exits.INTERRUPTED, exits.CLOSED} == set(codes)
 
 
 def test_help_and_refusals_import_nothing_heavy(folder: Path) -> None:
-    lines = [["--help"], ["ask", "--help"], ["--version"], ["ask"], ["ask", "q", "--frob"], ["ask", "q", "nothing.md"],
-             ["ask", "q", "docs", "--dtype", "x"], ["ask", "q", "docs", "--model", "docs"], ["inspect", "docs"],
-             ["prefill", "docs"], ["prefill", "docs", "-o", "c", "--model", "docs"], ["plan", "docs", "--tokens", "5"],
-             ["plan", "--tokens", "5", "--model", "docs"], ["plan", "--tokens", "5", "--model", str(TINY)]]
-    code = ("import contextlib, sys\nfrom l4ctx.cli import main\n"
-            f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
-            "        main()\nassert not {'torch', 'tokenizers', 'jinja2', 'safetensors'} & sys.modules.keys()")
+    lines = [
+        ["--help"],
+        ["ask", "--help"],
+        ["--version"],
+        ["ask"],
+        ["ask", "q", "--frob"],
+        ["ask", "q", "nothing.md"],
+        ["ask", "q", "docs", "--dtype", "x"],
+        ["ask", "q", "docs", "--model", "docs"],
+        ["inspect", "docs"],
+        ["prefill", "docs"],
+        ["prefill", "docs", "-o", "c", "--model", "docs"],
+        ["plan", "docs", "--tokens", "5"],
+        ["plan", "--tokens", "5", "--model", "docs"],
+        ["plan", "--tokens", "5", "--model", str(TINY)],
+    ]
+    code = (
+        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
+        "        main()\nassert not {'torch', 'tokenizers', 'jinja2', 'safetensors'} & sys.modules.keys()"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
 
@@ -158,11 +201,13 @@ def test_streams_that_are_closed_or_full_before_torch(folder: Path) -> None:
 
 # Processes that load a model
 
+
 def test_a_pipe(folder: Path) -> None:
     result = run_process("ask", QUESTION, "--model", TINY.as_posix(), stdin=DOCUMENT.encode(), folder=folder)
     assert (result.code, result.stdout) == (0, ANSWER)
-    assert re.fullmatch(r"l4ctx: 1 document, \d+ tokens\nl4ctx: read \d+ tokens in [\d.]+ s \([\d,.]+ tokens/s\)\n",
-                        result.stderr)
+    assert re.fullmatch(
+        r"l4ctx: 1 document, \d+ tokens\nl4ctx: read \d+ tokens in [\d.]+ s \([\d,.]+ tokens/s\)\n", result.stderr
+    )
 
 
 def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
@@ -172,8 +217,18 @@ def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
 
 
 def test_an_ascii_locale_and_a_full_stderr(folder: Path) -> None:
-    result = run_process("ask", f"Ä {QUESTION}", "docs", "--memory-report", "--model", str(TINY), shell="2>/dev/full",
-                         folder=folder, LC_ALL="C", PYTHONIOENCODING="ascii")
+    result = run_process(
+        "ask",
+        f"Ä {QUESTION}",
+        "docs",
+        "--memory-report",
+        "--model",
+        str(TINY),
+        shell="2>/dev/full",
+        folder=folder,
+        LC_ALL="C",
+        PYTHONIOENCODING="ascii",
+    )
     assert result == Result(0, ANSWER, "")
 
 
@@ -204,14 +259,23 @@ ANSWERED: list[tuple[list[str], str | None, list[str]]] = [
     (["docs/a.md", "empty"], None, ["1 document, N tokens"]),
     ([".named.md"], None, ["1 document, N tokens"]),
     (["docs/b.txt", "-"], DOCUMENT, ["2 documents, N tokens"]),
-    (["docs/a.md"], "x", ["1 document, N tokens",
-                          "standard input holds data that is not read; add - to the paths to read it"]),
+    (
+        ["docs/a.md"],
+        "x",
+        ["1 document, N tokens", "standard input holds data that is not read; add - to the paths to read it"],
+    ),
     (["docs/a.md"], "", ["1 document, N tokens"]),
     (["docs/a.md", "--quiet"], "x", []),
     (["docs/a.md", "--prefill-chunk-size", "1", "--attention", "eager"], None, ["1 document, N tokens"]),
     (["docs/a.md", "--dtype", "bfloat16", "--device", "cpu"], None, ["1 document, N tokens"]),
-    (["docs/a.md", "--seed", "3"], None, ["--top-p, --top-k and --seed change nothing at temperature 0; "
-                                          "add --temperature or --sample", "1 document, N tokens"]),
+    (
+        ["docs/a.md", "--seed", "3"],
+        None,
+        [
+            "--top-p, --top-k and --seed change nothing at temperature 0; add --temperature or --sample",
+            "1 document, N tokens",
+        ],
+    ),
 ]
 
 
@@ -246,19 +310,38 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     result = run_here("ask", QUESTION, "docs", "--json", "--quiet")
     told = json.loads(result.stdout)
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert list(told) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                          "documents", "images", "skipped", "timings", "memory"]
+    assert list(told) == [
+        "answer",
+        "stop_reason",
+        "generated_tokens",
+        "prompt_tokens",
+        "reused_tokens",
+        "context",
+        "documents",
+        "images",
+        "skipped",
+        "timings",
+        "memory",
+    ]
     assert (told["answer"], told["stop_reason"]) == (ANSWER.strip(), "stop")
     assert (told["reused_tokens"], told["context"]) == (0, None)
     assert [document["path"] for document in told["documents"]] == ["docs/a.md", "docs/b.txt"]
     assert 0 < sum(document["tokens"] for document in told["documents"]) < told["prompt_tokens"]
-    assert told["skipped"] == [{"path": "docs/.hidden.md", "reason": "hidden"},
-                               {"path": "docs/data.bin", "reason": "binary"}]
+    assert told["skipped"] == [
+        {"path": "docs/.hidden.md", "reason": "hidden"},
+        {"path": "docs/data.bin", "reason": "binary"},
+    ]
     assert list(told["timings"]) == ["load", "tokenize", "prefill", "decode"]
     assert all(list(timing) == ["seconds", "tokens_per_second"] for timing in told["timings"].values())
     assert list(told["memory"]) == list(MemoryReport.__dataclass_fields__)
-    job = Job(TextConfig.from_folder(TINY), prompt_tokens=told["prompt_tokens"], max_new_tokens=1024,
-              weights=told["memory"]["weights"], weights_are_mapped=False, dtype="float32")
+    job = Job(
+        TextConfig.from_folder(TINY),
+        prompt_tokens=told["prompt_tokens"],
+        max_new_tokens=1024,
+        weights=told["memory"]["weights"],
+        weights_are_mapped=False,
+        dtype="float32",
+    )
     assert told["memory"]["predicted"] == MemoryPlan.of(job).as_dict()
     for owner in ("rope_windows", "nope_device", "nope_host", "nope_disk", "buffers", "token_ids"):
         assert told["memory"][owner] == told["memory"]["predicted"][owner], owner
@@ -270,22 +353,41 @@ def test_the_memory_report(inside: Path) -> None:
     assert (result.stdout, title.strip()) == (ANSWER, "memory")
     assert head.split() == ["predicted", "at", "most", "held", "peak"]
     ends = [head.index("predicted"), *(each.end() for each in re.finditer("predicted|at most|held|peak", head))]
-    filled = {"weights": "p h ", "RoPE windows": "pmh ", "NoPE keys and values, host memory": "pmh ",
-              "token ids": "p h ", "activations": " m  ", "process, anonymous": "  hk", "process, file-backed": "  hk",
-              "keys and values in memory": "p h ", "an unbounded cache would take": "p   "}
-    cells = {row[:ends[0]].strip(): [row[start:stop].strip() for start, stop in pairwise(ends)] for row in rows}
-    assert {name: "".join(letter if cell else " " for letter, cell in zip("pmhk", values, strict=True))
-            for name, values in cells.items()} == filled
+    filled = {
+        "weights": "p h ",
+        "RoPE windows": "pmh ",
+        "NoPE keys and values, host memory": "pmh ",
+        "token ids": "p h ",
+        "activations": " m  ",
+        "process, anonymous": "  hk",
+        "process, file-backed": "  hk",
+        "keys and values in memory": "p h ",
+        "an unbounded cache would take": "p   ",
+    }
+    cells = {row[: ends[0]].strip(): [row[start:stop].strip() for start, stop in pairwise(ends)] for row in rows}
+    assert {
+        name: "".join(letter if cell else " " for letter, cell in zip("pmhk", values, strict=True))
+        for name, values in cells.items()
+    } == filled
     assert all(re.fullmatch(r"[\d.]+ ([KMG]i)?B", cell) for values in cells.values() for cell in values if cell)
-    for owner in ("weights", "RoPE windows", "NoPE keys and values, host memory", "token ids",
-                  "keys and values in memory"):
+    for owner in (
+        "weights",
+        "RoPE windows",
+        "NoPE keys and values, host memory",
+        "token ids",
+        "keys and values in memory",
+    ):
         assert cells[owner][0] == cells[owner][2], owner
 
 
-@pytest.mark.parametrize(("device", "part"), [
-    ("abacus", "no such device; auto, cpu and cuda are"), ("meta", "cannot be used here ("),
-    ("cuda:99", "cannot be used here ("),
-])
+@pytest.mark.parametrize(
+    ("device", "part"),
+    [
+        ("abacus", "no such device; auto, cpu and cuda are"),
+        ("meta", "cannot be used here ("),
+        ("cuda:99", "cannot be used here ("),
+    ],
+)
 def test_devices_that_are_not_there(inside: Path, device: str, part: str) -> None:
     check_refused(run_here("ask", QUESTION, "docs/a.md", "--device", device), 2, f"--device {device}: ", part)
 
@@ -410,7 +512,9 @@ def test_every_error_with_an_exit_code_exists() -> None:
 def test_progress_without_a_terminal(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", -1.0)
     result = run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32")
-    line = (r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s \(average [\d,]+\), in docs/a\.md; "
-            r"KV: memory [\d.]+ [KM]iB; process: [\d.]+ [MG]iB$")
+    line = (
+        r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s \(average [\d,]+\), in docs/a\.md; "
+        r"KV: memory [\d.]+ [KM]iB; process: [\d.]+ [MG]iB$"
+    )
     assert re.search(line, result.stderr, re.MULTILINE) and not CONTROLS.search(result.stderr)
     assert run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32", "--quiet").stderr == ""

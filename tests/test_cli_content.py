@@ -16,8 +16,10 @@ QUESTION = "What is the access code for the amber falcon?"
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L4CTX_MODEL", str(TINY))
-    cells = [{"cell_type": "markdown", "source": SECRET},
-             {"cell_type": "code", "source": "p()", "outputs": [{"data": {"image/png": "iVBOR" * 80}}]}]
+    cells = [
+        {"cell_type": "markdown", "source": SECRET},
+        {"cell_type": "code", "source": "p()", "outputs": [{"data": {"image/png": "iVBOR" * 80}}]},
+    ]
     Path("a.ipynb").write_text(json.dumps({"nbformat": 4, "cells": cells}))
     Path("koi.txt").write_bytes(f"{SECRET} Ключ".encode("koi8_r"))
 

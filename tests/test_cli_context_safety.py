@@ -68,10 +68,16 @@ LOSSES: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "another file": (lambda: None, ["other/d.md"], f"{LOST}docs/a.md ("),
     "fewer files": (lambda: None, ["docs/a.md", "docs/b.md"], f"{LOST}docs/c.md ("),
     "one file, and others": (lambda: None, ["docs/b.md", "other"], f"{LOST}docs/a.md ("),
-    "a folder of the same name": (lambda: (shutil.rmtree("docs"), shutil.copytree("other", "docs")), ["docs"],
-                                  f"{LOST}docs/a.md ("),
-    "another system prompt": (lambda: None, ["docs", "--system", "Be brief."],
-                              "it holds these documents, read with another system prompt (--system): all "),
+    "a folder of the same name": (
+        lambda: (shutil.rmtree("docs"), shutil.copytree("other", "docs")),
+        ["docs"],
+        f"{LOST}docs/a.md (",
+    ),
+    "another system prompt": (
+        lambda: None,
+        ["docs", "--system", "Be brief."],
+        "it holds these documents, read with another system prompt (--system): all ",
+    ),
 }
 
 
@@ -80,11 +86,17 @@ LOSSES: dict[str, tuple[Callable[[], object], list[str], str]] = {
 def test_what_a_context_holds_is_not_lost_unasked(place: Path, case: str, command: str) -> None:
     act, arguments, said = LOSSES[case]
     act()
-    line = {"prefill": ["prefill", *arguments, "-o", "c"],
-            "ask": ["ask", "q", *arguments, "--save-context", "c"]}[command]
+    line = {"prefill": ["prefill", *arguments, "-o", "c"], "ask": ["ask", "q", *arguments, "--save-context", "c"]}[
+        command
+    ]
     before = files(place)
-    check_refused(run_here(*line, "--quiet"), 7, f"c: {said}", " tokens",
-                  "it is left as it is: name another folder, or add --replace")
+    check_refused(
+        run_here(*line, "--quiet"),
+        7,
+        f"c: {said}",
+        " tokens",
+        "it is left as it is: name another folder, or add --replace",
+    )
     assert files(place) == before
     assert run_here(*line, "--replace", "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0
     assert run_here(*line, "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0  # it goes on
@@ -130,6 +142,7 @@ def test_replace_is_for_what_is_kept(place: Path) -> None:
 
 # Documents that are added to a context for a question
 
+
 def ids_of(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], dict[str, object]]:
     """All ids that an answer follows from, those in the context included, and the report."""
     from l4ctx.ask import Run
@@ -152,8 +165,9 @@ def ids_of(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("added", [("other",), ("other/d.md", "e.md"), ("docs/a.md", "other", "same/a.md")])
-def test_what_is_added_is_as_one_prompt_of_all(place: Path, monkeypatch: pytest.MonkeyPatch,
-                                               added: tuple[str, ...]) -> None:
+def test_what_is_added_is_as_one_prompt_of_all(
+    place: Path, monkeypatch: pytest.MonkeyPatch, added: tuple[str, ...]
+) -> None:
     text_file(Path("e.md"), "Another text.\n")
     text_file(Path("same", "docs", "a.md"), "Not the same.\n")
     text_file(Path("same", "a.md"), "Not the same, either.\n")
@@ -188,25 +202,34 @@ def test_standard_input_and_images_are_added(place: Path, monkeypatch: pytest.Mo
     assert report["answer"] == expected["answer"] == answer("d").strip()
 
 
-@pytest.mark.parametrize(("arguments", "code", "part"), [
-    (["docs", "--add", "other", "--context", "c"], 2, "--add PATH reads PATH behind what --context CONTEXT holds"),
-    (["--add", "other"], 2, "--add PATH reads PATH behind"),
-    (["docs", "--add", "other", "--save-context", "n"], 2, "--add PATH reads PATH behind"),
-    (["--add", "othr", "--context", "c"], 2, "othr: no such file or folder; did you mean other?"),
-    (["--add", "other", "--context", "c", "--system", "x"], 2, "--system: "),
-    (["other", "--context", "c"], 2, "these documents begin otherwise than those of c, so that nothing would be taken "
-                                     "from it: --add other adds them to what it holds"),
-    (["docs/b.md", "docs", "--context", "c"], 2, "--add docs/b.md --add docs adds them"),
-    (["-", "--context", "c"], 2, "--add - adds them"),
-])
-def test_what_does_not_begin_like_the_context_is_refused(place: Path, arguments: list[str], code: int,
-                                                         part: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["docs", "--add", "other", "--context", "c"], 2, "--add PATH reads PATH behind what --context CONTEXT holds"),
+        (["--add", "other"], 2, "--add PATH reads PATH behind"),
+        (["docs", "--add", "other", "--save-context", "n"], 2, "--add PATH reads PATH behind"),
+        (["--add", "othr", "--context", "c"], 2, "othr: no such file or folder; did you mean other?"),
+        (["--add", "other", "--context", "c", "--system", "x"], 2, "--system: "),
+        (
+            ["other", "--context", "c"],
+            2,
+            "these documents begin otherwise than those of c, so that nothing would be taken "
+            "from it: --add other adds them to what it holds",
+        ),
+        (["docs/b.md", "docs", "--context", "c"], 2, "--add docs/b.md --add docs adds them"),
+        (["-", "--context", "c"], 2, "--add - adds them"),
+    ],
+)
+def test_what_does_not_begin_like_the_context_is_refused(
+    place: Path, arguments: list[str], code: int, part: str
+) -> None:
     before = files(place)
     check_refused(ask("a", *arguments, "--quiet", stdin=b"Some words.\n"), code, part)
     assert files(place) == before
 
 
 # A context knows its model
+
 
 def test_a_context_needs_no_model(place: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("L4CTX_MODEL")
@@ -228,12 +251,17 @@ def test_a_model_that_moved_or_changed(place: Path, made: Path, monkeypatch: pyt
     assert prefill("--model", moved, context="new").code == 0
     change_config(Path(moved), attn_scale=0.2)
     (Path(moved) / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    check_refused(ask("a", "--context", "new"), 7, "made with another configuration and chat template than this checkp",
-                  "31m, which has changed since)")
+    check_refused(
+        ask("a", "--context", "new"),
+        7,
+        "made with another configuration and chat template than this checkp",
+        "31m, which has changed since)",
+    )
     check_answers("--model", str(made / "checkpoint"), names="a", context="new")  # it is named, and the same
     Path(moved).rename("elsewhere")
-    check_refused(ask("a", "--context", "new"), 2, "no model: new was made with ", "no such folder is there now",
-                  "--model")
+    check_refused(
+        ask("a", "--context", "new"), 2, "no model: new was made with ", "no such folder is there now", "--model"
+    )
     check_refused(ask("a", "--context", "new", "--model", "elsewhere"), 7, "31m, not there now)")
     check_refused(ask("a", "--context", "c", "--model", "elsewhere"), 7, f"({made / 'checkpoint'})")
 

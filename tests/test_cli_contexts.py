@@ -82,13 +82,15 @@ def write_documents(names: str, first: str = "") -> None:
 
 # What is kept is asked
 
+
 def test_what_is_kept_is_asked_without_documents(place: Path) -> None:
     total = spans()[-1]
     written = Path("notes").read_text(encoding="utf-8")
     (summary,) = summaries(written)
     assert written == (
         f"l4ctx: 3 documents, {total:,} tokens\n{summary}"
-        f"l4ctx: {total:,} tokens are kept in c; ask with: l4ctx ask QUESTION --context c\n")
+        f"l4ctx: {total:,} tokens are kept in c; ask with: l4ctx ask QUESTION --context c\n"
+    )
     assert 2 * ROW + CHUNK < total < 3 * ROW - 100  # two rows, a chunk, and a part of one
     shutil.rmtree("docs")
     before = files(place)
@@ -134,18 +136,23 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
     if differing != 0:
         result = ask(names[0], "docs", "--context", "c")
         assert (result.code, result.stdout) == (0, answer(names[0]))
-        assert result.stderr == (f"l4ctx: {len(paths)} documents, {report['prompt_tokens']:,} tokens\n"
-                                 f"l4ctx: {taken:,} of {report['prompt_tokens']:,} tokens are taken from c\n"
-                                 + ''.join(summaries(result.stderr)))
+        assert result.stderr == (
+            f"l4ctx: {len(paths)} documents, {report['prompt_tokens']:,} tokens\n"
+            f"l4ctx: {taken:,} of {report['prompt_tokens']:,} tokens are taken from c\n"
+            + "".join(summaries(result.stderr))
+        )
         assert len(summaries(result.stderr)) <= 1
     assert files(place) == before
 
     written = prefill().stderr
     notes = [line for line in written.splitlines()[1:-1] if f"{line}\n" not in summaries(written)]
     total, reused = spans()[-1], taken if change == "none" else taken // CHUNK * CHUNK
-    assert notes == [f"l4ctx: {reused:,} of {total:,} tokens are in c already" if reused else
-                     f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise "
-                     "(docs/a.md has changed)"]
+    assert notes == [
+        f"l4ctx: {reused:,} of {total:,} tokens are in c already"
+        if reused
+        else f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise "
+        "(docs/a.md has changed)"
+    ]
     shutil.rmtree("docs")
     check_answers(names=names)
     assert told()["reused_tokens"] == total
@@ -155,11 +162,21 @@ def test_json_and_quiet(place: Path) -> None:
     result = prefill("--json", "--quiet")
     report, kept = json.loads(result.stdout), spans()
     assert (result.code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert list(report) == ["prompt_tokens", "reused_tokens", "context", "documents", "images", "skipped", "timings",
-                            "memory"]
+    assert list(report) == [
+        "prompt_tokens",
+        "reused_tokens",
+        "context",
+        "documents",
+        "images",
+        "skipped",
+        "timings",
+        "memory",
+    ]
     assert (report["prompt_tokens"], report["reused_tokens"], report["context"]) == (kept[-1], kept[-1], "c")
-    listed = [{"path": f"docs/{name}.md", "tokens": stop - start}
-              for name, (start, stop) in zip("abc", itertools.pairwise(kept), strict=True)]
+    listed = [
+        {"path": f"docs/{name}.md", "tokens": stop - start}
+        for name, (start, stop) in zip("abc", itertools.pairwise(kept), strict=True)
+    ]
     assert report["documents"] == listed and report["skipped"] == []
     assert report["timings"]["prefill"] == {"seconds": 0.0, "tokens_per_second": None}
     assert report["memory"]["nope_disk"] == 2 * ROW * 1024
@@ -169,8 +186,19 @@ def test_json_and_quiet(place: Path) -> None:
     assert prefill("--quiet", context="newer") == Result(0, "", "")
 
     report = told()
-    assert list(report) == ["answer", "stop_reason", "generated_tokens", "prompt_tokens", "reused_tokens", "context",
-                            "documents", "images", "skipped", "timings", "memory"]
+    assert list(report) == [
+        "answer",
+        "stop_reason",
+        "generated_tokens",
+        "prompt_tokens",
+        "reused_tokens",
+        "context",
+        "documents",
+        "images",
+        "skipped",
+        "timings",
+        "memory",
+    ]
     assert report["answer"] + "\n" == answer("a")
     assert report["prompt_tokens"] - report["reused_tokens"] == report["memory"]["token_ids"] // 4
     assert (report["reused_tokens"], report["context"], report["documents"]) == (kept[-1], "c", listed)
@@ -242,11 +270,18 @@ def test_what_does_not_go_together_is_refused(place: Path) -> None:
 
 def test_refusals_import_no_torch(place: Path) -> None:
     """As l4ctx.ask says: arguments, contexts and documents are looked at before that."""
-    lines = [[*ASK[:3], "new"], [*ASK[:3], "docs"], [*PREFILL[:3], "docs"], ["prefill", "docs/x.md", "-o", "new"],
-             [*PREFILL, "--dtype", "float16"]]
-    code = ("import contextlib, sys\nfrom l4ctx.cli import main\n"
-            f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
-            "        main()\n    assert 'torch' not in sys.modules, line")
+    lines = [
+        [*ASK[:3], "new"],
+        [*ASK[:3], "docs"],
+        [*PREFILL[:3], "docs"],
+        ["prefill", "docs/x.md", "-o", "new"],
+        [*PREFILL, "--dtype", "float16"],
+    ]
+    code = (
+        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
+        "        main()\n    assert 'torch' not in sys.modules, line"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
 
@@ -271,17 +306,28 @@ def test_another_checkpoint_is_refused(place: Path, made: Path, monkeypatch: pyt
     check_answers(names="a")  # what the weights are stored in, their own headers say
     OTHERS[what](copy)
     before = files(place)
-    for arguments in (ASK, [*ASK, "docs"], ["ask", "q", "docs", "--save-context", "c"], PREFILL,
-                      [*PREFILL, "--verify"]):
-        check_refused(run_here(*arguments, "--quiet"), 7, f"c: made with another {what} than this checkpoint's (",
-                      f"use the checkpoint that it was made with ({made / 'checkpoint'}), or another folder")
+    for arguments in (
+        ASK,
+        [*ASK, "docs"],
+        ["ask", "q", "docs", "--save-context", "c"],
+        PREFILL,
+        [*PREFILL, "--verify"],
+    ):
+        check_refused(
+            run_here(*arguments, "--quiet"),
+            7,
+            f"c: made with another {what} than this checkpoint's (",
+            f"use the checkpoint that it was made with ({made / 'checkpoint'}), or another folder",
+        )
     assert files(place) == before
 
 
 # Reading that does not come to its end
 
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, *arguments: str) -> Result:
     """`prefill`, with Ctrl-C after so many steps."""
+
     def some(*given: Any, **options: Any) -> Iterator[Any]:
         yield from itertools.islice(read(*given, **options), steps)
         raise KeyboardInterrupt
@@ -297,11 +343,18 @@ def test_an_interrupted_reading_goes_on(place: Path, monkeypatch: pytest.MonkeyP
     total, options = spans()[-1], ("--kv-dtype", kv_dtype)
     prefill(*options, context="whole")
     shutil.rmtree("c")
-    check_refused(interrupted(monkeypatch, 1, *options), 130,
-                  f"interrupted; 0 of {total:,} tokens are kept in c; the same command goes on from there")
+    check_refused(
+        interrupted(monkeypatch, 1, *options),
+        130,
+        f"interrupted; 0 of {total:,} tokens are kept in c; the same command goes on from there",
+    )
     check_refused(interrupted(monkeypatch, 3, *options), 130, f"interrupted; {ROW:,} of {total:,} tokens are kept in c")
-    check_refused(ask("a", "--context", "c"), 7, f"c: reading was interrupted after {ROW:,} of {total:,} tokens; ",
-                  "the command that made it (l4ctx prefill PATH... -o) goes on")
+    check_refused(
+        ask("a", "--context", "c"),
+        7,
+        f"c: reading was interrupted after {ROW:,} of {total:,} tokens; ",
+        "the command that made it (l4ctx prefill PATH... -o) goes on",
+    )
     assert f"interrupted after {ROW:,} of {total:,} tokens: the same" in run_here("inspect", "c").stdout
     check_refused(interrupted(monkeypatch, 2, *options), 130, f"interrupted; 2,048 of {total:,} tokens are kept in c")
     assert prefill(*options).stderr.splitlines()[1] == f"l4ctx: 2,048 of {total:,} tokens are in c already"
@@ -322,8 +375,11 @@ def test_interrupted_amid_a_change_the_old_documents_are_asked(place: Path, monk
 def test_interrupted_at_the_answer_all_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("l4ctx.generate.generate", lambda *given, **options: signal.raise_signal(signal.SIGINT))
-        check_refused(ask("a", "docs", "--save-context", "new", "-q"), 130,
-                      f"interrupted; all {spans()[-1]:,} tokens of the documents are kept in new")
+        check_refused(
+            ask("a", "docs", "--save-context", "new", "-q"),
+            130,
+            f"interrupted; all {spans()[-1]:,} tokens of the documents are kept in new",
+        )
     check_answers(context="new", names="b")
 
 
@@ -345,8 +401,13 @@ def test_damage_is_named_and_mended(place: Path, what: str) -> None:
     act(damaged)
     before = files(place)
     for arguments in (["--context", "c"], ["docs", "--context", "c"]):
-        check_refused(ask("a", *arguments, "-q"), 7, f"{damaged}: ", "l4ctx inspect c --verify lists the damage, and "
-                      "l4ctx prefill with the same documents, the same -o and --verify keeps what is before it")
+        check_refused(
+            ask("a", *arguments, "-q"),
+            7,
+            f"{damaged}: ",
+            "l4ctx inspect c --verify lists the damage, and "
+            "l4ctx prefill with the same documents, the same -o and --verify keeps what is before it",
+        )
     listed = run_here("inspect", "c", "--verify")
     assert listed.code == 7 and f"{damaged}: " in listed.stdout
     assert files(place) == before
@@ -357,10 +418,16 @@ def test_damage_is_named_and_mended(place: Path, what: str) -> None:
     check_answers(names="ac")
 
 
-@pytest.mark.parametrize(("name", "byte", "arguments", "part"), [
-    ("journal", 30, [], "journal: "), ("manifest.json", 30, [], "make the context anew"),
-    ("head.json", 30, [], "make the context anew"), ("tokens-*", -30, ["--json"], "l4ctx prefill with the same docum"),
-    ("tokens-*", 5000, ["docs"], "l4ctx prefill with the same documents")])
+@pytest.mark.parametrize(
+    ("name", "byte", "arguments", "part"),
+    [
+        ("journal", 30, [], "journal: "),
+        ("manifest.json", 30, [], "make the context anew"),
+        ("head.json", 30, [], "make the context anew"),
+        ("tokens-*", -30, ["--json"], "l4ctx prefill with the same docum"),
+        ("tokens-*", 5000, ["docs"], "l4ctx prefill with the same documents"),
+    ],
+)
 def test_damage_of_what_describes_a_context(place: Path, name: str, byte: int, arguments: list[str], part: str) -> None:
     """The list of documents is read by --json, their tokens where documents are given."""
     flip(next(Path("c").glob(name)), byte)
@@ -370,6 +437,7 @@ def test_damage_of_what_describes_a_context(place: Path, name: str, byte: int, a
 
 
 # Dates, standard input, terminals
+
 
 def test_a_template_that_tells_the_date(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept goes on with the day of its first reading."""
@@ -432,10 +500,16 @@ def test_nothing_that_is_kept_steers_the_terminal(place: Path) -> None:
     evil = "\x1b]0;owned\x07\x9b31m\u202e\r"
     context = f"kept\x1b[2J{evil}"
     text_file(place / evil / f"\x1b[31m\n{evil}.md", fact_document("a"))
-    results = [prefill(paths=(evil,), context=context), prefill(paths=(evil,), context=context),
-               prefill("--json", paths=(evil,), context=context), ask("a", "--context", context),
-               ask("a", "--context", context, "--json"), ask("a", evil, "--context", context),
-               run_here("inspect", context, "--verify"), run_here("inspect", context, "--json")]
+    results = [
+        prefill(paths=(evil,), context=context),
+        prefill(paths=(evil,), context=context),
+        prefill("--json", paths=(evil,), context=context),
+        ask("a", "--context", context),
+        ask("a", "--context", context, "--json"),
+        ask("a", evil, "--context", context),
+        run_here("inspect", context, "--verify"),
+        run_here("inspect", context, "--json"),
+    ]
     assert [result.code for result in results] == [0] * len(results)
     report = json.loads(results[4].stdout)
     assert report["context"] == context and report["documents"][0]["path"].endswith(".md")

@@ -94,8 +94,9 @@ def test_large_images_are_tiles_and_count_into_plan_and_prompt() -> None:
     assert planned["plan"]["weights"] > alone["plan"]["weights"]
     assert report["memory"]["weights"] == planned["plan"]["weights"] and planned["fits"]
     rate = ("--rate", "1000", "--json")
-    seconds = [json.loads(run_here("plan", *paths, *rate).stdout)["seconds"]
-               for paths in (("a.md",), ("a.md", "large.png"))]
+    seconds = [
+        json.loads(run_here("plan", *paths, *rate).stdout)["seconds"] for paths in (("a.md",), ("a.md", "large.png"))
+    ]
     assert seconds[1] > seconds[0]
 
 
@@ -105,8 +106,12 @@ def test_no_images_leaves_them_out_and_says_so() -> None:
     assert (result.code, result.stdout) == (0, ANSWER)
     assert "skipped docs/image.png: a PNG image; left out by --no-images\n" in result.stderr
     assert result.stderr.count("left out by --no-images") == 6 and "1 document, " in result.stderr
-    check_refused(run_here("ask", QUESTION, "docs/image.png", "--no-images", "--quiet"), 2, "found nothing to read",
-                  "left out by --no-images")
+    check_refused(
+        run_here("ask", QUESTION, "docs/image.png", "--no-images", "--quiet"),
+        2,
+        "found nothing to read",
+        "left out by --no-images",
+    )
 
 
 def test_a_text_only_checkpoint_says_what_it_does(text_model: str) -> None:
@@ -114,8 +119,13 @@ def test_a_text_only_checkpoint_says_what_it_does(text_model: str) -> None:
     result = run_here("ask", QUESTION, "docs", "--model", text_model)
     assert (result.code, result.stdout) == (0, ANSWER)
     assert result.stderr.count("image; the checkpoint reads text alone\n") == 6
-    check_refused(run_here("ask", QUESTION, "docs", "--pdf", "pages", "--model", text_model), 2, "--pdf pages",
-                  "the checkpoint reads text alone", "--pdf text reads their text")
+    check_refused(
+        run_here("ask", QUESTION, "docs", "--pdf", "pages", "--model", text_model),
+        2,
+        "--pdf pages",
+        "the checkpoint reads text alone",
+        "--pdf text reads their text",
+    )
     check_refused(run_here("ask", QUESTION, "docs", "--pdf", "both", "--no-images"), 2, "left out by --no-images")
     check_refused(run_here("plan", "docs", "--pdf", "some"), 2, "--pdf: 'some' is not one of text, pages, both")
 
@@ -129,8 +139,9 @@ def test_an_image_can_be_piped_in() -> None:
 @pytest.mark.parametrize(("mode", "images"), [("text", 0), ("pages", 2), ("both", 2)])
 def test_pages_of_a_pdf(mode: str, images: int) -> None:
     lines = ANSWER.strip().encode()
-    Path("report.pdf").write_bytes(pdf_toys.pdf(pdf_toys.Page(pdf_toys.text(b"Some words here.")),
-                                                pdf_toys.Page(pdf_toys.text(lines))))
+    Path("report.pdf").write_bytes(
+        pdf_toys.pdf(pdf_toys.Page(pdf_toys.text(b"Some words here.")), pdf_toys.Page(pdf_toys.text(lines)))
+    )
     report = told("report.pdf", "--pdf", mode)
     assert [entry["path"] for entry in report["documents"]] == ["report.pdf"] and report["skipped"] == []
     assert [entry["path"] for entry in report["images"]] == [f"report.pdf, page {n + 1}" for n in range(images)]
@@ -150,7 +161,8 @@ def test_pdf_files_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     assert skipped(told("docs")) == dict.fromkeys(
         ["docs/scan.pdf", "docs/secret.pdf", "docs/torn.pdf"],
-        'a PDF document; pip install "l4ctx[pdf]" adds what reads it')
+        'a PDF document; pip install "l4ctx[pdf]" adds what reads it',
+    )
 
 
 def test_hostile_files_are_named_and_the_rest_is_read() -> None:
@@ -162,7 +174,7 @@ def test_hostile_files_are_named_and_the_rest_is_read() -> None:
         image((24, 17), number).save(file)
         raw = bytearray(file.read_bytes())
         if number % 3 == 0:
-            del raw[chance.randrange(12, len(raw)):]
+            del raw[chance.randrange(12, len(raw)) :]
         for _ in range(chance.randrange(1, 9)):
             raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
         file.write_bytes(raw)
@@ -188,6 +200,7 @@ def test_absurd_sizes() -> None:
 
 def test_a_saved_context_keeps_images_by_their_digests() -> None:
     """What follows an image of the same size but other pixels is read anew."""
+
     def prefill(context: str = "c") -> Result:
         return run_here("prefill", "docs", "-o", context)
 
@@ -233,8 +246,12 @@ def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(l4ctx.ask.Run, "load_model", change_then)
         refused = run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048", "--quiet")
-        check_refused(refused, 2, "docs/b.png: changed since it was first read; ", " tokens are kept in c; the same "
-                      "command goes on from there")
+        check_refused(
+            refused,
+            2,
+            "docs/b.png: changed since it was first read; ",
+            " tokens are kept in c; the same command goes on from there",
+        )
         image().save("docs/b.png")
         check_refused(run_here("ask", QUESTION, "docs", "--quiet"), 2, "first read; nothing is kept")
     assert run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048").code == 0
@@ -243,7 +260,8 @@ def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("cut", range(1, 6))
 def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
     """Blocks of 1024 tokens, whose ends cut tiles; one image is another one when the reading goes on."""
     import l4ctx.prefill
 
@@ -285,16 +303,19 @@ def test_a_plan_without_shards_counts_the_tower_by_its_configuration(tmp_path: P
 def test_images_are_in_the_plan_and_a_remedy_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     text_file(Path("a.md"), DOCUMENT)
     image((3000, 2000)).save("large.png")
-    plans = [json.loads(run_here("plan", *paths, "--json").stdout)["plan"]
-             for paths in (("a.md",), ("a.md", "large.png"))]
+    plans = [
+        json.loads(run_here("plan", *paths, "--json").stdout)["plan"] for paths in (("a.md",), ("a.md", "large.png"))
+    ]
     assert plans[0]["images"] == 0 and plans[1]["images"] >= 16 * 3000 * 2000
     assert plans[1]["needed"] - plans[0]["needed"] >= plans[1]["images"]
     for module in ("planning", "ask"):
         monkeypatch.setattr(f"l4ctx.{module}.available_memory", lambda: plans[0]["needed"] + (280 << 20))
     planned = run_here("plan", "a.md", "large.png", "--json")
     assert planned.code == 5
-    assert any(remedy.startswith("--no-images makes it fit (large.png takes ") for remedy in
-               json.loads(planned.stdout)["remedies"])
+    assert any(
+        remedy.startswith("--no-images makes it fit (large.png takes ")
+        for remedy in json.loads(planned.stdout)["remedies"]
+    )
     refused = run_here("ask", QUESTION, "a.md", "large.png", "--quiet")
     check_refused(refused, 5, "--no-images makes it fit (large.png takes ", "scaled down it takes less")
 
@@ -304,15 +325,20 @@ def test_a_vision_part_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     write_folder()
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     odd = str(changed_checkpoint(tmp_path / "odd", vision_config=config["vision_config"] | {"hidden_act": "relu"}))
-    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", odd), 3, "vision_config.hidden_act: 'relu'",
-                  "--no-images reads the text alone")
+    check_refused(
+        run_here("ask", QUESTION, "docs", "--quiet", "--model", odd),
+        3,
+        "vision_config.hidden_act: 'relu'",
+        "--no-images reads the text alone",
+    )
     assert run_here("ask", QUESTION, "docs/a.md", "--quiet", "--model", odd) == Result(0, ANSWER, "")
     index = json.loads((TINY / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name.startswith("language")}
     blind = changed_checkpoint(tmp_path / "blind")
     (blind / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", str(blind)), 3,
-                  "--no-images reads the text alone")
+    check_refused(
+        run_here("ask", QUESTION, "docs", "--quiet", "--model", str(blind)), 3, "--no-images reads the text alone"
+    )
     assert run_here("ask", QUESTION, "docs/a.md", "--quiet", "--model", str(blind)) == Result(0, ANSWER, "")
     (blind / "preprocessor_config.json").write_text('{"size": {"height": 5, "width": 5}}', encoding="utf-8")
     (blind / "model.safetensors.index.json").write_bytes((TINY / "model.safetensors.index.json").read_bytes())

@@ -52,6 +52,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def while_reading(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object], *arguments: str) -> Result:
     """`prefill`; after so many steps `act` is called beside it, once what was sealed is in the journal."""
+
     def some(*given: Any, **options: Any) -> Iterator[Any]:
         for number, step in enumerate(read(*given, **options), 1):
             yield step
@@ -68,13 +69,22 @@ def while_reading(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[],
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_what_is_sealed_is_asked_while_the_rest_is_read(place: Path, monkeypatch: pytest.MonkeyPatch,
-                                                        kv_dtype: str) -> None:
+def test_what_is_sealed_is_asked_while_the_rest_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
     found: list[Any] = []
 
     def act() -> None:
-        found.extend([ask("a", "--context", "c"), told(), run_here("inspect", "c"), run_here("inspect", "c", "--json"),
-                      told("docs"), ask("c", "docs", "--context", "c")])
+        found.extend(
+            [
+                ask("a", "--context", "c"),
+                told(),
+                run_here("inspect", "c"),
+                run_here("inspect", "c", "--json"),
+                told("docs"),
+                ask("c", "docs", "--context", "c"),
+            ]
+        )
 
     assert while_reading(monkeypatch, 3, act, "--kv-dtype", kv_dtype).code == 0
     asked, report, listed, inspected, beside, asked_beside = found
@@ -84,8 +94,10 @@ def test_what_is_sealed_is_asked_while_the_rest_is_read(place: Path, monkeypatch
     assert (asked.code, asked.stdout) == (0, answer("a"))
     assert f"l4ctx: c is still being read: the answer is from the first {done}\n" in asked.stderr
     assert report["reused_tokens"] == ROW and report["context_is_partial"] == {"tokens": ROW, "of": kept[-1]}
-    assert report["documents"] == [{"path": "docs/a.md", "tokens": kept[1] - kept[0]},
-                                   {"path": "docs/b.md", "tokens": ROW - kept[1], "is_partial": True}]
+    assert report["documents"] == [
+        {"path": "docs/a.md", "tokens": kept[1] - kept[0]},
+        {"path": "docs/b.md", "tokens": ROW - kept[1], "is_partial": True},
+    ]
     assert listed.code == 0 and f"still being read, {done} so far" in listed.stdout
     assert json.loads(inspected.stdout)["is_being_written"] is True
     assert beside["reused_tokens"] == ROW and len(beside["documents"]) == 3
@@ -106,7 +118,7 @@ def test_how_far_a_first_reading_is_said_truly(place: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     assert while_reading(monkeypatch, steps, act).code == 130
-    state, = Context.read(Path("c")).states
+    (state,) = Context.read(Path("c")).states
     done = len(state.blocks) * ROW
     if done:
         assert found[0].code == 0 and f"the first {done:,} of {state.tokens:,} tokens\n" in found[0].stderr
@@ -161,22 +173,46 @@ def test_who_keeps_readers_out_is_not_waited_for(place: Path, monkeypatch: pytes
 # Why what is kept cannot be used
 
 REASONS: dict[str, tuple[Callable[[], object], list[str], str]] = {
-    "first block missing": (lambda: next(Path("c/blocks").glob("000000-*")).unlink(), [],
-                            "the documents are the same, but their first block is missing or damaged"),
-    "first block cut short": (lambda: os.truncate(next(Path("c/blocks").glob("000000-*")), 5000), [],
-                              "the documents are the same, but their first block is missing or damaged"),
-    "blocks folder missing": (lambda: shutil.rmtree("c/blocks"), [],
-                              "the documents are the same, but their first block is missing or damaged"),
-    "token ids missing": (lambda: next(Path("c").glob("tokens-*")).unlink(), [],
-                          "which tokens these are is missing or damaged"),
-    "system prompt": (lambda: None, ["--system", "Be brief.", "--replace"],
-                      "these documents begin otherwise (what comes before the first document differs (--system))"),
-    "first changed": (lambda: text_file(Path("docs/a.md"), "New."), [],
-                      "these documents begin otherwise (docs/a.md has changed)"),
-    "first removed": (lambda: Path("docs/a.md").unlink(), ["--replace"],
-                      "these documents begin otherwise (docs/b.md comes where docs/a.md came)"),
-    "renamed": (lambda: Path("docs/a.md").rename("docs/aa.md"), ["--replace"],
-                "these documents begin otherwise (docs/aa.md was docs/a.md then)"),
+    "first block missing": (
+        lambda: next(Path("c/blocks").glob("000000-*")).unlink(),
+        [],
+        "the documents are the same, but their first block is missing or damaged",
+    ),
+    "first block cut short": (
+        lambda: os.truncate(next(Path("c/blocks").glob("000000-*")), 5000),
+        [],
+        "the documents are the same, but their first block is missing or damaged",
+    ),
+    "blocks folder missing": (
+        lambda: shutil.rmtree("c/blocks"),
+        [],
+        "the documents are the same, but their first block is missing or damaged",
+    ),
+    "token ids missing": (
+        lambda: next(Path("c").glob("tokens-*")).unlink(),
+        [],
+        "which tokens these are is missing or damaged",
+    ),
+    "system prompt": (
+        lambda: None,
+        ["--system", "Be brief.", "--replace"],
+        "these documents begin otherwise (what comes before the first document differs (--system))",
+    ),
+    "first changed": (
+        lambda: text_file(Path("docs/a.md"), "New."),
+        [],
+        "these documents begin otherwise (docs/a.md has changed)",
+    ),
+    "first removed": (
+        lambda: Path("docs/a.md").unlink(),
+        ["--replace"],
+        "these documents begin otherwise (docs/b.md comes where docs/a.md came)",
+    ),
+    "renamed": (
+        lambda: Path("docs/a.md").rename("docs/aa.md"),
+        ["--replace"],
+        "these documents begin otherwise (docs/aa.md was docs/a.md then)",
+    ),
 }
 
 
@@ -192,8 +228,10 @@ def test_the_true_reason_why_nothing_can_be_used(place: Path, what: str) -> None
     check_answers(names="c")
 
 
-@pytest.mark.parametrize(("before", "after", "reason"), [
-    ("a", "ab", "docs/b.md is new"), ("ab", "aB", "docs/b.md has changed"), ("ab", "ac", "docs/c.md comes where")])
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [("a", "ab", "docs/b.md is new"), ("ab", "aB", "docs/b.md has changed"), ("ab", "ac", "docs/c.md comes where")],
+)
 def test_documents_that_are_too_short_to_go_on_from(place: Path, before: str, after: str, reason: str) -> None:
     for name in "abc":
         text_file(Path("docs", f"{name}.md"), answer(name))
@@ -217,8 +255,12 @@ def test_an_unreadable_block_is_no_damage(place: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refused)
         for result in (prefill("--quiet"), ask("a", "--context", "c", "-q")):
-            check_refused(result, 7, f"{block}: cannot be opened: Permission denied; c is left as it is: see to that "
-                          "and run the same command again, or let l4ctx prefill with the same documents, the same -o ")
+            check_refused(
+                result,
+                7,
+                f"{block}: cannot be opened: Permission denied; c is left as it is: see to that "
+                "and run the same command again, or let l4ctx prefill with the same documents, the same -o ",
+            )
     check_answers()
 
 
@@ -226,16 +268,20 @@ def span(source: str, start: int, stop: int, digest: str = "") -> Span:
     return Span(source, start, stop, digest or source)
 
 
-@pytest.mark.parametrize(("given", "same", "reason"), [
-    ([span("a", 5, 20), span("b", 20, 50)], 3, "what comes before the first document differs (--system)"),
-    ([span("a", 9, 24), span("b", 24, 54)], 5, "what comes before the first document differs (--system)"),
-    ([span("a", 5, 20), span("b", 20, 55, "other")], 30, "b has changed"),
-    ([span("a", 5, 20), span("x", 20, 55)], 22, "x comes where b came"),
-    ([span("a", 5, 20), span("x", 20, 55, "b")], 22, "x was b then"),
-    ([span("a", 5, 20), span("b", 20, 45)], 33, "b is read otherwise than then (--encoding, --pdf or --no-images)"),
-    ([span("a", 5, 20)], 20, "b is not among them"),
-    ([span("a", 5, 20), span("b", 20, 50), span("c", 50, 70)], 50, "c is new"),
-    ([span("a", 5, 20), span("b", 20, 50)], 50, "they end there")])
+@pytest.mark.parametrize(
+    ("given", "same", "reason"),
+    [
+        ([span("a", 5, 20), span("b", 20, 50)], 3, "what comes before the first document differs (--system)"),
+        ([span("a", 9, 24), span("b", 24, 54)], 5, "what comes before the first document differs (--system)"),
+        ([span("a", 5, 20), span("b", 20, 55, "other")], 30, "b has changed"),
+        ([span("a", 5, 20), span("x", 20, 55)], 22, "x comes where b came"),
+        ([span("a", 5, 20), span("x", 20, 55, "b")], 22, "x was b then"),
+        ([span("a", 5, 20), span("b", 20, 45)], 33, "b is read otherwise than then (--encoding, --pdf or --no-images)"),
+        ([span("a", 5, 20)], 20, "b is not among them"),
+        ([span("a", 5, 20), span("b", 20, 50), span("c", 50, 70)], 50, "c is new"),
+        ([span("a", 5, 20), span("b", 20, 50)], 50, "they end there"),
+    ],
+)
 def test_the_first_difference(given: list[Span], same: int, reason: str) -> None:
     assert first_difference([span("a", 5, 20), span("b", 20, 50)], given, same) == reason
 

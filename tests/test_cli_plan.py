@@ -92,15 +92,18 @@ def planned(*arguments: str, code: int = 0) -> dict[str, Any]:
 
 # Plans
 
+
 def test_a_number_of_tokens_imports_nothing_heavy(place: Path) -> None:
     shutil.copy(TINY / "config.json", "docs")  # nothing else of a checkpoint
-    code = ("import contextlib, sys\nfrom l4ctx.cli import main\n"
-            "for more in (['--json'], ['--rate', '25000'], ['--kv-dir', '.', '--kv-host-memory', '1GiB']):\n"
-            "    sys.argv = ['l4ctx', 'plan', '--tokens', '1000000', '--device', 'cpu', '--dtype', 'float32',\n"
-            "                '--model', 'docs', *more]\n"
-            "    with contextlib.suppress(SystemExit):\n        main()\n"
-            "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'jinja2'} & sys.modules.keys()\n"
-            "assert not heavy, heavy")
+    code = (
+        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        "for more in (['--json'], ['--rate', '25000'], ['--kv-dir', '.', '--kv-host-memory', '1GiB']):\n"
+        "    sys.argv = ['l4ctx', 'plan', '--tokens', '1000000', '--device', 'cpu', '--dtype', 'float32',\n"
+        "                '--model', 'docs', *more]\n"
+        "    with contextlib.suppress(SystemExit):\n        main()\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'jinja2'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stderr == b""
@@ -112,9 +115,24 @@ def test_a_number_of_tokens_imports_nothing_heavy(place: Path) -> None:
 def test_a_plan_for_programs_is_the_one_of_ask(place: Path) -> None:
     report = planned("docs", "--dtype", "float32")
     assert list(report) == [
-        "fits", "prompt_tokens", "max_new_tokens", "max_position_embeddings", "exceeds_positions", "documents",
-        "skipped", "plan", "room", "missing", "remedies", "notes", "tokens_in_memory", "tokens_with_disk",
-        "read_from_disk", "operations_per_second", "seconds"]
+        "fits",
+        "prompt_tokens",
+        "max_new_tokens",
+        "max_position_embeddings",
+        "exceeds_positions",
+        "documents",
+        "skipped",
+        "plan",
+        "room",
+        "missing",
+        "remedies",
+        "notes",
+        "tokens_in_memory",
+        "tokens_with_disk",
+        "read_from_disk",
+        "operations_per_second",
+        "seconds",
+    ]
     run = json.loads(ask("a", "docs", "--json", "--quiet", "--dtype", "float32").stdout)
     assert report["documents"] == run["documents"] and report["fits"] and not report["exceeds_positions"]
     assert list(report["plan"]) == list(run["memory"]["predicted"])
@@ -143,17 +161,35 @@ def test_a_plan_for_people(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize(("arguments", "code", "parts"), [
-    (["--tokens", "10000000"], 0, ["fits here       yes", "10,485,760 tokens in memory alone"]),
-    (["--tokens", "10485761"], 4, ["fits here       no", "more tokens than the model has positions: 10,485,761"]),
-    (["--tokens", "10485760", "--max-new-tokens", "1"], 4, ["10,485,760 and 1 of the answer", "positions: 10,485,761"]),
-    (["--tokens", "10000000", "--kv-host-memory", "1GiB"], 5, [
-        "--kv-host-memory: 9.5 GiB needed, 1.0 GiB there", "what helps      --kv-host-memory 9766MiB makes it fit",
-        "--kv-dir DIR makes it fit (8.6 GiB on disk)", "--kv-dtype int8 saves 7.0 GiB", ", not enough alone",
-        "fewer tokens: 1,048,576 of these 10,000,000 fit"]),
-    (["--tokens", "10000000", "--kv-host-memory", "1GiB", "--kv-dir", "."], 0, [
-        "NoPE keys and values, disk", "tokens in host memory, 8,9", " tokens on disk", "disk in all "]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["--tokens", "10000000"], 0, ["fits here       yes", "10,485,760 tokens in memory alone"]),
+        (["--tokens", "10485761"], 4, ["fits here       no", "more tokens than the model has positions: 10,485,761"]),
+        (
+            ["--tokens", "10485760", "--max-new-tokens", "1"],
+            4,
+            ["10,485,760 and 1 of the answer", "positions: 10,485,761"],
+        ),
+        (
+            ["--tokens", "10000000", "--kv-host-memory", "1GiB"],
+            5,
+            [
+                "--kv-host-memory: 9.5 GiB needed, 1.0 GiB there",
+                "what helps      --kv-host-memory 9766MiB makes it fit",
+                "--kv-dir DIR makes it fit (8.6 GiB on disk)",
+                "--kv-dtype int8 saves 7.0 GiB",
+                ", not enough alone",
+                "fewer tokens: 1,048,576 of these 10,000,000 fit",
+            ],
+        ),
+        (
+            ["--tokens", "10000000", "--kv-host-memory", "1GiB", "--kv-dir", "."],
+            0,
+            ["NoPE keys and values, disk", "tokens in host memory, 8,9", " tokens on disk", "disk in all "],
+        ),
+    ],
+)
 def test_what_a_number_of_tokens_takes(place: Path, arguments: list[str], code: int, parts: list[str]) -> None:
     result = run_here("plan", *arguments, "--dtype", "float32")
     assert (result.code, result.stderr) == (code, "")
@@ -168,8 +204,12 @@ def test_what_does_not_fit_into_memory(place: Path, monkeypatch: pytest.MonkeyPa
     assert report["missing"]["memory"]["there"] == 2**20 and not report["fits"]
     assert any(remedy.startswith("--dtype bfloat16 saves ") for remedy in report["remedies"])
     shown = run_here("plan", "docs", "--dtype", "float32")
-    assert shown.code == 5 and re.search(r"^fits here +no\n +memory: 3\d\d MiB needed, 1\.0 MiB there\n"
-                                         r"what helps +--dtype bfloat16 saves ", shown.stdout, re.MULTILINE)
+    assert shown.code == 5 and re.search(
+        r"^fits here +no\n +memory: 3\d\d MiB needed, 1\.0 MiB there\n"
+        r"what helps +--dtype bfloat16 saves ",
+        shown.stdout,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.usefixtures("machine")
@@ -187,22 +227,32 @@ def test_the_time_grows_with_the_square(place: Path) -> None:
     assert fast["seconds"] > 0 and list(fast["operations_per_second"]) == ["linear", "attention"]
 
 
-@pytest.mark.parametrize(("arguments", "code", "part"), [
-    ([], 2, "l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them"),
-    (["docs", "--tokens", "5"], 2, "l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them"),
-    (["--tokens", "5", "--rate", "5", "--measure"], 2, "--rate gives the speed, --measure finds it out"),
-    (["--tokens", "5", "--rate", "inf"], 2, "--rate: inf is not a positive number"),
-    (["docs/x.md"], 2, "docs/x.md: no such file or folder"), ([""], 2, "a path is empty"),
-    (["docs/../docs/x"], 2, "no such file"), (["/dev/null"], 2, "/dev/null: is a device"),
-    (["--tokens", "5", "--model", "x"], 3, "x: no such folder"),
-    (["docs", "--model", "docs"], 3, "docs: no config.json there"),
-    (["--tokens", "5", "--device", "abacus"], 2, "--device abacus: no such device"),
-    (["--tokens", "5", "--kv-device-memory", "1G", "--device", "cpu"], 2, "--kv-device-memory: the model computes on"),
-    (["--tokens", "5", "--kv-host-memory", "1 apple"], 2, "--kv-host-memory: '1 apple' is not a size such as 8GiB"),
-    (["--tokens", "5", "--dtype", "int8"], 2, "--dtype: 'int8' is not one of auto, float32, bfloat16, float16"),
-    (["--tokens", "5", "--kv-dtype", "int4"], 2, "--kv-dtype: 'int4' is not one of auto, float32, bfloat16"),
-    (["--tokens", "5", "--kv-dir", "docs/x"], 2, "--kv-dir docs/x: no such folder"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        ([], 2, "l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them"),
+        (["docs", "--tokens", "5"], 2, "l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them"),
+        (["--tokens", "5", "--rate", "5", "--measure"], 2, "--rate gives the speed, --measure finds it out"),
+        (["--tokens", "5", "--rate", "inf"], 2, "--rate: inf is not a positive number"),
+        (["docs/x.md"], 2, "docs/x.md: no such file or folder"),
+        ([""], 2, "a path is empty"),
+        (["docs/../docs/x"], 2, "no such file"),
+        (["/dev/null"], 2, "/dev/null: is a device"),
+        (["--tokens", "5", "--model", "x"], 3, "x: no such folder"),
+        (["docs", "--model", "docs"], 3, "docs: no config.json there"),
+        (["--tokens", "5", "--device", "abacus"], 2, "--device abacus: no such device"),
+        (
+            ["--tokens", "5", "--kv-device-memory", "1G", "--device", "cpu"],
+            2,
+            "--kv-device-memory: the model computes on",
+        ),
+        (["--tokens", "5", "--kv-host-memory", "1 apple"], 2, "--kv-host-memory: '1 apple' is not a size such as 8GiB"),
+        (["--tokens", "5", "--dtype", "int8"], 2, "--dtype: 'int8' is not one of auto, float32, bfloat16, float16"),
+        (["--tokens", "5", "--kv-dtype", "int4"], 2, "--kv-dtype: 'int4' is not one of auto, float32, bfloat16"),
+        (["--tokens", "5", "--kv-dir", "docs/x"], 2, "--kv-dir docs/x: no such folder"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_what_cannot_be_planned(place: Path, arguments: list[str], code: int, part: str) -> None:
     check_refused(run_here("plan", *arguments), code, part)
 
@@ -243,6 +293,7 @@ def test_output_of_prefill_that_is_closed_or_full(place: Path) -> None:
 
 # Runs that do not fit, and what is said to help
 
+
 def needed(*arguments: str) -> tuple[int, int]:
     """Bytes that a question takes by its plan, and tokens of its prompt."""
     report = json.loads(ask("a", *arguments, "--quiet", "--json").stdout)
@@ -255,10 +306,17 @@ def test_too_little_memory_for_keys_and_values(place: Path, monkeypatch: pytest.
     monkeypatch.setattr("l4ctx.ask.available_memory", lambda: free)
     assert ask("b", "docs", *options).stdout == answer("b")
     monkeypatch.setattr("l4ctx.ask.available_memory", lambda: free - 2 * MIB)
-    check_refused(ask("b", "docs", *options), 5, f"this run needs {human_bytes(free)} of memory, and "
-                  f"{human_bytes(free - 2 * MIB)} are free (keys and values ", "--kv-dir DIR makes it fit (",
-                  "--kv-dtype bfloat16 makes it fit", "--dtype bfloat16 makes it fit", "--kv-dtype int8 makes it fit",
-                  "leave out docs/a.md, 50 % of the tokens", "fewer tokens: ")
+    check_refused(
+        ask("b", "docs", *options),
+        5,
+        f"this run needs {human_bytes(free)} of memory, and {human_bytes(free - 2 * MIB)} are free (keys and values ",
+        "--kv-dir DIR makes it fit (",
+        "--kv-dtype bfloat16 makes it fit",
+        "--dtype bfloat16 makes it fit",
+        "--kv-dtype int8 makes it fit",
+        "leave out docs/a.md, 50 % of the tokens",
+        "fewer tokens: ",
+    )
     for remedy in (["--kv-dir", "."], ["--kv-dtype", "bfloat16"], ["--kv-dtype", "int8"], ["--dtype", "bfloat16"]):
         assert ask("b", "docs", *options, *remedy) == Result(0, answer("b"), ""), remedy
     assert ask("b", "docs/b.md", *options).stdout == answer("b")
@@ -269,9 +327,15 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
     text_file(Path("longer.txt"), fact_document("c", lines=110))
     free, tokens = needed("docs", *options)
     monkeypatch.setattr("l4ctx.ask.available_memory", lambda: free)
-    check_refused(ask("a", "docs", "longer.txt", *options), 5, f"and {human_bytes(free)} are free (",
-                  "--dtype bfloat16 makes it fit", "leave out longer.txt, 39 % of the tokens;", "fewer tokens: ",
-                  found := "--prefill-chunk-size 4096 makes it fit")
+    check_refused(
+        ask("a", "docs", "longer.txt", *options),
+        5,
+        f"and {human_bytes(free)} are free (",
+        "--dtype bfloat16 makes it fit",
+        "leave out longer.txt, 39 % of the tokens;",
+        "fewer tokens: ",
+        found := "--prefill-chunk-size 4096 makes it fit",
+    )
     smaller = found.split()[:2]
     assert ask("c", "docs", "longer.txt", *options, *smaller) == Result(0, answer("c"), "")
     by_itself = ask("c", "docs", "longer.txt", *options[:2])
@@ -291,8 +355,13 @@ def test_prefill_that_does_not_fit_makes_nothing(place: Path, monkeypatch: pytes
         assert "--kv-dir" not in prefill("-q").stderr  # a context is on disk anyway
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=MIB))
-        check_refused(prefill("-q"), 5, "of disk space in c, and 1.0 MiB are free (", "--kv-dtype int8",
-                      "or a folder on a larger disk, makes it fit")
+        check_refused(
+            prefill("-q"),
+            5,
+            "of disk space in c, and 1.0 MiB are free (",
+            "--kv-dtype int8",
+            "or a folder on a larger disk, makes it fit",
+        )
         assert files(place) == before
     assert prefill("-q") == Result(0, "", "")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=MIB))
@@ -302,13 +371,18 @@ def test_prefill_that_does_not_fit_makes_nothing(place: Path, monkeypatch: pytes
 def test_documents_beside_a_context_need_a_place(place: Path) -> None:
     assert prefill("-q", paths=("docs/a.md",)).code == 0
     beside = ("docs", "--context", "c", "--kv-host-memory", "1B", "-q")
-    check_refused(ask("b", *beside), 5, "what these documents have beyond the context does not fit into memory; add "
-                  "--kv-dir, or read them into the context with l4ctx prefill")
+    check_refused(
+        ask("b", *beside),
+        5,
+        "what these documents have beyond the context does not fit into memory; add "
+        "--kv-dir, or read them into the context with l4ctx prefill",
+    )
     assert ask("b", *beside, "--kv-dir", ".").stdout == answer("b")
     assert ask("a", *beside[1:], "--max-new-tokens", "100").stdout == answer("a")
 
 
 # Budgets and storage types
+
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_blocks_go_to_disk(place: Path, kv_dtype: str) -> None:
@@ -360,15 +434,27 @@ def test_a_context_of_int8_is_asked(place: Path) -> None:
     assert told()["memory"]["nope_disk"] < 0.3 * 6 * ROW * TOKEN_BYTES
 
 
-@pytest.mark.parametrize(("options", "code", "part"), [
-    (["--kv-device-memory", "1GiB"], 2, "--kv-device-memory: the model computes on the CPU, whose memory is the host"),
-    (["--kv-device-memory", "1x"], 2, "--kv-device-memory: '1x' is not a size such as 8GiB, 500MB or 8388608 (bytes)"),
-    (["--kv-host-memory", ""], 2, "--kv-host-memory: '' is not a size"),
-    (["--kv-host-memory", "-1"], 2, "--kv-host-memory: '-1' is not a size"),
-    (["--kv-dtype", "int4"], 2, "--kv-dtype: 'int4' is not one of auto, float32, bfloat16, float16, fp8, int8"),
-    (["--kv-dir", "docs/x"], 2, "--kv-dir docs/x: no such folder; make it, or name another one"),
-    (["--kv-dir", "docs/a.md"], 2, "--kv-dir docs/a.md: no such folder"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (
+            ["--kv-device-memory", "1GiB"],
+            2,
+            "--kv-device-memory: the model computes on the CPU, whose memory is the host",
+        ),
+        (
+            ["--kv-device-memory", "1x"],
+            2,
+            "--kv-device-memory: '1x' is not a size such as 8GiB, 500MB or 8388608 (bytes)",
+        ),
+        (["--kv-host-memory", ""], 2, "--kv-host-memory: '' is not a size"),
+        (["--kv-host-memory", "-1"], 2, "--kv-host-memory: '-1' is not a size"),
+        (["--kv-dtype", "int4"], 2, "--kv-dtype: 'int4' is not one of auto, float32, bfloat16, float16, fp8, int8"),
+        (["--kv-dir", "docs/x"], 2, "--kv-dir docs/x: no such folder; make it, or name another one"),
+        (["--kv-dir", "docs/a.md"], 2, "--kv-dir docs/a.md: no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_budgets_that_cannot_be_kept(place: Path, options: list[str], code: int, part: str) -> None:
     check_refused(ask("a", "docs", *options, "--device", "cpu", "-q"), code, part)
 
@@ -378,21 +464,30 @@ def test_a_full_disk_of_a_scratch_file(place: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    check_refused(ask("a", "docs", "--kv-dir", ".", "--kv-host-memory", "1MiB", "-q"), 5, "keys and values cannot be "
-                  "written: No space left on device; free some space there, or name another folder with --kv-dir")
+    check_refused(
+        ask("a", "docs", "--kv-dir", ".", "--kv-host-memory", "1MiB", "-q"),
+        5,
+        "keys and values cannot be "
+        "written: No space left on device; free some space there, or name another folder with --kv-dir",
+    )
     assert os.listdir() == ["docs"]
 
 
 WRITE = "l4ctx.context_writer.write_units"
 FULL: list[tuple[str, int, int]] = [  # what fails, after how many calls; tokens that are kept then
-    (WRITE, 0, 0), (WRITE, 1, 0), (WRITE, 2, ROW), (WRITE, 3, 2 * ROW), ("os.pwrite", 3 + 5 + 2, ROW),
+    (WRITE, 0, 0),
+    (WRITE, 1, 0),
+    (WRITE, 2, ROW),
+    (WRITE, 3, 2 * ROW),
+    ("os.pwrite", 3 + 5 + 2, ROW),
     ("os.fsync", 9, ROW),
 ]
 
 
 @pytest.mark.parametrize(("name", "calls", "kept"), FULL)
-def test_a_full_disk_of_a_context_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int,
-                                                kept: int) -> None:
+def test_a_full_disk_of_a_context_loses_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int, kept: int
+) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     module, _, function = name.rpartition(".")
     target = getattr(sys.modules[module], function)
@@ -407,8 +502,12 @@ def test_a_full_disk_of_a_context_loses_nothing(place: Path, monkeypatch: pytest
     assert prefill(paths=paths, context="whole").code == 0
     with monkeypatch.context() as patch:
         patch.setattr(name, full)
-        check_refused(prefill("-q", paths=paths), 5, "c: cannot be written: No space left on device; ",
-                      f"{kept:,} tokens are kept: free some space and run the same command again")
+        check_refused(
+            prefill("-q", paths=paths),
+            5,
+            "c: cannot be written: No space left on device; ",
+            f"{kept:,} tokens are kept: free some space and run the same command again",
+        )
     *notes, end = prefill(paths=paths).stderr.splitlines()[1:-1]
     assert notes == [f"l4ctx: {kept:,} of {spans()[-1]:,} tokens are in c already"] * bool(kept)
     assert end.startswith("l4ctx: read ")

@@ -80,7 +80,7 @@ def test_an_answer_is_that_of_a_run_without_a_context(folder: Path, kind: Kind) 
 
 def test_an_answer_is_that_of_a_plain_forward(folder: Path) -> None:
     keep(folder, IDS)
-    assert close(answer(folder), model()(as_batch(IDS + QUESTION, torch.device("cpu")))[:, len(IDS):])
+    assert close(answer(folder), model()(as_batch(IDS + QUESTION, torch.device("cpu")))[:, len(IDS) :])
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + CHUNK])
@@ -108,14 +108,27 @@ def test_documents_are_listed(folder: Path) -> None:
 
 # Prefill chunks that are smaller than an attention chunk, the same, as large as the block; that do not divide it,
 # and are larger: one block, several, a whole number of them and not.
-GRIDS = [(5, BLOCK), (CHUNK - 1, BLOCK), (CHUNK, BLOCK), (20, BLOCK), (BLOCK, BLOCK), (2 * CHUNK, 3 * CHUNK),
-         (50, 4 * CHUNK), (BLOCK + 1, BLOCK), (2 * BLOCK, BLOCK), (100, BLOCK), (100, 3 * CHUNK), (1000, BLOCK)]
+GRIDS = [
+    (5, BLOCK),
+    (CHUNK - 1, BLOCK),
+    (CHUNK, BLOCK),
+    (20, BLOCK),
+    (BLOCK, BLOCK),
+    (2 * CHUNK, 3 * CHUNK),
+    (50, 4 * CHUNK),
+    (BLOCK + 1, BLOCK),
+    (2 * BLOCK, BLOCK),
+    (100, BLOCK),
+    (100, 3 * CHUNK),
+    (1000, BLOCK),
+]
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 @pytest.mark.parametrize(("prefill_chunk_size", "block_tokens"), GRIDS)
-def test_a_resumed_run_writes_the_same_bytes(tmp_path: Path, prefill_chunk_size: int, block_tokens: int,
-                                             kv_dtype: str) -> None:
+def test_a_resumed_run_writes_the_same_bytes(
+    tmp_path: Path, prefill_chunk_size: int, block_tokens: int, kv_dtype: str
+) -> None:
     kind = Kind(kv_dtype, prefill_chunk_size=prefill_chunk_size, block_tokens=block_tokens)
     keep(tmp_path / "whole", IDS, kind)
     at_once = min(prefill_chunk_size, len(IDS)) // block_tokens or 1  # blocks that are sealed in one step
@@ -146,15 +159,15 @@ CHANGES: dict[str, tuple[array[int], int]] = {  # and the tokens before the firs
     "last grown": (TWENTY + tokens(10), LENGTH),
     "last but one": (of_twenty(lambda d: d.__setitem__(18, tokens(50, 99))), 18 * 17),
     "appended": (TWENTY + tokens(100), LENGTH),
-    "last removed": (TWENTY[:19 * 17], 19 * 17),
+    "last removed": (TWENTY[: 19 * 17], 19 * 17),
     "middle removed": (of_twenty(lambda d: d.__delitem__(10)), 170),
     "middle inserted": (of_twenty(lambda d: d.insert(10, tokens(60, 99))), 170),
     "at a block": (changed(TWENTY, 7 * BLOCK), 7 * BLOCK),
     "before a block": (changed(TWENTY, 7 * BLOCK - 1), 7 * BLOCK - 1),
     "behind a chunk": (changed(TWENTY, 7 * BLOCK + CHUNK + 1), 7 * BLOCK + CHUNK + 1),
-    "cut within a block": (TWENTY[:7 * BLOCK + CHUNK + 5], 7 * BLOCK + CHUNK + 5),
-    "cut at a chunk": (TWENTY[:7 * BLOCK + CHUNK], 7 * BLOCK + CHUNK),
-    "cut at a block": (TWENTY[:7 * BLOCK], 7 * BLOCK),
+    "cut within a block": (TWENTY[: 7 * BLOCK + CHUNK + 5], 7 * BLOCK + CHUNK + 5),
+    "cut at a chunk": (TWENTY[: 7 * BLOCK + CHUNK], 7 * BLOCK + CHUNK),
+    "cut at a block": (TWENTY[: 7 * BLOCK], 7 * BLOCK),
     "cut to a few": (TWENTY[:9], 9),
     "first changed": (changed(TWENTY, 0), 0),
     "all others": (tokens(100, 99), 0),
@@ -164,8 +177,9 @@ CHANGES: dict[str, tuple[array[int], int]] = {  # and the tokens before the firs
 PACKED = ("none", "last changed", "appended", "behind a chunk", "at a block", "cut at a chunk")
 
 
-@pytest.mark.parametrize(("change", "kv_dtype"),
-                         [*((change, "float32") for change in CHANGES), *((change, "int8") for change in PACKED)])
+@pytest.mark.parametrize(
+    ("change", "kv_dtype"), [*((change, "float32") for change in CHANGES), *((change, "int8") for change in PACKED)]
+)
 def test_changed_documents_are_read_from_the_change_on(folder: Path, change: str, kv_dtype: str) -> None:
     """No more than an attention chunk is read again; a block where those are stored otherwise than computed with.
 
@@ -207,8 +221,9 @@ def test_many_changes(folder: Path) -> None:
     complete = latest = IDS
     for n in range(40):
         before = chance.choice([complete, latest])
-        ids = before[:chance.choice([len(before), chance.randrange(1, len(before) + 1)])] + tokens(
-            chance.choice([0, 20, 100]), seed=n)
+        ids = before[: chance.choice([len(before), chance.randrange(1, len(before) + 1)])] + tokens(
+            chance.choice([0, 20, 100]), seed=n
+        )
         latest = ids = changed(ids, *(chance.randrange(len(ids)) for _ in range(chance.randrange(2))))[:300]
         keep(folder, ids, stop=chance.randrange(len(ids)) if n and chance.random() < 0.6 else None)
         if Context.read(folder).states[-1].is_complete:
@@ -241,7 +256,8 @@ def test_an_interrupted_change_leaves_the_old_state_to_readers(folder: Path, sea
     old = block_digests(folder)
     for _ in range(3):
         assert keep(folder, ids, kind, stop=(2 + sealed) * BLOCK if sealed else 0) == (
-            start if not sealed or _ == 0 else (2 + sealed) * BLOCK)
+            start if not sealed or _ == 0 else (2 + sealed) * BLOCK
+        )
         assert block_digests(folder) == old
         assert same(answer(folder, kind), fresh_answer(IDS, kind))
         assert same(answer(folder, kind, ids=ids), fresh_answer(ids, kind))
@@ -296,8 +312,9 @@ def test_two_readers_and_a_writer_at_the_same_time(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_first", [False, True])
-def test_a_writer_may_end_between_two_looks_of_a_reader(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                                        is_first: bool) -> None:
+def test_a_writer_may_end_between_two_looks_of_a_reader(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
     """The journal and the head are two files."""
     ids = changed(IDS, -1)
     if not is_first:
@@ -315,7 +332,7 @@ def test_a_writer_may_end_between_two_looks_of_a_reader(folder: Path, monkeypatc
 
         monkeypatch.setattr(Journal, "read", looked)
         if is_first:
-            assert same(answer(folder), fresh_answer(ids[:6 * BLOCK]))  # what is sealed, by the journal as it was
+            assert same(answer(folder), fresh_answer(ids[: 6 * BLOCK]))  # what is sealed, by the journal as it was
         else:
             found = answer(folder)
             assert same(found, fresh_answer(ids)) or same(found, fresh_answer(IDS))
@@ -334,8 +351,9 @@ def test_a_second_writer_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_a_folder_that_cannot_be_written_to_can_be_asked(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         locks: bool) -> None:
+def test_a_folder_that_cannot_be_written_to_can_be_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
     keep(folder, IDS)
     before, opened = files(folder), os.open
 
@@ -360,7 +378,7 @@ def test_opening_reads_no_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         names.append(Path(path).relative_to(folder).as_posix().split("-")[0])
         return opened(path, *arguments, **others)
 
-    for ids in (IDS[2 * BLOCK:], IDS):
+    for ids in (IDS[2 * BLOCK :], IDS):
         keep(folder, ids)
         with monkeypatch.context() as patch, closing(ContextReader(folder)) as reader:
             patch.setattr(os, "open", logged)
@@ -373,8 +391,9 @@ def test_opening_reads_no_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_checksum_is_compared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(folder, IDS)
     seen: list[int] = []
-    monkeypatch.setattr(cache.disk, "zlib", SimpleNamespace(
-        crc32=lambda content: (seen.append(len(content)), zlib.crc32(content))[1]))
+    monkeypatch.setattr(
+        cache.disk, "zlib", SimpleNamespace(crc32=lambda content: (seen.append(len(content)), zlib.crc32(content))[1])
+    )
     with closing(ContextReader(folder)) as reader:
         layout = Kind().layout(len(IDS) + 2 * len(QUESTION))
         kept = HybridKVCache(CONFIG, length=layout.length, layout=layout, residency=Residency(2))

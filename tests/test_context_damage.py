@@ -93,14 +93,17 @@ class Patient:
 def of_bytes(change: Callable[[random.Random, bytes], bytes]) -> Callable[[Patient], None]:
     def apply(patient: Patient) -> None:
         patient.file.write_bytes(change(patient.chance, patient.file.read_bytes()))
+
     return apply
 
 
 def at_a_place(change: Callable[[random.Random, bytes], bytes], length: int) -> Callable[[Patient], None]:
     """What `change` makes of `length` bytes somewhere."""
+
     def apply(chance: random.Random, content: bytes) -> bytes:
         place = chance.randrange(len(content))
-        return content[:place] + change(chance, content[place:place + length]) + content[place + length:]
+        return content[:place] + change(chance, content[place : place + length]) + content[place + length :]
+
     return of_bytes(apply)
 
 
@@ -109,7 +112,7 @@ def of_lines(change: Callable[[random.Random, list[bytes]], list[bytes]]) -> Cal
 
 
 def without(lines: list[bytes], number: int) -> list[bytes]:
-    return lines[:number] + lines[number + 1:]
+    return lines[:number] + lines[number + 1 :]
 
 
 def swapped(patient: Patient) -> None:
@@ -149,7 +152,7 @@ MUTATIONS: dict[str, tuple[Callable[[Patient], None], tuple[str, ...]]] = {
     "byte changed": (at_a_place(lambda chance, x: bytes([(x[0] + chance.randrange(1, 256)) % 256]), 1), ALL),
     "byte removed": (at_a_place(lambda chance, x: b"", 1), ALL),
     "byte inserted": (at_a_place(lambda chance, x: chance.randbytes(1), 0), ALL),
-    "cut short": (of_bytes(lambda chance, content: content[:chance.randrange(len(content))]), ALL),
+    "cut short": (of_bytes(lambda chance, content: content[: chance.randrange(len(content))]), ALL),
     "a byte cut off": (of_bytes(lambda chance, content: content[:-1]), ALL),
     "emptied": (of_bytes(lambda chance, content: b""), ALL),
     "zeroed in part": (at_a_place(lambda chance, x: bytes(len(x)), 64), ALL),
@@ -160,7 +163,7 @@ MUTATIONS: dict[str, tuple[Callable[[Patient], None], tuple[str, ...]]] = {
     "swapped": (swapped, ("blocks/*",)),
     "replaced by another": (lambda p: shutil.copy(p.chance.choice(p.others()), p.file) and None, ("blocks/*",)),
     "forged": (forged, STORED),
-    "lines cut off": (of_lines(lambda chance, lines: lines[:chance.randrange(len(lines))]), ("journal",)),
+    "lines cut off": (of_lines(lambda chance, lines: lines[: chance.randrange(len(lines))]), ("journal",)),
     "last line cut off": (of_lines(lambda chance, lines: lines[:-1]), ("journal",)),
     "line removed": (of_lines(lambda chance, lines: without(lines, chance.randrange(len(lines) - 1))), ("journal",)),
     "line repeated": (of_lines(lambda chance, lines: [*lines, chance.choice(lines)]), ("journal",)),
@@ -175,7 +178,7 @@ def is_harmless(file: Path, before: bytes, after: bytes) -> bool:
         with suppress(ValueError):
             return bool(json.loads(before) == json.loads(after))
     if file.name == "journal":
-        lines, whole = before.splitlines(keepends=True), after[:after.rfind(b"\n") + 1]
+        lines, whole = before.splitlines(keepends=True), after[: after.rfind(b"\n") + 1]
         ends = [n for n, line in enumerate(lines, 1) if b'"end"' in line]
         return before.startswith(whole) and whole.count(b"\n") >= ends[-1]
     return False
@@ -206,8 +209,7 @@ def gone_on_with(folder: Path, ids: array[int]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("number", range(200),
-                         ids=lambda n: "{}, {} {}".format(n, *reversed(CASES[n % len(CASES)])))
+@pytest.mark.parametrize("number", range(200), ids=lambda n: "{}, {} {}".format(n, *reversed(CASES[n % len(CASES)])))
 def test_damage_is_named_and_no_answer_is_wrong(bases: list[Base], folder: Path, number: int) -> None:
     """Asked, the context gives the very answer or says what is damaged; a look at all of it says so in any case. What
     can be kept is gone on from; else nothing is touched."""
@@ -257,9 +259,17 @@ def test_damage_amid_a_change_and_an_interruption_then(tmp_path: Path, sealed: i
             assert close(answer(folder, kind), fresh_answer(LATER, kind)), folder.name
 
 
-OTHER = {"config": "f0" * 32, "weights": "f0" * 32, "tokenizer": "f0" * 32, "template": "f0" * 32,
-         "dtype": "bfloat16", "kv_dtype": "int8", "attention": "eager", "prefill_chunk_size": 20,
-         "block_tokens": 3 * CHUNK}
+OTHER = {
+    "config": "f0" * 32,
+    "weights": "f0" * 32,
+    "tokenizer": "f0" * 32,
+    "template": "f0" * 32,
+    "dtype": "bfloat16",
+    "kv_dtype": "int8",
+    "attention": "eager",
+    "prefill_chunk_size": 20,
+    "block_tokens": 3 * CHUNK,
+}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -309,7 +319,7 @@ def test_a_file_in_the_folders_place_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["blocks", "journal", "tail-*", "tokens-*", "blocks/000002-*"])
 def test_links_are_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
     keep(folder, IDS)
-    path, = folder.glob(name)
+    (path,) = folder.glob(name)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     before = files(tmp_path)

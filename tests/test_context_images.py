@@ -43,8 +43,13 @@ class Features:
 
 def read(cache: HybridKVCache, images: tuple[ImageSpan, ...]) -> Tensor:
     """The rest of IDS; the logits of its last token."""
-    for _ in prefill(model(), cache, memoryview(IDS)[cache.offset:-1], prefill_chunk_size=KIND.prefill_chunk_size,
-                     features=Features(images)):  # type: ignore[arg-type]
+    for _ in prefill(
+        model(),
+        cache,
+        memoryview(IDS)[cache.offset : -1],
+        prefill_chunk_size=KIND.prefill_chunk_size,
+        features=Features(images),
+    ):  # type: ignore[arg-type]
         pass
     logits = model()(as_batch(IDS[-1:], torch.device("cpu")), cache, "last")
     assert logits is not None
@@ -80,11 +85,19 @@ def test_the_digests_are_kept(tmp_path: Path) -> None:
         assert reader.context.images(reader.state) == []
 
 
-@pytest.mark.parametrize(("images", "first_difference"), [
-    (IMAGES, LENGTH), (CHANGED, IMAGES[1].start), (IMAGES[:1], IMAGES[1].start), ((), IMAGES[0].start),
-    (IMAGES[1:], IMAGES[0].start)])
-def test_a_context_serves_up_to_the_first_other_image(tmp_path: Path, images: tuple[ImageSpan, ...],
-                                                        first_difference: int) -> None:
+@pytest.mark.parametrize(
+    ("images", "first_difference"),
+    [
+        (IMAGES, LENGTH),
+        (CHANGED, IMAGES[1].start),
+        (IMAGES[:1], IMAGES[1].start),
+        ((), IMAGES[0].start),
+        (IMAGES[1:], IMAGES[0].start),
+    ],
+)
+def test_a_context_serves_up_to_the_first_other_image(
+    tmp_path: Path, images: tuple[ImageSpan, ...], first_difference: int
+) -> None:
     keep(tmp_path / "c", IMAGES)
     served, logits = from_context(tmp_path / "c", images)
     assert served == min(first_difference, LENGTH - 1) // CHUNK * CHUNK

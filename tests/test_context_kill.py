@@ -50,8 +50,13 @@ Failure = Callable[[int, str, OsFunction, tuple[Any, ...]], Any]
 
 
 def test_killed_at_random_moments() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "samples" / "kill_prefill.py"), "--kills", "30", "--seed", "7"],
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "samples" / "kill_prefill.py"), "--kills", "30", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.fullmatch(r"30 kills in \d+ trials: .*; 0 mismatches \(.*\)\n", done.stdout)
 
@@ -86,12 +91,13 @@ class FileCalls:
                     return self.failure(self.count - self.number - 1, name, function, arguments)
                 self._note(name, path, arguments)
                 return function(*arguments, **named)
+
         return call
 
     def _note(self, name: str, path: Path, arguments: tuple[Any, ...]) -> None:
         """What a loss of power could undo, before it is done."""
         if name == "fsync":
-            for synced in ([path] if path.is_file() else [p for p in self._names if p.parent == path]):
+            for synced in [path] if path.is_file() else [p for p in self._names if p.parent == path]:
                 (self._unsynced if path.is_file() else self._names).pop(synced, None)
         elif name in ("write", "pwrite"):
             self._unsynced.setdefault(path, path.stat().st_size)
@@ -152,7 +158,7 @@ def disk_full(later: int, name: str, function: OsFunction, arguments: tuple[Any,
 def short_write(later: int, name: str, function: OsFunction, arguments: tuple[Any, ...]) -> Any:
     if later == 0 and name in ("write", "pwrite"):
         descriptor, content, *position = arguments
-        return function(descriptor, content[:len(content) // 2], *position)
+        return function(descriptor, content[: len(content) // 2], *position)
     return function(*arguments)
 
 
@@ -172,11 +178,15 @@ def sync_fails(later: int, name: str, function: OsFunction, arguments: tuple[Any
 
 # What happens, how the run ends, and of which calls: of every one, or of every third.
 FAILURES: dict[str, tuple[Failure, type[BaseException], int]] = {
-    "power cut": (power_cut, PowerCut, 1), "interrupt": (interrupt, KeyboardInterrupt, 3),
-    "interrupt after": (interrupt_after, KeyboardInterrupt, 3), "disk full": (disk_full, DiskFullError, 1),
+    "power cut": (power_cut, PowerCut, 1),
+    "interrupt": (interrupt, KeyboardInterrupt, 3),
+    "interrupt after": (interrupt_after, KeyboardInterrupt, 3),
+    "disk full": (disk_full, DiskFullError, 1),
     "disk full after a part": (disk_full_after_a_part, DiskFullError, 3),
-    "full for a moment": (full_for_a_moment, DiskFullError, 3), "short write": (short_write, DiskFullError, 3),
-    "sync fails": (sync_fails, DiskFullError, 1)}
+    "full for a moment": (full_for_a_moment, DiskFullError, 3),
+    "short write": (short_write, DiskFullError, 3),
+    "sync fails": (sync_fails, DiskFullError, 1),
+}
 
 
 @pytest.fixture
@@ -259,8 +269,11 @@ def check_readers(folder: Path, wholes: list[Whole]) -> None:
 def check_message(folder: Path, said: str, kept: int | None) -> None:
     """One line that says which folder, why, what is kept, and what to do."""
     why = r"No space left on device|Input/output error|File too large|only \d+ of a journal line's \d+ bytes .*"
-    match = re.fullmatch(rf"{re.escape(str(folder))}: cannot be written: ({why}); "
-                         r"(nothing of this was|[\d,]+ tokens are) kept: (free some space|see to that).* again", said)
+    match = re.fullmatch(
+        rf"{re.escape(str(folder))}: cannot be written: ({why}); "
+        r"(nothing of this was|[\d,]+ tokens are) kept: (free some space|see to that).* again",
+        said,
+    )
     assert match, said
     if kept is not None:
         assert match[2] in ([f"{kept} tokens are"] if kept else ["nothing of this was", "0 tokens are"]), (said, kept)

@@ -36,8 +36,10 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def modes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder.parent).as_posix(): stat.S_IMODE(path.stat().st_mode)
-            for path in (folder, *folder.rglob("*"))}
+    return {
+        path.relative_to(folder.parent).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in (folder, *folder.rglob("*"))
+    }
 
 
 def check_private(folder: Path) -> None:
@@ -139,6 +141,7 @@ def test_modes_that_cannot_be_changed_are_told(tmp_path: Path, monkeypatch: pyte
 
 # What is planted
 
+
 def test_a_link_under_the_old_temporary_name_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("Dear diary,\n")
@@ -152,8 +155,9 @@ def test_a_link_under_the_old_temporary_name_is_not_followed(tmp_path: Path) -> 
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-def test_temporary_names_cannot_be_foreseen_and_are_never_opened_twice(tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_names_cannot_be_foreseen_and_are_never_opened_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names, replace = set(), os.replace
 
     def noted(source: Any, target: Any) -> None:
@@ -204,10 +208,12 @@ def test_what_a_crash_left_under_a_temporary_name_is_removed(tmp_path: Path) -> 
 
 # What cannot be read for a moment
 
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
 @pytest.mark.parametrize("pattern", ["blocks/000000-*", "blocks/000002-*", "tail-*", "tokens-*"])
-def test_a_file_that_cannot_be_read_now_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int,
-                                                     pattern: str) -> None:
+def test_a_file_that_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, pattern: str
+) -> None:
     """Blocks of hours are not thrown away for it; with --verify they are read anew."""
     folder = tmp_path / "context"
     keep(folder, IDS)
@@ -257,6 +263,7 @@ def test_a_folder_that_cannot_be_looked_into_is_no_new_context(tmp_path: Path, m
     keep(tmp_path / "A", IDS)
     for function in ("stat", "listdir"):
         with monkeypatch.context() as patch:
+
             def refused(path: Any, *_: Any, **__: Any) -> Any:
                 raise OSError(errno.EIO, "Input/output error")
 

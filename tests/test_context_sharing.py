@@ -54,10 +54,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "more": lambda folder: keep(folder, LONGER), "others": lambda folder: keep(folder, OTHER),
-    "the same": lambda folder: keep(folder, IDS), "interrupted": lambda folder: keep(folder, OTHER, stop=2 * BLOCK),
+    "more": lambda folder: keep(folder, LONGER),
+    "others": lambda folder: keep(folder, OTHER),
+    "the same": lambda folder: keep(folder, IDS),
+    "interrupted": lambda folder: keep(folder, OTHER, stop=2 * BLOCK),
     "interrupted twice": lambda folder: [keep(folder, LONGER, stop=5 * BLOCK), keep(folder, OTHER, stop=2 * BLOCK)],
-    "blocks removed": lambda folder: shutil.rmtree(folder / "blocks")}
+    "blocks removed": lambda folder: shutil.rmtree(folder / "blocks"),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -172,6 +175,7 @@ def test_a_journal_that_was_replaced_is_not_written_to(tmp_path: Path) -> None:
 
 
 # Locks
+
 
 @contextmanager
 def held(file: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:

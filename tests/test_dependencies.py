@@ -16,9 +16,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GROUPS = {"": PROJECT["project"]["dependencies"], **PROJECT["project"]["optional-dependencies"]}
 REQUIREMENTS = [(group, Requirement(text)) for group, texts in GROUPS.items() for text in texts]
 ADVISORIES = PROJECT["tool"]["l4ctx"]["advisories"]
-PINNED = {canonicalize_name(requirement.name): requirement for line in
-          (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
-          for requirement in [Requirement(line)]}
+PINNED = {
+    canonicalize_name(requirement.name): requirement
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+    for requirement in [Requirement(line)]
+}
 
 
 def minimum(requirement: Requirement) -> Version:

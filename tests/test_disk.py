@@ -25,9 +25,11 @@ def tensors(seed: int = 0) -> Tensors:
     """Three units: of every dtype, of an empty and a scalar tensor, of many bytes."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(3, 5, generator=generator) * 50
-    return {"0.0": [(name.lower(), drawn.to(dtype)) for dtype, name in DTYPE_NAMES.items()],
-            "odd": [("none", torch.empty(2, 0, 3)), ("scalar", torch.tensor(3.5)), ("byte", torch.tensor([7]).byte())],
-            "1.0": [("keys", torch.randn(1, 2, 700, 10, generator=generator)), ("values", drawn[0])]}
+    return {
+        "0.0": [(name.lower(), drawn.to(dtype)) for dtype, name in DTYPE_NAMES.items()],
+        "odd": [("none", torch.empty(2, 0, 3)), ("scalar", torch.tensor(3.5)), ("byte", torch.tensor([7]).byte())],
+        "1.0": [("keys", torch.randn(1, 2, 700, 10, generator=generator)), ("values", drawn[0])],
+    }
 
 
 def write(path: Path, units: Tensors, metadata: dict[str, str] | None = None, base: int = 0) -> UnitFile:
@@ -100,9 +102,9 @@ def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path: Path, longer
     file = write(tmp_path / "x", {"u": [("x", torch.ones(4))]}, {"name": "x" * longer})
     raw = path_of(file).read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    assert (8 + size) % 64 == 0 and json.loads(raw[8:8 + size])["u.x"]["data_offsets"] == [0, 16]
-    assert raw[8 + size:] == bytes(as_bytes(torch.ones(4)))
-    assert file._header_sha256 == hashlib.sha256(raw[:8 + size]).hexdigest()
+    assert (8 + size) % 64 == 0 and json.loads(raw[8 : 8 + size])["u.x"]["data_offsets"] == [0, 16]
+    assert raw[8 + size :] == bytes(as_bytes(torch.ones(4)))
+    assert file._header_sha256 == hashlib.sha256(raw[: 8 + size]).hexdigest()
 
 
 def test_tensors_that_are_not_contiguous_are_refused(tmp_path: Path) -> None:
@@ -150,8 +152,10 @@ def test_short_reads_and_writes_are_completed(file: UnitFile, tmp_path: Path, mo
     def few(size: int) -> int:
         return min(size, chance.choice((1, 5, 8, 1000)))
 
-    monkeypatch.setattr(os, "preadv", lambda d, buffers, offset: preadv(d, [buffers[0][:few(len(buffers[0]))]], offset))
-    monkeypatch.setattr(os, "pwrite", lambda d, data, offset: pwrite(d, data[:few(len(data))], offset))
+    monkeypatch.setattr(
+        os, "preadv", lambda d, buffers, offset: preadv(d, [buffers[0][: few(len(buffers[0]))]], offset)
+    )
+    monkeypatch.setattr(os, "pwrite", lambda d, data, offset: pwrite(d, data[: few(len(data))], offset))
     for name, unit in tensors().items():
         assert read(again(file), name) == content(unit)
     assert path_of(write(tmp_path / "b", tensors())).read_bytes() == path_of(file).read_bytes()
@@ -166,7 +170,8 @@ def test_scratch_rows_come_back_and_leave_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []  # it has no name
     for row, file in reversed(list(enumerate(files))):
         assert {name: read(file, name) for name in file.units} == {
-            name: content(unit) for name, unit in tensors(row).items()}
+            name: content(unit) for name, unit in tensors(row).items()
+        }
         assert file.metadata == {"block": str(row)} and file._base % 4096 == 0
         file.check_size()
         file.verify()

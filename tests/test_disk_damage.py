@@ -121,14 +121,27 @@ def with_places(places: object) -> dict[str, Any]:
 
 
 HEADERS: dict[str, object] = {
-    "nothing": b"", "no JSON": b"{", "no text": b"\xff\xfe{}", "a number": 3, "a list": [1, 2], "null": None,
-    "no metadata": {}, "metadata that is a number": {"__metadata__": 7}, "metadata without units": {"__metadata__": {}},
-    "units that are no text": {"__metadata__": {"units": {"u": [0, 4, 1]}}}, "units that are no JSON": with_places("{"),
-    "units in a list": with_places([[0, 4, 1]]), "two numbers": with_places({"u": [0, 4]}),
-    "four numbers": with_places({"u": [0, 4, 1, 1]}), "words": with_places({"u": ["a", "b", "c"]}),
-    "no numbers": with_places({"u": None}), "a negative offset": with_places({"u": [-4, 4, 1]}),
-    "a negative length": with_places({"u": [0, -4, 1]}), "infinity": with_places('{"u": [0, 1e999, 1]}'),
-    "no number": with_places('{"u": [NaN, 4, 1]}'), "deep": b"[" * 100_000,
+    "nothing": b"",
+    "no JSON": b"{",
+    "no text": b"\xff\xfe{}",
+    "a number": 3,
+    "a list": [1, 2],
+    "null": None,
+    "no metadata": {},
+    "metadata that is a number": {"__metadata__": 7},
+    "metadata without units": {"__metadata__": {}},
+    "units that are no text": {"__metadata__": {"units": {"u": [0, 4, 1]}}},
+    "units that are no JSON": with_places("{"),
+    "units in a list": with_places([[0, 4, 1]]),
+    "two numbers": with_places({"u": [0, 4]}),
+    "four numbers": with_places({"u": [0, 4, 1, 1]}),
+    "words": with_places({"u": ["a", "b", "c"]}),
+    "no numbers": with_places({"u": None}),
+    "a negative offset": with_places({"u": [-4, 4, 1]}),
+    "a negative length": with_places({"u": [0, -4, 1]}),
+    "infinity": with_places('{"u": [0, 1e999, 1]}'),
+    "no number": with_places('{"u": [NaN, 4, 1]}'),
+    "deep": b"[" * 100_000,
     "a number too long to read": with_places('{"u": [' + "9" * 5000 + "]}"),
 }
 
@@ -174,6 +187,7 @@ def replaced_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def replace(path: Path) -> None:
         path.unlink()
         make(path)
+
     return replace
 
 
@@ -190,8 +204,9 @@ IN_ITS_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("what", IN_ITS_PLACE)
 @pytest.mark.parametrize("is_known", [True, False])
-def test_something_else_in_its_place(file: UnitFile, what: str, is_known: bool,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_something_else_in_its_place(
+    file: UnitFile, what: str, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after its header has been read; and none of it hangs."""
     monkeypatch.chdir(path_of(file).parent)
     if is_known:
@@ -220,6 +235,7 @@ def test_something_else_in_its_place(file: UnitFile, what: str, is_known: bool,
 def test_a_folder_without_permission(file: UnitFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(DiskError, match="a file: cannot be opened: Permission denied"):
         file.check_size()
@@ -228,6 +244,7 @@ def test_a_folder_without_permission(file: UnitFile, monkeypatch: pytest.MonkeyP
 def test_an_error_while_reading(file: UnitFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     known = again(file)
     assert known.units
     monkeypatch.setattr(os, "preadv", broken)

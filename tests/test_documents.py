@@ -158,8 +158,9 @@ def test_what_is_no_text_is_skipped_with_the_reason(tmp_path: Path, raw: bytes, 
     folder = write(tmp_path / "d", {"file": raw})
     found = read(folder / "file" if named else folder)
     assert found.documents == []
-    shown = [entry.reason.removesuffix('; pip install "l4ctx[encodings]" adds what detects more')
-             for entry in found.skipped]
+    shown = [
+        entry.reason.removesuffix('; pip install "l4ctx[encodings]" adds what detects more') for entry in found.skipped
+    ]
     assert shown == [reason.format(path=folder / "file")]
     with pytest.raises(DocumentError, match=r"found nothing to read in docs: left out .*file: "):
         found.require_any(["docs"])

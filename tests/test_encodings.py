@@ -111,8 +111,10 @@ def test_an_encoding_is_given_by_hand(tmp_path: Path) -> None:
     assert piped.documents[0].text == "é"
 
 
-@pytest.mark.parametrize(("codec", "text"), [
-    ("utf-16-le", "ab\n"), ("utf-32-be", "日本"), ("iso2022_kr", "한국어"), ("hz", "中文"), ("cp037", "Hello, world")])
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [("utf-16-le", "ab\n"), ("utf-32-be", "日本"), ("iso2022_kr", "한국어"), ("hz", "中文"), ("cp037", "Hello, world")],
+)
 def test_encodings_by_hand_whose_bytes_look_like_others(codec: str, text: str) -> None:
     found = read_documents(["-"], stdin=io.BytesIO(text.encode(codec)), encoding=check_encoding(codec))
     assert [document.text for document in found.documents] == [text], found.skipped
@@ -131,8 +133,19 @@ def test_what_is_no_encoding_of_text(name: str) -> None:
         check_encoding(name)
 
 
-@pytest.mark.parametrize("raw", [
-    b"\0\1\2\3", b"\0\1\0\2\0\3", bytes(range(256)), b"\1\0\0\0\2\0\0\0", b"abc\0def", b"a\0b", b"\0" * 64,
-    b"\x10\x27\0\0\x88\x13\0\0" * 30, b"\0\4\0\4\0\4\0\4"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0\1\2\3",
+        b"\0\1\0\2\0\3",
+        bytes(range(256)),
+        b"\1\0\0\0\2\0\0\0",
+        b"abc\0def",
+        b"a\0b",
+        b"\0" * 64,
+        b"\x10\x27\0\0\x88\x13\0\0" * 30,
+        b"\0\4\0\4\0\4\0\4",
+    ],
+)
 def test_binary_with_zero_bytes_is_no_utf_16(raw: bytes) -> None:
     assert [entry.reason for entry in read_documents(["-"], stdin=io.BytesIO(raw)).skipped] == ["binary"]

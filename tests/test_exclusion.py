@@ -76,28 +76,67 @@ def reasons(found: DocumentSet) -> dict[str, str]:
 def test_every_file_of_patterns_holds(tmp_path: Path, home: Path, way: str) -> None:
     write(home, {".gitconfig": "[core]\n\texcludesFile = ~/mine # a comment\n", "mine": "*.sql\n*.md\n"})
     names = ["a.sql", "b.md", "keep.md", "secret.txt", "sub/c.log", "sub/d.txt", "out/e.txt", "sub/keep.sql"]
-    repo = repository(tmp_path / "r", dict.fromkeys(names, "text") | {
-        ".gitignore": "*.log\nout/\n", "sub/.gitignore": "!keep.sql\n", ".git/info/exclude": "secret.txt\n!keep.md\n"})
+    repo = repository(
+        tmp_path / "r",
+        dict.fromkeys(names, "text")
+        | {
+            ".gitignore": "*.log\nout/\n",
+            "sub/.gitignore": "!keep.sql\n",
+            ".git/info/exclude": "secret.txt\n!keep.md\n",
+        },
+    )
     found = read(repo)
     assert sources(found) == ["r/keep.md", "r/sub/d.txt", "r/sub/keep.sql"] and found.notes == []
-    by = {"a.sql": "core.excludesFile", "b.md": "core.excludesFile", "secret.txt": ".git/info/exclude",
-          "sub/c.log": ".gitignore", "out": ".gitignore"}
-    assert reasons(found) == {f"r/{name}": f"ignored by {file if way == 'ours' else 'git'}"
-                              for name, file in by.items()}
+    by = {
+        "a.sql": "core.excludesFile",
+        "b.md": "core.excludesFile",
+        "secret.txt": ".git/info/exclude",
+        "sub/c.log": ".gitignore",
+        "out": ".gitignore",
+    }
+    assert reasons(found) == {
+        f"r/{name}": f"ignored by {file if way == 'ours' else 'git'}" for name, file in by.items()
+    }
 
 
-@pytest.mark.parametrize(("files", "variables"), [
-    ({".config/git/ignore": "*.sql"}, {}),
-    ({"xdg/git/ignore": "*.sql"}, {"XDG_CONFIG_HOME": "xdg"}),
-    ({"xdg/git/config": '[core "x"]\nexcludesFile=~/no\n[CORE] ExcludesFile = "~/my file"\n', "my file": "*.sql"},
-     {"XDG_CONFIG_HOME": "xdg"}),
-    ({".gitconfig": "[core]\n\texcludesfile = ~/no\n[user]\n\tname = x\n[core]\nexcludesFile=~/yes\n", "yes": "*.sql",
-      "no": "*.md"}, {}),
-    ({"other": "[core]\nexcludesFile = ~/a\\\\b ; comment\n", "a\\b": "*.sql", ".gitconfig": "[core]\nexcludesFile=x"},
-     {"GIT_CONFIG_GLOBAL": "other"}),
-])
-def test_the_users_own_configuration(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, way: str,
-                                     files: dict[str, str], variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("files", "variables"),
+    [
+        ({".config/git/ignore": "*.sql"}, {}),
+        ({"xdg/git/ignore": "*.sql"}, {"XDG_CONFIG_HOME": "xdg"}),
+        (
+            {
+                "xdg/git/config": '[core "x"]\nexcludesFile=~/no\n[CORE] ExcludesFile = "~/my file"\n',
+                "my file": "*.sql",
+            },
+            {"XDG_CONFIG_HOME": "xdg"},
+        ),
+        (
+            {
+                ".gitconfig": "[core]\n\texcludesfile = ~/no\n[user]\n\tname = x\n[core]\nexcludesFile=~/yes\n",
+                "yes": "*.sql",
+                "no": "*.md",
+            },
+            {},
+        ),
+        (
+            {
+                "other": "[core]\nexcludesFile = ~/a\\\\b ; comment\n",
+                "a\\b": "*.sql",
+                ".gitconfig": "[core]\nexcludesFile=x",
+            },
+            {"GIT_CONFIG_GLOBAL": "other"},
+        ),
+    ],
+)
+def test_the_users_own_configuration(
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    files: dict[str, str],
+    variables: dict[str, str],
+) -> None:
     write(home, files)
     for name, path in variables.items():
         monkeypatch.setenv(name, str(home / path))
@@ -105,8 +144,17 @@ def test_the_users_own_configuration(tmp_path: Path, home: Path, monkeypatch: py
 
 
 def test_what_is_tracked_is_never_ignored(tmp_path: Path) -> None:
-    repo = repository(tmp_path / "r", {".gitignore": "*.log\nold/\n", "a.log": "a", "b.log": "b", "old/c.md": "c",
-                                       "old/d.md": "d", "old/deep/e.md": "e"})
+    repo = repository(
+        tmp_path / "r",
+        {
+            ".gitignore": "*.log\nold/\n",
+            "a.log": "a",
+            "b.log": "b",
+            "old/c.md": "c",
+            "old/d.md": "d",
+            "old/deep/e.md": "e",
+        },
+    )
     git(repo, "add", "-f", "a.log", "old/c.md")
     found = read(repo)
     assert sources(found) == ["r/a.log", "r/old/c.md"]
@@ -132,19 +180,30 @@ def test_a_linked_work_tree_shares_the_exclude_file(tmp_path: Path, way: str) ->
 @pytest.mark.parametrize("named", ["sub", "sub/deep", "old", "old/deep", "mixed"])
 def test_a_folder_inside_a_work_tree(tmp_path: Path, way: str, named: str) -> None:
     """The rules above it hold; in a folder that is itself ignored, those inside it do."""
-    names = [f"{folder}/{name}" for folder in ("sub", "sub/deep", "old", "old/deep", "mixed")
-             for name in ("a.log", "b.md", "c.txt")]
+    names = [
+        f"{folder}/{name}"
+        for folder in ("sub", "sub/deep", "old", "old/deep", "mixed")
+        for name in ("a.log", "b.md", "c.txt")
+    ]
     names = [name for name in names if not name.startswith("mixed/") or name.endswith(".log")]
-    repo = repository(tmp_path / "r", dict.fromkeys(names, "text") | {".gitignore": "*.log\n/old/\n/sub/deep/b.md\n",
-                                                                      "old/.gitignore": "*.txt\n"})
-    wanted = {"sub": ["b.md", "c.txt", "deep/c.txt"], "sub/deep": ["c.txt"], "mixed": [],
-              "old": ["a.log", "b.md", "deep/a.log", "deep/b.md"], "old/deep": ["a.log", "b.md"]}[named]
+    repo = repository(
+        tmp_path / "r",
+        dict.fromkeys(names, "text") | {".gitignore": "*.log\n/old/\n/sub/deep/b.md\n", "old/.gitignore": "*.txt\n"},
+    )
+    wanted = {
+        "sub": ["b.md", "c.txt", "deep/c.txt"],
+        "sub/deep": ["c.txt"],
+        "mixed": [],
+        "old": ["a.log", "b.md", "deep/a.log", "deep/b.md"],
+        "old/deep": ["a.log", "b.md"],
+    }[named]
     assert [name.partition("/")[2] for name in sources(read(repo / named))] == wanted
 
 
 def test_links_do_not_lead_around_the_rules(tmp_path: Path, way: str) -> None:
-    repo = repository(tmp_path / "r", {".gitignore": "z/*.log\nsecret\n", "z/a.log": "a", "z/b.md": "b",
-                                       "secret/c": "c"})
+    repo = repository(
+        tmp_path / "r", {".gitignore": "z/*.log\nsecret\n", "z/a.log": "a", "z/b.md": "b", "secret/c": "c"}
+    )
     for link, target in {"aa": "z", "bb": "secret/c", "cc": "secret", "dd": "z/a.log"}.items():
         (repo / link).symlink_to(target)
     found = read(repo)
@@ -176,13 +235,20 @@ def test_random_trees_are_read_as_git_lists_them(tmp_path: Path, monkeypatch: py
                 assert {document.text for document in read(repo).documents} == wanted, (seed, ours)
 
 
-@pytest.mark.parametrize("config", [
-    "[core]\n\tfsmonitor = {script}\n", "[core]\n\thooksPath = {folder}\n\tfsmonitor = true\n",
-    "[core]\n\tpager = {script}\n\teditor = {script}\n\tsshCommand = {script}\n\taskPass = {script}\n[pager]\n"
-    "\tls-files = {script}\n[alias]\n\tls-files = !{script}\n[diff]\n\texternal = {script}\n[filter \"x\"]\n"
-    "\tclean = {script}\n\tprocess = {script}\n",
-    "[core]\n\tworktree = /etc\n", "[include]\n\tpath = {folder}/more\n", "[status]\n\tshowUntrackedFiles = no\n",
-    "[core]\n\tuntrackedCache = true\n\tsplitIndex = true\n[core]\n\texcludesFile = /dev/zero\n"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[core]\n\tfsmonitor = {script}\n",
+        "[core]\n\thooksPath = {folder}\n\tfsmonitor = true\n",
+        "[core]\n\tpager = {script}\n\teditor = {script}\n\tsshCommand = {script}\n\taskPass = {script}\n[pager]\n"
+        '\tls-files = {script}\n[alias]\n\tls-files = !{script}\n[diff]\n\texternal = {script}\n[filter "x"]\n'
+        "\tclean = {script}\n\tprocess = {script}\n",
+        "[core]\n\tworktree = /etc\n",
+        "[include]\n\tpath = {folder}/more\n",
+        "[status]\n\tshowUntrackedFiles = no\n",
+        "[core]\n\tuntrackedCache = true\n\tsplitIndex = true\n[core]\n\texcludesFile = /dev/zero\n",
+    ],
+)
 def test_no_setting_of_a_repository_runs_a_program_or_changes_what_is_asked(tmp_path: Path, config: str) -> None:
     mark, tools = tmp_path / "it ran", tmp_path / "tools"
     write(tools, {"script": f"#!/bin/sh\ntouch '{mark}'\n", "more": f"[core]\n\tfsmonitor = {tools}/script\n"})
@@ -190,8 +256,9 @@ def test_no_setting_of_a_repository_runs_a_program_or_changes_what_is_asked(tmp_
         shutil.copy(tools / "script", tools / name)
     for file in tools.iterdir():
         file.chmod(0o755)
-    repo = repository(tmp_path / "r", {".gitignore": "*.log\n", ".gitattributes": "* filter=x diff=x\n", "a.log": "a",
-                                       "b.md": "b"})
+    repo = repository(
+        tmp_path / "r", {".gitignore": "*.log\n", ".gitattributes": "* filter=x diff=x\n", "a.log": "a", "b.md": "b"}
+    )
     git(repo, "add", ".gitignore")
     with (repo / ".git" / "config").open("a") as file:
         file.write(config.format(script=tools / "script", folder=tools))
@@ -202,8 +269,14 @@ def test_no_setting_of_a_repository_runs_a_program_or_changes_what_is_asked(tmp_
 
 def test_what_another_git_passes_on_does_not_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = repository(tmp_path / "other", {".git/info/exclude": "*.md\n"})
-    for name, value in {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git/index",
-                        "GIT_TRACE": 1, "GIT_GLOB_PATHSPECS": 1, "GIT_PREFIX": "x/"}.items():
+    for name, value in {
+        "GIT_DIR": other / ".git",
+        "GIT_WORK_TREE": other,
+        "GIT_INDEX_FILE": other / ".git/index",
+        "GIT_TRACE": 1,
+        "GIT_GLOB_PATHSPECS": 1,
+        "GIT_PREFIX": "x/",
+    }.items():
         monkeypatch.setenv(name, str(value))
     repo = tmp_path / "r"
     subprocess.run(["git", "init", "-q", repo], check=True, env={"PATH": os.environ["PATH"]})
@@ -241,10 +314,12 @@ def waiting_excludes(repo: Path) -> None:
     git(repo, "config", "core.excludesFile", str(repo / "pipe"))
 
 
-@pytest.mark.parametrize("spoil", [broken_index, no_repository, odd_file, of_others, waiting_configuration,
-                                   waiting_excludes])
-def test_where_git_does_not_answer_our_rules_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  spoil: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "spoil", [broken_index, no_repository, odd_file, of_others, waiting_configuration, waiting_excludes]
+)
+def test_where_git_does_not_answer_our_rules_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
+) -> None:
     monkeypatch.setattr(l4ctx.git, "SECONDS", 0.5)
     repository(tmp_path, {".gitignore": "*\n"})  # which git would find further up
     repo = repository(tmp_path / "r", {".gitignore": "*.log\n", "a.log": "a", "b.md": "b", "sub/c.log": "c"})
@@ -274,8 +349,15 @@ def test_too_many_names_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sources(found) == ["r/b.md"] and "MiB of names" in found.notes[0]
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe" + "*.md\n".encode("utf-16-le"), "*.md\n".encode("utf-16-be"),
-                                     b"\xfe\xff" + "*.md\n".encode("utf-16-be"), "#\n*.md\n".encode("utf-16-le")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe" + "*.md\n".encode("utf-16-le"),
+        "*.md\n".encode("utf-16-be"),
+        b"\xfe\xff" + "*.md\n".encode("utf-16-be"),
+        "#\n*.md\n".encode("utf-16-le"),
+    ],
+)
 @pytest.mark.parametrize("is_repository", [True, False])
 def test_utf_16_is_said_to_mean_nothing(tmp_path: Path, way: str, content: bytes, is_repository: bool) -> None:
     folder = write(tmp_path / "d", {"sub/b.md": "b"})
@@ -285,12 +367,15 @@ def test_utf_16_is_said_to_mean_nothing(tmp_path: Path, way: str, content: bytes
     found = read(folder)
     assert sources(found) == ["d/sub/b.md"]
     assert found.notes == [
-        "d/sub/.gitignore: is UTF-16, which git does not read as text: its rules do not hold (save it as UTF-8)"]
+        "d/sub/.gitignore: is UTF-16, which git does not read as text: its rules do not hold (save it as UTF-8)"
+    ]
 
 
 def test_only_a_real_file_of_sane_size_has_patterns(tmp_path: Path) -> None:
-    folder = write(tmp_path / "d", {"rules": "*.md", "one/a.md": "a", "two/b.md": "b", "three/c.md": "c",
-                                    "four/d.md": "d", "five/e.md": "e"})
+    folder = write(
+        tmp_path / "d",
+        {"rules": "*.md", "one/a.md": "a", "two/b.md": "b", "three/c.md": "c", "four/d.md": "d", "five/e.md": "e"},
+    )
     (folder / "one" / ".gitignore").symlink_to("../rules")
     os.mkfifo(folder / "two" / ".gitignore")
     (folder / "three" / ".gitignore").mkdir()
@@ -298,18 +383,30 @@ def test_only_a_real_file_of_sane_size_has_patterns(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     (folder / "five" / ".gitignore").symlink_to("/dev/zero")
     found = read(folder)
-    assert sources(found) == [f"d/{name}" for name in ("five/e.md", "four/d.md", "one/a.md", "rules", "three/c.md",
-                                                       "two/b.md")]
+    assert sources(found) == [
+        f"d/{name}" for name in ("five/e.md", "four/d.md", "one/a.md", "rules", "three/c.md", "two/b.md")
+    ]
     assert sorted(found.notes) == [
         "d/five/.gitignore: is a symbolic link, which git does not follow: it has no effect",
         "d/four/.gitignore: is larger than 8 MiB: it has no effect",
         "d/one/.gitignore: is a symbolic link, which git does not follow: it has no effect",
-        "d/three/.gitignore: is not a file: it has no effect", "d/two/.gitignore: is not a file: it has no effect"]
+        "d/three/.gitignore: is not a file: it has no effect",
+        "d/two/.gitignore: is not a file: it has no effect",
+    ]
 
 
-@pytest.mark.parametrize("text", ["[core]\nexcludesFile", "[core\nexcludesFile = x", "[core]\nexcludesFile =\n",
-                                  "[]\n=", "[core]\n" + "x" * 100_000, '[core]\nexcludesFile = "' + "\\" * 9_999,
-                                  "\0\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[core]\nexcludesFile",
+        "[core\nexcludesFile = x",
+        "[core]\nexcludesFile =\n",
+        "[]\n=",
+        "[core]\n" + "x" * 100_000,
+        '[core]\nexcludesFile = "' + "\\" * 9_999,
+        "\0\xff",
+    ],
+)
 def test_odd_configurations_are_read_in_peace(tmp_path: Path, text: str) -> None:
     write(tmp_path, {"config": text})
     assert isinstance(core_settings(str(tmp_path)).excludes_file, str)

@@ -35,11 +35,18 @@ Tensors = dict[str, tuple[str, list[int], bytes]]  # dtype, shape, data
 
 def made_up() -> Tensors:
     chance = random.Random(7)
-    shapes = {"model.norm.weight": ("BF16", [42]), "model.embed_tokens.weight": ("F32", [97, 42]),
-              "model.layers.0.large": ("BF16", [50, 1000]), "model.layers.0.odd": ("F16", [3 * K + 1]),
-              "model.layers.1.limit": ("BF16", [3 * K // 2]), "model.empty": ("F32", [0])}
-    return {name: (dtype, shape, chance.randbytes(product(shape) * ITEM_SIZES[dtype]))
-            for name, (dtype, shape) in shapes.items()}
+    shapes = {
+        "model.norm.weight": ("BF16", [42]),
+        "model.embed_tokens.weight": ("F32", [97, 42]),
+        "model.layers.0.large": ("BF16", [50, 1000]),
+        "model.layers.0.odd": ("F16", [3 * K + 1]),
+        "model.layers.1.limit": ("BF16", [3 * K // 2]),
+        "model.empty": ("F32", [0]),
+    }
+    return {
+        name: (dtype, shape, chance.randbytes(product(shape) * ITEM_SIZES[dtype]))
+        for name, (dtype, shape) in shapes.items()
+    }
 
 
 def product(shape: list[int]) -> int:
@@ -85,14 +92,14 @@ def test_offsets_are_those_of_safetensors(folder: Path) -> None:
             assert set(shard.keys()) == header.keys()
             for name, stored in header.items():
                 expected = shard.get_tensor(name).flatten().view(torch.uint8).numpy().tobytes()
-                assert data[stored.offset:stored.offset + stored.num_bytes] == expected
+                assert data[stored.offset : stored.offset + stored.num_bytes] == expected
 
 
 def test_the_rule_for_weights(folder: Path) -> None:
     digests = b""
     for name, (dtype, shape, data) in sorted(made_up().items()):
         size = len(data)
-        seen = data if size <= 3 * K else data[:K] + data[(size - K) // 2:][:K] + data[-K:]
+        seen = data if size <= 3 * K else data[:K] + data[(size - K) // 2 :][:K] + data[-K:]
         head = json.dumps([name, dtype, shape], separators=(",", ":")) + "\n"
         digests += hashlib.sha256(head.encode() + seen).hexdigest().encode()
     assert of(folder)["weights"] == hashlib.sha256(digests).hexdigest()
@@ -211,8 +218,12 @@ def test_every_field_of_the_configuration_counts_but_the_dtype(folder: Path) -> 
     for field in dataclasses.fields(TextConfig):
         value = getattr(CONFIG, field.name)
         changed: Any = {
-            bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 1.5, tuple: lambda v: (*v, 1),
-            str: lambda v: f"{v}x", type(None): lambda _: "float16",
+            bool: lambda v: not v,
+            int: lambda v: v + 1,
+            float: lambda v: v * 1.5,
+            tuple: lambda v: (*v, 1),
+            str: lambda v: f"{v}x",
+            type(None): lambda _: "float16",
             RopeParameters: lambda v: dataclasses.replace(v, rope_theta=v.rope_theta + 1),
         }[type(value)](value)
         config = dataclasses.replace(CONFIG, **{field.name: changed})
@@ -225,18 +236,22 @@ def test_every_field_of_the_configuration_counts_but_the_dtype(folder: Path) -> 
 
 def test_equal_configurations_have_equal_digests(folder: Path) -> None:
     """Files say 8 or 8.0, and that is all the difference."""
-    whole, real = (dataclasses.replace(CONFIG, rope_parameters=RopeParameters("longrope", theta, short_factor=table))
-                   for theta, table in ((500_000, (1, 2, 1.5)), (500_000.0, (1.0, 2.0, 1.5))))
+    whole, real = (
+        dataclasses.replace(CONFIG, rope_parameters=RopeParameters("longrope", theta, short_factor=table))
+        for theta, table in ((500_000, (1, 2, 1.5)), (500_000.0, (1.0, 2.0, 1.5)))
+    )
     assert whole == real and of(folder, whole) == of(folder, real)
 
 
 def edited(name: str, **changes: Any) -> Callable[[Path], None]:
     """Fields of a JSON file set; None takes one out."""
+
     def apply(folder: Path) -> None:
         file = folder / name
         content = json.loads(file.read_text()) if file.exists() else {}
         content = {key: value for key, value in (content | changes).items() if value is not None}
         file.write_text(json.dumps(content))
+
     return apply
 
 
@@ -259,9 +274,7 @@ def edited(name: str, **changes: Any) -> Callable[[Path], None]:
         (lambda folder: (folder / "chat_template.jinja").unlink(), ["template"]),
     ],
 )
-def test_what_changes_tokenizer_and_template(
-    folder: Path, change: Callable[[Path], object], fields: list[str]
-) -> None:
+def test_what_changes_tokenizer_and_template(folder: Path, change: Callable[[Path], object], fields: list[str]) -> None:
     before, bos_before = of(folder), Tokenizer.from_folder(folder).bos_id
     template_before = ChatTemplate.from_folder(folder)
     change(folder)
@@ -309,10 +322,16 @@ def test_offsets_that_no_file_has(folder: Path, offset: int) -> None:
 def test_a_large_checkpoint_is_quick(folder: Path) -> None:
     """A thousand tensors of 4 MiB, all of them holes in the file."""
     size = 4 << 20
-    text = json.dumps({
-        f"model.layers.{n}.weight": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [n * size, (n + 1) * size]}
-        for n in range(1000)
-    }).encode()
+    text = json.dumps(
+        {
+            f"model.layers.{n}.weight": {
+                "dtype": "BF16",
+                "shape": [size // 2],
+                "data_offsets": [n * size, (n + 1) * size],
+            }
+            for n in range(1000)
+        }
+    ).encode()
     file = folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(file, 8 + len(text) + 1000 * size)

@@ -26,17 +26,31 @@ from model.registry import backend
 
 HEADS, HEAD_DIM = 6, 10
 TEN_MILLION = 10_000_000
-CACHED = {name: CACHED_PATHS[name] for name in (
-    "prefill chunks smaller than an attention chunk", "prefill chunks that are no multiple", "token by token",
-    "forked")}
+CACHED = {
+    name: CACHED_PATHS[name]
+    for name in (
+        "prefill chunks smaller than an attention chunk",
+        "prefill chunks that are no multiple",
+        "token by token",
+        "forked",
+    )
+}
 
 
-def tensors(seed: int, t: int, s: int, *, batch: int = 1, kv_batch: int = 1, kv_heads: int = 2,
-            dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    seed: int,
+    t: int,
+    s: int,
+    *,
+    batch: int = 1,
+    kv_batch: int = 1,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries strided as the model's are, (B, T, H, D) in memory; keys and values head-major, parts of longer ones."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, t, HEADS, HEAD_DIM, generator=generator).transpose(1, 2)
-    k, v = torch.randn(2, kv_batch, kv_heads, s + 3, HEAD_DIM, generator=generator)[:, :, :, 2:s + 2]
+    k, v = torch.randn(2, kv_batch, kv_heads, s + 3, HEAD_DIM, generator=generator)[:, :, :, 2 : s + 2]
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
@@ -94,8 +108,9 @@ def test_lengths_of_several_blocks(chunk: int | None) -> None:
 def test_groups_and_rows_that_share_keys(batch: int, kv_batch: int, kv_heads: int) -> None:
     for seed, (t, s) in enumerate([(1, 30), (16, 24), (40, 40)]):
         for chunk in (None, 7):
-            check_equals_eager(seed, range(s - t + 5, s + 5), range(s), chunk, batch=batch, kv_batch=kv_batch,
-                               kv_heads=kv_heads)
+            check_equals_eager(
+                seed, range(s - t + 5, s + 5), range(s), chunk, batch=batch, kv_batch=kv_batch, kv_heads=kv_heads
+            )
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
@@ -165,10 +180,16 @@ def model_with_flex(toys: Toys) -> Callable[[str, float], Any]:
     return make
 
 
-@pytest.mark.parametrize(("name", "std", "paths"), [
-    ("scout", 0.25, PATHS | CACHED), ("maverick", 0.02, PATHS), ("one_kv_head", 0.25, PATHS)])
-def test_whole_models_by_every_path(toys: Toys, model_with_flex: Callable[[str, float], Any], name: str, std: float,
-                                    paths: dict[str, Callable[[Any, Tensor], Tensor]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "std", "paths"), [("scout", 0.25, PATHS | CACHED), ("maverick", 0.02, PATHS), ("one_kv_head", 0.25, PATHS)]
+)
+def test_whole_models_by_every_path(
+    toys: Toys,
+    model_with_flex: Callable[[str, float], Any],
+    name: str,
+    std: float,
+    paths: dict[str, Callable[[Any, Tensor], Tensor]],
+) -> None:
     """A full forward, chunked prefill, token by token, forks: the logits of `transformers`, and of sdpa."""
     toy, ours = toys(name, std), model_with_flex(name, std)
     ids, expected = toy.case(1, 2 * CHUNK + 1)

@@ -23,13 +23,20 @@ PROMPT = [5, 61, 3, 3, 90, 17, 42, 8, 11, 2, 77]  # beyond one attention chunk o
 NEW_TOKENS = 30
 
 
-def run(model: Transformer, *, max_new_tokens: int = NEW_TOKENS, stop_tokens: frozenset[int] = frozenset(),
-        sampling: Sampling = Sampling(), prompt: list[int] = PROMPT) -> tuple[list[int], str]:  # noqa: B008
+def run(
+    model: Transformer,
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    stop_tokens: frozenset[int] = frozenset(),
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    prompt: list[int] = PROMPT,
+) -> tuple[list[int], str]:
     """Prefill, then decode: the tokens and why it ended."""
     cache = new_cache(model, torch.empty(1, len(prompt) + max_new_tokens))
     list(prefill(model, cache, prompt[:-1], prefill_chunk_size=4))
-    tokens = generate(model, cache, prompt[-1], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-                      sampling=sampling)
+    tokens = generate(
+        model, cache, prompt[-1], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, sampling=sampling
+    )
     found = []
     while True:
         try:
@@ -43,7 +50,7 @@ def naive_greedy(model: Transformer, count: int) -> list[int]:
     ids = list(PROMPT)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(PROMPT):]
+    return ids[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick", "top_2", "nope_first"])
@@ -54,9 +61,16 @@ def test_greedy_equals_naive_and_transformers(toys: Toys, name: str) -> None:
     assert reason == "length" and len(found) == NEW_TOKENS
     assert len(set(found)) > 3  # a model that says one thing would prove nothing
     assert found == naive_greedy(model, NEW_TOKENS)
-    theirs = toy.oracle.generate(torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)), use_cache=False,
-                                 do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
-    assert found == theirs[0, len(PROMPT):].tolist()
+    theirs = toy.oracle.generate(
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT)),
+        use_cache=False,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert found == theirs[0, len(PROMPT) :].tolist()
 
 
 @pytest.fixture
@@ -112,18 +126,28 @@ def test_a_seed_makes_it_reproducible(scout: Transformer) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)  # the process's own generator is left alone
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(temperature=0.0), Sampling(temperature=0.0, top_k=5, top_p=0.5, seed=1),
-    Sampling(temperature=2.0, top_k=1, seed=1), Sampling(temperature=2.0, top_p=1e-9, seed=1),
-    Sampling(temperature=2.0, top_p=0.0, seed=1), Sampling(temperature=1e-4, seed=1)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, top_k=5, top_p=0.5, seed=1),
+        Sampling(temperature=2.0, top_k=1, seed=1),
+        Sampling(temperature=2.0, top_p=1e-9, seed=1),
+        Sampling(temperature=2.0, top_p=0.0, seed=1),
+        Sampling(temperature=1e-4, seed=1),
+    ],
+)
 def test_degenerate_sampling_is_greedy(scout: Transformer, sampling: Sampling) -> None:
     assert run(scout, sampling=sampling) == run(scout)
 
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.3, -4.0, 1.9, 0.0, 1.1])
 SAMPLINGS = {
-    "all": Sampling(temperature=1.0), "hot": Sampling(temperature=2.5), "cold": Sampling(temperature=0.4),
-    "top-k": Sampling(temperature=1.0, top_k=4), "top-p": Sampling(temperature=1.0, top_p=0.7),
+    "all": Sampling(temperature=1.0),
+    "hot": Sampling(temperature=2.5),
+    "cold": Sampling(temperature=0.4),
+    "top-k": Sampling(temperature=1.0, top_k=4),
+    "top-p": Sampling(temperature=1.0, top_p=0.7),
     "top-k beyond the vocabulary": Sampling(temperature=1.0, top_k=100),
     "cold top-p": Sampling(temperature=0.4, top_p=0.9),  # temperature first: it changes what is within p
     "hot top-k then top-p": Sampling(temperature=1.7, top_k=5, top_p=0.8),  # p of what the k leave, not of all
@@ -134,7 +158,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> list[float]:
     """The definition in plain float64: the fewest likeliest tokens that hold `top_p` of the first `top_k`."""
     weights = (logits.double() / sampling.temperature).exp()
     order = sorted(range(len(logits)), key=lambda token: (-weights[token].item(), token))
-    order = order[:sampling.top_k or None]
+    order = order[: sampling.top_k or None]
     total = sum(weights[token].item() for token in order)
     kept, mass = [], 0.0
     for token in order:
@@ -215,55 +239,71 @@ def folder(tmp_path: Path) -> WriteJson:
             if value is not None:
                 (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
         return tmp_path
+
     return write
 
 
-@pytest.mark.parametrize(("generation", "config", "expected"), [
-    ({"eos_token_id": 5}, {"eos_token_id": 9}, {5}),
-    ({"eos_token_id": [200001, 200007, 200008]}, {}, {200001, 200007, 200008}),
-    ({"eos_token_id": []}, {"eos_token_id": 9}, set()),
-    ({"temperature": 0.6}, {"eos_token_id": 9}, {9}),
-    (None, {"eos_token_id": [8, 9]}, {8, 9}),
-    (None, {"model_type": "llama4", "text_config": {"eos_token_id": [7]}}, {7}),
-    (None, {"eos_token_id": 3, "text_config": {"eos_token_id": 7}}, {3}),
-    (None, {"text_config": None}, set()),
-    ({"eos_token_id": 0}, None, {0}),
-    (None, None, set()),
-    ({"eos_token_id": None}, {"eos_token_id": 9}, {9}),
-])
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": 9}, {5}),
+        ({"eos_token_id": [200001, 200007, 200008]}, {}, {200001, 200007, 200008}),
+        ({"eos_token_id": []}, {"eos_token_id": 9}, set()),
+        ({"temperature": 0.6}, {"eos_token_id": 9}, {9}),
+        (None, {"eos_token_id": [8, 9]}, {8, 9}),
+        (None, {"model_type": "llama4", "text_config": {"eos_token_id": [7]}}, {7}),
+        (None, {"eos_token_id": 3, "text_config": {"eos_token_id": 7}}, {3}),
+        (None, {"text_config": None}, set()),
+        ({"eos_token_id": 0}, None, {0}),
+        (None, None, set()),
+        ({"eos_token_id": None}, {"eos_token_id": 9}, {9}),
+    ],
+)
 def test_stop_tokens(folder: WriteJson, generation: Any, config: Any, expected: set[int]) -> None:
     assert GenerationConfig.from_folder(folder(generation, config)).stop_tokens == frozenset(expected)
 
 
-@pytest.mark.parametrize(("generation", "expected"), [
-    (None, Sampling()),
-    ({}, Sampling()),
-    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Sampling(0.6, 0.9, 0)),
-    ({"do_sample": True, "temperature": 0.6, "top_k": 40}, Sampling(0.6, 1.0, 40)),
-    ({"do_sample": True}, Sampling(1.0, 1.0, 0)),
-    ({"do_sample": True, "temperature": None, "top_p": None, "top_k": None}, Sampling(1.0, 1.0, 0)),
-    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, Sampling()),
-    ({"temperature": 0.6}, Sampling(0.6)),
-    ({"temperature": 1}, Sampling(1.0)),
-    ({"temperature": 0.0}, Sampling()),
-    ({"do_sample": True, "temperature": 0.5, "top_p": 0.0}, Sampling(0.5, 0.0, 0)),
-])
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, Sampling()),
+        ({}, Sampling()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Sampling(0.6, 0.9, 0)),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 40}, Sampling(0.6, 1.0, 40)),
+        ({"do_sample": True}, Sampling(1.0, 1.0, 0)),
+        ({"do_sample": True, "temperature": None, "top_p": None, "top_k": None}, Sampling(1.0, 1.0, 0)),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, Sampling()),
+        ({"temperature": 0.6}, Sampling(0.6)),
+        ({"temperature": 1}, Sampling(1.0)),
+        ({"temperature": 0.0}, Sampling()),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.0}, Sampling(0.5, 0.0, 0)),
+    ],
+)
 def test_the_authors_sampling(folder: WriteJson, generation: Any, expected: Sampling) -> None:
     read = GenerationConfig.from_folder(folder(generation, {"eos_token_id": 1}))
     assert read.sampling == expected
     assert read.stop_tokens == {1}
 
 
-@pytest.mark.parametrize(("generation", "config", "named"), [
-    ("{", {}, "generation_config.json"), ("", {}, "generation_config.json"), ({}, '{"a": }', "config.json"),
-    ("[" * 100_000, {}, "generation_config.json"), ({"eos_token_id": "5"}, {}, "eos_token_id '5'"),
-    ({"eos_token_id": [5, True]}, {}, "eos_token_id"), ({"eos_token_id": 5.0}, {}, "eos_token_id"),
-    ({"eos_token_id": {"a": 1}}, {}, "eos_token_id"),
-    ({"do_sample": True, "temperature": "warm"}, {}, "generation_config.json"),
-    ({"do_sample": True, "top_k": [4]}, {}, "generation_config.json"),
-    ({"do_sample": True, "temperature": float("nan")}, {}, "temperature"), ([1], {}, "not an object"),
-    ({"do_sample": True, "temperature": -1}, {}, "temperature"), ({"do_sample": True, "top_p": 1.5}, {}, "top_p"),
-])
+@pytest.mark.parametrize(
+    ("generation", "config", "named"),
+    [
+        ("{", {}, "generation_config.json"),
+        ("", {}, "generation_config.json"),
+        ({}, '{"a": }', "config.json"),
+        ("[" * 100_000, {}, "generation_config.json"),
+        ({"eos_token_id": "5"}, {}, "eos_token_id '5'"),
+        ({"eos_token_id": [5, True]}, {}, "eos_token_id"),
+        ({"eos_token_id": 5.0}, {}, "eos_token_id"),
+        ({"eos_token_id": {"a": 1}}, {}, "eos_token_id"),
+        ({"do_sample": True, "temperature": "warm"}, {}, "generation_config.json"),
+        ({"do_sample": True, "top_k": [4]}, {}, "generation_config.json"),
+        ({"do_sample": True, "temperature": float("nan")}, {}, "temperature"),
+        ([1], {}, "not an object"),
+        ({"do_sample": True, "temperature": -1}, {}, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, {}, "top_p"),
+    ],
+)
 def test_what_cannot_be_used_is_named(folder: WriteJson, generation: Any, config: Any, named: str) -> None:
     path = folder(generation, config)
     with pytest.raises(GenerationConfigError) as error:

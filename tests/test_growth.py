@@ -101,8 +101,9 @@ def counting(model: Transformer) -> Iterator[Callable[[], Work]]:
     """Counts all that `model` computes within it: attention by what its backend is given, the rest by its products."""
     work, backend, products = Work(), model.backend, Products()
 
-    def counted(queries: Tensor, positions: range, segment: KVSegment,
-                mask: AttentionMask) -> Iterator[tuple[range, AttentionState]]:
+    def counted(
+        queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
+    ) -> Iterator[tuple[range, AttentionState]]:
         before = products.operations, products.dispatched
         work.count_attention(queries, positions, segment, mask)
         products.dispatched = before[1]
@@ -127,8 +128,9 @@ def random_ids(count: int) -> array[int]:
     return array("i", torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(2)).tolist())
 
 
-@pytest.mark.parametrize(("name", "block", "segment"), [
-    *((name, 4, 2) for name in KINDS), ("maverick", 1, 1), ("nope_first", 2, 2)])  # in attention chunks
+@pytest.mark.parametrize(
+    ("name", "block", "segment"), [*((name, 4, 2) for name in KINDS), ("maverick", 1, 1), ("nope_first", 2, 2)]
+)  # in attention chunks
 def test_operations_equal_the_closed_form_after_every_step(toys: Toys, name: str, block: int, segment: int) -> None:
     model, ids = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32), random_ids(LENGTH)
     for size in SIZES:
@@ -161,12 +163,14 @@ def test_the_closed_form_is_linear_and_quadratic_and_nothing_else() -> None:
     assert config.num_nope_layers == 12
     step = 5 * config.attention_chunk_size
     work = [reading_operations(config, 0, n * step) for n in range(8)]
-    linear, chunked, full = ([getattr(part, name) for part in work]
-                             for name in ("linear", "chunked_attention", "full_attention"))
+    linear, chunked, full = (
+        [getattr(part, name) for part in work] for name in ("linear", "chunked_attention", "full_attention")
+    )
     assert set(differences(linear, 2)) == set(differences(chunked, 2)) == {0}
     assert set(differences(full, 3)) == {0} and min(differences(full, 2)) > 0
     assert [reading_operations(config, a * step, (a + 1) * step).total for a in range(7)] == differences(
-        [part.total for part in work], 1)
+        [part.total for part in work], 1
+    )
 
 
 def differences(values: list[int], order: int) -> list[int]:
@@ -218,7 +222,7 @@ def test_calls_of_a_step_grow_linearly_in_the_number_of_segments(toys: Toys, nam
     """Two steps, or one, fill a block: from one block to the next as many more calls each time."""
     model = load_checkpoint(toys(name, 0.02).folder, dtype=torch.float32)
     counts = calls_by_step(model, size, steps=16)
-    blocks = [counts[n:n + 2] for n in range(4, 16, 2)]  # behind the first ones, in which things are made
+    blocks = [counts[n : n + 2] for n in range(4, 16, 2)]  # behind the first ones, in which things are made
     period = [tuple(sum(step[kind] for step in block) for kind in range(3)) for block in blocks]
     for kind, what in enumerate(("backend calls", "operations", "functions")):
         sums = [block[kind] for block in period]

@@ -27,8 +27,18 @@ def pixels_declared(name: str, width: int, height: int) -> bytes:
     if name == "PNG":
         return png(width, height, 8, 2, b"\0" * 100)
     if name == "TIFF":
-        return tiff((256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-                    (273, 4, 1, 120), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 4), pixels=bytes(32))
+        return tiff(
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (258, 3, 1, 8),
+            (259, 3, 1, 1),
+            (262, 3, 1, 1),
+            (273, 4, 1, 120),
+            (277, 3, 1, 1),
+            (278, 4, 1, height),
+            (279, 4, 1, 4),
+            pixels=bytes(32),
+        )
     if name == "GIF":
         return b"GIF89a" + struct.pack("<HH", width, height) + SAMPLES["GIF"][10:]
     if name == "BMP":
@@ -57,17 +67,25 @@ def test_long_and_thin() -> None:
         read_image("x", png(1, MAX_SIDE + 1, 8, 0, b"\0"), None)
 
 
-@pytest.mark.parametrize(("raw", "reason"), [
-    (tiff((256, 3, 1, 4), (257, 3, 1, 4), (270, 2, 2**31, 8), pixels=bytes(64)),
-     "tags claim more bytes than the file"),
-    (tiff(*[(1000 + n, 1, 600, 0) for n in range(900)]), "tags claim more bytes than the file"),
-    (tiff((256, 3, 1, 4), (257, 3, 1, 4), (322, 4, 1, 2**20), (323, 4, 1, 2**20)), "tiles are larger"),
-    (b"II*\0\x08\0\0\0\xff\xff" + bytes(40), "cut short"), (b"II*\0\xf0\xff\xff\xff" + bytes(40), "cut short"),
-    (b"MM\0+\0\x08\0\0" + b"\xff" * 40, "cut short"), (b"II*\0", "cut short"),
-    (png(0, 5, 8, 0, b"\0"), "damaged"), (png(2, 2, 8, 0, b"\0\1"), "cut short"),
-    (png(2, 2, 3, 0, b"\0\1"), "damaged"),
-    (b"\x89PNG\r\n\x1a\n" + chunk(b"\x1b[2J", b""), "damaged"),
-])
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (
+            tiff((256, 3, 1, 4), (257, 3, 1, 4), (270, 2, 2**31, 8), pixels=bytes(64)),
+            "tags claim more bytes than the file",
+        ),
+        (tiff(*[(1000 + n, 1, 600, 0) for n in range(900)]), "tags claim more bytes than the file"),
+        (tiff((256, 3, 1, 4), (257, 3, 1, 4), (322, 4, 1, 2**20), (323, 4, 1, 2**20)), "tiles are larger"),
+        (b"II*\0\x08\0\0\0\xff\xff" + bytes(40), "cut short"),
+        (b"II*\0\xf0\xff\xff\xff" + bytes(40), "cut short"),
+        (b"MM\0+\0\x08\0\0" + b"\xff" * 40, "cut short"),
+        (b"II*\0", "cut short"),
+        (png(0, 5, 8, 0, b"\0"), "damaged"),
+        (png(2, 2, 8, 0, b"\0\1"), "cut short"),
+        (png(2, 2, 3, 0, b"\0\1"), "damaged"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"\x1b[2J", b""), "damaged"),
+    ],
+)
 def test_hostile_headers(raw: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason) as raised:
         read_image("x", raw, None)

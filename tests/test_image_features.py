@@ -30,12 +30,26 @@ from model.vision_config import VisionConfig
 
 SIDE = 28
 VISION: dict[str, Any] = {
-    "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": SIDE, "patch_size": 7,
-    "pixel_shuffle_ratio": 0.5, "intermediate_size": 96, "vision_output_dim": 20, "projector_input_dim": 20,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "image_size": SIDE,
+    "patch_size": 7,
+    "pixel_shuffle_ratio": 0.5,
+    "intermediate_size": 96,
+    "vision_output_dim": 20,
+    "projector_input_dim": 20,
     "projector_output_dim": 20,
 }
-TOKENS = ImageTokens(image_start=VOCABULARY - 2, image_end=VOCABULARY - 3, tile_x_separator=VOCABULARY - 4,
-                     tile_y_separator=VOCABULARY - 5, image=VOCABULARY - 6, patch=IMAGE_TOKEN, tokens_per_tile=4)
+TOKENS = ImageTokens(
+    image_start=VOCABULARY - 2,
+    image_end=VOCABULARY - 3,
+    tile_x_separator=VOCABULARY - 4,
+    tile_y_separator=VOCABULARY - 5,
+    image=VOCABULARY - 6,
+    patch=IMAGE_TOKEN,
+    tokens_per_tile=4,
+)
 PROMPTER = ImagePrompter(ImageProcessing(size=SIDE, max_patches=9), TOKENS, "made with this")
 SIZES = {  # of images in pixels, with texts between: what a prompt shows
     "one tile": [(28, 28)],
@@ -65,8 +79,9 @@ class Case:
         cache = HybridKVCache(self.model.config, length=len(self.ids))
         cuts = [len(self.ids) - 1] if resumed_at is None else [resumed_at, len(self.ids) - 1]
         for stop in cuts:
-            for _ in prefill(self.model, cache, self.ids[cache.offset:stop], prefill_chunk_size=size,
-                             features=self.again()):
+            for _ in prefill(
+                self.model, cache, self.ids[cache.offset : stop], prefill_chunk_size=size, features=self.again()
+            ):
                 pass
         logits = self.model(as_batch(self.ids[-1:], torch.device("cpu")), cache)
         assert logits is not None
@@ -96,8 +111,12 @@ def make_case(toy: Toy, shown: str) -> Case:
         ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(5 * number % 8))
         images.append(PROMPTER.encode(image(size, number), ids))
     ids.extend(chance.randrange(VOCABULARY - 6) for _ in range(3))
-    pixels = torch.cat([normalized(image_tiles(placed.image.decode(), PROMPTER.processing), PROMPTER.processing,
-                                   torch.float32) for placed in images])
+    pixels = torch.cat(
+        [
+            normalized(image_tiles(placed.image.decode(), PROMPTER.processing), PROMPTER.processing, torch.float32)
+            for placed in images
+        ]
+    )
 
     def run(oracle: Any, pixels: Tensor) -> Tensor:
         return oracle(torch.tensor([ids.tolist()]), pixel_values=pixels, use_cache=False).logits[0]
@@ -106,8 +125,14 @@ def make_case(toy: Toy, shown: str) -> Case:
     with torch.no_grad():
         allowed = limit(exact, run(toy.oracle, pixels))  # by all positions: one alone may be computed with luck
     end = exact[-1]
-    return Case(model, ImageFeatures(tower, PROMPTER, images), ids, images, end,
-                allowed * (exact.abs().max() / end.abs().max()).item())
+    return Case(
+        model,
+        ImageFeatures(tower, PROMPTER, images),
+        ids,
+        images,
+        end,
+        allowed * (exact.abs().max() / end.abs().max()).item(),
+    )
 
 
 @pytest.mark.parametrize("shown", SIZES)

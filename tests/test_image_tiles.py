@@ -20,16 +20,20 @@ from l4ctx.image_tiles import TileLayout, fitted_size, image_tiles, normalized, 
 from l4ctx.images import decoding_bytes, read_image
 
 LLAMA4 = ImageProcessing()
-OTHERS = [ImageProcessing(size=size, max_patches=most, resize_to_max_canvas=to_max)
-          for size, most, to_max in ((28, 1, False), (56, 4, True), (28, 12, False), (56, 12, True), (28, 16, True))]
+OTHERS = [
+    ImageProcessing(size=size, max_patches=most, resize_to_max_canvas=to_max)
+    for size, most, to_max in ((28, 1, False), (56, 4, True), (28, 12, False), (56, 12, True), (28, 16, True))
+]
 MODES = ("L", "LA", "P", "RGB", "RGBA", "1", "I;16", "CMYK")
 
 
 @functools.cache
 def oracle(processing: ImageProcessing) -> Llama4ImageProcessor:
-    return Llama4ImageProcessor(size={"height": processing.size, "width": processing.size},
-                                max_patches=processing.max_patches,
-                                resize_to_max_canvas=processing.resize_to_max_canvas)
+    return Llama4ImageProcessor(
+        size={"height": processing.size, "width": processing.size},
+        max_patches=processing.max_patches,
+        resize_to_max_canvas=processing.resize_to_max_canvas,
+    )
 
 
 @functools.cache
@@ -61,19 +65,31 @@ def test_layouts_equal_those_of_transformers(processing: ImageProcessing) -> Non
         assert all(1 <= side <= most * processing.size for side, most in zip(fitted, layout[::-1], strict=True))
 
 
-@pytest.mark.parametrize(("size", "layout", "tiles"), [
-    ((336, 336), (1, 1), 1), ((1, 1), (1, 1), 1), ((337, 336), (1, 2), 3), ((1344, 1344), (4, 4), 17),
-    ((3000, 40), (1, 9), 10), ((1, 2**20), (16, 1), 17), ((2**20, 1), (1, 16), 17), ((672, 1008), (3, 2), 7)])
+@pytest.mark.parametrize(
+    ("size", "layout", "tiles"),
+    [
+        ((336, 336), (1, 1), 1),
+        ((1, 1), (1, 1), 1),
+        ((337, 336), (1, 2), 3),
+        ((1344, 1344), (4, 4), 17),
+        ((3000, 40), (1, 9), 10),
+        ((1, 2**20), (16, 1), 17),
+        ((2**20, 1), (1, 16), 17),
+        ((672, 1008), (3, 2), 7),
+    ],
+)
 def test_layouts_by_hand(size: tuple[int, int], layout: tuple[int, int], tiles: int) -> None:
     found = tile_layout(*size, LLAMA4)
     assert (found, found.tiles) == (TileLayout(*layout), tiles)
 
 
 def test_a_layout_needs_neither_torch_nor_pillow() -> None:
-    code = ("import sys\nfrom l4ctx.image_processing import ImageProcessing\n"
-            "from l4ctx.image_tiles import tile_layout\n"
-            "import l4ctx.images\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
-            "print(sorted({'torch', 'PIL', 'numpy'} & set(sys.modules)))")
+    code = (
+        "import sys\nfrom l4ctx.image_processing import ImageProcessing\n"
+        "from l4ctx.image_tiles import tile_layout\n"
+        "import l4ctx.images\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
+        "print(sorted({'torch', 'PIL', 'numpy'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
@@ -157,9 +173,12 @@ def test_long_and_thin_images() -> None:
 
 
 PROCESSINGS = [
-    LLAMA4, ImageProcessing(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.2686, 0.2613, 0.2758)),
-    ImageProcessing(rescale_factor=1 / 127.5), ImageProcessing(do_normalize=False),
-    ImageProcessing(do_normalize=False, do_rescale=False)]
+    LLAMA4,
+    ImageProcessing(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.2686, 0.2613, 0.2758)),
+    ImageProcessing(rescale_factor=1 / 127.5),
+    ImageProcessing(do_normalize=False),
+    ImageProcessing(do_normalize=False, do_rescale=False),
+]
 
 
 @pytest.mark.parametrize("processing", PROCESSINGS)
@@ -167,8 +186,13 @@ def test_numbers_equal_those_of_transformers_to_the_bit(processing: ImageProcess
     pixels = torch.arange(256, dtype=torch.uint8).repeat(9)[: 2 * 3 * 18 * 18 // 9 * 9]
     pixels = torch.cat([pixels, pixels.flip(0)])[: 2 * 3 * 18 * 18].view(2, 3, 18, 18)
     theirs = oracle(LLAMA4).rescale_and_normalize(
-        pixels, processing.do_rescale, processing.rescale_factor, processing.do_normalize,
-        list(processing.image_mean), list(processing.image_std))
+        pixels,
+        processing.do_rescale,
+        processing.rescale_factor,
+        processing.do_normalize,
+        list(processing.image_mean),
+        list(processing.image_std),
+    )
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         ours = normalized(pixels, processing, dtype)
         assert ours.dtype == dtype and torch.equal(ours, theirs.to(dtype))
@@ -196,11 +220,19 @@ print(*layout, memory("VmHWM") - before, tiling_bytes(layout, processing), tiles
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize(("size", "processing", "layout"), [
-    ((1344, 1344), (336, 16, False, 2), (4, 4)), ((330, 12000), (336, 16, False, 2), (16, 1)),
-    ((900, 900), (336, 64, True, 3), (8, 8)), ((2687, 2688), (336, 64, False, 1), (8, 8)),
-    ((4000, 3000), (336, 16, False, 2), (3, 4)), ((6000, 9000), (336, 64, True, 1), (9, 6)),
-    ((1, 2**20), (336, 16, False, 1), (16, 1)), ((20, 30), (1344, 1, False, 2), (1, 1))])
+@pytest.mark.parametrize(
+    ("size", "processing", "layout"),
+    [
+        ((1344, 1344), (336, 16, False, 2), (4, 4)),
+        ((330, 12000), (336, 16, False, 2), (16, 1)),
+        ((900, 900), (336, 64, True, 3), (8, 8)),
+        ((2687, 2688), (336, 64, False, 1), (8, 8)),
+        ((4000, 3000), (336, 16, False, 2), (3, 4)),
+        ((6000, 9000), (336, 64, True, 1), (9, 6)),
+        ((1, 2**20), (336, 16, False, 1), (16, 1)),
+        ((20, 30), (1344, 1, False, 2), (1, 1)),
+    ],
+)
 def test_tiling_needs_no_more_than_it_says(
     size: tuple[int, int], processing: tuple[int, int, bool, int], layout: tuple[int, int]
 ) -> None:

@@ -17,8 +17,13 @@ from l4ctx.tokenizer import Tokenizer, TokenizerError
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 LAYOUTS = [TileLayout(rows, columns) for rows in range(1, 17) for columns in range(1, 17) if rows * columns <= 16]
-FOLDERS = [TINY, pytest.param(LLAMA4_TOKENIZER, marks=pytest.mark.skipif(
-    not LLAMA4_TOKENIZER.is_dir(), reason="the real tokenizer is not at ../shared"))]
+FOLDERS = [
+    TINY,
+    pytest.param(
+        LLAMA4_TOKENIZER,
+        marks=pytest.mark.skipif(not LLAMA4_TOKENIZER.is_dir(), reason="the real tokenizer is not at ../shared"),
+    ),
+]
 
 
 def processor(folder: Path, side: int) -> Llama4Processor:

@@ -34,9 +34,22 @@ def test_formats_are_recognised_and_decoded_as_pillow_does(name: str) -> None:
         assert largest_difference(decoded(raw), Image.open(io.BytesIO(raw)).convert("RGB")) == 0
 
 
-@pytest.mark.parametrize("raw", [
-    b"", b"BM", b"BMW builds cars and has done so for long.", b"RIFF\0\0\0\0WAVEfmt ", b"%PDF-1.7", b"II", b"<svg/>",
-    b"GIF90a", b"\0\0\0\x20ftypavif", b"P6 1 1 255 abc", b"\x89PNG\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"BM",
+        b"BMW builds cars and has done so for long.",
+        b"RIFF\0\0\0\0WAVEfmt ",
+        b"%PDF-1.7",
+        b"II",
+        b"<svg/>",
+        b"GIF90a",
+        b"\0\0\0\x20ftypavif",
+        b"P6 1 1 255 abc",
+        b"\x89PNG\n",
+    ],
+)
 def test_what_is_no_image(raw: bytes) -> None:
     assert image_format(raw) is None
     with pytest.raises(ImageError, match=r"^not an image in a format that can be read \(PNG, JPEG"):
@@ -84,7 +97,8 @@ def test_sixteen_bit_shades_are_scaled_not_clipped() -> None:
         image = Image.frombytes(name, (9, 1), struct.pack(f"{order}9H", *values))
         assert decoded(encoded(image, "TIFF")).tobytes() == expected
     assert decoded(png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 0, 257, 65535, 514, 771, 1028))).tobytes() == bytes(
-        (0, 1, 255, 2, 3, 4))
+        (0, 1, 255, 2, 3, 4)
+    )
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -135,8 +149,13 @@ def test_odd_orientations() -> None:
     profile = exif.tobytes().hex()
     text = chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      %d\n%s\n" % (len(profile) // 2, profile.encode()))
     assert decoded(png(2, 1, 8, 0, b"\0\1\2", text)).size == (1, 2)
-    damaged = [b"", b"II", b"II*\0\xff\xff\xff\xff" + bytes(9), b"II*\0\x08\0\0\0\xff\xff" + bytes(20),
-               b"Exif\0\0MM\0*"]
+    damaged = [
+        b"",
+        b"II",
+        b"II*\0\xff\xff\xff\xff" + bytes(9),
+        b"II*\0\x08\0\0\0\xff\xff" + bytes(20),
+        b"Exif\0\0MM\0*",
+    ]
     huge = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x0112, 3, 2**32 - 1, 2**32 - 1) + bytes(8)
     wrong = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x0112, 3, 1, 9) + bytes(8)
     for content in [*damaged, huge, wrong]:
@@ -166,8 +185,9 @@ def test_a_file_is_read_again_and_has_to_be_the_same(tmp_path: Path) -> None:
     assert shown.memory == decoding_bytes(37, 23) + file.stat().st_size
     one, other = shown.decode(), shown.decode()
     assert one is not other and largest_difference(one, other) == largest_difference(one, pattern()) == 0
-    assert len(SAMPLES["PNG"]) not in [len(cell.cell_contents) for cell in shown.decode.__closure__ or ()
-                                       if isinstance(cell.cell_contents, bytes)]
+    assert len(SAMPLES["PNG"]) not in [
+        len(cell.cell_contents) for cell in shown.decode.__closure__ or () if isinstance(cell.cell_contents, bytes)
+    ]
     for same in (encoded(pattern(), "BMP"), SAMPLES["PNG"] + b"more", SAMPLES["PNG"]):
         file.write_bytes(same)
         assert largest_difference(shown.decode(), pattern()) == 0
@@ -262,12 +282,17 @@ print(peak() - before, shown.width, shown.height)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize(("mode", "name", "options"), [
-    ("RGBA", "WEBP", {"lossless": True, "quality": 0, "method": 0}), ("RGBA", "TIFF", {"compression": "tiff_lzw"}),
-    ("RGBA", "PNG", {}), ("F", "TIFF", {}), ("CMYK", "JPEG", {"progressive": True})])
-def test_decoding_needs_no_more_than_it_says(
-    tmp_path: Path, mode: str, name: str, options: dict[str, object]
-) -> None:
+@pytest.mark.parametrize(
+    ("mode", "name", "options"),
+    [
+        ("RGBA", "WEBP", {"lossless": True, "quality": 0, "method": 0}),
+        ("RGBA", "TIFF", {"compression": "tiff_lzw"}),
+        ("RGBA", "PNG", {}),
+        ("F", "TIFF", {}),
+        ("CMYK", "JPEG", {"progressive": True}),
+    ],
+)
+def test_decoding_needs_no_more_than_it_says(tmp_path: Path, mode: str, name: str, options: dict[str, object]) -> None:
     image = Image.new(mode, (4000, 3000), 99.0 if mode == "F" else (20, 40, 60, 128))
     (tmp_path / "image").write_bytes(encoded(image, name, **options))
     (tmp_path / "small").write_bytes(encoded(image.crop((0, 0, 9, 9)), name, **options))

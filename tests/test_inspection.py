@@ -36,7 +36,6 @@ from model.config import TextConfig, parameter_count
 INDEX = "model.safetensors.index.json"
 
 
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample's text model as a multimodal one is published: three shards and an index, nested, a vision model."""
@@ -135,12 +134,16 @@ BROKEN_VISION: dict[str, tuple[Break, list[str]]] = {  # what ask refuses where 
     "mean": (lambda m: edit_json(m / PREPROCESSOR, image_mean=[0.5]), [f"{PREPROCESSOR}: image_mean"]),
     "another size": (lambda m: edit_json(m / PREPROCESSOR, size=336), [f"{PREPROCESSOR}: size"]),
     "no JSON": (lambda m: cut(m / PREPROCESSOR, 40), [f"{PREPROCESSOR}: "]),
-    "of transformers 5": (lambda m: (m / "processor_config.json").write_text('{"image_processor": []}'),
-                          ["processor_config.json: image_processor"]),
+    "of transformers 5": (
+        lambda m: (m / "processor_config.json").write_text('{"image_processor": []}'),
+        ["processor_config.json: image_processor"],
+    ),
     "a pipe": (lambda m: pipe(m / PREPROCESSOR), [f"{PREPROCESSOR}: not a regular file"]),
     "another patch token": (lambda m: change_config(m, image_token_index=5), ["image_token_index of config.json is 5"]),
-    "no such token": (lambda m: change_config(m, image_token_index=2304), [
-        "image_token_index is 2,304, but there are only 2,304 tokens", "image_token_index of config.json is 2304"]),
+    "no such token": (
+        lambda m: change_config(m, image_token_index=2304),
+        ["image_token_index is 2,304, but there are only 2,304 tokens", "image_token_index of config.json is 2304"],
+    ),
     "no patch token": (lambda m: _rename_token(m, "<|patch|>"), ["the tokenizer has no token <|patch|>"]),
     "a tensor missing": (lambda m: _drop_tensor(m, "vision_model.class_embedding"), ["class_embedding is missing"]),
 }
@@ -168,36 +171,65 @@ def test_what_keeps_images_from_being_read_is_damage(case: str, tmp_path: Path) 
     check_damage(report, damage)
     if case != "a pipe":  # which asking waits for
         Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
-        check_refused(run_here("ask", "What is it?", str(tmp_path / "image.png"), "--model", str(folder), "--quiet"),
-                      3, damage[-1])
+        check_refused(
+            run_here("ask", "What is it?", str(tmp_path / "image.png"), "--model", str(folder), "--quiet"),
+            3,
+            damage[-1],
+        )
 
 
 TEMPLATE = "chat_template.jinja"
 SECOND = "model-00002-of-00003.safetensors"
 BROKEN_MODELS: dict[str, tuple[Break, list[str], list[str]]] = {  # damage, one text a line, and what is still shown
-    "missing shards": (lambda m: [(m / SECOND).unlink(), (m / SECOND.replace("2-", "3-")).unlink()],
-                       ["00002-of-00003.safetensors: missing shard", "00003-of-00003.safetensors: missing shard"],
-                       ["1 of 3 shards", "3 RoPE", "chat template    yes"]),
-    "a link to nothing": (lambda m: [(m / SECOND).unlink(), (m / SECOND).symlink_to("gone")], ["missing shard"],
-                          ["2 of 3 shards"]),
-    "an index that is a link to nothing": (lambda m: [(m / INDEX).unlink(), (m / INDEX).symlink_to("gone")],
-                                           ["not a safetensors index"], ["3 RoPE"]),
+    "missing shards": (
+        lambda m: [(m / SECOND).unlink(), (m / SECOND.replace("2-", "3-")).unlink()],
+        ["00002-of-00003.safetensors: missing shard", "00003-of-00003.safetensors: missing shard"],
+        ["1 of 3 shards", "3 RoPE", "chat template    yes"],
+    ),
+    "a link to nothing": (
+        lambda m: [(m / SECOND).unlink(), (m / SECOND).symlink_to("gone")],
+        ["missing shard"],
+        ["2 of 3 shards"],
+    ),
+    "an index that is a link to nothing": (
+        lambda m: [(m / INDEX).unlink(), (m / INDEX).symlink_to("gone")],
+        ["not a safetensors index"],
+        ["3 RoPE"],
+    ),
     "cut shard": (lambda m: cut(m / SECOND), [f"{SECOND}: truncated"], ["2 of 3 shards"]),
-    "overlapping tensors": (lambda m: _overlap(m / SECOND), [f"{SECOND}: cannot be used (SafetensorError"],
-                            ["2 of 3 shards"]),
-    "a shard of another model": (lambda m: save_file({"x": torch.ones(2)}, m / SECOND), ["is missing, though"],
-                                 ["3 shards"]),
+    "overlapping tensors": (
+        lambda m: _overlap(m / SECOND),
+        [f"{SECOND}: cannot be used (SafetensorError"],
+        ["2 of 3 shards"],
+    ),
+    "a shard of another model": (
+        lambda m: save_file({"x": torch.ones(2)}, m / SECOND),
+        ["is missing, though"],
+        ["3 shards"],
+    ),
     "broken index": (lambda m: (m / INDEX).write_text("{"), ["not a safetensors index"], ["tokenizer        2,304"]),
-    "index out of the folder": (lambda m: (m / INDEX).write_text('{"weight_map": {"x": "../x.safetensors"}}'),
-                                ["is not a safetensors file inside the folder"], ["3 RoPE"]),
+    "index out of the folder": (
+        lambda m: (m / INDEX).write_text('{"weight_map": {"x": "../x.safetensors"}}'),
+        ["is not a safetensors file inside the folder"],
+        ["3 RoPE"],
+    ),
     "other sizes": (lambda m: _edit_text_config(m, hidden_size=132), ["has shape"], ["size      132", "3 shards"]),
-    "quantized": (lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "fp8"}),
-                  ["quantized checkpoints are not supported"], ["3 RoPE", "3 shards", "parameters       2,952,320"]),
+    "quantized": (
+        lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "fp8"}),
+        ["quantized checkpoints are not supported"],
+        ["3 RoPE", "3 shards", "parameters       2,952,320"],
+    ),
     "quantized within": (lambda m: _edit_text_config(m, quantization_config={"bits": 4}), ["quantized"], ["3 RoPE"]),
-    "another architecture": (lambda m: edit_json(m / "config.json", architectures=["Other\x1b[2J"]), ["architectures"],
-                             ["architecture     Other", "3 shards"]),
-    "absurd sizes": (lambda m: _edit_text_config(m, hidden_size=2**39, intermediate_size=2**39),
-                     ["hidden_size: 549755813888"], ["3 shards"]),
+    "another architecture": (
+        lambda m: edit_json(m / "config.json", architectures=["Other\x1b[2J"]),
+        ["architectures"],
+        ["architecture     Other", "3 shards"],
+    ),
+    "absurd sizes": (
+        lambda m: _edit_text_config(m, hidden_size=2**39, intermediate_size=2**39),
+        ["hidden_size: 549755813888"],
+        ["3 shards"],
+    ),
     "large sizes": (lambda m: _edit_text_config(m, hidden_size=2**30, intermediate_size=2**30), [""], ["3 RoPE"]),
     "configuration cut short": (lambda m: cut(m / "config.json", 50), ["cannot be read as JSON"], ["3 shards", "yes"]),
     "configuration of a list": (lambda m: (m / "config.json").write_text("[]"), ["holds no JSON object"], ["yes"]),
@@ -205,13 +237,22 @@ BROKEN_MODELS: dict[str, tuple[Break, list[str], list[str]]] = {  # damage, one 
     "deep configuration": (lambda m: (m / "config.json").write_text("[" * 10**5), ["recursion"], ["3 shards", "yes"]),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["tokenizer.json: no such file"], ["3 RoPE", "yes"]),
     "broken tokenizer": (lambda m: cut(m / "tokenizer.json"), ["tokenizer.json: cannot be loaded"], ["3 RoPE", "yes"]),
-    "a tokenizer too large": (lambda m: _edit_text_config(m, vocab_size=2303),
-                              ["has shape"], ["1 more than the model has embeddings for"]),
+    "a tokenizer too large": (
+        lambda m: _edit_text_config(m, vocab_size=2303),
+        ["has shape"],
+        ["1 more than the model has embeddings for"],
+    ),
     "a template that fails": (lambda m: (m / TEMPLATE).write_text("{{ 1 / 0 }}"), ["template fails"], ["yes"]),
-    "a template that is no text": (lambda m: (m / TEMPLATE).write_bytes(b"\xff"), [TEMPLATE],
-                                   ["chat template    cannot be read", "3 shards"]),
-    "templates without a name": (lambda m: [(m / TEMPLATE).unlink(), edit_json(
-        m / "tokenizer_config.json", chat_template=[{"name": []}])], [""], ["3 shards"]),
+    "a template that is no text": (
+        lambda m: (m / TEMPLATE).write_bytes(b"\xff"),
+        [TEMPLATE],
+        ["chat template    cannot be read", "3 shards"],
+    ),
+    "templates without a name": (
+        lambda m: [(m / TEMPLATE).unlink(), edit_json(m / "tokenizer_config.json", chat_template=[{"name": []}])],
+        [""],
+        ["3 shards"],
+    ),
     "stop tokens": (lambda m: edit_json(m / "generation_config.json", eos_token_id="x"), ["eos_token_id"], ["3 RoPE"]),
     "a pipe for a shard": (lambda m: pipe(m / SECOND), ["missing shard"], ["2 of 3 shards"]),
     "a pipe for a tokenizer": (lambda m: pipe(m / "tokenizer.json"), ["tokenizer.json: not a regular file"], []),
@@ -229,12 +270,12 @@ def _overlap(shard: Path) -> None:
     """Its first two tensors of one size get the same place."""
     data = shard.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + size])
+    header = json.loads(data[8 : 8 + size])
     last = max(header, key=lambda name: header[name]["data_offsets"][1])
     twin = next(name for name in header if name != last and header[name]["shape"] == header[last]["shape"])
     header[twin]["data_offsets"] = header[last]["data_offsets"]
     text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
-    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size:])
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 @pytest.mark.parametrize("case", BROKEN_MODELS)
@@ -265,7 +306,8 @@ def test_numbers_that_are_none(model: Path, monkeypatch: pytest.MonkeyPatch, pie
     found = [what for what in whats(inspected(model, verify=True)[0]) if "holds" in what]
     assert sorted(what.split("tensor ")[1] for what in found) == [
         "language_model.model.layers.1.input_layernorm.weight holds 2 NaN and 1 infinities; download it again",
-        "vision_model.class_embedding holds 0 NaN and 1 infinities; download it again"]
+        "vision_model.class_embedding holds 0 NaN and 1 infinities; download it again",
+    ]
 
 
 def test_shards_are_read_in_pieces(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,17 +340,22 @@ def test_the_command_for_people_and_programs(tmp_path: Path) -> None:
     assert run_here("inspect", str(damaged)).code == 3
 
 
-@pytest.mark.parametrize(("arguments", "parts"), [
-    ([], ["nothing to inspect", "l4ctx inspect MODEL|CONTEXT"]),
-    ([""], ["the path is empty"]),
-    (["nothing\x1b"], ["no such folder"]),
-    (["file.txt"], ["file.txt: a file"]),
-    (["file.txt/inside"], ["file.txt/inside"]),
-    (["folder"], ["folder: neither a checkpoint", "config.json", "manifest.json"]),
-    (["x" * 300], ["cannot be read: File name too long"]),
-], ids=lambda value: str(value)[:40])
-def test_what_is_neither_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                                    parts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["nothing to inspect", "l4ctx inspect MODEL|CONTEXT"]),
+        ([""], ["the path is empty"]),
+        (["nothing\x1b"], ["no such folder"]),
+        (["file.txt"], ["file.txt: a file"]),
+        (["file.txt/inside"], ["file.txt/inside"]),
+        (["folder"], ["folder: neither a checkpoint", "config.json", "manifest.json"]),
+        (["x" * 300], ["cannot be read: File name too long"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_neither_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file.txt").touch()

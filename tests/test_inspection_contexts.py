@@ -55,15 +55,22 @@ def test_a_complete_context(context: Callable[[str], Path]) -> None:
     [state] = report["states"]
     assert (state["is_newest"], state["is_complete"], state["sealed_blocks"], state["damaged"]) == (True, True, 6, [])
     assert state["tokens"] == state["kept_tokens"] == state["can_keep_tokens"] == len(IDS)
-    assert state["documents"] == [{"path": "notes/a.txt", "tokens": 17, "sha256": "00" * 32},
-                                  {"path": "b ü.txt", "tokens": len(IDS) - 22, "sha256": "ff" * 32}]
+    assert state["documents"] == [
+        {"path": "notes/a.txt", "tokens": 17, "sha256": "00" * 32},
+        {"path": "b ü.txt", "tokens": len(IDS) - 22, "sha256": "ff" * 32},
+    ]
     sizes = report["bytes"]
     on_disk = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert sizes["unused"] == 77 and sum(sizes.values()) == sum(on_disk.values())
     assert sizes["blocks"] == sum(size for name, size in on_disk.items() if name.startswith("blocks/"))
-    for part in (f"{len(IDS)} tokens, complete (6 sealed blocks)", "17 tokens  000000000000  notes/a.txt",
-                 "unused 77 B", "blocks of 32 tokens in segments of 16", "weights 1a1a1a1a1a1a,",
-                 "none, every byte was read"):
+    for part in (
+        f"{len(IDS)} tokens, complete (6 sealed blocks)",
+        "17 tokens  000000000000  notes/a.txt",
+        "unused 77 B",
+        "blocks of 32 tokens in segments of 16",
+        "weights 1a1a1a1a1a1a,",
+        "none, every byte was read",
+    ):
         assert part in text
 
 
@@ -93,13 +100,23 @@ def test_images_among_the_documents(context: Callable[[str], Path], tmp_path: Pa
     keep_images(tmp_path / "c", *IMAGES)
     report, text = inspected(tmp_path / "c", verify=True)
     assert exit_code(report) == 0 and report["states"][0]["images"] == [
-        {"start": 20, "tokens": 27, "sha256": "aa" * 32}, {"start": 32, "tokens": 32, "sha256": "bb" * 32}]
+        {"start": 20, "tokens": 27, "sha256": "aa" * 32},
+        {"start": 32, "tokens": 32, "sha256": "bb" * 32},
+    ]
     assert "\nimages           2, 59 tokens\n" in text
 
 
-@pytest.mark.parametrize("image", [ImageSpan(-1, 7, ""), ImageSpan(9, 8, ""), ImageSpan(9, len(IDS) + 1, ""),
-                                   ImageSpan(10**400, 10**400, ""), ImageSpan("x", 4, "")],  # type: ignore[arg-type]
-                         ids=lambda image: str(image)[:40])
+@pytest.mark.parametrize(
+    "image",
+    [
+        ImageSpan(-1, 7, ""),
+        ImageSpan(9, 8, ""),
+        ImageSpan(9, len(IDS) + 1, ""),
+        ImageSpan(10**400, 10**400, ""),
+        ImageSpan("x", 4, ""),
+    ],  # type: ignore[arg-type]
+    ids=lambda image: str(image)[:40],
+)
 def test_images_that_cannot_be_among_the_tokens(tmp_path: Path, image: ImageSpan) -> None:
     keep_images(tmp_path / "c", image)
     report, text = inspected(tmp_path / "c")
@@ -143,10 +160,20 @@ DAMAGES: dict[str, tuple[str, Break, bool, list[int], str]] = {  # context, dama
     "documents": ("complete", lambda f: flip(f / state_of(f).ids.name, -1), True, [0], "checksum of documents"),
     "token ids missing": ("interrupted", lambda f: (f / state_of(f).ids.name).unlink(), True, [0], "missing"),
     "of an interrupted one": ("interrupted", lambda f: cut(f / state_of(f).blocks[1].name), True, [BLOCK], "cut short"),
-    "a shared block": ("changing", lambda f: flip(f / state_of(f).blocks[1].name, -9), False, [BLOCK, BLOCK],
-                       "checksum"),
-    "an older block": ("changing", lambda f: flip(f / state_of(f, newest=False).blocks[4].name, -9), False,
-                       [5 * BLOCK, 4 * BLOCK], "checksum"),
+    "a shared block": (
+        "changing",
+        lambda f: flip(f / state_of(f).blocks[1].name, -9),
+        False,
+        [BLOCK, BLOCK],
+        "checksum",
+    ),
+    "an older block": (
+        "changing",
+        lambda f: flip(f / state_of(f, newest=False).blocks[4].name, -9),
+        False,
+        [5 * BLOCK, 4 * BLOCK],
+        "checksum",
+    ),
     "all blocks": ("complete", lambda f: shutil.rmtree(f / "blocks"), True, [0], "missing"),
 }
 
@@ -219,9 +246,19 @@ def forge(folder: Path, **made_with: Any) -> None:
     (folder / MANIFEST).write_text(json.dumps(content | {"sha256": digest}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("made_with", [
-    {"dtype": "\x1b[2J\nfloat32\t\u202e"}, {"weights": "\x1b[2J\ud800"}, {"date": "2026-11-21\n"}, {"block_tokens": 0},
-    {"block_tokens": -32}, {"block_tokens": 10**4000}, {"prefill_chunk_size": -1}], ids=lambda made: str(made)[:40])
+@pytest.mark.parametrize(
+    "made_with",
+    [
+        {"dtype": "\x1b[2J\nfloat32\t\u202e"},
+        {"weights": "\x1b[2J\ud800"},
+        {"date": "2026-11-21\n"},
+        {"block_tokens": 0},
+        {"block_tokens": -32},
+        {"block_tokens": 10**4000},
+        {"prefill_chunk_size": -1},
+    ],
+    ids=lambda made: str(made)[:40],
+)
 def test_a_forged_manifest_does_no_harm(context: Callable[[str], Path], made_with: dict[str, Any]) -> None:
     folder = context("interrupted")
     forge(folder, **made_with)
@@ -260,8 +297,7 @@ def test_beside_a_writer(context: Callable[[str], Path], monkeypatch: pytest.Mon
     ids = changed(IDS, 2 * BLOCK)
     locks = []
     work = inspection._bytes_on_disk
-    monkeypatch.setattr(inspection, "_bytes_on_disk", lambda made: [
-        locks.append(deletion_lock(folder)), work(made)][1])
+    monkeypatch.setattr(inspection, "_bytes_on_disk", lambda made: [locks.append(deletion_lock(folder)), work(made)][1])
     with closing(ContextWriter(folder, Kind().recipe)) as writer:
         for done in reading(writer, ids):
             report = inspect_folder(str(folder), verify=True)

@@ -38,16 +38,24 @@ class InterruptedOnce:
             if is_it:
                 raise KeyboardInterrupt
             return result
+
         return call
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize(("kind", "name"), [
-    (ChunkedKVCache, "append"), (ChunkedKVCache, "finish"), (ChunkedKVCache, "settle"),
-    (OffloadedKVCache, "append"), (OffloadedKVCache, "settle"),
-])
-def test_the_cache_goes_on_from_its_offset(toys: Any, monkeypatch: pytest.MonkeyPatch, kind: type, name: str,
-                                           after: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ChunkedKVCache, "append"),
+        (ChunkedKVCache, "finish"),
+        (ChunkedKVCache, "settle"),
+        (OffloadedKVCache, "append"),
+        (OffloadedKVCache, "settle"),
+    ],
+)
+def test_the_cache_goes_on_from_its_offset(
+    toys: Any, monkeypatch: pytest.MonkeyPatch, kind: type, name: str, after: bool
+) -> None:
     """Steps shorter and longer than the attention chunk of 7, begun inside one and at its boundary."""
     model = load_checkpoint(toys("scout", 0.25).folder, dtype=torch.float32)
     ids = torch.arange(61).remainder(model.config.vocab_size)[None]
@@ -102,15 +110,39 @@ def run(cache: HybridKVCache, steps: Sequence[int]) -> dict[int, tuple[int, Show
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize(("kind", "name"), [
-    *((Tiers, name) for name in ("seal", "to_host", "prepare", "stream", "_fetched", "_in_background", "_read",
-                                 "_keep", "_room", "_unpack_buffer")),
-    (SealedBlock, "move"), (SealedBlock, "drop_from_memory"), (UnitFile, "read"), (Scratch, "write"),
-    (HybridKVCache, "_place"), (HybridKVCache, "_write"), (HybridKVCache, "advance"),
-    (OffloadedKVCache, "segments"), (OffloadedKVCache, "segment"), (OffloadedKVCache, "settle"),
-])
-def test_a_cache_on_disk_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Scratch, kind: type, name: str,
-                                 after: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(
+            (Tiers, name)
+            for name in (
+                "seal",
+                "to_host",
+                "prepare",
+                "stream",
+                "_fetched",
+                "_in_background",
+                "_read",
+                "_keep",
+                "_room",
+                "_unpack_buffer",
+            )
+        ),
+        (SealedBlock, "move"),
+        (SealedBlock, "drop_from_memory"),
+        (UnitFile, "read"),
+        (Scratch, "write"),
+        (HybridKVCache, "_place"),
+        (HybridKVCache, "_write"),
+        (HybridKVCache, "advance"),
+        (OffloadedKVCache, "segments"),
+        (OffloadedKVCache, "segment"),
+        (OffloadedKVCache, "settle"),
+    ],
+)
+def test_a_cache_on_disk_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Scratch, kind: type, name: str, after: bool
+) -> None:
     """Restored, of packed blocks, the newest of them promoted: what is shown and what is held are as without Ctrl-C."""
     cache, saved = filled(3 * BLOCK + 2, tmp_path, kv_dtype="int8", length=200)
     straight = cache.fork()
@@ -133,7 +165,10 @@ def test_a_cache_on_disk_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert same(shown(other, 1, range(1)), shown(straight, 1, range(1)))
         held, closed_form = other.held(), other.layout.held(other.offset, other.residency)
         assert (held.nope, held.buffers, held.rope_windows) == (
-            closed_form.nope, closed_form.buffers, closed_form.rope_windows)
+            closed_form.nope,
+            closed_form.buffers,
+            closed_form.rope_windows,
+        )
         assert other.fork().held() == held
 
 
@@ -197,12 +232,14 @@ def test_what_is_saved_after_an_interrupted_commit(monkeypatch: pytest.MonkeyPat
     def interrupted(cache: HybridKVCache, num_tokens: int) -> None:
         with monkeypatch.context() as patch:
             for kind in (ChunkedKVCache, OffloadedKVCache):
+
                 def settle(layer: Any, offset: int, original: Callable[..., None] = kind.settle) -> None:
                     for is_after in (False, True):
                         if next(settled) == number:
                             raise KeyboardInterrupt
                         if not is_after:
                             original(layer, offset)
+
                 patch.setattr(kind, "settle", settle)
             advance(cache, num_tokens)
 

@@ -22,7 +22,7 @@ from l4ctx.journal import Journal, JournalError
 RECORDS: list[dict[str, Any]] = [
     {},
     {"block": 0, "file": "0.bin", "tokens": [0, 2048]},
-    {"text": "日本 ü 👍🏽 \u2028 \x00\n\r\"\\", "path": "bad\udcff.md"},
+    {"text": '日本 ü 👍🏽 \u2028 \x00\n\r"\\', "path": "bad\udcff.md"},
     {"nested": {"list": [None, True, 1.5, -3, 2**70, {}]}, "": ""},
     {"block": 0, "file": "0.bin", "tokens": [0, 2048]},  # equal to an earlier one, and no duplicate
 ]
@@ -45,8 +45,9 @@ def line_of(text: str | bytes, after: bytes = b"0" * 16) -> bytes:
 def test_the_format(tmp_path: Path) -> None:
     expected = b""
     for record in RECORDS:
-        expected += line_of(json.dumps(record, separators=(",", ":")), expected.split(b"\n")[-2][:16] if expected
-                            else b"0" * 16)
+        expected += line_of(
+            json.dumps(record, separators=(",", ":")), expected.split(b"\n")[-2][:16] if expected else b"0" * 16
+        )
     assert written(tmp_path / "journal", RECORDS) == expected
     assert Journal.read(tmp_path / "journal") == RECORDS
 
@@ -57,7 +58,7 @@ def test_records_are_there_after_each_opening(tmp_path: Path) -> None:
         journal = Journal.open(file)
         assert journal.records == RECORDS[:count]
         journal.append(record)
-        assert journal.records == RECORDS[:count + 1] == Journal.read(file)
+        assert journal.records == RECORDS[: count + 1] == Journal.read(file)
         journal.close()
         journal.close()
 
@@ -106,7 +107,7 @@ def test_every_length_a_crash_can_leave(tmp_path: Path) -> None:
         for kept in (data[:length], data[:length] + bytes(len(data) - length)):  # or the size, but not the data
             file.unlink()
             file.write_bytes(kept)
-            assert Journal.read(file) == RECORDS[:data[:length].count(b"\n")]
+            assert Journal.read(file) == RECORDS[: data[:length].count(b"\n")]
 
 
 Damage = Callable[[random.Random, bytes], bytes]
@@ -117,14 +118,17 @@ def of_lines(change: Callable[[random.Random, list[bytes]], None]) -> Damage:
         lines = data.splitlines(keepends=True)
         change(chance, lines)
         return b"".join(lines)
+
     return apply
 
 
 def at_a_place(replace: Callable[[random.Random, bytes], bytes], length: int) -> Damage:
     """What `replace` makes of `length` bytes somewhere."""
+
     def apply(chance: random.Random, data: bytes) -> bytes:
         place = chance.randrange(len(data))
-        return data[:place] + replace(chance, data[place:place + length]) + data[place + length:]
+        return data[:place] + replace(chance, data[place : place + length]) + data[place + length :]
+
     return apply
 
 
@@ -165,9 +169,9 @@ def test_damage_is_told_from_a_torn_end(tmp_path: Path, damage: str) -> None:
         damaged = DAMAGES[damage](chance, data)
         file.unlink()
         file.write_bytes(damaged)
-        whole = damaged[:damaged.rfind(b"\n") + 1]
+        whole = damaged[: damaged.rfind(b"\n") + 1]
         if data.startswith(whole):
-            assert Journal.read(file) == records[:whole.count(b"\n")], case
+            assert Journal.read(file) == records[: whole.count(b"\n")], case
             continue
         with pytest.raises(JournalError) as caught:
             Journal.read(file)
@@ -286,6 +290,7 @@ def no_space(written_before: int) -> Callable[[int, bytes], int]:
         if count:
             return count
         raise OSError(errno.ENOSPC, "No space left on device")
+
     return fails
 
 
@@ -295,6 +300,7 @@ def fails_after_writing(error: BaseException) -> Callable[[int, bytes], int]:
     def fails(descriptor: int, data: bytes) -> int:
         write(descriptor, data)
         raise error
+
     return fails
 
 

@@ -36,8 +36,13 @@ def split_apart(tensors: Tensors, form: str) -> Tensors:
             found[name] = tensor
             continue
         for number, matrix in enumerate(tensor):
-            parts = {"down": matrix} if fused == "down_proj" else {"gate_up": matrix} if "gate_up" in form else dict(
-                zip(("gate", "up"), matrix.chunk(2, dim=-1), strict=True))
+            parts = (
+                {"down": matrix}
+                if fused == "down_proj"
+                else {"gate_up": matrix}
+                if "gate_up" in form
+                else dict(zip(("gate", "up"), matrix.chunk(2, dim=-1), strict=True))
+            )
             for kind, part in parts.items():
                 own = f"{kind}_projs.{number}" if form.endswith("lists") else f"{number}.{kind}_proj"
                 found[f"{experts}.{own}.weight"] = part.t().contiguous()
@@ -64,9 +69,7 @@ def apart(toys: Toys, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("form", ["gate, up", "gate_up", "gate, up in lists", "gate_up in lists"])
 @pytest.mark.parametrize("name", ["maverick", "nested_sharded", "top_2", "bfloat16"])
-def test_the_weights_are_those_of_the_fused_form(
-    toys: Toys, apart: Callable[..., Path], name: str, form: str
-) -> None:
+def test_the_weights_are_those_of_the_fused_form(toys: Toys, apart: Callable[..., Path], name: str, form: str) -> None:
     folder, whole = apart(name, form), toys(name, 0.25).folder
     for dtype in (torch.float32, torch.bfloat16):
         model, expected = load_checkpoint(folder, dtype=dtype), load_checkpoint(whole, dtype=dtype, is_mapped=False)
@@ -91,21 +94,35 @@ def test_they_are_counted_and_known_by_their_bytes(toys: Toys, apart: Callable[.
     assert fingerprint(folder, config, checked_tensors(folder, config))["weights"] != before
 
 
-@pytest.mark.parametrize(("change", "part"), [
-    (lambda t: t.pop(GATE), f"tensor {GATE} is missing"),
-    (lambda t: t.pop(GATE.replace("gate", "down")), f"tensor {GATE.replace('gate', 'down')} is missing"),
-    (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name and ".experts." in name and "up_" in name],
-     "layers.1.feed_forward.experts.0.up_proj.weight is missing"),
-    (lambda t: t.update({GATE.replace(".2.", ".5."): t[GATE].clone()}), "there are 5 experts"),
-    (lambda t: t.update({GATE.replace("gate", "gate_up"): torch.ones(44, 42)}), "gate_up_proj is there, too"),
-    (lambda t: t.update({GATE.replace("2.gate_proj", "gate_projs.2"): t[GATE].clone()}), "is the same"),
-    (lambda t: t.update({GATE.replace("2.gate_proj.weight", "gate_up_proj"): torch.ones(5, 42, 44)}), "all experts"),
-    (lambda t: t.update({GATE: t[GATE].t().contiguous()}), f"tensor {GATE} has shape [42, 22] instead of [22, 42]"),
-    (lambda t: t.update({GATE.replace("weight", "bias"): torch.ones(22)}), "gate_proj.bias, which the model does not"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_projection.weight":
-                         t.pop("model.layers.0.self_attn.q_proj.weight")}),
-     "q_proj.weight is missing, though model.layers.0.self_attn.q_projection.weight is there"),
-])
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda t: t.pop(GATE), f"tensor {GATE} is missing"),
+        (lambda t: t.pop(GATE.replace("gate", "down")), f"tensor {GATE.replace('gate', 'down')} is missing"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.1" in name and ".experts." in name and "up_" in name],
+            "layers.1.feed_forward.experts.0.up_proj.weight is missing",
+        ),
+        (lambda t: t.update({GATE.replace(".2.", ".5."): t[GATE].clone()}), "there are 5 experts"),
+        (lambda t: t.update({GATE.replace("gate", "gate_up"): torch.ones(44, 42)}), "gate_up_proj is there, too"),
+        (lambda t: t.update({GATE.replace("2.gate_proj", "gate_projs.2"): t[GATE].clone()}), "is the same"),
+        (
+            lambda t: t.update({GATE.replace("2.gate_proj.weight", "gate_up_proj"): torch.ones(5, 42, 44)}),
+            "all experts",
+        ),
+        (lambda t: t.update({GATE: t[GATE].t().contiguous()}), f"tensor {GATE} has shape [42, 22] instead of [22, 42]"),
+        (
+            lambda t: t.update({GATE.replace("weight", "bias"): torch.ones(22)}),
+            "gate_proj.bias, which the model does not",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.self_attn.q_projection.weight": t.pop("model.layers.0.self_attn.q_proj.weight")}
+            ),
+            "q_proj.weight is missing, though model.layers.0.self_attn.q_projection.weight is there",
+        ),
+    ],
+)
 def test_what_is_missing_or_too_much_is_named(
     apart: Callable[..., Path], change: Callable[[Tensors], object], part: str
 ) -> None:
@@ -132,8 +149,17 @@ def test_one_file_goes_before_an_index(toys: Toys, tmp_path: Path) -> None:
     assert INDEX in (unused_weights(folder) or "")
 
 
-@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin", "adapter_model.safetensors",
-                                  "model-00001-of-00009.safetensors", "consolidated.00.pth", "model-q4.gguf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "adapter_model.safetensors",
+        "model-00001-of-00009.safetensors",
+        "consolidated.00.pth",
+        "model-q4.gguf",
+    ],
+)
 def test_other_sets_of_weights_are_named(toys: Toys, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(toys("scout", 0.25).folder, tmp_path / "m"))
     (folder / "training_args.bin").touch()

@@ -60,11 +60,12 @@ def test_it_is_the_definition() -> None:
             piece = [rng.randrange(3) for _ in range(rng.choice((1, 1, 2, 3, 5, 9)))]
             tokens += piece * rng.choice((1, 2, 40, 130, 400))
         found = first_loop(tokens)
-        expected = next((number for number in range(1, len(tokens) + 1) if naive(tokens[max(0, number - 900):number])),
-                        None)
+        expected = next(
+            (number for number in range(1, len(tokens) + 1) if naive(tokens[max(0, number - 900) : number])), None
+        )
         assert (found and found[0]) == expected
         if found is not None:
-            assert found[1] == naive(tokens[:found[0]])
+            assert found[1] == naive(tokens[: found[0]])
 
 
 def test_one_slip_begins_it_anew() -> None:
@@ -91,8 +92,9 @@ LEGITIMATE = {
     "a chorus": "Row, row, row your boat, gently down the stream.\n" * 5,
     "a sentence ten times": "I will not talk in class again.\n" * 10,
     "a dump of zeros": "\n".join(f"{n:08x}  " + " ".join(["00"] * 16) for n in range(0, 640, 16)),
-    "paragraphs that begin alike": "\n\n".join("On the day the harbor was painted again, " * 2 + f"item {n} came."
-                                               for n in range(30)),
+    "paragraphs that begin alike": "\n\n".join(
+        "On the day the harbor was painted again, " * 2 + f"item {n} came." for n in range(30)
+    ),
 }
 
 
@@ -103,8 +105,17 @@ def test_what_people_ask_for_is_not_cut(name: str) -> None:
     assert first_loop(ids) is None
 
 
-@pytest.mark.parametrize("text", ["the ", "ha", "I do not know. ", "\n", "and so on and on and on, ",
-                                  "It is what it is. The old wall by the harbor was painted again, and nobody knew. "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the ",
+        "ha",
+        "I do not know. ",
+        "\n",
+        "and so on and on and on, ",
+        "It is what it is. The old wall by the harbor was painted again, and nobody knew. ",
+    ],
+)
 def test_real_loops_end_before_the_default_limit(text: str) -> None:
     ids = Tokenizer.from_folder(TINY).encode_data("The access code is 48213. " + text * 1000).ids
     found = first_loop(ids[:DEFAULT_MAX_NEW_TOKENS])

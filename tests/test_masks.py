@@ -29,7 +29,7 @@ def visible(chunk: int | None, queries: range, keys: range) -> Tensor:
 def pieces(tile: Tile) -> list[tuple[range, range]]:
     assert len(tile.queries) % tile.batch == 0 and len(tile.keys) % tile.batch == 0
     t, s = len(tile.queries) // tile.batch, len(tile.keys) // tile.batch
-    return [(tile.queries[i * t:(i + 1) * t], tile.keys[i * s:(i + 1) * s]) for i in range(tile.batch)]
+    return [(tile.queries[i * t : (i + 1) * t], tile.keys[i * s : (i + 1) * s]) for i in range(tile.batch)]
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -60,8 +60,10 @@ def test_tiles_hold_each_visible_pair_once(chunk: int | None) -> None:
                 else:
                     seen = torch.ones(shape, dtype=torch.long)
                 assert (seen.sum(1) > 0).all(), "a fully masked row has no log-sum-exp"
-                held[rows.start - queries.start:rows.stop - queries.start,
-                     columns.start - keys.start:columns.stop - keys.start] += seen
+                held[
+                    rows.start - queries.start : rows.stop - queries.start,
+                    columns.start - keys.start : columns.stop - keys.start,
+                ] += seen
         assert torch.equal(held, visible(chunk, queries, keys).long()), (queries, keys)
 
 
@@ -78,8 +80,10 @@ def test_tiles_stay_few_however_long_the_input() -> None:
 def test_equal_chunks_are_one_batch() -> None:
     tiles = AttentionMask(7).tiles(range(3, 45), range(45))
     assert tiles == [
-        Tile("full", range(3, 7), range(3)), Tile("causal_square", range(3, 7), range(3, 7)),
-        Tile("causal_square", range(7, 42), range(7, 42), 5), Tile("causal_square", range(42, 45), range(42, 45)),
+        Tile("full", range(3, 7), range(3)),
+        Tile("causal_square", range(3, 7), range(3, 7)),
+        Tile("causal_square", range(7, 42), range(7, 42), 5),
+        Tile("causal_square", range(42, 45), range(42, 45)),
     ]
 
 
@@ -107,8 +111,15 @@ def test_block_mask_equals_torchs(chunk: int | None) -> None:
         got = mask.block_mask(queries, keys, block_size, torch.device("cpu"))
         expected = create_block_mask(
             lambda b, h, q, k, mask=mask, queries=queries, keys=keys: mask.mask_mod(
-                b, h, q + queries.start, k + keys.start),
-            None, None, len(queries), len(keys), device="cpu", BLOCK_SIZE=block_size)
+                b, h, q + queries.start, k + keys.start
+            ),
+            None,
+            None,
+            len(queries),
+            len(keys),
+            device="cpu",
+            BLOCK_SIZE=block_size,
+        )
         assert got.BLOCK_SIZE == expected.BLOCK_SIZE and got.seq_lengths == expected.seq_lengths
         assert torch.equal(got.to_dense(), expected.to_dense()), (queries, keys, block_size)
         for kind in ("kv", "full_kv"):
@@ -139,4 +150,6 @@ def test_moved_back_masks_are_the_same(chunk: int | None) -> None:
     if chunk is None:
         for start in (0, 100, 9_999_900):  # what is wholly seen has one mask
             assert AttentionMask().moved_back(range(10_000_000, 10_000_005), range(start, start + 50)) == (
-                range(50, 55), range(50))
+                range(50, 55),
+                range(50),
+            )

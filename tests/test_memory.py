@@ -85,11 +85,24 @@ def test_live_storages_counts_what_is_there() -> None:
 
 
 def config(**changes: Any) -> TextConfig:
-    return TextConfig.from_dict({
-        "model_type": "llama4_text", "vocab_size": 211, "hidden_size": 96, "intermediate_size": 80,
-        "intermediate_size_mlp": 144, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 16, "num_local_experts": 3, "attention_chunk_size": 64, "max_position_embeddings": 4096,
-        "no_rope_layer_interval": 2} | changes)
+    return TextConfig.from_dict(
+        {
+            "model_type": "llama4_text",
+            "vocab_size": 211,
+            "hidden_size": 96,
+            "intermediate_size": 80,
+            "intermediate_size_mlp": 144,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 3,
+            "attention_chunk_size": 64,
+            "max_position_embeddings": 4096,
+            "no_rope_layer_interval": 2,
+        }
+        | changes
+    )
 
 
 def random_model(of: TextConfig, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -103,8 +116,13 @@ def random_model(of: TextConfig, dtype: torch.dtype = torch.float32) -> Transfor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "scout's proportions": {"hidden_size": 320, "num_attention_heads": 20, "num_key_value_heads": 4,
-                            "intermediate_size": 512, "intermediate_size_mlp": 1024},
+    "scout's proportions": {
+        "hidden_size": 320,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "intermediate_size": 512,
+        "intermediate_size_mlp": 1024,
+    },
     "top 2": {"num_experts_per_tok": 2},
     "wide experts": {"intermediate_size": 512},
     "wide dense layers": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 700},
@@ -143,10 +161,23 @@ def test_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize(("count", "text"), [
-    (0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (99.94 * 1024, "99.9 KiB"),
-    (100 * 1024, "100 KiB"), (1.125 * 2**30, "1.1 GiB"), (48 * 2**30, "48.0 GiB"), (480 * 2**30, "480 GiB"),
-    (2.5 * 2**40, "2.5 TiB"), (5000 * 2**40, "5000 TiB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (99.94 * 1024, "99.9 KiB"),
+        (100 * 1024, "100 KiB"),
+        (1.125 * 2**30, "1.1 GiB"),
+        (48 * 2**30, "48.0 GiB"),
+        (480 * 2**30, "480 GiB"),
+        (2.5 * 2**40, "2.5 TiB"),
+        (5000 * 2**40, "5000 TiB"),
+    ],
+)
 def test_human_bytes(count: float, text: str) -> None:
     assert human_bytes(count) == text
 
@@ -184,7 +215,7 @@ def resident(size: int) -> mmap.mmap:
     """So many bytes in pages of their own, which go back when it is closed; malloc might keep them."""
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for start in range(0, size, MIB):
-        block[start:start + MIB] = b"x" * MIB
+        block[start : start + MIB] = b"x" * MIB
     return block
 
 
@@ -278,11 +309,20 @@ def test_cgroup_that_is_full_absent_or_broken(tmp_path: Path) -> None:
     assert _cgroup_available(root, tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize(("machine", "groups", "expected"), [
-    (100, [], 100), (100, [70, 90], 70), (100, [9223372036854771712], 100), (None, [5], 5), (None, [], None),
-    (100, [0], 0)])
-def test_available_memory_is_the_least(monkeypatch: pytest.MonkeyPatch, machine: int | None, groups: list[int],
-                                       expected: int | None) -> None:
+@pytest.mark.parametrize(
+    ("machine", "groups", "expected"),
+    [
+        (100, [], 100),
+        (100, [70, 90], 70),
+        (100, [9223372036854771712], 100),
+        (None, [5], 5),
+        (None, [], None),
+        (100, [0], 0),
+    ],
+)
+def test_available_memory_is_the_least(
+    monkeypatch: pytest.MonkeyPatch, machine: int | None, groups: list[int], expected: int | None
+) -> None:
     monkeypatch.setattr(memory, "_machine_available", lambda: machine)
     monkeypatch.setattr(memory, "_cgroup_available", lambda: groups)
     assert available_memory() == expected
@@ -336,11 +376,24 @@ class FakeNVML:
         return 0
 
 
-@pytest.mark.parametrize(("visible", "index", "expected"), [
-    (None, 0, 10), (None, 1, 11), (None, 2, None), ("1,0", 0, 11), ("1, 0", 1, 10), ("1", 1, None), ("", 0, None),
-    ("GPU-abc", 0, 12), ("GPU-xyz", 0, None), ("-1", 0, None)])
-def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int,
-                              expected: int | None) -> None:
+@pytest.mark.parametrize(
+    ("visible", "index", "expected"),
+    [
+        (None, 0, 10),
+        (None, 1, 11),
+        (None, 2, None),
+        ("1,0", 0, 11),
+        ("1, 0", 1, 10),
+        ("1", 1, None),
+        ("", 0, None),
+        ("GPU-abc", 0, 12),
+        ("GPU-xyz", 0, None),
+        ("-1", 0, None),
+    ],
+)
+def test_free_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int, expected: int | None
+) -> None:
     driver = FakeNVML({0: 10, 1: 11, b"GPU-abc": 12})
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -365,10 +418,20 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report(**changes: Any) -> MemoryReport:
     job = Job(config(), prompt_tokens=150, max_new_tokens=21, weights=1000, weights_are_mapped=False, dtype="float32")
-    fields = {"predicted": MemoryPlan.of(job), "weights": 1 * MIB, "rope_windows": 2 * MIB, "nope_device": 3 * MIB,
-              "nope_host": 4 * MIB, "nope_disk": 5 * MIB, "buffers": 6 * MIB, "token_ids": 7 * MIB,
-              "process_before": ProcessMemory(8 * MIB, 9 * MIB), "process": ProcessMemory(10 * MIB, 11 * MIB),
-              "process_peak": ProcessMemory(12 * MIB, 13 * MIB), "accelerator_peak": 14 * MIB}
+    fields = {
+        "predicted": MemoryPlan.of(job),
+        "weights": 1 * MIB,
+        "rope_windows": 2 * MIB,
+        "nope_device": 3 * MIB,
+        "nope_host": 4 * MIB,
+        "nope_disk": 5 * MIB,
+        "buffers": 6 * MIB,
+        "token_ids": 7 * MIB,
+        "process_before": ProcessMemory(8 * MIB, 9 * MIB),
+        "process": ProcessMemory(10 * MIB, 11 * MIB),
+        "process_peak": ProcessMemory(12 * MIB, 13 * MIB),
+        "accelerator_peak": 14 * MIB,
+    }
     return MemoryReport(**(fields | changes))
 
 
@@ -379,8 +442,19 @@ def test_the_report_becomes_plain_numbers() -> None:
     assert fields["predicted"] == whole.predicted.as_dict()
     assert fields["process_before"] == {"anonymous": 8 * MIB, "file_backed": 9 * MIB}
     assert fields["process"] == {"anonymous": 10 * MIB, "file_backed": 11 * MIB} and fields["process_peak"] is None
-    assert [fields[name] // MIB for name in ("weights", "rope_windows", "nope_device", "nope_host", "nope_disk",
-                                             "buffers", "token_ids", "accelerator_peak")] == [1, 2, 3, 4, 5, 6, 7, 14]
+    assert [
+        fields[name] // MIB
+        for name in (
+            "weights",
+            "rope_windows",
+            "nope_device",
+            "nope_host",
+            "nope_disk",
+            "buffers",
+            "token_ids",
+            "accelerator_peak",
+        )
+    ] == [1, 2, 3, 4, 5, 6, 7, 14]
 
 
 def table(of: MemoryReport) -> dict[str, list[str]]:
@@ -411,8 +485,15 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
     job = Job(of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32")
     budget = (16 + 1 + 16 * sizes.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
     plan = MemoryPlan.of(job, Room(kv_host=budget, disk_folder="x"))
-    rows = table(report(predicted=plan, nope_device=0, nope_host=plan.end.nope_host, nope_disk=plan.end.nope_disk,
-                        buffers=plan.end.buffers))
+    rows = table(
+        report(
+            predicted=plan,
+            nope_device=0,
+            nope_host=plan.end.nope_host,
+            nope_disk=plan.end.nope_disk,
+            buffers=plan.end.buffers,
+        )
+    )
     assert rows["NoPE keys and values, host memory"] == ["21.2 MiB", "32.0 MiB", "21.2 MiB"]
     assert rows["NoPE keys and values, disk"] == ["96.0 MiB", "96.0 MiB", "96.0 MiB"]
     assert rows["read buffers"] == [human_bytes(16 * sizes.READ_BUFFERS * MIB)] * 3

@@ -35,19 +35,25 @@ def said(path: str) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-@pytest.mark.parametrize(("files", "parts"), [
-    (["m/consolidated.00.pth", "m/params.json", "m/tokenizer.model"], ["Meta's own format", "convert_llama4"]),
-    (["m/params.json", "m/checklist.chk"], ["Meta's own format", "hf download"]),
-    (["m/adapter_config.json", "m/adapter_model.safetensors"], ["an adapter (LoRA)", "merge"]),
-    (["m/model-q4.gguf"], ["GGUF", "safetensors"]), (["m/pytorch_model.bin"], ["pickled", "safetensors"]),
-    (["m/model.onnx"], ["ONNX"]), (["m/weights.00.npz"], ["MLX"]), (["m/onnx/model.onnx"], ["ONNX"]),
-    (["m/model-00001-of-00002.safetensors"], ["no config.json there, though weights are"]),
-    (["m/scout/config.json"], ["no config.json there, but in a folder within it: --model m/scout"]),
-    (["m/a/config.json", "m/b/config.json"], ["--model m/a (or b)"]),
-    (["m/manifest.json"], ["a saved context", "--context", "--model"]),
-    (["m/readme.md"], ["no config.json there; a checkpoint folder"]),
-    (["m/tokenizer.json"], ["no config.json there"]),
-])
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        (["m/consolidated.00.pth", "m/params.json", "m/tokenizer.model"], ["Meta's own format", "convert_llama4"]),
+        (["m/params.json", "m/checklist.chk"], ["Meta's own format", "hf download"]),
+        (["m/adapter_config.json", "m/adapter_model.safetensors"], ["an adapter (LoRA)", "merge"]),
+        (["m/model-q4.gguf"], ["GGUF", "safetensors"]),
+        (["m/pytorch_model.bin"], ["pickled", "safetensors"]),
+        (["m/model.onnx"], ["ONNX"]),
+        (["m/weights.00.npz"], ["MLX"]),
+        (["m/onnx/model.onnx"], ["ONNX"]),
+        (["m/model-00001-of-00002.safetensors"], ["no config.json there, though weights are"]),
+        (["m/scout/config.json"], ["no config.json there, but in a folder within it: --model m/scout"]),
+        (["m/a/config.json", "m/b/config.json"], ["--model m/a (or b)"]),
+        (["m/manifest.json"], ["a saved context", "--context", "--model"]),
+        (["m/readme.md"], ["no config.json there; a checkpoint folder"]),
+        (["m/tokenizer.json"], ["no config.json there"]),
+    ],
+)
 def test_folders(files: list[str], parts: list[str]) -> None:
     make(*files)
     assert all(part in said("m") for part in parts), said("m")
@@ -60,13 +66,21 @@ def test_an_adapter_names_its_base() -> None:
     assert said("m").startswith("an adapter (LoRA), no whole model")
 
 
-@pytest.mark.parametrize(("file", "content", "parts"), [
-    ("a.gguf", b"GGUF\3\0", ["GGUF", "hf download"]), ("renamed", b"GGUF\3\0", ["GGUF"]),
-    ("w.pth", b"PK\3\4", ["pickled", "any program"]), ("w.bin", b"\x80\2", ["pickled"]),
-    ("m.tar.gz", b"\x1f\x8b\x08", ["an archive; unpack"]), ("m.zip", b"PK\3\4", ["an archive"]),
-    ("m.tar", bytes(257) + b"ustar", ["an archive"]), ("m.onnx", b"\x08", ["another program's format"]),
-    ("lone.safetensors", b"", ["weights alone"]), ("notes.txt", b"hello", ["a file; a checkpoint folder is expected"]),
-])
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("a.gguf", b"GGUF\3\0", ["GGUF", "hf download"]),
+        ("renamed", b"GGUF\3\0", ["GGUF"]),
+        ("w.pth", b"PK\3\4", ["pickled", "any program"]),
+        ("w.bin", b"\x80\2", ["pickled"]),
+        ("m.tar.gz", b"\x1f\x8b\x08", ["an archive; unpack"]),
+        ("m.zip", b"PK\3\4", ["an archive"]),
+        ("m.tar", bytes(257) + b"ustar", ["an archive"]),
+        ("m.onnx", b"\x08", ["another program's format"]),
+        ("lone.safetensors", b"", ["weights alone"]),
+        ("notes.txt", b"hello", ["a file; a checkpoint folder is expected"]),
+    ],
+)
 def test_files(file: str, content: bytes, parts: list[str]) -> None:
     make(file, content=content)
     assert all(part in said(file) for part in parts), said(file)
@@ -111,10 +125,16 @@ def test_a_cache_without_a_whole_snapshot() -> None:
     assert "hf download a/b" in said("models--a--b")
 
 
-@pytest.mark.parametrize("command", [
-    ["ask", "q", "notes.txt", "--model", "m"], ["prefill", "notes.txt", "-o", "c", "--model", "m"],
-    ["plan", "--tokens", "5", "--model", "m"], ["bench", "--model", "m"], ["inspect", "m"],
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ask", "q", "notes.txt", "--model", "m"],
+        ["prefill", "notes.txt", "-o", "c", "--model", "m"],
+        ["plan", "--tokens", "5", "--model", "m"],
+        ["bench", "--model", "m"],
+        ["inspect", "m"],
+    ],
+)
 def test_every_command_says_it(command: list[str]) -> None:
     make("m/params.json", "m/consolidated.00.pth", "notes.txt", content=b"text")
     result = run_here(*command)

@@ -20,8 +20,9 @@ def layers(model: torch.nn.Module) -> list[MoE]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", [2, 4, 32])
 @pytest.mark.parametrize("name", ["scout", "top_2"])
-def test_rounding_changes_nothing(toys: Toys, monkeypatch: pytest.MonkeyPatch, name: str, granularity: int,
-                                  dtype: torch.dtype) -> None:
+def test_rounding_changes_nothing(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, name: str, granularity: int, dtype: torch.dtype
+) -> None:
     layer = layers(load_checkpoint(toys(name, 0.25).folder, dtype=dtype))[0]
     width = layer.router.in_features
     generator = torch.Generator().manual_seed(granularity)

@@ -59,9 +59,13 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "temperature off by one": (temperature(lambda p, c: correct_temperature(p - 1, c)), "scout"),
     "temperature of relative positions": (temperature(correct_temperature, relative=True), "scout"),
     "temperature without floor": (
-        temperature(lambda p, c: torch.log1p((p + 1) / c.floor_scale) * c.attn_scale + 1), "maverick"),
+        temperature(lambda p, c: torch.log1p((p + 1) / c.floor_scale) * c.attn_scale + 1),
+        "maverick",
+    ),
     "temperature with log instead of log1p": (
-        temperature(lambda p, c: ((p + 1) // c.floor_scale).clamp(min=1).log() * c.attn_scale + 1), "maverick"),
+        temperature(lambda p, c: ((p + 1) // c.floor_scale).clamp(min=1).log() * c.attn_scale + 1),
+        "maverick",
+    ),
     "temperature missing": (config_with(attn_temperature_tuning=False), "scout"),
     "temperature though switched off": (config_with(attn_temperature_tuning=True), "no_temperature"),
     "temperature on RoPE layers too": (temperature_on(lambda layer: True), "scout"),
@@ -85,8 +89,10 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "sliding window": (mask(lambda q, k, size: q - k < size), "scout"),
     "chunk one longer": (mask(lambda q, k, size: same_chunk(q, k, size + 1)), "scout"),
     "chunk boundary one early": (mask(lambda q, k, size: same_chunk(q + 1, k + 1, size)), "scout"),
-    "chunk boundary off by one for queries": (mask(lambda q, k, size: ((q - 1) // size == k // size) | (q == k)),
-                                              "scout"),
+    "chunk boundary off by one for queries": (
+        mask(lambda q, k, size: ((q - 1) // size == k // size) | (q == k)),
+        "scout",
+    ),
     "no chunks": (mask(lambda q, k, size: k >= 0), "scout"),
     "chunks on NoPE layers too": (mask(same_chunk, nope_too=True), "scout"),
     "scores not scaled": (unscaled_scores, "scout"),
@@ -107,23 +113,33 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "gelu": (gelu, "scout"),
     "llama3 ignored": (config_with(rope={"rope_type": "default"}), "scout"),
     "llama3 divides by zero": (
-        lambda patch: patch.setattr(model.rope, "_llama3", llama3_without_division_guard), "scout"),
+        lambda patch: patch.setattr(model.rope, "_llama3", llama3_without_division_guard),
+        "scout",
+    ),
     "llama3 divides everything": (
-        lambda patch: patch.setattr(model.rope, "_llama3", lambda rope, f: f / rope.factor), "scout"),
+        lambda patch: patch.setattr(model.rope, "_llama3", lambda rope, f: f / rope.factor),
+        "scout",
+    ),
     "llama3 not smoothed": (lambda patch: patch.setattr(model.rope, "_llama3", llama3_without_smoothing), "scout_old"),
     "linear ignored": (config_with(rope={"rope_type": "default"}), "rope_linear"),
     "dynamic scaled at once": (config_with(rope={"rope_type": "linear"}), "rope_dynamic"),
     "yarn ignored": (config_with(rope={"rope_type": "default"}), "rope_yarn"),
     "yarn attention factor dropped": (frequencies(lambda config, f, factor: (f, 1.0)), "rope_yarn_mscale"),
     "yarn attention factor without mscale": (
-        config_with(rope={"mscale": None, "mscale_all_dim": None}), "rope_yarn_mscale"),
+        config_with(rope={"mscale": None, "mscale_all_dim": None}),
+        "rope_yarn_mscale",
+    ),
     "yarn explicit attention factor ignored": (config_with(rope={"attention_factor": None}), "rope_yarn_untruncated"),
     "yarn truncated": (config_with(rope={"truncate": True}), "rope_yarn_untruncated"),
     "yarn betas ignored": (config_with(rope={"beta_fast": None, "beta_slow": None}), "rope_yarn_mscale"),
     "longrope long instead of short": (
-        config_with(rope={"original_max_position_embeddings": 4, "attention_factor": 1.0}), "rope_longrope_short"),
+        config_with(rope={"original_max_position_embeddings": 4, "attention_factor": 1.0}),
+        "rope_longrope_short",
+    ),
     "longrope short instead of long": (
-        config_with(rope={"long_factor": (1.0, 1.1, 1.3, 1.7, 2.1)}), "rope_longrope_long"),
+        config_with(rope={"long_factor": (1.0, 1.1, 1.3, 1.7, 2.1)}),
+        "rope_longrope_long",
+    ),
     "longrope table by the forward's length": (longrope_table_by_the_forwards_length, "rope_longrope_long"),
     "longrope attention factor dropped": (frequencies(lambda config, f, factor: (f, 1.0)), "rope_longrope_long"),
     "rope theta 10000": (config_with(rope={"rope_theta": 10000.0}), "scout"),
@@ -132,8 +148,7 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "value biases missing": (drop_bias("v_proj"), "biases"),
     "output biases missing": (drop_bias("o_proj"), "biases"),
     "rms_norm_eps 1e-6": (config_with(rms_norm_eps=1e-6), "scout"),
-    "norm weights missing": (
-        each(model.transformer.RMSNorm, lambda layer: layer.weight.data.fill_(1)), "scout"),
+    "norm weights missing": (each(model.transformer.RMSNorm, lambda layer: layer.weight.data.fill_(1)), "scout"),
     "head tied though stored apart": (weights(tie_to_embeddings), "scout"),
 }
 CASES = [(1, 61), (2, 33)]
@@ -158,18 +173,22 @@ def test_mutation_is_caught(toys: Toys, monkeypatch: pytest.MonkeyPatch, mutatio
     assert largest_difference(toys, name, apply, monkeypatch) > 2, f"{name} does not notice: {mutation}"
 
 
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"moe_layers": tuple(range(0, 8, 2))}, "maverick"),  # every second layer, shifted by one
-    ({"moe_layers": tuple(range(8))}, "moe_none"),  # an empty list read as a missing one
-    ({"intermediate_size_mlp": 22}, "maverick"),  # dense layers as wide as experts
-    ({"attention_bias": False}, "biases"),
-    ({"attention_bias": True}, "scout"),
-    ({"tie_word_embeddings": False}, "tied"),
-    ({"tie_word_embeddings": True}, "scout"),
-    ({"num_key_value_heads": 6}, "scout"),
-])
-def test_mutation_does_not_even_load(toys: Toys, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
-                                     name: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"moe_layers": tuple(range(0, 8, 2))}, "maverick"),  # every second layer, shifted by one
+        ({"moe_layers": tuple(range(8))}, "moe_none"),  # an empty list read as a missing one
+        ({"intermediate_size_mlp": 22}, "maverick"),  # dense layers as wide as experts
+        ({"attention_bias": False}, "biases"),
+        ({"attention_bias": True}, "scout"),
+        ({"tie_word_embeddings": False}, "tied"),
+        ({"tie_word_embeddings": True}, "scout"),
+        ({"num_key_value_heads": 6}, "scout"),
+    ],
+)
+def test_mutation_does_not_even_load(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], name: str
+) -> None:
     folder = toys(name, 0.25).folder
     config_with(**changes)(monkeypatch)
     with pytest.raises(CheckpointError, match=r"tensor \S+ (is missing|has shape)|extra tensor|lm_head.weight differs"):

@@ -28,8 +28,12 @@ def load(folder: Path, attention: str) -> Transformer:
     return load_checkpoint(folder, dtype=torch.float32, attention=attention)
 
 
-def differences(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
-                backends: Iterable[str] = BACKEND_NAMES) -> dict[str, float]:
+def differences(
+    make_model: ModelFactory,
+    toy: Toy,
+    cases: Iterable[tuple[int, int]] = CASES,
+    backends: Iterable[str] = BACKEND_NAMES,
+) -> dict[str, float]:
     """Largest difference from the oracle, in multiples of the limit, by backend, path, batch and length."""
     found = {}
     for backend in backends:
@@ -42,8 +46,12 @@ def differences(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, i
     return found
 
 
-def check_against_oracle(make_model: ModelFactory, toy: Toy, cases: Iterable[tuple[int, int]] = CASES,
-                         backends: Iterable[str] = BACKEND_NAMES) -> None:
+def check_against_oracle(
+    make_model: ModelFactory,
+    toy: Toy,
+    cases: Iterable[tuple[int, int]] = CASES,
+    backends: Iterable[str] = BACKEND_NAMES,
+) -> None:
     """Fails where the model disagrees with the oracle; a NaN disagrees."""
     found = differences(make_model, toy, cases, backends)
     wrong = {case: value for case, value in found.items() if not value <= 1}

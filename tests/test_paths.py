@@ -32,7 +32,11 @@ from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
 
 CASES = {  # (batch, length) by standard deviation of the weights and attention backend
-    (0.25, "sdpa"): (1, 61), (0.02, "sdpa"): (2, 20), (0.25, "eager"): (2, 19), (0.02, "eager"): (1, 2 * CHUNK + 1)}
+    (0.25, "sdpa"): (1, 61),
+    (0.02, "sdpa"): (2, 20),
+    (0.25, "eager"): (2, 19),
+    (0.02, "eager"): (1, 2 * CHUNK + 1),
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -50,10 +54,17 @@ def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(("name", "std", "backend", "dtype"), [
-    *((name, 0.25, "sdpa", torch.float32) for name in
-      ("scout", "top_2", "nope_first", "nope_only_last", "one_kv_head")),
-    ("maverick", 0.02, "eager", torch.float32), ("bfloat16", 0.25, "sdpa", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "std", "backend", "dtype"),
+    [
+        *(
+            (name, 0.25, "sdpa", torch.float32)
+            for name in ("scout", "top_2", "nope_first", "nope_only_last", "one_kv_head")
+        ),
+        ("maverick", 0.02, "eager", torch.float32),
+        ("bfloat16", 0.25, "sdpa", torch.bfloat16),
+    ],
+)
 def test_where_blocks_lie_changes_no_bit(toys: Toys, name: str, std: float, backend: str, dtype: torch.dtype) -> None:
     """On disk, promoted, restored: the logits of the path that takes the same steps in memory, and `transformers`'."""
     toy = toys(name, std)
@@ -70,8 +81,9 @@ def test_where_blocks_lie_changes_no_bit(toys: Toys, name: str, std: float, back
 
 
 @pytest.mark.parametrize("name", STORED_PATHS)
-def test_the_stored_paths_read_from_disk(scout: Transformer, toys: Toys, name: str,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stored_paths_read_from_disk(
+    scout: Transformer, toys: Toys, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, original = [], UnitFile.read
     monkeypatch.setattr(UnitFile, "read", lambda self, unit, into: (read.append(unit), original(self, unit, into)))
     stored, in_memory = STORED_PATHS[name]
@@ -83,8 +95,9 @@ def test_the_stored_paths_read_from_disk(scout: Transformer, toys: Toys, name: s
 
 
 @pytest.mark.parametrize("offset", [1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK, 60])
-def test_a_restored_run_takes_the_steps_that_were_left(toys: Toys, scout: Transformer, tmp_path: Path,
-                                                       offset: int) -> None:
+def test_a_restored_run_takes_the_steps_that_were_left(
+    toys: Toys, scout: Transformer, tmp_path: Path, offset: int
+) -> None:
     """A prefill that stopped anywhere goes on in another cache, with the tail as it was in a file: equal bits."""
     ids, _ = toys("scout", 0.25).case(1, 61)
     tokens = ids[0, :-1].tolist()
@@ -107,8 +120,9 @@ def test_a_restored_run_takes_the_steps_that_were_left(toys: Toys, scout: Transf
 
 
 @pytest.mark.parametrize("size", [CHUNK - 2, CHUNK, 3 * CHUNK - 1, 4 * CHUNK])
-def test_a_run_goes_on_from_whole_blocks_at_every_period(toys: Toys, scout: Transformer, tmp_path: Path,
-                                                         size: int) -> None:
+def test_a_run_goes_on_from_whole_blocks_at_every_period(
+    toys: Toys, scout: Transformer, tmp_path: Path, size: int
+) -> None:
     """Nothing is kept but the blocks, of which the last may be used in part: equal bits."""
     ids, _ = toys("scout", 0.25).case(1, 61)
     tokens, block = ids[0, :-1].tolist(), 4 * CHUNK
@@ -130,8 +144,10 @@ def test_short_sequences(toys: Toys, length: int) -> None:
     toy = toys("maverick", 0.25)
     model = load_checkpoint(toy.folder, dtype=torch.float32)
     ids, expected = toy.case(3, length)
-    paths = {name: CACHED_PATHS[name] for name in
-             ("token by token", "irregular pieces", "one piece", "forked", "repeated after failures")}
+    paths = {
+        name: CACHED_PATHS[name]
+        for name in ("token by token", "irregular pieces", "one piece", "forked", "repeated after failures")
+    }
     paths |= {name: stored for name, (stored, _) in STORED_PATHS.items() if "continued" not in name}
     for name, path in paths.items():
         assert difference(path(model, ids), expected) <= toy.limit(3, length), name
@@ -206,8 +222,16 @@ def test_the_size_of_blocks_changes_nothing_but_rounding(toys: Toys, scout: Tran
     toy = toys("scout", 0.25)
     ids, expected = toy.case(1, 61)
     for block_chunks, segment_chunks, sealed, opened in (
-            (1, 1, 8, 1), (2, 1, 4, 1), (2, 2, 4, 1), (4, 1, 2, 1), (4, 2, 2, 1), (4, 4, 2, 1), (6, 2, 1, 2),
-            (100, 1, 0, 9), (100, 100, 0, 1)):
+        (1, 1, 8, 1),
+        (2, 1, 4, 1),
+        (2, 2, 4, 1),
+        (4, 1, 2, 1),
+        (4, 2, 2, 1),
+        (4, 4, 2, 1),
+        (6, 2, 1, 2),
+        (100, 1, 0, 9),
+        (100, 100, 0, 1),
+    ):
         cache = new_cache(scout, ids, block_chunks=block_chunks, segment_chunks=segment_chunks)
         logits = feed(scout, cache, ids, grid_cuts(0, 61, CHUNK - 2, CHUNK))
         for store in cache.stores:
@@ -241,6 +265,6 @@ def test_batch_rows_do_not_mix(toys: Toys, scout: Transformer) -> None:
     path = on_the_grid(lambda chunk: chunk - 2)
     together = path(scout, ids)
     for row in range(3):
-        alone = path(scout, ids[row:row + 1])
+        alone = path(scout, ids[row : row + 1])
         largest = together.abs().max()
-        assert (alone - together[row:row + 1]).abs().max() <= toy.limit(3, CHUNK * 2) * largest
+        assert (alone - together[row : row + 1]).abs().max() <= toy.limit(3, CHUNK * 2) * largest

@@ -25,26 +25,44 @@ PLOT = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo" * 900
 
 
 def test_a_notebook_becomes_its_numbered_cells() -> None:
-    text, payload = without_payload(written(
-        cell("markdown", ["# Title\n", "words"]), cell("code", "x = 1\nx", outputs=[PLOT, PLOT]),
-        cell("raw", ""), cell("code", [], outputs=[])))
-    assert text == ("# %% [markdown] cell 1\n# Title\nwords\n\n# %% cell 2\nx = 1\nx\n\n# %% [raw] cell 3\n\n"
-                    "# %% cell 4\n")
+    text, payload = without_payload(
+        written(
+            cell("markdown", ["# Title\n", "words"]),
+            cell("code", "x = 1\nx", outputs=[PLOT, PLOT]),
+            cell("raw", ""),
+            cell("code", [], outputs=[]),
+        )
+    )
+    assert text == (
+        "# %% [markdown] cell 1\n# Title\nwords\n\n# %% cell 2\nx = 1\nx\n\n# %% [raw] cell 3\n\n# %% cell 4\n"
+    )
     assert payload is not None and payload.what == "2 outputs of the notebook" and payload.characters > 19_000
 
 
 def test_format_3_attachments_and_half_surrogates() -> None:
-    old = json.dumps({"nbformat": 3, "worksheets": [{"cells": [{"cell_type": "code", "input": ["y\n", "z"],
-                                                                "outputs": []}]}]})
+    old = json.dumps(
+        {"nbformat": 3, "worksheets": [{"cells": [{"cell_type": "code", "input": ["y\n", "z"], "outputs": []}]}]}
+    )
     assert without_payload(old) == ("# %% cell 1\ny\nz\n", None)
     text, payload = without_payload(written(cell("markdown", "\ud800 a", attachments={"a.png": {"image/png": "A"}})))
     assert text == "# %% [markdown] cell 1\n\ufffd a\n"
     assert payload is not None and payload.what == "1 attachment of the notebook"
 
 
-@pytest.mark.parametrize("text", [
-    written(cell("code", "x"))[:-9], '{"nbformat": 4}', '{"nbformat": 4, "cells": 3}', written(nbformat=7),
-    '["nbformat"]', '{"nbformat": 4, "cells": [{"source": 3}]}', '{"cells": []}', "[" * 9999, "words"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        written(cell("code", "x"))[:-9],
+        '{"nbformat": 4}',
+        '{"nbformat": 4, "cells": 3}',
+        written(nbformat=7),
+        '["nbformat"]',
+        '{"nbformat": 4, "cells": [{"source": 3}]}',
+        '{"cells": []}',
+        "[" * 9999,
+        "words",
+    ],
+)
 def test_what_is_no_notebook_is_the_text_that_it_is(text: str) -> None:
     assert notebook(text) is None and without_payload(text) == (text, None)
 
@@ -52,25 +70,40 @@ def test_what_is_no_notebook_is_the_text_that_it_is(text: str) -> None:
 LONG = "QUJD" * 200
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (f"![a](data:image/png;base64,{LONG}=) b", "![a](data:image/png;base64,[801 B left out]) b"),
-    (f'<img src="data:image/svg+xml;charset=utf-8;base64,{LONG}">',
-     '<img src="data:image/svg+xml;charset=utf-8;base64,[800 B left out]">'),
-    (f"url(data:font/woff2;base64,{LONG})", "url(data:font/woff2;base64,[800 B left out])"),
-    (f"a data:;base64,{LONG}\nNext words", "a data:;base64,[800 B left out]\nNext words"),
-    (f'"data:a/b;base64,{LONG}\n  {LONG}\n  QUI="', '"data:a/b;base64,[1.6 KiB left out]"'),
-    (json.dumps({"a": f"data:a/b;base64,{LONG}\n{LONG}\n", "b": 1}),
-     '{"a": "data:a/b;base64,[1.6 KiB left out]\\n", "b": 1}'),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"![a](data:image/png;base64,{LONG}=) b", "![a](data:image/png;base64,[801 B left out]) b"),
+        (
+            f'<img src="data:image/svg+xml;charset=utf-8;base64,{LONG}">',
+            '<img src="data:image/svg+xml;charset=utf-8;base64,[800 B left out]">',
+        ),
+        (f"url(data:font/woff2;base64,{LONG})", "url(data:font/woff2;base64,[800 B left out])"),
+        (f"a data:;base64,{LONG}\nNext words", "a data:;base64,[800 B left out]\nNext words"),
+        (f'"data:a/b;base64,{LONG}\n  {LONG}\n  QUI="', '"data:a/b;base64,[1.6 KiB left out]"'),
+        (
+            json.dumps({"a": f"data:a/b;base64,{LONG}\n{LONG}\n", "b": 1}),
+            '{"a": "data:a/b;base64,[1.6 KiB left out]\\n", "b": 1}',
+        ),
+    ],
+)
 def test_the_content_of_data_uris_is_left_out(text: str, expected: str) -> None:
     shown, payload = without_payload(text)
     assert shown == expected
     assert payload is not None and payload.what == "the content of 1 data: URI"
 
 
-@pytest.mark.parametrize("text", [
-    "data:image/png;base64,QUJD", f'"data:image/png;base64," + "{LONG}"', LONG, f"data:text/plain,{LONG}",
-    f"base64,{LONG}", "data:image/gif;base64," + "/" * 200 + "!"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/png;base64,QUJD",
+        f'"data:image/png;base64," + "{LONG}"',
+        LONG,
+        f"data:text/plain,{LONG}",
+        f"base64,{LONG}",
+        "data:image/gif;base64," + "/" * 200 + "!",
+    ],
+)
 def test_what_is_short_or_no_uri_stays(text: str) -> None:
     assert without_payload(text) == (text, None)
 

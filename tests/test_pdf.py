@@ -339,10 +339,14 @@ def test_text_that_is_elsewhere_than_on_the_pages() -> None:
     note = b"<< /Type /Annot /Subtype /Text /Rect [9 9 20 20] /Contents (a remark) >>"
     with pytest.raises(PdfError, match=r"^a PDF without text but for 2 comments \(sticky notes .* with its comments$"):
         read(pdf(Page(entries=b"/Annots [" + note + note + b"]")))
-    attached = assembled([
-        b"<< /Type /Catalog /Pages 2 0 R /Names << /EmbeddedFiles << /Names [(a.txt) 4 0 R] >> >> >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] >>",
-        b"<< /Type /Filespec /F (a.txt) /EF << /F 5 0 R >> >>", stream(b"words", b"/Type /EmbeddedFile")])
+    attached = assembled(
+        [
+            b"<< /Type /Catalog /Pages 2 0 R /Names << /EmbeddedFiles << /Names [(a.txt) 4 0 R] >> >> >>",
+            b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] >>",
+            b"<< /Type /Filespec /F (a.txt) /EF << /F 5 0 R >> >>",
+            stream(b"words", b"/Type /EmbeddedFile"),
+        ]
+    )
     with pytest.raises(PdfError, match=r"^a PDF without text but with 1 file attached \(a portfolio\?\); save the"):
         read(attached)

@@ -83,7 +83,9 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     assert is_gone(before)
     content, notes = read(memory_bomb(WORDS, Page(), WORDS, at=1, count=BOMB), mode)
     assert [piece.split("\n")[0] for piece in content if isinstance(piece, str) and "<page" in piece] == [
-        '<page number="1">', '<page number="3">']
+        '<page number="1">',
+        '<page number="3">',
+    ]
     assert notes == [f"1 of 3 pages {NOT_READ}: 2".replace("\\", "")]
     assert worker() != before
 
@@ -245,8 +247,16 @@ def test_an_interruption_comes_at_once() -> None:
 
 def python(code: str) -> list[str]:
     """A command that runs the code, warnings being errors."""
-    return [sys.executable, "-W", "error", "-X", "dev", "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
-            f"\nfrom test_pdf_process import *\nprint(worker(), flush=True)\n{code}"]
+    return [
+        sys.executable,
+        "-W",
+        "error",
+        "-X",
+        "dev",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
+        f"\nfrom test_pdf_process import *\nprint(worker(), flush=True)\n{code}",
+    ]
 
 
 @needs_proc
@@ -302,8 +312,10 @@ def test_nothing_in_the_current_folder_is_run(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_it_imports_nothing_heavy() -> None:
-    code = ("import sys\nfrom l4ctx.pdf_worker import main\nmain()\n"
-            "assert 'pypdfium2.raw' in sys.modules\nprint(*sys.modules, file=sys.stderr)")
+    code = (
+        "import sys\nfrom l4ctx.pdf_worker import main\nmain()\n"
+        "assert 'pypdfium2.raw' in sys.modules\nprint(*sys.modules, file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)
     assert not {"torch", "numpy", "PIL", "l4ctx.pdf_process"} & set(done.stderr.decode().split())
 

@@ -32,11 +32,24 @@ CHUNK = 7
 
 
 def config(**changes: Any) -> TextConfig:
-    return TextConfig.from_dict({
-        "model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-        "intermediate_size_mlp": 26, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 10, "num_local_experts": 3, "attention_chunk_size": CHUNK, "max_position_embeddings": 4096,
-        "no_rope_layer_interval": 2} | changes)  # two NoPE layers, three RoPE layers
+    return TextConfig.from_dict(
+        {
+            "model_type": "llama4_text",
+            "vocab_size": 97,
+            "hidden_size": 42,
+            "intermediate_size": 22,
+            "intermediate_size_mlp": 26,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "num_local_experts": 3,
+            "attention_chunk_size": CHUNK,
+            "max_position_embeddings": 4096,
+            "no_rope_layer_interval": 2,
+        }
+        | changes
+    )  # two NoPE layers, three RoPE layers
 
 
 @pytest.fixture
@@ -48,8 +61,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(of: TextConfig | None = None, **changes: Any) -> Job:
-    return Job(of or config(), **({"prompt_tokens": 100, "max_new_tokens": 9, "weights": 1000, "dtype": "float32",
-                                   "weights_are_mapped": False, "prefill_chunk_size": 2 * CHUNK} | changes))
+    return Job(
+        of or config(),
+        **(
+            {
+                "prompt_tokens": 100,
+                "max_new_tokens": 9,
+                "weights": 1000,
+                "dtype": "float32",
+                "weights_are_mapped": False,
+                "prefill_chunk_size": 2 * CHUNK,
+            }
+            | changes
+        ),
+    )
 
 
 def least_room(planned: MemoryPlan) -> int:
@@ -63,8 +88,9 @@ def held_in_each_step(planned: MemoryPlan, folder: Path, is_durable: bool = Fals
     rows = Scratch(folder)
     rows.is_durable = is_durable  # type: ignore[misc]
     dtype = getattr(torch, layout.dtype)
-    cache = HybridKVCache(of, length=layout.length, dtype=dtype, kv_dtype=layout.kv_dtype, rows=rows,
-                          residency=planned.residency)
+    cache = HybridKVCache(
+        of, length=layout.length, dtype=dtype, kv_dtype=layout.kv_dtype, rows=rows, residency=planned.residency
+    )
     assert cache.layout == layout
     grid = prefill_grid(0, planned.job.prompt_tokens, planned.prefill_chunk_size, CHUNK, layout.block_tokens)
     steps, held = [*map(len, grid), *[1] * planned.job.max_new_tokens], []
@@ -81,20 +107,44 @@ def held_in_each_step(planned: MemoryPlan, folder: Path, is_durable: bool = Fals
 
 
 TIERS: dict[str, Residency] = {
-    "in memory": Residency(None), "one row in memory": Residency(1), "two rows in memory": Residency(2),
-    "on disk": Residency(0)}
+    "in memory": Residency(None),
+    "one row in memory": Residency(1),
+    "two rows in memory": Residency(2),
+    "on disk": Residency(0),
+}
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("tiers", TIERS)
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [
-    ("float32", "auto"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "auto"), ("bfloat16", "int8"),
-    ("bfloat16", "fp8"), ("bfloat16", "float16")])
-@pytest.mark.parametrize(("prompt_tokens", "chunk_size"), [
-    (3, 64), (CHUNK, 4), (4 * CHUNK, 4 * CHUNK), (100, 5), (90, 2 * CHUNK), (150, 4 * CHUNK), (117, 9 * CHUNK),
-    (47, 200), (40, 200)])
-def test_a_run_holds_what_is_planned(tmp_path: Path, prompt_tokens: int, chunk_size: int, dtype: str, kv_dtype: str,
-                                     tiers: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        ("float32", "auto"),
+        ("float32", "bfloat16"),
+        ("float32", "int8"),
+        ("bfloat16", "auto"),
+        ("bfloat16", "int8"),
+        ("bfloat16", "fp8"),
+        ("bfloat16", "float16"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("prompt_tokens", "chunk_size"),
+    [
+        (3, 64),
+        (CHUNK, 4),
+        (4 * CHUNK, 4 * CHUNK),
+        (100, 5),
+        (90, 2 * CHUNK),
+        (150, 4 * CHUNK),
+        (117, 9 * CHUNK),
+        (47, 200),
+        (40, 200),
+    ],
+)
+def test_a_run_holds_what_is_planned(
+    tmp_path: Path, prompt_tokens: int, chunk_size: int, dtype: str, kv_dtype: str, tiers: str
+) -> None:
     """To the byte at its end, and never more than the peak."""
     asked = job(prompt_tokens=prompt_tokens, prefill_chunk_size=chunk_size, dtype=dtype, kv_dtype=kv_dtype)
     planned = MemoryPlan.of(asked)._placed(TIERS[tiers], min(chunk_size, prompt_tokens))
@@ -241,8 +291,9 @@ def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() 
     assert list(MemoryPlan.of(asked, too_small).missing(too_small)) == ["accelerator memory"]
     none = MemoryPlan.of(asked, Room(host=GIB, accelerator=8 * GIB, kv_device=0))
     assert none.residency.device_rows == 0 and "--kv-device-memory 0 B is exceeded" in none.notes[0]
-    on_disk = MemoryPlan.of(asked, Room(host=GIB, accelerator=8 * GIB, kv_device=3 * row, kv_host=3 * row,
-                                        disk_folder="x"))
+    on_disk = MemoryPlan.of(
+        asked, Room(host=GIB, accelerator=8 * GIB, kv_device=3 * row, kv_host=3 * row, disk_folder="x")
+    )
     assert on_disk.residency.device_rows == 2 and 0 < (on_disk.residency.host_rows or 0) < 5
     assert on_disk.peak.nope_host + on_disk.peak.buffers <= 3 * row and on_disk.end.nope_disk > 0
 
@@ -275,9 +326,21 @@ DOCUMENTS = [("notes.md", 90_000), ("src/big file.txt", 610_000), ("a.txt", 300_
 
 
 def scout(**changes: Any) -> Job:
-    return Job(SCOUT, **({"prompt_tokens": 10**6, "max_new_tokens": 0, "weights": 2 * parameter_count(SCOUT),
-                          "weights_are_mapped": True, "dtype": "bfloat16", "stored_dtype": "bfloat16",
-                          "largest": DOCUMENTS} | changes))
+    return Job(
+        SCOUT,
+        **(
+            {
+                "prompt_tokens": 10**6,
+                "max_new_tokens": 0,
+                "weights": 2 * parameter_count(SCOUT),
+                "weights_are_mapped": True,
+                "dtype": "bfloat16",
+                "stored_dtype": "bfloat16",
+                "largest": DOCUMENTS,
+            }
+            | changes
+        ),
+    )
 
 
 def remedies(asked: Job, room: Room) -> list[str]:
@@ -320,10 +383,12 @@ def test_remedies_for_memory() -> None:
         "--kv-dir DIR makes it fit (27.0 GiB on disk)",
         "--kv-dtype int8 saves 21.6 GiB (keys and values 1.9 times smaller), not enough alone",
         "leave out src/big file.txt, 61 % of the tokens",
-        "fewer tokens: 449,783 of these 1,000,000 fit"]
+        "fewer tokens: 449,783 of these 1,000,000 fit",
+    ]
     assert remedies(scout(), Room(host=27 * GIB))[1:3] == [
         "--kv-dtype int8 makes it fit (keys and values 1.9 times smaller)",
-        "leave out src/big file.txt, 61 % of the tokens"]
+        "leave out src/big file.txt, 61 % of the tokens",
+    ]
     assert remedies(scout(), Room(host=36 * GIB))[2] == "leave out a.txt, 30 % of the tokens"  # the least that does
     some = remedies(scout(largest=DOCUMENTS[:2]), Room(host=6 * GIB))
     assert some[2] == "leave out src/big file.txt and notes.md, 70 % of the tokens, not enough alone"
@@ -357,8 +422,10 @@ def test_remedies_within_the_users_own_limits() -> None:
 
 def test_remedies_for_disk_space() -> None:
     found = remedies(scout(), Room(host=22 * GIB, disk=15 * GIB, disk_folder="/scratch"))
-    assert found[:2] == ["12.0 GiB more free in /scratch, or a folder on a larger disk, makes it fit",
-                         "--kv-dtype int8 makes it fit (keys and values 1.9 times smaller)"]
+    assert found[:2] == [
+        "12.0 GiB more free in /scratch, or a folder on a larger disk, makes it fit",
+        "--kv-dtype int8 makes it fit (keys and values 1.9 times smaller)",
+    ]
     assert not any("--kv-dir" in remedy for remedy in found)
 
 
@@ -369,8 +436,10 @@ def test_remedies_for_float32() -> None:
     stored_so = replace(asked, stored_dtype="float32", weights_are_mapped=True)  # in bfloat16 they would not be mapped
     assert "--dtype" not in " ".join(remedies(stored_so, Room(host=3 * GIB)))
     cheap = remedies(scout(dtype="float32", stored_dtype="float32"), Room(host=56 * GIB))
-    assert cheap[1:3] == ["--kv-dtype bfloat16 makes it fit (keys and values 2.0 times smaller)",
-                          "--kv-dtype int8 makes it fit (keys and values 3.8 times smaller)"]
+    assert cheap[1:3] == [
+        "--kv-dtype bfloat16 makes it fit (keys and values 2.0 times smaller)",
+        "--kv-dtype int8 makes it fit (keys and values 3.8 times smaller)",
+    ]
 
 
 def test_remedies_for_an_accelerator() -> None:
@@ -387,9 +456,28 @@ def test_the_plan_becomes_plain_numbers() -> None:
     planned = MemoryPlan.of(scout(), Room(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch"))
     plain = json.loads(json.dumps(planned.as_dict()))
     assert set(plain) == {
-        "weights", "weights_are_mapped", "tokens", "rope_windows", "nope_device", "nope_host", "nope_disk", "buffers",
-        "token_ids", "activations", "images", "needed", "needed_on_accelerator", "needed_on_disk", "unbounded_cache",
-        "kv_dtype", "dtype", "prefill_chunk_size", "block_tokens", "host_rows", "device_rows"}
+        "weights",
+        "weights_are_mapped",
+        "tokens",
+        "rope_windows",
+        "nope_device",
+        "nope_host",
+        "nope_disk",
+        "buffers",
+        "token_ids",
+        "activations",
+        "images",
+        "needed",
+        "needed_on_accelerator",
+        "needed_on_disk",
+        "unbounded_cache",
+        "kv_dtype",
+        "dtype",
+        "prefill_chunk_size",
+        "block_tokens",
+        "host_rows",
+        "device_rows",
+    }
     assert plain["tokens"] == 10**6 and plain["weights_are_mapped"] is True and plain["kv_dtype"] == "bfloat16"
     assert plain["host_rows"] * plain["block_tokens"] * 48 * KIB <= plain["nope_host"] < plain["needed"]
     assert plain["nope_disk"] < plain["needed_on_disk"] < 1.001 * plain["nope_disk"]
@@ -435,11 +523,29 @@ def test_which_dtype_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert computing_dtype("float16", "bfloat16", 1, **auto) == "float16"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("8GiB", 8 * GIB), ("500MB", 5 * 10**8), ("1.5G", 3 * GIB // 2), ("4194304", 4 * MIB), ("0", 0), ("0GiB", 0),
-    ("7b", 7),
-    (" 2 tib ", 2 * 2**40), ("1KB", 1000), ("1kib", 1024), ("3K", 3072), ("2m", 2 * MIB), ("1T", 2**40),
-    ("2TB", 2 * 10**12), (".5GB", 5 * 10**8), ("5.MiB", 5 * MIB), ("1.1GiB", 1181116006), ("0.1b", 0)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GiB", 8 * GIB),
+        ("500MB", 5 * 10**8),
+        ("1.5G", 3 * GIB // 2),
+        ("4194304", 4 * MIB),
+        ("0", 0),
+        ("0GiB", 0),
+        ("7b", 7),
+        (" 2 tib ", 2 * 2**40),
+        ("1KB", 1000),
+        ("1kib", 1024),
+        ("3K", 3072),
+        ("2m", 2 * MIB),
+        ("1T", 2**40),
+        ("2TB", 2 * 10**12),
+        (".5GB", 5 * 10**8),
+        ("5.MiB", 5 * MIB),
+        ("1.1GiB", 1181116006),
+        ("0.1b", 0),
+    ],
+)
 def test_sizes_as_people_write_them(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
@@ -457,9 +563,24 @@ def test_a_small_size_wants_a_unit(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("4096", 4096), ("0", 0), ("128k", 128_000), ("128K", 128_000), ("10M", 10**7), ("10m", 10**7), ("1.5M", 1_500_000),
-    ("128Ki", 131_072), ("10Mi", 10 * MIB), ("1g", 10**9), (" 7 ", 7), ("10_000_000", 10**7), ("0.25ki", 256)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4096", 4096),
+        ("0", 0),
+        ("128k", 128_000),
+        ("128K", 128_000),
+        ("10M", 10**7),
+        ("10m", 10**7),
+        ("1.5M", 1_500_000),
+        ("128Ki", 131_072),
+        ("10Mi", 10 * MIB),
+        ("1g", 10**9),
+        (" 7 ", 7),
+        ("10_000_000", 10**7),
+        ("0.25ki", 256),
+    ],
+)
 def test_numbers_of_tokens_as_people_write_them(text: str, expected: int) -> None:
     assert parse_tokens(text) == expected
 

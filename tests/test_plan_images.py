@@ -15,17 +15,42 @@ from model.vision_config import VisionConfig, vision_activation_bytes
 
 GIB = 2**30
 TEXT = TextConfig.from_dict({"model_type": "llama4_text", **BASE, "max_position_embeddings": 10**6})
-VISION = VisionConfig.from_dict({"model_type": "llama4", "vision_config": {
-    "hidden_size": 1408, "num_hidden_layers": 34, "num_attention_heads": 16, "intermediate_size": 5632,
-    "vision_output_dim": 4096, "image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5,
-    "projector_input_dim": 4096, "projector_output_dim": 4096}})
+VISION = VisionConfig.from_dict(
+    {
+        "model_type": "llama4",
+        "vision_config": {
+            "hidden_size": 1408,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 16,
+            "intermediate_size": 5632,
+            "vision_output_dim": 4096,
+            "image_size": 336,
+            "patch_size": 14,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 4096,
+            "projector_output_dim": 4096,
+        },
+    }
+)
 assert VISION is not None
 IMAGES = ImageWork(VISION, parameters=10**8, stored_dtype="bfloat16", tokens=500, pixel_bytes=GIB, largest="chart.png")
 
 
 def job(**changes: Any) -> Job:
-    return Job(TEXT, **({"prompt_tokens": 2000, "max_new_tokens": 10, "weights": 10**6, "weights_are_mapped": True,
-                         "dtype": "bfloat16", "stored_dtype": "bfloat16"} | changes))
+    return Job(
+        TEXT,
+        **(
+            {
+                "prompt_tokens": 2000,
+                "max_new_tokens": 10,
+                "weights": 10**6,
+                "weights_are_mapped": True,
+                "dtype": "bfloat16",
+                "stored_dtype": "bfloat16",
+            }
+            | changes
+        ),
+    )
 
 
 def test_what_images_add_in_host_memory() -> None:

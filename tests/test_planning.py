@@ -35,8 +35,12 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "samples" / "tiny"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-SCOUT = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "torch_dtype": "bfloat16",
-         "text_config": {"model_type": "llama4_text", "max_position_embeddings": 10485760, "no_rope_layers": []}}
+SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "torch_dtype": "bfloat16",
+    "text_config": {"model_type": "llama4_text", "max_position_embeddings": 10485760, "no_rope_layers": []},
+}
 
 
 @pytest.fixture
@@ -70,10 +74,12 @@ def planned(model: Path, **options: Any) -> PlanReport:
 
 @pytest.mark.parametrize("tokens", [10**6, 10**7])
 def test_a_number_of_tokens_needs_neither_torch_nor_shards(scout: Path, tokens: int) -> None:
-    code = ("import json, pathlib, sys; from l4ctx.planning import PlanRequest, make_plan; "
-            f"report = make_plan(PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, device='cpu'), str); "
-            "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'rich', 'jinja2'} & set(sys.modules); "
-            "print(json.dumps([sorted(heavy), report.as_dict()]))")
+    code = (
+        "import json, pathlib, sys; from l4ctx.planning import PlanRequest, make_plan; "
+        f"report = make_plan(PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, device='cpu'), str); "
+        "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'rich', 'jinja2'} & set(sys.modules); "
+        "print(json.dumps([sorted(heavy), report.as_dict()]))"
+    )
     result = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     heavy, report = json.loads(result.stdout)
     assert heavy == []
@@ -105,13 +111,21 @@ def test_more_tokens_than_positions(scout: Path) -> None:
     assert planned(scout, tokens=100, max_new_tokens=20).plan.job.length == 120
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "give one of them"), ({"tokens": 5, "paths": ["x"]}, "give one of them"),
-    ({"tokens": 0}, "0 is not a positive number"), ({"tokens": 5, "device": "abacus"}, "no such device"),
-    ({"tokens": 5, "device": "auto:1"}, "no such device"), ({"tokens": 5, "device": "cuda:x"}, "no such device"),
-    ({"tokens": 5, "kv_device_memory": 7}, "--kv-device-memory: the model computes on the CPU"),
-    ({"tokens": 5, "rate": 0.0}, "--rate: 0.0 is not"), ({"tokens": 5, "rate": math.inf}, "--rate: inf is not"),
-    pytest.param({"tokens": 5, "device": "cuda:99"}, "torch finds no such GPU")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of them"),
+        ({"tokens": 5, "paths": ["x"]}, "give one of them"),
+        ({"tokens": 0}, "0 is not a positive number"),
+        ({"tokens": 5, "device": "abacus"}, "no such device"),
+        ({"tokens": 5, "device": "auto:1"}, "no such device"),
+        ({"tokens": 5, "device": "cuda:x"}, "no such device"),
+        ({"tokens": 5, "kv_device_memory": 7}, "--kv-device-memory: the model computes on the CPU"),
+        ({"tokens": 5, "rate": 0.0}, "--rate: 0.0 is not"),
+        ({"tokens": 5, "rate": math.inf}, "--rate: inf is not"),
+        pytest.param({"tokens": 5, "device": "cuda:99"}, "torch finds no such GPU"),
+    ],
+)
 def test_what_cannot_be_planned(scout: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         planned(scout, **options)
@@ -178,8 +192,17 @@ def test_the_time_has_a_quadratic_term(scout: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, {"moe_layers": []}, {"num_attention_heads": 2}])
 def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], dtype: str) -> None:
     monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.001)
-    config = TextConfig.from_dict({"model_type": "llama4_text", "hidden_size": 42, "intermediate_size": 22,
-                                   "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10} | changes)
+    config = TextConfig.from_dict(
+        {
+            "model_type": "llama4_text",
+            "hidden_size": 42,
+            "intermediate_size": 22,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+        }
+        | changes
+    )
     speed = measured_speed(config, dtype, "cpu", 100)
     assert all(1e3 < operations < 1e15 for operations in speed)
     operations = reading_operations(config, 0, 10**5)
@@ -217,8 +240,9 @@ def documents(tmp_path: Path) -> list[str]:
 
 def test_documents_are_tokenized_as_ask_does_it(documents: list[str]) -> None:
     report = planned(TINY, paths=documents)
-    prompt = build_prompt(Tokenizer.from_folder(TINY), ChatTemplate.from_folder(TINY),
-                          read_documents(documents, stdin=None).take(), "")
+    prompt = build_prompt(
+        Tokenizer.from_folder(TINY), ChatTemplate.from_folder(TINY), read_documents(documents, stdin=None).take(), ""
+    )
     assert report.documents == [(span.source, span.stop - span.start) for span in prompt.spans]
     assert [source for source, _ in report.documents] == ["docs/a.txt", "docs/b.md", "docs/c [red].md"]
     assert report.plan.job.prompt_tokens == len(prompt.ids) > sum(tokens for _, tokens in report.documents)
@@ -253,10 +277,21 @@ def test_without_shards_the_configuration_says_how_many_weights(tmp_path: Path, 
 def test_bytes_read_from_disk_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each step reads what is not in memory again, in every NoPE layer but the last one of all."""
     chunk = 7
-    raw = {"model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-           "intermediate_size_mlp": 26, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
-           "head_dim": 10, "num_local_experts": 3, "attention_chunk_size": chunk, "no_rope_layer_interval": 2,
-           "dtype": "float32"}
+    raw = {
+        "model_type": "llama4_text",
+        "vocab_size": 97,
+        "hidden_size": 42,
+        "intermediate_size": 22,
+        "intermediate_size_mlp": 26,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "num_local_experts": 3,
+        "attention_chunk_size": chunk,
+        "no_rope_layer_interval": 2,
+        "dtype": "float32",
+    }
     (tmp_path / "config.json").write_text(json.dumps(raw))
     monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 1)
     monkeypatch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
@@ -299,8 +334,9 @@ def test_the_table(scout: Path, tmp_path: Path) -> None:
     assert "RoPE windows 1.1 GiB 1.1 GiB" in lines and f"read buffers {buffers} {buffers}" in lines
     assert any(line.startswith("disk in all") and line.endswith("100 GiB") for line in lines)
     assert any(line.startswith("reading takes about ") for line in lines)
-    assert any(line.startswith("kept ") and "tokens in host memory" in line and "tokens on disk" in line
-               for line in lines)
+    assert any(
+        line.startswith("kept ") and "tokens in host memory" in line and "tokens on disk" in line for line in lines
+    )
     assert not any("what helps" in line or "accelerator" in line for line in lines)
     too_large = shown(planned(scout, tokens=10**6), width=200)
     assert "fits here no" in too_large and "memory: 48.2 GiB needed, 24.0 GiB there" in too_large

@@ -123,8 +123,9 @@ def test_progress_ends_at_the_total(toys: Toys, scout: Transformer, size: int, b
         assert {(state.start, state.total) for state in progress} == {(start, stop - start)}
         assert progress[-1].done == stop - start
         seconds = [0.0, *(state.seconds for state in progress)]
-        assert all(0 < state.step_seconds <= state.seconds - before
-                   for state, before in zip(progress, seconds, strict=False))
+        assert all(
+            0 < state.step_seconds <= state.seconds - before for state, before in zip(progress, seconds, strict=False)
+        )
     both = 2 * toys("scout", 0.25).limit(1, 61)  # of two ways to compute the same
     assert (scout(ids[:, 60:], cache) - scout(ids)[:, 60:]).abs().max() < both * scout(ids).abs().max()
 
@@ -171,6 +172,7 @@ def test_of_the_last_layer_only_keys_and_values_are_computed(toys: Toys, name: s
     def count(module_name: str):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
             rows[module_name] = rows.get(module_name, 0) + inputs[0].numel() // inputs[0].shape[-1]
+
         return hook
 
     for module_name, module in model.named_modules():

@@ -70,7 +70,7 @@ def test_precision_in_16_bits(kind: str, start: int) -> None:
         errors.append(((out - expected).norm() / expected.norm()).item())
     assert 0 < errors[1] < 3 * errors[0] + 2e-3, errors
     if start == KEYS:
-        (_, state), = matmul(q, positions, KVSegment(k, v, 0), AttentionMask())
+        ((_, state),) = matmul(q, positions, KVSegment(k, v, 0), AttentionMask())
         assert (state.lse - expected_lse).abs().max() < 0.05
 
 
@@ -140,6 +140,8 @@ def test_float16_and_short_tiles_are_the_fused_kernels() -> None:
     for queries, dtype in ((q[:, :, :100], torch.bfloat16), (q, torch.float16)):
         made = [x.to(dtype) for x in (queries, k, v)]
         positions = range(KEYS, KEYS + queries.shape[2])
-        outs = [attend(made[0], positions, [KVSegment(*made[1:], 0)], AttentionMask(), backend)
-                for backend in (sdpa, matmul)]
+        outs = [
+            attend(made[0], positions, [KVSegment(*made[1:], 0)], AttentionMask(), backend)
+            for backend in (sdpa, matmul)
+        ]
         assert torch.equal(*outs)

@@ -134,7 +134,7 @@ def test_time_left_is_never_negative_or_endless() -> None:
     """Whatever the steps take: faster and faster, or anything at all."""
     rng = random.Random(0)
     for config in (SCOUT, LINEAR_ONLY):
-        for shape in (lambda n: 0.5**n, lambda n: 2.0**min(n, 60), lambda n: 10 ** rng.uniform(-6, 3)):
+        for shape in (lambda n: 0.5**n, lambda n: 2.0 ** min(n, 60), lambda n: 10 ** rng.uniform(-6, 3)):
             cost = cost_model(config, 0, 100 * 512)
             for number in range(100):
                 cost.observe(512 * number, 512 * (number + 1), shape(number))
@@ -166,8 +166,17 @@ TIERS = KVBytes(rope_windows=2**20, nope_device=0, nope_host=2**30, nope_disk=9 
 
 
 def read(reading: Reading, start: int, stop: int, seconds: float, held: KVBytes | None = None) -> None:
-    reading.observe(PrefillProgress(start=start, done=stop - start, total=stop - start, seconds=seconds,
-                                    step=range(start, stop), step_seconds=seconds, held=held))
+    reading.observe(
+        PrefillProgress(
+            start=start,
+            done=stop - start,
+            total=stop - start,
+            seconds=seconds,
+            step=range(start, stop),
+            step_seconds=seconds,
+            held=held,
+        )
+    )
 
 
 def half_read(held: KVBytes | None = TIERS, stop: int = STOP, documents: tuple[Span, ...] = (SPAN,)) -> Reading:
@@ -187,8 +196,11 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_line_says_all_of_it() -> None:
     line = half_read().line(None, 5.0)
-    assert re.fullmatch(r"read 5,243,880 of 10,486,760 tokens, \d:\d\d:\d\d h left, 315 tokens/s \(average 175\), "
-                        r"in notes/a rather long name of a document\.md; KV: memory 1\.0 GiB, disk 9\.0 GiB", line)
+    assert re.fullmatch(
+        r"read 5,243,880 of 10,486,760 tokens, \d:\d\d:\d\d h left, 315 tokens/s \(average 175\), "
+        r"in notes/a rather long name of a document\.md; KV: memory 1\.0 GiB, disk 9\.0 GiB",
+        line,
+    )
 
 
 def test_what_goes_first_when_it_is_narrow() -> None:
@@ -235,19 +247,29 @@ def test_the_document_that_is_being_read() -> None:
         assert (f", in {name}" in line) if name else (", in " not in line)
 
 
-@pytest.mark.parametrize(("text", "width", "expected"), [
-    ("short.md", 8, "short.md"), ("docs/chapter one.md", 12, "docs/…one.md"), ("docs/chapter one.md", 1, "…"),
-    ("文件夾/文件.md", 9, "文件….md"), ("abc", 2, "…c")])
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("short.md", 8, "short.md"),
+        ("docs/chapter one.md", 12, "docs/…one.md"),
+        ("docs/chapter one.md", 1, "…"),
+        ("文件夾/文件.md", 9, "文件….md"),
+        ("abc", 2, "…c"),
+    ],
+)
 def test_names_are_shortened_in_the_middle(text: str, width: int, expected: str) -> None:
     assert shortened(text, width) == expected and cells(expected) <= width
 
 
-@pytest.mark.parametrize(("held", "shown"), [
-    (None, "document.md"),
-    (KVBytes(2**20, 0, 2**20, buffers=2**20), "; KV: memory 3.0 MiB"),
-    (KVBytes(2**20, 2**20, 0), "; KV: accelerator 2.0 MiB"),
-    (KVBytes(2**20, 2**20, 2**30, 2**31, 2**29), "; KV: accelerator 2.0 MiB, memory 1.5 GiB, disk 2.0 GiB"),
-])
+@pytest.mark.parametrize(
+    ("held", "shown"),
+    [
+        (None, "document.md"),
+        (KVBytes(2**20, 0, 2**20, buffers=2**20), "; KV: memory 3.0 MiB"),
+        (KVBytes(2**20, 2**20, 0), "; KV: accelerator 2.0 MiB"),
+        (KVBytes(2**20, 2**20, 2**30, 2**31, 2**29), "; KV: accelerator 2.0 MiB, memory 1.5 GiB, disk 2.0 GiB"),
+    ],
+)
 def test_keys_and_values_by_tier(held: KVBytes | None, shown: str) -> None:
     assert half_read(held).line(None, 5.0).endswith(shown)
 

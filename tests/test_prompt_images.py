@@ -61,15 +61,29 @@ def encoded(tokenizer: Tokenizer, *parts: str) -> array[int]:
 DOCUMENTS = [
     Document("notes.md", "", "A literal <|image|> is text.\n"),
     Document("chart.png", "", (image("chart.png", 28, 20),)),
-    Document("report.pdf", "", (
-        '<page number="1">\nFirst words.\n', image("report.pdf, page 1", 56, 84), "\n</page>\n",
-        '<page number="2">\n', image("report.pdf, page 2", 84, 28), "\n</page>\n")),
+    Document(
+        "report.pdf",
+        "",
+        (
+            '<page number="1">\nFirst words.\n',
+            image("report.pdf, page 1", 56, 84),
+            "\n</page>\n",
+            '<page number="2">\n',
+            image("report.pdf, page 2", 84, 28),
+            "\n</page>\n",
+        ),
+    ),
 ]
 EXPECTED = (
     '<document index="1" path="notes.md">\nA literal <|image|> is text.\n\n</document>\n\n',
-    '<document index="2" path="chart.png">\n', spelled(1, 1), "\n</document>\n\n",
-    '<document index="3" path="report.pdf">\n<page number="1">\nFirst words.\n', spelled(3, 2),
-    '\n</page>\n<page number="2">\n', spelled(1, 3), "\n</page>\n\n</document>\n\n",
+    '<document index="2" path="chart.png">\n',
+    spelled(1, 1),
+    "\n</document>\n\n",
+    '<document index="3" path="report.pdf">\n<page number="1">\nFirst words.\n',
+    spelled(3, 2),
+    '\n</page>\n<page number="2">\n',
+    spelled(1, 3),
+    "\n</page>\n\n</document>\n\n",
 )
 
 
@@ -99,9 +113,10 @@ def test_images_and_pages_between_texts(tokenizer: Tokenizer, prompter: ImagePro
     prompt = build_prompt(tokenizer, template, DOCUMENTS, "What is it?", images=prompter)
     body = expected(tokenizer)
     begin = prompt.spans[0].start
-    assert prompt.ids[begin:begin + len(body)] == body and prompt.documents_stop == begin + len(body)
-    assert prompt.ids[prompt.documents_stop:][:len(tokenizer.encode_data("What is it?").ids)] == (
-        tokenizer.encode_data("What is it?").ids)
+    assert prompt.ids[begin : begin + len(body)] == body and prompt.documents_stop == begin + len(body)
+    assert prompt.ids[prompt.documents_stop :][: len(tokenizer.encode_data("What is it?").ids)] == (
+        tokenizer.encode_data("What is it?").ids
+    )
     check_places(prompt, tokenizer)
 
 
@@ -114,12 +129,13 @@ def test_without_a_template_and_without_a_question(tokenizer: Tokenizer, prompte
 def test_what_comes_before_an_image_does_not_depend_on_it(tokenizer: Tokenizer, prompter: ImagePrompter) -> None:
     whole = build_prompt(tokenizer, None, DOCUMENTS, "q", images=prompter)
     part = build_prompt(tokenizer, None, DOCUMENTS[:2], "q", images=prompter)
-    assert whole.ids[:part.documents_stop] == part.ids[:part.documents_stop]
+    assert whole.ids[: part.documents_stop] == part.ids[: part.documents_stop]
     assert part.image_spans == whole.image_spans[:1]
 
 
 def test_progress_counts_the_characters_of_all_texts(tokenizer: Tokenizer, prompter: ImagePrompter) -> None:
     seen: list[int] = []
-    build_prompt(tokenizer, None, DOCUMENTS, "q", images=prompter,
-                 progress=lambda characters, _: seen.append(characters))
+    build_prompt(
+        tokenizer, None, DOCUMENTS, "q", images=prompter, progress=lambda characters, _: seen.append(characters)
+    )
     assert seen == sorted(seen) and seen[-1] == sum(len(document.text) for document in DOCUMENTS)

@@ -49,6 +49,7 @@ class Disk:
                 assert self.gate.wait(SECONDS)
             self._original(file, name, into)
             self.ended.append(name)
+
         return read
 
     def until(self, reads: list[str], count: int) -> None:
@@ -147,8 +148,9 @@ def read_before(cache: HybridKVCache) -> None:
             block.was_read = True
 
 
-def test_a_block_that_was_promoted_in_part_is_dropped_whole(caches: tuple[HybridKVCache, HybridKVCache],
-                                                           disk: Disk) -> None:
+def test_a_block_that_was_promoted_in_part_is_dropped_whole(
+    caches: tuple[HybridKVCache, HybridKVCache], disk: Disk
+) -> None:
     """A stream was abandoned when the first of its segments was there; then the block is no longer among the newest."""
     _, other = caches
     other.residency = Residency(1)
@@ -169,9 +171,11 @@ def test_a_block_that_was_promoted_in_part_is_dropped_whole(caches: tuple[Hybrid
 
 
 @pytest.mark.parametrize("number", [0, 4, len(UNITS) - 1])
-def test_ctrl_c_while_waiting_for_a_read(caches: tuple[HybridKVCache, HybridKVCache], disk: Disk, number: int,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_waiting_for_a_read(
+    caches: tuple[HybridKVCache, HybridKVCache], disk: Disk, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it mostly comes with a slow disk. The read goes on, and what comes next must not have its buffer."""
+
     def interrupted(*_: object) -> Any:
         raise KeyboardInterrupt
 
@@ -196,8 +200,9 @@ def test_ctrl_c_while_waiting_for_a_read(caches: tuple[HybridKVCache, HybridKVCa
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 5, 9])
 @pytest.mark.parametrize("host_rows", [0, 2, None])
-def test_a_read_error_comes_out_where_the_segment_would(caches: tuple[HybridKVCache, HybridKVCache], wrong: int,
-                                                        host_rows: int | None, disk: Disk) -> None:
+def test_a_read_error_comes_out_where_the_segment_would(
+    caches: tuple[HybridKVCache, HybridKVCache], wrong: int, host_rows: int | None, disk: Disk
+) -> None:
     """Those before it are right; the same cache, once the file is as it was, too."""
     cache, (_, other) = caches[0], caches
     other.residency = Residency(host_rows)
@@ -206,7 +211,7 @@ def test_a_read_error_comes_out_where_the_segment_would(caches: tuple[HybridKVCa
     raw = file.source.read_bytes()
     place = raw.index(bytes(as_bytes(packed_values(cache, wrong))))
     expected = shown(cache, 1, range(1))
-    for damage in (raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1:], raw[:place + 1], None):
+    for damage in (raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :], raw[: place + 1], None):
         for block in other.stores[0].sealed:
             block.drop_from_memory()
         file._verified.clear()
@@ -215,7 +220,7 @@ def test_a_read_error_comes_out_where_the_segment_would(caches: tuple[HybridKVCa
             file.source.write_bytes(damage)
         seen, message = until_error(other)
         assert re.match(rf"{file.source}: (damaged: the checksum of 1\.{wrong % 2}|cut short: 1\.|missing)", message)
-        assert same(seen, expected[:len(seen)]) and len(seen) <= wrong
+        assert same(seen, expected[: len(seen)]) and len(seen) <= wrong
         assert len(seen) == wrong or damage is None or len(damage) < len(raw)  # else one segment is spoilt, no other
         file.source.write_bytes(raw)
         assert right(caches)

@@ -85,8 +85,28 @@ def test_what_is_left_out_is_named(tmp_path: Path, raw: bytes, name: str) -> Non
     assert piped.skipped[0].reason.split(";")[0] == name
 
 
-@pytest.mark.parametrize("start", ["GGUF is a format", "ID3 tags", "MZ", "PAR1", "BZh", "RIFF", "Rar!", "OTTO", "ORC",
-                                   "fLaC", "PACK", "GIF8 is", "true", "FORM", "SQLite format 3", "ustar", "AT&TFORM"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "GGUF is a format",
+        "ID3 tags",
+        "MZ",
+        "PAR1",
+        "BZh",
+        "RIFF",
+        "Rar!",
+        "OTTO",
+        "ORC",
+        "fLaC",
+        "PACK",
+        "GIF8 is",
+        "true",
+        "FORM",
+        "SQLite format 3",
+        "ustar",
+        "AT&TFORM",
+    ],
+)
 def test_text_that_begins_like_another_format_is_text(tmp_path: Path, start: str) -> None:
     (tmp_path / "a.bin").write_text(start + ", words\n")
     assert [document.text for document in read_documents([tmp_path], stdin=None).documents] == [start + ", words\n"]
@@ -159,17 +179,37 @@ MULTIPART = b'------Boundary7\r\nContent-Disposition: form-data; name="f"\r\nCon
 
 def ascii_pdf() -> bytes:
     font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-    page = (b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R "
-            b"/Resources << /Font << /F1 5 0 R >> >> >>")
-    raw = assembled([b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>", page,
-                     stream(text(b"words")), font]).replace(b"%\xe2\xe3\xcf\xd3", b"%ABCD")
+    page = (
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 5 0 R >> >> >>"
+    )
+    raw = assembled(
+        [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+            page,
+            stream(text(b"words")),
+            font,
+        ]
+    ).replace(b"%\xe2\xe3\xcf\xd3", b"%ABCD")
     assert raw.isascii()
     return raw
 
 
-@pytest.mark.parametrize("before", [
-    b"", b"\xef\xbb\xbf", b"\n", b" \r\n\t", b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n", MULTIPART, b"\0" * 9,
-    b"\x1b%-12345X@PJL\r\n", b"Subject: report\nContent-Type: application/pdf\n\n"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"",
+        b"\xef\xbb\xbf",
+        b"\n",
+        b" \r\n\t",
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n",
+        MULTIPART,
+        b"\0" * 9,
+        b"\x1b%-12345X@PJL\r\n",
+        b"Subject: report\nContent-Type: application/pdf\n\n",
+    ],
+)
 def test_a_pdf_of_pure_ascii_is_a_pdf_wherever_it_begins(tmp_path: Path, before: bytes) -> None:
     after = b"\r\n------Boundary7--\r\n" if before == MULTIPART else b""
     (tmp_path / "a.txt").write_bytes(before + ascii_pdf() + after)
@@ -177,10 +217,17 @@ def test_a_pdf_of_pure_ascii_is_a_pdf_wherever_it_begins(tmp_path: Path, before:
     assert [document.text for document in found.documents] == ['<page number="1">\nwords\n</page>\n'], found.skipped
 
 
-@pytest.mark.parametrize("around", [
-    ("# PDF\n\nA small one:\n\n```\n", "```\nThat was all.\n"),
-    ('RAW = b"""\n', '"""\n'), ("> quoted\n", "\n-- \nme\n"),
-    ("Subject: how PDF works\n\n", "\nIs it right?\n"), ("%", ""), ("x = '", "'\n")])
+@pytest.mark.parametrize(
+    "around",
+    [
+        ("# PDF\n\nA small one:\n\n```\n", "```\nThat was all.\n"),
+        ('RAW = b"""\n', '"""\n'),
+        ("> quoted\n", "\n-- \nme\n"),
+        ("Subject: how PDF works\n\n", "\nIs it right?\n"),
+        ("%", ""),
+        ("x = '", "'\n"),
+    ],
+)
 def test_text_that_quotes_a_pdf_is_text(tmp_path: Path, around: tuple[str, str]) -> None:
     quoted = around[0].encode() + ascii_pdf() + around[1].encode()
     assert not is_pdf(quoted)
@@ -188,9 +235,14 @@ def test_text_that_quotes_a_pdf_is_text(tmp_path: Path, around: tuple[str, str])
     assert [document.text for document in read_documents([tmp_path], stdin=None).documents] == [quoted.decode()]
 
 
-@pytest.mark.parametrize("words", ["%PDF-1.4 is how a PDF begins\n", "\n\n%PDF-1.7 (see ISO 32000)\n", "%PDF-x\n",
-                                   "Subject: q\n\n%PDF-1.4\nand then 1 0 obj, I think\n"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "%PDF-1.4 is how a PDF begins\n",
+        "\n\n%PDF-1.7 (see ISO 32000)\n",
+        "%PDF-x\n",
+        "Subject: q\n\n%PDF-1.4\nand then 1 0 obj, I think\n",
+    ],
+)
 def test_text_that_mentions_a_header_is_text(words: str) -> None:
     assert not is_pdf(words.encode())
-
-

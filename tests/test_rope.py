@@ -26,12 +26,21 @@ def config(rope_parameters: dict[str, Any], **fields: Any) -> TextConfig:
 
 def released(**rope_parameters: Any) -> TextConfig:
     """True head size, theta and chunk."""
-    return config({"rope_type": "default", "rope_theta": 500000.0} | rope_parameters, head_dim=128,
-                  attention_chunk_size=8192, max_position_embeddings=10485760)
+    return config(
+        {"rope_type": "default", "rope_theta": 500000.0} | rope_parameters,
+        head_dim=128,
+        attention_chunk_size=8192,
+        max_position_embeddings=10485760,
+    )
 
 
-SCOUT = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
-         "original_max_position_embeddings": 8192}
+SCOUT = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -108,8 +117,9 @@ def our_scores(q: Tensor, k: Tensor, rotation: Tensor) -> Tensor:
     return q.double() @ k.double().T / q.shape[-1] ** 0.5
 
 
-@pytest.mark.parametrize("rope", [{}, SCOUT, YARN, {"rope_type": "linear", "factor": 8.0}],
-                         ids=["default", "llama3", "yarn", "linear"])
+@pytest.mark.parametrize(
+    "rope", [{}, SCOUT, YARN, {"rope_type": "linear", "factor": 8.0}], ids=["default", "llama3", "yarn", "linear"]
+)
 @pytest.mark.parametrize("chunk_number", [0, 1, 1220])
 def test_scores_within_a_chunk_equal_those_of_absolute_positions(rope: dict[str, Any], chunk_number: int) -> None:
     """Up to ten million tokens, against float64 of absolute positions, over one chunk's whole span."""

@@ -42,8 +42,11 @@ def tokenizer() -> Tokenizer:
 
 def own_sources() -> str:
     """Text that the training has not seen: this repository's own code."""
-    return "\n".join(file.read_text(encoding="utf-8") for folder in ("l4ctx", "model", "cache")
-                     for file in sorted((ROOT / folder).glob("*.py")))
+    return "\n".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("l4ctx", "model", "cache")
+        for file in sorted((ROOT / folder).glob("*.py"))
+    )
 
 
 def test_the_checkpoint_has_the_published_form() -> None:
@@ -55,13 +58,21 @@ def test_the_checkpoint_has_the_published_form() -> None:
     assert sum(elements.values()) == parameter_count(config)
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
     names = {file.name for file in TINY.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-                     "tokenizer_config.json", "chat_template.jinja", "model.safetensors.index.json"}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    }
     vision = VisionConfig.from_folder(TINY)
     assert vision is not None
     stored = checked_vision_tensors(TINY, vision, config.hidden_size)
     assert sum(torch.Size(tensor.shape).numel() for tensor in stored.values()) == vision_parameter_count(
-        vision, config.hidden_size)
+        vision, config.hidden_size
+    )
 
 
 def test_the_tokenizer_has_the_llama_4_pattern_with_single_digits(tokenizer: Tokenizer) -> None:
@@ -87,9 +98,9 @@ def test_logits_equal_those_of_transformers(tokenizer: Tokenizer) -> None:
         theirs = Llama4ForCausalLM.from_pretrained(TINY, dtype=torch.float32)(ids, use_cache=False).logits
     cache = HybridKVCache(model.config, length=length)
     for step in range(0, length, 300):
-        ours = model(ids[:, step:step + 300], cache)
+        ours = model(ids[:, step : step + 300], cache)
         assert ours is not None
-        expected = theirs[:, step:step + 300]
+        expected = theirs[:, step : step + 300]
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()  # the oracle's phases are float32
 
 
@@ -100,7 +111,7 @@ def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
     twin = TinyForTraining(model.config.vocab_size)
     twin.load_state_dict(model.state_dict())
     chunk = model.config.attention_chunk_size
-    ids = as_batch(tokenizer.encode_data(own_sources()).ids[:2 * chunk], model.device)
+    ids = as_batch(tokenizer.encode_data(own_sources()).ids[: 2 * chunk], model.device)
     with torch.inference_mode():
         hidden = twin(ids, chunk, torch.zeros(ids.shape), simulated_temperature(torch.tensor([float(ids.shape[1])])))
         theirs = twin.lm_head(hidden)
@@ -144,11 +155,14 @@ def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list
     from lookup_task import question
 
     setup = Setup.from_folder(TINY, "float32")
-    prompts = [build_prompt(setup.tokenizer, setup.template, documents, question(entity),
-                            images=setup.reading.prompter) for entity in entities]
+    prompts = [
+        build_prompt(setup.tokenizer, setup.template, documents, question(entity), images=setup.reading.prompter)
+        for entity in entities
+    ]
     end, read = prompts[0].documents_stop, read_documents(setup, prompts[0])
-    answers = [answer_to(setup.model, read.fork(), setup.tokenizer, prompt.ids[end:], setup.stop_tokens)
-               for prompt in prompts]
+    answers = [
+        answer_to(setup.model, read.fork(), setup.tokenizer, prompt.ids[end:], setup.stop_tokens) for prompt in prompts
+    ]
     return [re.findall(r"\d+", answer) for answer in answers]
 
 

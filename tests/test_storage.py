@@ -18,11 +18,23 @@ from cache.storage import TORCH_DTYPES, Packed, empty_packed, pack, packed_from_
 from model.config import TextConfig
 
 HEADS, HEAD_DIM, SEGMENT = 2, 10, 70  # two groups of 35 tokens
-CONFIG = TextConfig.from_dict({
-    "model_type": "llama4_text", "vocab_size": 97, "hidden_size": 42, "intermediate_size": 22,
-    "intermediate_size_mlp": 34, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": HEADS,
-    "head_dim": HEAD_DIM, "num_local_experts": 5, "attention_chunk_size": 7, "max_position_embeddings": 256,
-    "no_rope_layers": [1, 0, 1, 1, 0]})
+CONFIG = TextConfig.from_dict(
+    {
+        "model_type": "llama4_text",
+        "vocab_size": 97,
+        "hidden_size": 42,
+        "intermediate_size": 22,
+        "intermediate_size_mlp": 34,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "num_local_experts": 5,
+        "attention_chunk_size": 7,
+        "max_position_embeddings": 256,
+        "no_rope_layers": [1, 0, 1, 1, 0],
+    }
+)
 CPU = torch.device("cpu")
 COMPUTE = ("float32", "bfloat16", "float16")
 PAIRS = list(itertools.product(COMPUTE, sizes.KV_DTYPES))
@@ -42,10 +54,12 @@ def layout_of(dtype: str, kv_dtype: str, *, segment: int = SEGMENT, batch_size: 
 
 def random_block(layout: StoreLayout) -> Block:
     """Channels and tokens of very different sizes; a view of a longer block, as segments of an open block are."""
+
     def draw() -> Tensor:
         x = torch.randn(layout.batch_size, HEADS, layout.segment_tokens + 5, HEAD_DIM)
         x *= torch.randn(HEADS, 1, HEAD_DIM).exp() * torch.randn(layout.segment_tokens + 5, 1).exp()
         return x.to(TORCH_DTYPES[layout.dtype])[:, :, 3:-2]
+
     return Block(draw(), draw())
 
 
@@ -63,23 +77,29 @@ def unpacked(packed: Packed, layout: StoreLayout) -> Block:
 def same(a: Packed, b: Packed) -> bool:
     """Bit by bit."""
     pairs = zip(a.tensors, b.tensors, strict=True)
-    return all(n == m and x.shape == y.shape and x.dtype == y.dtype
-               and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
-               for (n, x), (m, y) in pairs)
+    return all(
+        n == m
+        and x.shape == y.shape
+        and x.dtype == y.dtype
+        and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for (n, x), (m, y) in pairs
+    )
 
 
 def scales_of_elements(packed: Packed, layout: StoreLayout) -> Block:
     """The scale of each element, float64: for keys that of channel and token group, for values that of the token."""
     assert packed.key_scales is not None and packed.value_scales is not None
-    return Block(packed.key_scales.double().repeat_interleave(layout.group_tokens, 2),
-                 packed.value_scales.double().expand_as(packed.values))
+    return Block(
+        packed.key_scales.double().repeat_interleave(layout.group_tokens, 2),
+        packed.value_scales.double().expand_as(packed.values),
+    )
 
 
 def absmax_of_elements(block: Block, layout: StoreLayout) -> Block:
     """The largest of those that share a scale, for each element, by loops."""
     keys, values = block.keys.double().clone(), block.values.double().clone()
     for start in range(0, layout.segment_tokens, layout.group_tokens):
-        group = keys[:, :, start:start + layout.group_tokens]
+        group = keys[:, :, start : start + layout.group_tokens]
         group.copy_(group.abs().max(2, keepdim=True).values.expand_as(group))
     values.copy_(values.abs().max(3, keepdim=True).values.expand_as(values))
     return Block(keys, values)
@@ -106,7 +126,8 @@ def test_shapes_and_bytes_are_the_layouts(dtype: str, kv_dtype: str, segment: in
     if layout.is_packed:
         assert all(x.is_contiguous() for _, x in packed.tensors)  # as they are written
     assert [name for name, _, _ in expected] == (
-        ["key_scales", "value_scales"] if kv_dtype in sizes.QUANTIZED else []) + ["keys", "values"]
+        ["key_scales", "value_scales"] if kv_dtype in sizes.QUANTIZED else []
+    ) + ["keys", "values"]
     if kv_dtype in sizes.QUANTIZED:
         assert expected[0][2] == (batch_size, HEADS, segment // layout.group_tokens, HEAD_DIM)
         assert expected[1][2] == (batch_size, HEADS, segment, 1)
@@ -262,11 +283,11 @@ def test_unpacking_into_a_part_of_a_longer_block(dtype: str, kv_dtype: str) -> N
     longer = empty_block(layout, SEGMENT + 9, CPU)
     for x in longer:
         x.fill_(5)
-    part = Block(*(x[:, :, 4:4 + SEGMENT] for x in longer))
+    part = Block(*(x[:, :, 4 : 4 + SEGMENT] for x in longer))
     unpack(packed, layout, part)
     for x, y in zip(longer, unpacked(packed, layout), strict=True):
-        assert torch.equal(x[:, :, 4:4 + SEGMENT], y)
-        assert (x[:, :, :4] == 5).all() and (x[:, :, 4 + SEGMENT:] == 5).all()
+        assert torch.equal(x[:, :, 4 : 4 + SEGMENT], y)
+        assert (x[:, :, :4] == 5).all() and (x[:, :, 4 + SEGMENT :] == 5).all()
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), PAIRS)
@@ -300,7 +321,7 @@ def test_extreme_values_stay_finite(dtype: str, kv_dtype: str) -> None:
         for y in unpacked(pack(block, layout), layout):
             expected = x.double().clamp(-held, held)
             assert torch.allclose(y.double(), expected.expand_as(y), rtol=2**-7, atol=1.2e-38 if held > 1e5 else 3e-8)
-    mixed = extremes.repeat(SEGMENT * HEADS * HEAD_DIM)[:SEGMENT * HEADS * HEAD_DIM].view(1, HEADS, SEGMENT, HEAD_DIM)
+    mixed = extremes.repeat(SEGMENT * HEADS * HEAD_DIM)[: SEGMENT * HEADS * HEAD_DIM].view(1, HEADS, SEGMENT, HEAD_DIM)
     for y in unpacked(pack(Block(mixed, -mixed), layout), layout):
         assert y.isfinite().all()
 
@@ -312,8 +333,8 @@ def test_the_largest_scales_never_overflow() -> None:
     for kv_dtype in sizes.QUANTIZED:
         layout = layout_of("float32", kv_dtype)
         block = filled_block(layout, 0)
-        block.values[..., 4] = numbers[:SEGMENT * HEADS].view(1, HEADS, SEGMENT)
-        block.keys[:, :, ::35] = numbers[:2 * HEADS * HEAD_DIM].view(1, HEADS, 2, HEAD_DIM)
+        block.values[..., 4] = numbers[: SEGMENT * HEADS].view(1, HEADS, SEGMENT)
+        block.keys[:, :, ::35] = numbers[: 2 * HEADS * HEAD_DIM].view(1, HEADS, 2, HEAD_DIM)
         result = unpacked(pack(block, layout), layout)
         assert result.keys.isfinite().all() and result.values.isfinite().all()
         assert torch.allclose(result.values[..., 4], block.values[..., 4])
@@ -350,7 +371,7 @@ def test_a_segment_is_seen_in_its_bytes(dtype: str, kv_dtype: str, spare: int) -
     assert content.shape == (layout.sealed_segment_bytes,)
     buffer = torch.full((layout.sealed_segment_bytes + spare,), 255, dtype=torch.uint8)
     views = packed_from_bytes(buffer, layout)
-    buffer[:len(content)] = content  # written afterwards: the views show it
+    buffer[: len(content)] = content  # written afterwards: the views show it
     assert same(views, packed)
     addresses = {x.untyped_storage().data_ptr() for _, x in views.tensors}
     assert addresses == {buffer.untyped_storage().data_ptr()}
@@ -361,8 +382,12 @@ def test_a_segment_is_seen_in_its_bytes(dtype: str, kv_dtype: str, spare: int) -
 def test_buffers_that_do_not_fit_are_refused() -> None:
     layout = layout_of("float32", "int8")
     size = layout.sealed_segment_bytes
-    for buffer in (torch.zeros(size - 1, dtype=torch.uint8), torch.zeros(size, dtype=torch.int8),
-                   torch.zeros(1, size, dtype=torch.uint8), torch.zeros(2 * size, dtype=torch.uint8)[::2]):
+    for buffer in (
+        torch.zeros(size - 1, dtype=torch.uint8),
+        torch.zeros(size, dtype=torch.int8),
+        torch.zeros(1, size, dtype=torch.uint8),
+        torch.zeros(2 * size, dtype=torch.uint8)[::2],
+    ):
         with pytest.raises(AssertionError):
             packed_from_bytes(buffer, layout)
     shorter = layout_of("float32", "int8", segment=14)
@@ -382,8 +407,11 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        self.sizes += [x.untyped_storage().nbytes() for x in tree_leaves(result)
-                       if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given]
+        self.sizes += [
+            x.untyped_storage().nbytes()
+            for x in tree_leaves(result)
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given
+        ]
         return result
 
 

@@ -24,12 +24,18 @@ from l4ctx.loop_guard import LONGEST_PERIOD, Loop
 from l4ctx.tables import FigureTable, TextTable
 from l4ctx.wrapping import cells
 
-COLOURS = ({"FORCE_COLOR": "1"}, {"FORCE_COLOR": "3", "CLICOLOR_FORCE": "1"}, {"TTY_COMPATIBLE": "1"},
-           {"TTY_INTERACTIVE": "1"}, {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"})
+COLOURS = (
+    {"FORCE_COLOR": "1"},
+    {"FORCE_COLOR": "3", "CLICOLOR_FORCE": "1"},
+    {"TTY_COMPATIBLE": "1"},
+    {"TTY_INTERACTIVE": "1"},
+    {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"},
+)
 CURSOR = re.compile(r"\x1b\[[0-9;?]*[A-HJKhlsu]|\r")  # moves or hides it, or erases; colour is none of it
 
 
 # Animation
+
 
 @pytest.mark.parametrize("variables", COLOURS, ids=repr)
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
@@ -47,16 +53,36 @@ def test_no_variable_animates_a_file(monkeypatch: pytest.MonkeyPatch, variables:
 
 def test_a_run_with_forced_colour_writes_a_plain_log(tmp_path: Path) -> None:
     text_file(tmp_path / "a.md", ANSWER)
-    result = run_process("ask", QUESTION, "a.md", "--memory-report", "--model", str(TINY), folder=tmp_path,
-                         FORCE_COLOR="1", CLICOLOR_FORCE="1", TTY_COMPATIBLE="1", TTY_INTERACTIVE="1")
+    result = run_process(
+        "ask",
+        QUESTION,
+        "a.md",
+        "--memory-report",
+        "--model",
+        str(TINY),
+        folder=tmp_path,
+        FORCE_COLOR="1",
+        CLICOLOR_FORCE="1",
+        TTY_COMPATIBLE="1",
+        TTY_INTERACTIVE="1",
+    )
     assert (result.code, result.stdout) == (0, ANSWER)
     assert not CURSOR.search(result.stderr) and "memory" in result.stderr
 
 
-@pytest.mark.parametrize(("term", "variables", "is_animated"), [
-    ("xterm", {}, True), ("xterm", {"NO_COLOR": "1"}, True), ("dumb", {}, False), ("unknown", {}, False),
-    ("dumb", {"FORCE_COLOR": "1"}, False), ("DUMB", {"TTY_INTERACTIVE": "1"}, False),
-    ("xterm", {"TTY_INTERACTIVE": "0"}, False), ("xterm", {"TTY_COMPATIBLE": "0"}, False)])
+@pytest.mark.parametrize(
+    ("term", "variables", "is_animated"),
+    [
+        ("xterm", {}, True),
+        ("xterm", {"NO_COLOR": "1"}, True),
+        ("dumb", {}, False),
+        ("unknown", {}, False),
+        ("dumb", {"FORCE_COLOR": "1"}, False),
+        ("DUMB", {"TTY_INTERACTIVE": "1"}, False),
+        ("xterm", {"TTY_INTERACTIVE": "0"}, False),
+        ("xterm", {"TTY_COMPATIBLE": "0"}, False),
+    ],
+)
 def test_terminals(monkeypatch: pytest.MonkeyPatch, term: str, variables: dict[str, str], is_animated: bool) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -112,6 +138,7 @@ def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Help
 
+
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("ask", "-h")])
 def test_help_to_streams_that_fail(arguments: tuple[str, ...]) -> None:
     full = run_process(*arguments, shell="> /dev/full")
@@ -137,8 +164,11 @@ def test_help_follows_the_width_and_cuts_nothing(columns: int) -> None:
     assert all(len(line) <= min(columns, 120) for line in shown.splitlines())
     assert "..." not in shown.partition("Commands:")[2]
     words = " ".join(shown.split())
-    for summary in ("Read documents and answer a question about them.", "141 the output was closed.",
-                    "time to the first token and memory, here and in other programs."):
+    for summary in (
+        "Read documents and answer a question about them.",
+        "141 the output was closed.",
+        "time to the first token and memory, here and in other programs.",
+    ):
         assert summary in words
 
 
@@ -150,6 +180,7 @@ def test_help_of_a_command_in_a_narrow_terminal() -> None:
 
 
 # Tables
+
 
 def printed(content: Any, width: int) -> list[str]:
     stream = io.StringIO()
@@ -175,8 +206,10 @@ def test_columns_where_they_fit() -> None:
 def test_labels_stand_above_their_figures_where_columns_do_not_fit(width: int) -> None:
     lines = printed(figures(), width)
     text = " ".join(" ".join(lines).split())
-    assert text == ("memory NoPE keys and values, host memory predicted 1,234.5 GiB, at most 1,300.0 GiB, held 1,200.1 "
-                    "GiB activations at most 12.3 MiB an unbounded cache would take predicted 99.9 TiB")
+    assert text == (
+        "memory NoPE keys and values, host memory predicted 1,234.5 GiB, at most 1,300.0 GiB, held 1,200.1 "
+        "GiB activations at most 12.3 MiB an unbounded cache would take predicted 99.9 TiB"
+    )
     assert all(len(line) <= width for line in lines)
     if width >= 33:
         assert "NoPE keys and values, host memory" in lines
@@ -205,8 +238,15 @@ def test_texts_beside_or_below_their_labels(width: int) -> None:
 
 
 def test_a_listing_is_broken_at_words() -> None:
-    report = {"path": "c", "kind": "context", "damage": [], "verified": False, "states": [], "made_with": None,
-              "bytes": {"blocks": 5, "tails": 2**40}}
+    report = {
+        "path": "c",
+        "kind": "context",
+        "damage": [],
+        "verified": False,
+        "states": [],
+        "made_with": None,
+        "bytes": {"blocks": 5, "tails": 2**40},
+    }
     whole = listing(report)
     for width in (20, 40, 60, 100, 200):
         shown = listing(report, width)
@@ -216,6 +256,7 @@ def test_a_listing_is_broken_at_words() -> None:
 
 
 # Answers
+
 
 class Run:
     """As much of a run as an answer needs."""
@@ -234,8 +275,9 @@ class Run:
         self.stop_reason = self.stop
 
 
-def answered(run: Any, monkeypatch: pytest.MonkeyPatch,
-             columns: int | None = None) -> tuple[str, list[str], Interruption]:
+def answered(
+    run: Any, monkeypatch: pytest.MonkeyPatch, columns: int | None = None
+) -> tuple[str, list[str], Interruption]:
     stream: IO[str] = io.StringIO()
     if columns is not None:
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
@@ -254,11 +296,17 @@ def answered(run: Any, monkeypatch: pytest.MonkeyPatch,
 PIECES = ["The", " access", " code", " of the am", "ber falcon is", " 48213", "."]
 
 
-@pytest.mark.parametrize(("columns", "shown"), [
-    (None, "The access code of the amber falcon is 48213.\n"), (80, "The access code of the amber falcon is 48213.\n"),
-    (20, "The access code of\nthe amber falcon is\n48213.\n")])
-def test_an_answer_is_broken_at_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, columns: int | None,
-                                                         shown: str) -> None:
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (None, "The access code of the amber falcon is 48213.\n"),
+        (80, "The access code of the amber falcon is 48213.\n"),
+        (20, "The access code of\nthe amber falcon is\n48213.\n"),
+    ],
+)
+def test_an_answer_is_broken_at_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, columns: int | None, shown: str
+) -> None:
     assert answered(Run(PIECES), monkeypatch, columns)[:2] == (shown, [])
     assert answered(Run([*PIECES, "\n"]), monkeypatch, columns)[0] == shown
     assert answered(Run([]), monkeypatch, columns)[:2] == ("\n", ["the model ended its answer at once"])
@@ -266,10 +314,13 @@ def test_an_answer_is_broken_at_words_on_a_terminal_alone(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("logits")])
 @pytest.mark.parametrize("columns", [None, 80])
-@pytest.mark.parametrize(("pieces", "shown"), [
-    (PIECES[:4], "The access code of the am\n"), ([], ""), (["A line.\n"], "A line.\n"), (["A line. "], "A line. \n")])
-def test_an_answer_that_is_cut_off_ends_its_line(monkeypatch: pytest.MonkeyPatch, error: BaseException,
-                                                columns: int | None, pieces: list[str], shown: str) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [(PIECES[:4], "The access code of the am\n"), ([], ""), (["A line.\n"], "A line.\n"), (["A line. "], "A line. \n")],
+)
+def test_an_answer_that_is_cut_off_ends_its_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, columns: int | None, pieces: list[str], shown: str
+) -> None:
     text, notes, interruption = answered(Run(pieces, error), monkeypatch, columns)
     assert (text, notes) == (shown, ["ended"])
     count = len(pieces)

@@ -25,8 +25,17 @@ from cache.tiers import MAX_TRAVELLING_QUERIES, SealedBlock, Tiers
 from l4ctx.prefill import prefill_grid
 
 BLOCK = 2 * CHUNK
-PAIRS = [("float32", "auto"), ("float32", "bfloat16"), ("float32", "fp8"), ("float32", "int8"), ("bfloat16", "auto"),
-         ("bfloat16", "float32"), ("bfloat16", "float16"), ("bfloat16", "fp8"), ("float16", "int8")]
+PAIRS = [
+    ("float32", "auto"),
+    ("float32", "bfloat16"),
+    ("float32", "fp8"),
+    ("float32", "int8"),
+    ("bfloat16", "auto"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "float16"),
+    ("bfloat16", "fp8"),
+    ("float16", "int8"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +66,8 @@ def shown(cache: HybridKVCache, layer: int, queries: range) -> list[tuple[int, T
 def same(a: list[tuple[int, Tensor, Tensor]], b: list[tuple[int, Tensor, Tensor]]) -> bool:
     return len(a) == len(b) and all(
         x[0] == y[0] and all(torch.equal(t, u) and t.dtype == u.dtype for t, u in zip(x[1:], y[1:], strict=True))
-        for x, y in zip(a, b, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def together(caches: Sequence[HybridKVCache], tokens: int, *, layers: Sequence[int] = LAYERS) -> None:
@@ -86,10 +96,18 @@ def filled(tokens: int, folder: Path, seed: int = 0, **how: object) -> tuple[Hyb
     return cache, saved
 
 
-def restored(cache: HybridKVCache, saved: SavedRows, host_rows: int | None = None, *,
-             rows: Scratch | SavedRows | None = None) -> HybridKVCache:
-    other = HybridKVCache(CONFIG, batch_size=cache.batch_size, dtype=cache.dtype, length=cache.length,
-                          layout=cache.layout, residency=Residency(host_rows), rows=rows)
+def restored(
+    cache: HybridKVCache, saved: SavedRows, host_rows: int | None = None, *, rows: Scratch | SavedRows | None = None
+) -> HybridKVCache:
+    other = HybridKVCache(
+        CONFIG,
+        batch_size=cache.batch_size,
+        dtype=cache.dtype,
+        length=cache.length,
+        layout=cache.layout,
+        residency=Residency(host_rows),
+        rows=rows,
+    )
     other.restore(cache.offset, saved.reopened(cache.offset // cache.layout.block_tokens), tail=cache.tail())
     return other
 
@@ -101,8 +119,10 @@ def test_the_tier_changes_no_bit(dtype: str, kv_dtype: str, size: int, rows: Scr
     length = 10 * CHUNK + 3
     residencies = [Residency(None), Residency(0), Residency(1), Residency(2), Residency(2)]
     stores = [None, rows, rows, rows, SavedRows(tmp_path)]
-    caches = [make(dtype=getattr(torch, dtype), kv_dtype=kv_dtype, length=length, residency=residency, rows=store)
-              for residency, store in zip(residencies, stores, strict=True)]
+    caches = [
+        make(dtype=getattr(torch, dtype), kv_dtype=kv_dtype, length=length, residency=residency, rows=store)
+        for residency, store in zip(residencies, stores, strict=True)
+    ]
     for positions in prefill_grid(0, length - 1, size, CHUNK, BLOCK):
         together(caches, len(positions))
         for cache in caches:
@@ -120,8 +140,13 @@ def test_no_step_holds_more_than_the_peak(kv_dtype: str, size: int, segment_chun
     """Nor does it while it lasts: looked at after each layer's new tokens. And the peak is no more than is needed."""
     for length in (10 * CHUNK + 3, 11 * CHUNK, 12 * CHUNK + 1):
         for host_rows in (None, 0, 1, 2):
-            cache = make(kv_dtype=kv_dtype, segment_chunks=segment_chunks, length=length,
-                         residency=Residency(host_rows), rows=rows)
+            cache = make(
+                kv_dtype=kv_dtype,
+                segment_chunks=segment_chunks,
+                length=length,
+                residency=Residency(host_rows),
+                rows=rows,
+            )
             peak, most = cache.layout.peak(length, size, cache.residency), 0
             for positions in prefill_grid(0, length, size, CHUNK, BLOCK):
                 for layer in LAYERS:
@@ -156,10 +181,11 @@ def test_sealed_segments_are_packed_and_open_ones_are_not(dtype: str, kv_dtype: 
         seen = shown(cache, layer, range(52, 53))
         assert [start for start, _, _ in seen] == list(range(0, 53, size))
         for start, *found in seen:
-            expected = Block(*(x[:, :, start:start + size].contiguous() for x in block))
+            expected = Block(*(x[:, :, start : start + size].contiguous() for x in block))
             if start < sealed:
-                expected = unpack(pack(expected, cache.layout), cache.layout,
-                                  empty_block(cache.layout, size, torch.device("cpu")))
+                expected = unpack(
+                    pack(expected, cache.layout), cache.layout, empty_block(cache.layout, size, torch.device("cpu"))
+                )
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -181,8 +207,9 @@ def test_on_the_cpu_the_number_of_queries_changes_nothing(rows: Scratch, queries
 
 @pytest.mark.parametrize("offset", [1, CHUNK, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + CHUNK, 50])
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_a_restored_cache_goes_on_as_the_one_that_was_saved(offset: int, kv_dtype: str, rows: Scratch,
-                                                            tmp_path: Path) -> None:
+def test_a_restored_cache_goes_on_as_the_one_that_was_saved(
+    offset: int, kv_dtype: str, rows: Scratch, tmp_path: Path
+) -> None:
     cache, saved = filled(offset, tmp_path, kv_dtype=kv_dtype, length=150, batch_size=2)
     caches = [cache, *(restored(cache, saved, count, rows=rows) for count in (None, 0, 1, 2))]
     for other in caches[1:]:  # the buffers are there before a read needs them

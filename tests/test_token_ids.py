@@ -30,8 +30,14 @@ def loaded(folder: Path, missing: int) -> Tokenizer:
     return Tokenizer.from_folder(folder, Tokenizer.from_folder(folder).vocab_size - missing)
 
 
-def prompt_of(tokenizer: Tokenizer, *, template: str | None = CHAT_TEMPLATE, document: str = "text",
-              question: str = "why?", system: str | None = None) -> list[int]:
+def prompt_of(
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = CHAT_TEMPLATE,
+    document: str = "text",
+    question: str = "why?",
+    system: str | None = None,
+) -> list[int]:
     chat = None if template is None else ChatTemplate(template, {"bos_token": "<|begin_of_text|>"})
     documents = [Document("notes/a.txt", "", document)]
     return build_prompt(tokenizer, chat, documents, question, system=system).ids.tolist()
@@ -42,14 +48,17 @@ def test_tokens_that_are_not_used_do_no_harm(folder: Path) -> None:
     check_template(loaded(folder, 2), ChatTemplate(CHAT_TEMPLATE))
 
 
-@pytest.mark.parametrize(("changes", "user"), [
-    ({"template": "<|doc|>" + CHAT_TEMPLATE}, "the chat template uses the token '<|doc|>'"),
-    ({"template": CHAT_TEMPLATE + "<|doc|>"}, "the chat template uses the token '<|doc|>'"),
-    ({"document": "a zorblax"}, "notes/a.txt uses the token 'zorblax'"),
-    ({"question": "a zorblax?"}, "the question uses the token 'zorblax'"),
-    ({"system": "zorblax"}, "the system prompt uses the token 'zorblax'"),
-    ({"system": "zorblax", "template": None}, "the system prompt uses the token 'zorblax'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "user"),
+    [
+        ({"template": "<|doc|>" + CHAT_TEMPLATE}, "the chat template uses the token '<|doc|>'"),
+        ({"template": CHAT_TEMPLATE + "<|doc|>"}, "the chat template uses the token '<|doc|>'"),
+        ({"document": "a zorblax"}, "notes/a.txt uses the token 'zorblax'"),
+        ({"question": "a zorblax?"}, "the question uses the token 'zorblax'"),
+        ({"system": "zorblax"}, "the system prompt uses the token 'zorblax'"),
+        ({"system": "zorblax", "template": None}, "the system prompt uses the token 'zorblax'"),
+    ],
+)
 def test_a_token_beyond_the_embeddings_is_named(folder: Path, changes: dict[str, str], user: str) -> None:
     prompt_of(loaded(folder, 0), **changes)  # type: ignore[arg-type]
     tokenizer = loaded(folder, 2)

@@ -47,14 +47,19 @@ def reason_of(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", ERRORS, ids=[errno.errorcode[number] for number in ERRORS])
-@pytest.mark.parametrize(("operation", "end", "source", "left"), [
-    ("open", "sub/b.md", "d/sub/b.md", ["a.md", "sub/deep/c.md", "z.md"]),
-    ("stat", "sub/b.md", "d/sub/b.md", ["a.md", "sub/deep/c.md", "z.md"]),
-    ("stat", "d/sub", "d/sub", ["a.md", "z.md"]),
-    ("scandir", "d/sub", "d/sub", ["a.md", "z.md"]),
-    ("scandir", "sub/deep", "d/sub/deep", ["a.md", "sub/b.md", "z.md"])])
-def test_it_is_refused_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch, operation: str, end: str,
-                                             source: str, left: list[str], number: int) -> None:
+@pytest.mark.parametrize(
+    ("operation", "end", "source", "left"),
+    [
+        ("open", "sub/b.md", "d/sub/b.md", ["a.md", "sub/deep/c.md", "z.md"]),
+        ("stat", "sub/b.md", "d/sub/b.md", ["a.md", "sub/deep/c.md", "z.md"]),
+        ("stat", "d/sub", "d/sub", ["a.md", "z.md"]),
+        ("scandir", "d/sub", "d/sub", ["a.md", "z.md"]),
+        ("scandir", "sub/deep", "d/sub/deep", ["a.md", "sub/b.md", "z.md"]),
+    ],
+)
+def test_it_is_refused_unless_told_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, operation: str, end: str, source: str, left: list[str], number: int
+) -> None:
     failing(monkeypatch, operation, end, number)
     with pytest.raises(DocumentError) as raised:
         read_documents([folder], stdin=None)
@@ -65,8 +70,9 @@ def test_it_is_refused_unless_told_otherwise(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_a_folder_that_is_named_is_refused_whatever_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                                            number: int) -> None:
+def test_a_folder_that_is_named_is_refused_whatever_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     failing(monkeypatch, "scandir", "/d", number)
     with pytest.raises(DocumentError, match=f"/d: the folder cannot be read: {os.strerror(number)}$"):
         read_documents([folder], stdin=None, skip_unreadable=True)
@@ -105,8 +111,9 @@ def test_the_first_three_are_named_and_the_rest_counted(folder: Path, monkeypatc
     with pytest.raises(DocumentError) as raised:
         read_documents([folder, folder / "sub"], stdin=None)
     why = "cannot be read: Permission denied"
-    assert str(raised.value) == (f"d/a.md: {why}; d/m0.md: {why}; d/m1.md: {why}; and 8 more "
-                                 "(--skip-unreadable leaves them out)")
+    assert str(raised.value) == (
+        f"d/a.md: {why}; d/m0.md: {why}; d/m1.md: {why}; and 8 more (--skip-unreadable leaves them out)"
+    )
 
 
 @pytest.mark.parametrize("missing", [1, 5, 12])
@@ -128,16 +135,20 @@ def test_a_read_that_ends_early_is_no_shorter_text(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_links_are_left_out_or_refused_by_where_they_lead(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                                          number: int) -> None:
+def test_links_are_left_out_or_refused_by_where_they_lead(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     (folder.parent / "outside").write_text("outside")
     for name, target in {"in": "z.md", "out": "../outside", "nowhere": "gone", "below a file": "z.md/x"}.items():
         (folder / name).symlink_to(target)
     failing(monkeypatch, "stat", "/out", number)
     found = read_documents([folder], stdin=None)
     assert {entry.source: entry.reason for entry in found.skipped} == {
-        "d/below a file": "a symbolic link that leads nowhere", "d/nowhere": "a symbolic link that leads nowhere",
-        "d/out": "a symbolic link that leaves the folder", "d/z.md": "the same as d/in"}
+        "d/below a file": "a symbolic link that leads nowhere",
+        "d/nowhere": "a symbolic link that leads nowhere",
+        "d/out": "a symbolic link that leaves the folder",
+        "d/z.md": "the same as d/in",
+    }
     failing(monkeypatch, "stat", "/in", number)
     with pytest.raises(DocumentError, match=r"^d/in: cannot be read"):
         read_documents([folder], stdin=None)
@@ -155,23 +166,35 @@ def test_what_is_left_out_anyway_may_be_unreadable(folder: Path, monkeypatch: py
 def run(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after the statements `before`."""
     code = f"import errno, os, sys\n{before}\nfrom l4ctx.cli import main\nmain()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, cwd=ROOT, text=True,
-                          check=False, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        cwd=ROOT,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def test_every_command_ends_and_a_kept_context_stays(folder: Path, tmp_path: Path) -> None:
     context = tmp_path / "context"
     assert run("prefill", folder, "-o", context, "--model", TINY).returncode == 0
     before = {path: path.read_bytes() for path in context.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    fault = ("original = os.open\ndef fails(path, *rest, **named):\n"
-             "    if str(path).endswith('sub/b.md'):\n        raise OSError(errno.EIO, 'Input/output error')\n"
-             "    return original(path, *rest, **named)\nos.open = fails")
-    for arguments in (("plan", folder), ("prefill", folder, "-o", context),
-                      ("ask", "What?", folder, "--context", context)):
+    fault = (
+        "original = os.open\ndef fails(path, *rest, **named):\n"
+        "    if str(path).endswith('sub/b.md'):\n        raise OSError(errno.EIO, 'Input/output error')\n"
+        "    return original(path, *rest, **named)\nos.open = fails"
+    )
+    for arguments in (
+        ("plan", folder),
+        ("prefill", folder, "-o", context),
+        ("ask", "What?", folder, "--context", context),
+    ):
         ended = run(*arguments, "--model", TINY, before=fault)
         assert (ended.returncode, ended.stdout) == (2, "")
-        assert ended.stderr == ("l4ctx: d/sub/b.md: cannot be read: Input/output error "
-                                "(--skip-unreadable leaves it out)\n")
+        assert ended.stderr == (
+            "l4ctx: d/sub/b.md: cannot be read: Input/output error (--skip-unreadable leaves it out)\n"
+        )
         assert {path: path.read_bytes() for path in before} == before
     told = run("plan", folder, "--model", TINY, "--skip-unreadable", "--json", before=fault)
     assert told.returncode == 0 and "d/sub/b.md" in told.stdout
@@ -186,9 +209,11 @@ def test_modes_that_keep_a_user_out(closed: str) -> None:
         for name in ("a.md", "sub/b.md", "sub/deep/c.md"):
             (place / name).write_text("text")
         (place / closed).chmod(0)
-        code = ("import os\nfrom l4ctx import documents\nos.setgid(65534)\nos.setuid(65534)\ntry:\n"
-                f"    documents.read_documents([{str(place)!r}], stdin=None)\n"
-                "except documents.DocumentError as error:\n    print(error)")
+        code = (
+            "import os\nfrom l4ctx import documents\nos.setgid(65534)\nos.setuid(65534)\ntry:\n"
+            f"    documents.read_documents([{str(place)!r}], stdin=None)\n"
+            "except documents.DocumentError as error:\n    print(error)"
+        )
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True, check=True).stdout
     finally:
         shutil.rmtree(place)

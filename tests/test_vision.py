@@ -39,18 +39,37 @@ WIDTH = BASE["hidden_size"]
 SINGLE = "model.safetensors"
 RELEASED = Path(__file__).parents[2] / "shared" / "llama4" / "scout"
 SCOUT_VISION: dict[str, Any] = {
-    "hidden_size": 1408, "num_hidden_layers": 34, "num_attention_heads": 16, "intermediate_size": 5632,
-    "vision_output_dim": 4096, "image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5,
-    "projector_input_dim": 4096, "projector_output_dim": 4096, "rope_theta": 10000,
+    "hidden_size": 1408,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "intermediate_size": 5632,
+    "vision_output_dim": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "rope_theta": 10000,
 }
 
 
-def shape(hidden: int, heads: int, layers: int, image: int, patch: int, joined: int, out: int,
-          **more: Any) -> dict[str, Any]:
+def shape(
+    hidden: int, heads: int, layers: int, image: int, patch: int, joined: int, out: int, **more: Any
+) -> dict[str, Any]:
     """A vision configuration that joins squares of `joined` x `joined` patches."""
-    return {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers, "image_size": image,
-            "patch_size": patch, "pixel_shuffle_ratio": 1 / joined, "intermediate_size": hidden * joined**2,
-            "vision_output_dim": out, "projector_input_dim": out, "projector_output_dim": out, **more}
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "image_size": image,
+        "patch_size": patch,
+        "pixel_shuffle_ratio": 1 / joined,
+        "intermediate_size": hidden * joined**2,
+        "vision_output_dim": out,
+        "projector_input_dim": out,
+        "projector_output_dim": out,
+        **more,
+    }
 
 
 def theta(value: float) -> dict[str, Any]:
@@ -99,8 +118,9 @@ class VisionToy:
     def case(self, layout: str) -> Case:
         generator = torch.Generator().manual_seed(len(layout))
         tile = torch.full((self.config.tokens_per_tile,), IMAGE_TOKEN)
-        parts = [torch.randint(VOCABULARY - 1, (size,), generator=generator) if size else tile
-                 for size in LAYOUTS[layout]]
+        parts = [
+            torch.randint(VOCABULARY - 1, (size,), generator=generator) if size else tile for size in LAYOUTS[layout]
+        ]
         size = self.config.image_size
         pixels = torch.rand((LAYOUTS[layout].count(0), 3, size, size), generator=generator) * 2 - 1
         ids = torch.cat(parts)[None]
@@ -111,8 +131,10 @@ class VisionToy:
         def logits(oracle: Any, pixels: Tensor) -> Tensor:
             return oracle(ids, pixel_values=pixels, use_cache=False).logits
 
-        exact = [in_float64(self.toy.oracle, lambda oracle, run=run: run(oracle, pixels.double()))  # type: ignore[misc]
-                 for run in (features, logits)]
+        exact = [
+            in_float64(self.toy.oracle, lambda oracle, run=run: run(oracle, pixels.double()))  # type: ignore[misc]
+            for run in (features, logits)
+        ]
         found: list[list[Tensor]] = []
         for attention in ("sdpa", "eager"):
             self.toy.oracle.set_attn_implementation(attention)
@@ -157,7 +179,7 @@ def spliced(model: Transformer, case: Case, features: Tensor) -> Tensor:
 def in_pieces(model: Transformer, embeddings: Tensor, size: int) -> Tensor:
     tokens = embeddings.shape[1]
     cache = HybridKVCache(model.config, length=tokens)
-    logits = [model(embeddings[:, start:start + size], cache=cache) for start in range(0, tokens, size)]
+    logits = [model(embeddings[:, start : start + size], cache=cache) for start in range(0, tokens, size)]
     assert cache.offset == tokens and all(part is not None for part in logits)
     return torch.cat([part for part in logits if part is not None], 1)
 
@@ -185,7 +207,7 @@ def test_logits_equal_transformers(vision_toys: VisionToys, name: str, layout: s
     assert full is not None
     found = {"full": difference(full, case.logits)}
     is_long = case.ids.shape[1] > 100
-    for size in PIECES[2 * is_long:]:
+    for size in PIECES[2 * is_long :]:
         found[f"pieces of {size}"] = difference(in_pieces(model, embeddings, size), case.logits)
     wrong = {path: value for path, value in found.items() if not value <= case.logits_limit}
     assert not wrong
@@ -234,10 +256,12 @@ def class_token_first(model: vision.VisionModel, pixels: Tensor) -> Tensor:
 
 def shuffled(order: tuple[int, ...]) -> Callable[[Tensor, int], Tensor]:
     """Pixel shuffle whose axes (image, row, row in the square, column, column in it, channel) come in this order."""
+
     def shuffle(patches: Tensor, side: int) -> Tensor:
-        grid = round(patches.shape[1]**0.5)
+        grid = round(patches.shape[1] ** 0.5)
         squares = patches.unflatten(1, (grid // side, side, grid // side, side)).permute(order)
         return squares.reshape(len(patches), -1, side**2 * patches.shape[2])
+
     return shuffle
 
 
@@ -278,8 +302,7 @@ RIGHT_ROTATION = vision.grid_rotation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_what_would_be_wrong_is_caught(vision_toys: VisionToys, monkeypatch: pytest.MonkeyPatch,
-                                       mutation: str) -> None:
+def test_what_would_be_wrong_is_caught(vision_toys: VisionToys, monkeypatch: pytest.MonkeyPatch, mutation: str) -> None:
     toy = vision_toys("theta_and_eps")
     case = toy.case("several_images")
     assert difference(toy.tower()(case.pixels), case.features) <= case.features_limit < CAUGHT / 10
@@ -339,8 +362,9 @@ def test_closed_forms(vision_toys: VisionToys, name: str) -> None:
 
 
 def test_each_tensor_is_where_it_belongs(vision_toys: VisionToys, folder: Path) -> None:
-    stored = {name: tensor for name, tensor in load_file(folder / SINGLE).items()
-              if not name.startswith("language_model.")}
+    stored = {
+        name: tensor for name, tensor in load_file(folder / SINGLE).items() if not name.startswith("language_model.")
+    }
     config = vision_toys("halved").config
     for dtype, is_mapped in itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False)):
         tower = load_vision(str(folder), config, WIDTH, dtype=dtype, is_mapped=is_mapped)
@@ -360,11 +384,16 @@ def test_names_with_the_prefix_of_the_base_model(vision_toys: VisionToys, folder
     case = toy.case("one_tile")
     tensors = load_file(folder / SINGLE)
     text = text_tensors(folder).keys()
-    save_file({name if name.startswith("language_model.") else f"model.{name}": tensor
-               for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    save_file(
+        {name if name.startswith("language_model.") else f"model.{name}": tensor for name, tensor in tensors.items()},
+        folder / SINGLE,
+        {"format": "pt"},
+    )
     assert text_tensors(folder).keys() == text
-    assert difference(load_vision(folder, toy.config, WIDTH, dtype=torch.float32)(case.pixels),
-                      case.features) <= case.features_limit
+    assert (
+        difference(load_vision(folder, toy.config, WIDTH, dtype=torch.float32)(case.pixels), case.features)
+        <= case.features_limit
+    )
     again: Any = type(toy.toy.oracle).from_pretrained(folder)
     with torch.no_grad():
         logits = again(case.ids, pixel_values=case.pixels, use_cache=False).logits
@@ -381,27 +410,39 @@ FC1 = "vision_model.vision_adapter.mlp.fc1.weight"
 LINEAR = "multi_modal_projector.linear_1.weight"
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    (lambda t: t.pop(FC1), ["missing", FC1]),
-    (lambda t: t.pop("vision_model.class_embedding"), ["missing", "vision_model.class_embedding"]),
-    (lambda t: t.pop(LINEAR), ["missing", LINEAR]),
-    (lambda t: t.update({"vision_model.model.layers.2.mlp.fc1.weight": torch.ones(3)}),
-     [SINGLE, "extra", "vision_model.model.layers.2.mlp.fc1.weight"]),
-    (lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(WIDTH)}),
-     [SINGLE, "extra", "multi_modal_projector.linear_1.bias"]),
-    (lambda t: t.update({FC1: t[FC1].t().contiguous()}), [SINGLE, FC1, "[96, 20] instead of [20, 96]"]),
-    (lambda t: t.update({"vision_model.positional_embedding_vlm": torch.ones(16, 24)}),
-     [SINGLE, "vision_model.positional_embedding_vlm", "[16, 24] instead of [17, 24]"]),
-    (lambda t: t.update({FC1: t[FC1].to(torch.int8)}), [SINGLE, FC1, "I8"]),
-    (lambda t: t.update({f"model.{FC1}": t[FC1].clone()}), [SINGLE, FC1, "twice"]),
-])
-def test_damage_is_named(vision_toys: VisionToys, folder: Path, change: Callable[[dict[str, Tensor]], Any],
-                         parts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda t: t.pop(FC1), ["missing", FC1]),
+        (lambda t: t.pop("vision_model.class_embedding"), ["missing", "vision_model.class_embedding"]),
+        (lambda t: t.pop(LINEAR), ["missing", LINEAR]),
+        (
+            lambda t: t.update({"vision_model.model.layers.2.mlp.fc1.weight": torch.ones(3)}),
+            [SINGLE, "extra", "vision_model.model.layers.2.mlp.fc1.weight"],
+        ),
+        (
+            lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(WIDTH)}),
+            [SINGLE, "extra", "multi_modal_projector.linear_1.bias"],
+        ),
+        (lambda t: t.update({FC1: t[FC1].t().contiguous()}), [SINGLE, FC1, "[96, 20] instead of [20, 96]"]),
+        (
+            lambda t: t.update({"vision_model.positional_embedding_vlm": torch.ones(16, 24)}),
+            [SINGLE, "vision_model.positional_embedding_vlm", "[16, 24] instead of [17, 24]"],
+        ),
+        (lambda t: t.update({FC1: t[FC1].to(torch.int8)}), [SINGLE, FC1, "I8"]),
+        (lambda t: t.update({f"model.{FC1}": t[FC1].clone()}), [SINGLE, FC1, "twice"]),
+    ],
+)
+def test_damage_is_named(
+    vision_toys: VisionToys, folder: Path, change: Callable[[dict[str, Tensor]], Any], parts: list[str]
+) -> None:
     """The text model loads nevertheless."""
     edited(folder, change)
     config = vision_toys("halved").config
-    reads: list[Callable[[], object]] = [lambda: load_vision(folder, config, WIDTH, dtype=torch.float32),
-                                         lambda: checked_vision_tensors(folder, config, WIDTH)]
+    reads: list[Callable[[], object]] = [
+        lambda: load_vision(folder, config, WIDTH, dtype=torch.float32),
+        lambda: checked_vision_tensors(folder, config, WIDTH),
+    ]
     for read in reads:
         with pytest.raises(CheckpointError) as caught:
             read()
@@ -429,8 +470,9 @@ def test_a_checkpoint_without_its_vision_tensors(vision_toys: VisionToys, folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [shape(176, 2, 2, 56, 7, 2, 96), shape(64, 4, 1, 64, 16, 1, 32),
-                                   shape(32, 2, 1, 96, 4, 3, 512)])
+@pytest.mark.parametrize(
+    "sizes", [shape(176, 2, 2, 56, 7, 2, 96), shape(64, 4, 1, 64, 16, 1, 32), shape(32, 2, 1, 96, 4, 3, 512)]
+)
 def test_activations_are_bounded_by_their_estimate(sizes: dict[str, Any], dtype: torch.dtype) -> None:
     from test_memory import LiveStorages
 

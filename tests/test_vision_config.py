@@ -13,10 +13,22 @@ from model.vision_config import VisionConfig, vision_activation_bytes, vision_op
 
 SHARED = Path(__file__).parents[2] / "shared" / "llama4"
 VISION: dict[str, Any] = {
-    "hidden_size": 1408, "num_hidden_layers": 34, "num_attention_heads": 16, "intermediate_size": 5632,
-    "vision_output_dim": 4096, "image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5, "num_channels": 3,
-    "projector_input_dim": 4096, "projector_output_dim": 4096, "rope_theta": 10000, "hidden_act": "gelu",
-    "multi_modal_projector_bias": False, "norm_eps": 1e-5, "vision_feature_layer": -1,
+    "hidden_size": 1408,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "intermediate_size": 5632,
+    "vision_output_dim": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "num_channels": 3,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "rope_theta": 10000,
+    "hidden_act": "gelu",
+    "multi_modal_projector_bias": False,
+    "norm_eps": 1e-5,
+    "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
 }
 
@@ -57,9 +69,20 @@ def test_absent_fields_have_the_defaults_of_transformers() -> None:
     fitting = {"hidden_size": 1408, "projector_output_dim": 7680, "projector_input_dim": 7680}
     config = parsed({"model_type": "llama4", "vision_config": fitting})
     assert config == VisionConfig(
-        hidden_size=1408, num_hidden_layers=34, num_attention_heads=16, num_channels=3, intermediate_size=5632,
-        vision_output_dim=7680, image_size=448, patch_size=14, pixel_shuffle_ratio=0.5, projector_input_dim=7680,
-        projector_output_dim=7680, rope_theta=10000.0, image_token_index=200092)
+        hidden_size=1408,
+        num_hidden_layers=34,
+        num_attention_heads=16,
+        num_channels=3,
+        intermediate_size=5632,
+        vision_output_dim=7680,
+        image_size=448,
+        patch_size=14,
+        pixel_shuffle_ratio=0.5,
+        projector_input_dim=7680,
+        projector_output_dim=7680,
+        rope_theta=10000.0,
+        image_token_index=200092,
+    )
     assert parsed(raw(**dict.fromkeys(("image_size", "patch_size", "hidden_act", "rope_theta")))).image_size == 448
     fields = {"hidden_size": 768, "intermediate_size": 5632, "projector_input_dim": 4096, "projector_output_dim": 4096}
     with pytest.raises(ConfigError, match="intermediate_size: 5632 is not 3072"):  # all defaults: they do not fit
@@ -72,8 +95,12 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import Llama4Config, Llama4VisionConfig
 
     theirs = Llama4VisionConfig(hidden_size=1408, projector_output_dim=7680, projector_input_dim=7680)
-    ours = parsed({"model_type": "llama4", "vision_config": {
-        "hidden_size": 1408, "projector_output_dim": 7680, "projector_input_dim": 7680}})
+    ours = parsed(
+        {
+            "model_type": "llama4",
+            "vision_config": {"hidden_size": 1408, "projector_output_dim": 7680, "projector_input_dim": 7680},
+        }
+    )
     for name in VisionConfig.__dataclass_fields__.keys() - {"rope_theta", "image_token_index"}:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -83,51 +110,57 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 def test_text_only_checkpoints(tmp_path: Path) -> None:
-    for content in ({"model_type": "llama4_text", "hidden_size": 5120}, {"model_type": "llama4", "text_config": {}},
-                    {"model_type": "llama4", "text_config": {}, "vision_config": None}):
+    for content in (
+        {"model_type": "llama4_text", "hidden_size": 5120},
+        {"model_type": "llama4", "text_config": {}},
+        {"model_type": "llama4", "text_config": {}, "vision_config": None},
+    ):
         assert VisionConfig.from_dict(content) is None
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert VisionConfig.from_folder(tmp_path) is None
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"hidden_size": 1408.0}, "hidden_size: 1408.0 is not a positive integer"),
-    ({"num_hidden_layers": True}, "num_hidden_layers: True is not"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not"),
-    ({"num_hidden_layers": 10_001}, "num_hidden_layers: 10001 is more than 10000"),
-    ({"num_attention_heads": "16"}, "num_attention_heads: '16' is not"),
-    ({"num_attention_heads": 15}, r"hidden_size: 1408 is not a multiple of num_attention_heads \(15\)"),
-    ({"num_attention_heads": 64}, "hidden_size: 1408 in 64 heads of 22, which is not a multiple of 4"),
-    ({"num_channels": 1}, "num_channels: 1 is not supported"),
-    ({"image_size": 337}, r"image_size: 337 is not a multiple of patch_size \(14\)"),
-    ({"image_size": [336, 672]}, r"image_size: \[336, 672\] is not a square"),
-    ({"patch_size": [14]}, r"patch_size: \[14\] is not a square"),
-    ({"patch_size": ["14", "14"]}, "patch_size: '14' is not a positive integer"),
-    ({"image_size": 336.5}, "image_size: 336.5 is not"),
-    ({"image_size": 14_350}, "image_size: 14350 is more than 1024 patches of 14"),
-    ({"image_size": 322}, "pixel_shuffle_ratio: 0.5 does not divide a side of 23 patches"),
-    ({"pixel_shuffle_ratio": 0.4}, "pixel_shuffle_ratio: 0.4 is not 1/n"),
-    ({"pixel_shuffle_ratio": 0.3333}, "pixel_shuffle_ratio: 0.3333 is not 1/n"),
-    ({"pixel_shuffle_ratio": 2}, "pixel_shuffle_ratio: 2.0 is not 1/n"),
-    ({"pixel_shuffle_ratio": 0}, "pixel_shuffle_ratio: 0.0 is not 1/n"),
-    ({"pixel_shuffle_ratio": 5e-324}, "pixel_shuffle_ratio: 5e-324 is not 1/n"),
-    ({"pixel_shuffle_ratio": float("nan")}, "pixel_shuffle_ratio: nan is not"),
-    ({"pixel_shuffle_ratio": "0.5"}, "pixel_shuffle_ratio: '0.5' is not"),
-    ({"pixel_shuffle_ratio": 0.25}, "intermediate_size: 5632 is not 22528"),
-    ({"intermediate_size": 5631}, "intermediate_size: 5631 is not 5632"),
-    ({"projector_input_dim": 4095}, r"projector_input_dim: 4095 is not projector_output_dim \(4096\)"),
-    ({"vision_output_dim": 7680}, r"vision_output_dim: 7680 is not projector_output_dim \(4096\)"),
-    ({"hidden_act": "gelu_tanh"}, "hidden_act: 'gelu_tanh' is not supported; gelu is"),
-    ({"hidden_act": ["gelu"]}, "hidden_act: .* is not supported; gelu is"),
-    ({"multi_modal_projector_bias": True}, "multi_modal_projector_bias: true is not supported"),
-    ({"multi_modal_projector_bias": "no"}, "multi_modal_projector_bias: 'no' is neither"),
-    ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy: 'full' is not supported"),
-    ({"rope_theta": 0}, "rope_theta: 0.0 is not a positive number"),
-    ({"rope_theta": "big"}, "rope_theta: 'big' is not"),
-    ({"rope_parameters": {"rope_theta": -1}}, "rope_theta: -1 is not"),
-    ({"rope_parameters": [1]}, "rope_parameters: not an object"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type: 'yarn' is not supported"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 1408.0}, "hidden_size: 1408.0 is not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: True is not"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not"),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers: 10001 is more than 10000"),
+        ({"num_attention_heads": "16"}, "num_attention_heads: '16' is not"),
+        ({"num_attention_heads": 15}, r"hidden_size: 1408 is not a multiple of num_attention_heads \(15\)"),
+        ({"num_attention_heads": 64}, "hidden_size: 1408 in 64 heads of 22, which is not a multiple of 4"),
+        ({"num_channels": 1}, "num_channels: 1 is not supported"),
+        ({"image_size": 337}, r"image_size: 337 is not a multiple of patch_size \(14\)"),
+        ({"image_size": [336, 672]}, r"image_size: \[336, 672\] is not a square"),
+        ({"patch_size": [14]}, r"patch_size: \[14\] is not a square"),
+        ({"patch_size": ["14", "14"]}, "patch_size: '14' is not a positive integer"),
+        ({"image_size": 336.5}, "image_size: 336.5 is not"),
+        ({"image_size": 14_350}, "image_size: 14350 is more than 1024 patches of 14"),
+        ({"image_size": 322}, "pixel_shuffle_ratio: 0.5 does not divide a side of 23 patches"),
+        ({"pixel_shuffle_ratio": 0.4}, "pixel_shuffle_ratio: 0.4 is not 1/n"),
+        ({"pixel_shuffle_ratio": 0.3333}, "pixel_shuffle_ratio: 0.3333 is not 1/n"),
+        ({"pixel_shuffle_ratio": 2}, "pixel_shuffle_ratio: 2.0 is not 1/n"),
+        ({"pixel_shuffle_ratio": 0}, "pixel_shuffle_ratio: 0.0 is not 1/n"),
+        ({"pixel_shuffle_ratio": 5e-324}, "pixel_shuffle_ratio: 5e-324 is not 1/n"),
+        ({"pixel_shuffle_ratio": float("nan")}, "pixel_shuffle_ratio: nan is not"),
+        ({"pixel_shuffle_ratio": "0.5"}, "pixel_shuffle_ratio: '0.5' is not"),
+        ({"pixel_shuffle_ratio": 0.25}, "intermediate_size: 5632 is not 22528"),
+        ({"intermediate_size": 5631}, "intermediate_size: 5631 is not 5632"),
+        ({"projector_input_dim": 4095}, r"projector_input_dim: 4095 is not projector_output_dim \(4096\)"),
+        ({"vision_output_dim": 7680}, r"vision_output_dim: 7680 is not projector_output_dim \(4096\)"),
+        ({"hidden_act": "gelu_tanh"}, "hidden_act: 'gelu_tanh' is not supported; gelu is"),
+        ({"hidden_act": ["gelu"]}, "hidden_act: .* is not supported; gelu is"),
+        ({"multi_modal_projector_bias": True}, "multi_modal_projector_bias: true is not supported"),
+        ({"multi_modal_projector_bias": "no"}, "multi_modal_projector_bias: 'no' is neither"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy: 'full' is not supported"),
+        ({"rope_theta": 0}, "rope_theta: 0.0 is not a positive number"),
+        ({"rope_theta": "big"}, "rope_theta: 'big' is not"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta: -1 is not"),
+        ({"rope_parameters": [1]}, "rope_parameters: not an object"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type: 'yarn' is not supported"),
+    ],
+)
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^vision_config.{message}"):
         VisionConfig.from_dict(raw(**changes))
@@ -139,9 +172,11 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None
 
 
 def test_refusals_outside_the_vision_part(tmp_path: Path) -> None:
-    for content, message in (([], "the top level is not an object"),
-                             (raw() | {"vision_config": [1]}, "^vision_config: not an object"),
-                             (raw() | {"image_token_index": "x"}, "^image_token_index: 'x' is not")):
+    for content, message in (
+        ([], "the top level is not an object"),
+        (raw() | {"vision_config": [1]}, "^vision_config: not an object"),
+        (raw() | {"image_token_index": "x"}, "^image_token_index: 'x' is not"),
+    ):
         with pytest.raises(ConfigError, match=message):
             VisionConfig.from_dict(content)
     with pytest.raises(ConfigError, match=r"no config\.json there"):
@@ -153,8 +188,19 @@ def test_refusals_outside_the_vision_part(tmp_path: Path) -> None:
 
 def test_closed_forms_by_hand() -> None:
     """One layer of two heads of 4, four patches of 2 x 2 pixels joined into one token, a text width of 5."""
-    config = parsed(raw(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, image_size=4, patch_size=2,
-                        intermediate_size=32, vision_output_dim=3, projector_input_dim=3, projector_output_dim=3))
+    config = parsed(
+        raw(
+            hidden_size=8,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            image_size=4,
+            patch_size=2,
+            intermediate_size=32,
+            vision_output_dim=3,
+            projector_input_dim=3,
+            projector_output_dim=3,
+        )
+    )
     layer = 4 * 64 + 2 * 8 * 32
     adapter = 32 * 3 + 3 * 3 + 3 * 5
     biases = 4 * 8 + 32 + 8

@@ -9,13 +9,15 @@ import pytest
 
 from l4ctx.wrapping import WordWrap, cells, wrapped
 
-TEXT = ("The old wall by the harbor was painted again in the third week of spring, and nobody knew why. "
-        "A second sentence (with parentheses, and a dash - here) follows.\n\nA new paragraph, 1,234,567 words long.\n")
+TEXT = (
+    "The old wall by the harbor was painted again in the third week of spring, and nobody knew why. "
+    "A second sentence (with parentheses, and a dash - here) follows.\n\nA new paragraph, 1,234,567 words long.\n"
+)
 
 
 def broken(text: str, width: int, pieces: int = 1) -> str:
     wrap = WordWrap(lambda: width)
-    return "".join(wrap.push(text[i:i + pieces]) for i in range(0, len(text), pieces)) + wrap.finish()
+    return "".join(wrap.push(text[i : i + pieces]) for i in range(0, len(text), pieces)) + wrap.finish()
 
 
 @pytest.mark.parametrize("width", [12, 20, 40, 41, 80, 200])
@@ -58,14 +60,20 @@ def test_lists_hang() -> None:
     assert broken("- outer\n    - inner word word word\n", 20) == "- outer\n    - inner word\n      word word\n"
 
 
-@pytest.mark.parametrize("block", [
-    "```python\nvalue = function(argument, another) + something_else\n```\n",
-    "    value = function(argument, another) + something_else\n", "\tvalue = function(argument, another) + 1234567\n",
-    "| name | value | another column | and one more |\n|---|---|---|---|\n"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```python\nvalue = function(argument, another) + something_else\n```\n",
+        "    value = function(argument, another) + something_else\n",
+        "\tvalue = function(argument, another) + 1234567\n",
+        "| name | value | another column | and one more |\n|---|---|---|---|\n",
+    ],
+)
 def test_what_is_preformatted_is_left_alone(block: str) -> None:
     for pieces in (1, 4, 100):
         assert broken(block + "Words after it are broken again.\n", 20, pieces) == (
-            block + "Words after it are\nbroken again.\n")
+            block + "Words after it are\nbroken again.\n"
+        )
 
 
 def test_wide_characters() -> None:

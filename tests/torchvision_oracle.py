@@ -24,8 +24,9 @@ _declared: list[object] = []  # a schema lives as long as the library object tha
 class _BeforeTorchvision(MetaPathFinder):
     """Finds nothing itself: just before torchvision is imported for the first time, it sees to the operators."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None,
-                  target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             declare_missing_operators()
@@ -43,7 +44,9 @@ def prepare_processes(folder: Path) -> None:
     here = str(Path(__file__).resolve().parent)
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {here!r})\nimport torchvision_oracle\nsys.path.remove({here!r})\n"
-        "torchvision_oracle.prepare()\n", encoding="utf-8")
+        "torchvision_oracle.prepare()\n",
+        encoding="utf-8",
+    )
 
 
 def declare_missing_operators() -> None:

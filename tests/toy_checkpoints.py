@@ -30,15 +30,35 @@ MANY_ROWS = (1, 61)  # batch, length
 LENGTHS = (5, CHUNK, 2 * CHUNK + 1, 61)  # within a chunk, exactly one, several, past six floors of the temperature
 
 BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 42, "intermediate_size": 22, "intermediate_size_mlp": 34,
-    "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
-    "num_local_experts": 5, "num_experts_per_tok": 1, "attention_chunk_size": CHUNK, "floor_scale": FLOOR_SCALE,
-    "attn_scale": 0.1, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "use_qk_norm": True,
-    "pad_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+    "vocab_size": VOCABULARY,
+    "hidden_size": 42,
+    "intermediate_size": 22,
+    "intermediate_size_mlp": 34,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": CHUNK,
+    "floor_scale": FLOOR_SCALE,
+    "attn_scale": 0.1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "use_qk_norm": True,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
 }
 VISION: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 28,
-    "patch_size": 14, "vision_output_dim": 12, "projector_input_dim": 12, "projector_output_dim": 12,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 12,
+    "projector_input_dim": 12,
+    "projector_output_dim": 12,
 }
 
 
@@ -65,8 +85,9 @@ MAVERICK = {"interleave_moe_layer_step": 2, "use_qk_norm": False}
 
 KINDS: dict[str, Kind] = {
     "scout": Kind(SCOUT),
-    "scout_old": Kind(rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                           original_max_position_embeddings=40)),
+    "scout_old": Kind(
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
+    ),
     "maverick": Kind(MAVERICK),
     "top_2": Kind({"num_experts_per_tok": 2}),
     "top_3": Kind({"num_experts_per_tok": 3, **MAVERICK}),
@@ -79,13 +100,26 @@ KINDS: dict[str, Kind] = {
     "rope_linear": Kind(rope("linear", factor=3.0)),
     "rope_dynamic": Kind(rope("dynamic", factor=4.0)),
     "rope_yarn": Kind(rope("yarn", factor=4.0, original_max_position_embeddings=64)),
-    "rope_yarn_mscale": Kind(rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.3,
-                                  mscale_all_dim=0.6, beta_fast=20.0, beta_slow=2.0) | {"use_qk_norm": False}),
-    "rope_yarn_untruncated": Kind(rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False,
-                                       attention_factor=0.8) | {"use_qk_norm": False}),
+    "rope_yarn_mscale": Kind(
+        rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=64,
+            mscale=1.3,
+            mscale_all_dim=0.6,
+            beta_fast=20.0,
+            beta_slow=2.0,
+        )
+        | {"use_qk_norm": False}
+    ),
+    "rope_yarn_untruncated": Kind(
+        rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False, attention_factor=0.8)
+        | {"use_qk_norm": False}
+    ),
     "rope_longrope_short": Kind(rope("longrope", factor=2.0, original_max_position_embeddings=128, **LONGROPE)),
-    "rope_longrope_long": Kind(rope("longrope", factor=2.5, original_max_position_embeddings=20, **LONGROPE)
-                               | {"use_qk_norm": False}),
+    "rope_longrope_long": Kind(
+        rope("longrope", factor=2.5, original_max_position_embeddings=20, **LONGROPE) | {"use_qk_norm": False}
+    ),
     "no_temperature": Kind({"attn_temperature_tuning": False}),
     "one_kv_head": Kind({"num_key_value_heads": 1}),
     "equal_heads": Kind({"num_key_value_heads": 6}),
@@ -139,8 +173,13 @@ def oracle_model(kind: Kind, std: float, seed: int) -> Llama4ForCausalLM | Llama
     if kind.nested:
         vision = Llama4VisionConfig(**kind.vision)
         model = Llama4ForConditionalGeneration(
-            Llama4Config(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=IMAGE_TOKEN,
-                         tie_word_embeddings=text.tie_word_embeddings))
+            Llama4Config(
+                text_config=text.to_dict(),
+                vision_config=vision.to_dict(),
+                image_token_index=IMAGE_TOKEN,
+                tie_word_embeddings=text.tie_word_embeddings,
+            )
+        )
     else:
         model = Llama4ForCausalLM(text)
     model.set_attn_implementation("eager")

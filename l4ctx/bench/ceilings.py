@@ -50,13 +50,22 @@ def measure(config: TextConfig, device: str) -> dict[str, Any]:
     with torch.inference_mode():
         rates = {dtype: rate for dtype in DTYPES if (rate := product_rate(dtype, device)) is not None}
         products = {dtype: rate for dtype, rate in rates.items() if HOPELESS * rate > max(rates.values())}
-        attention = {name: {dtype: attention_rate(config, name, dtype, device) for dtype in products}
-                     for name in BACKEND_NAMES if name not in SLOW_BACKENDS}
+        attention = {
+            name: {dtype: attention_rate(config, name, dtype, device) for dtype in products}
+            for name in BACKEND_NAMES
+            if name not in SLOW_BACKENDS
+        }
         reads = {dtype: read_rate(config.hidden_size, dtype, device) for dtype in products}
         copy = copy_rate(device)
     slow = {dtype: rate for dtype, rate in rates.items() if dtype not in products}
-    return {"product": products, "slow_product": slow, "attention": attention, "read": reads, "copy": copy,
-            **disk_rate()}
+    return {
+        "product": products,
+        "slow_product": slow,
+        "attention": attention,
+        "read": reads,
+        "copy": copy,
+        **disk_rate(),
+    }
 
 
 def product_rate(dtype: str, device: str) -> float | None:
@@ -82,8 +91,10 @@ def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) ->
 
     def to_all_keys(rows: int) -> Work:
         positions = range(KEYS, KEYS + rows)
-        return Work(partial(attend, queries[:, :, :rows], positions, [segment], AttentionMask(None),
-                            backend_of(backend)), 4 * h * d * rows * KEYS)
+        return Work(
+            partial(attend, queries[:, :, :rows], positions, [segment], AttentionMask(None), backend_of(backend)),
+            4 * h * d * rows * KEYS,
+        )
 
     try:
         return growing_rate(to_all_keys, growing(QUERIES), device)
@@ -150,8 +161,9 @@ def growing(largest: int) -> tuple[int, ...]:
     return (*smaller, largest)
 
 
-def growing_rate(of_size: Callable[[int], Work], sizes: Sequence[int], device: str,
-                 seconds: float | None = None) -> float:
+def growing_rate(
+    of_size: Callable[[int], Work], sizes: Sequence[int], device: str, seconds: float | None = None
+) -> float:
     """What is done a second, at the largest of the ascending sizes that is quick enough; `seconds` is SECONDS unless
     given."""
     limit, work = seconds or SECONDS, of_size(sizes[0])
@@ -166,6 +178,7 @@ def growing_rate(of_size: Callable[[int], Work], sizes: Sequence[int], device: s
 
 def best_seconds(work: Callable[[], Any], device: str, seconds: float = SECONDS) -> float:
     """Of one call, in the best of as many as fit into `seconds`; the first one warms up, unless it took long itself."""
+
     def timed() -> float:
         began = time.perf_counter()
         work()

@@ -25,26 +25,55 @@ PEERS = "transformers, llama.cpp, or llama.cpp=/path/to/llama-bench"
 
 def bench(
     model: options.Model = None,
-    config: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="A config.json, or its folder: random weights of that size, made in memory.",
-        show_default=False)] = None,
-    tokens: Annotated[str | None, typer.Option(
-        metavar="N,N,...", help="Lengths to read. The default's are shortened where the model has fewer positions.",
-        show_default=DEFAULT_LENGTHS)] = None,
-    decode: Annotated[int, typer.Option(
-        "--decode", parser=options.token_count(0), metavar="N", help="Tokens to decode behind the first "
-        "one; 0 for none.")] = 32,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A config.json, or its folder: random weights of that size, made in memory.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Lengths to read. The default's are shortened where the model has fewer positions.",
+            show_default=DEFAULT_LENGTHS,
+        ),
+    ] = None,
+    decode: Annotated[
+        int,
+        typer.Option(
+            "--decode",
+            parser=options.token_count(0),
+            metavar="N",
+            help="Tokens to decode behind the first one; 0 for none.",
+        ),
+    ] = 32,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that everything is measured, in turn.")] = 3,
-    compare: Annotated[list[str] | None, typer.Option(
-        metavar="NAME", help=f"Run the same work there: {PEERS}. Can be repeated.", show_default=False)] = None,
-    gguf: Annotated[list[Path] | None, typer.Option(
-        metavar="FILE", help="For llama.cpp, instead of files made from the checkpoint. Can be repeated.",
-        show_default=False)] = None,
-    ceilings: Annotated[bool, typer.Option(
-        "--ceilings/--no-ceilings", help="Measure what the machine does at best, and the share reached.")] = True,
-    dtype: Annotated[str, typer.Option(
-        metavar="auto|float32|bfloat16|float16", help="Type to compute in, of every engine. auto: each one's "
-        "fastest.")] = "auto",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"Run the same work there: {PEERS}. Can be repeated.", show_default=False),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="For llama.cpp, instead of files made from the checkpoint. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    ceilings: Annotated[
+        bool,
+        typer.Option("--ceilings/--no-ceilings", help="Measure what the machine does at best, and the share reached."),
+    ] = True,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="Type to compute in, of every engine. auto: each one's fastest.",
+        ),
+    ] = "auto",
     device: options.Device = "auto",
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
@@ -59,14 +88,17 @@ def bench(
 
     Each engine runs in processes of its own, in turn, in its fastest dtype and batch size.
     """
+
     def request() -> BenchRequest:
         from l4ctx.bench.course import BenchRequest
 
         check_stdout("to")
         check_choices(dtype, "auto", attention, "text")
         if config is None and model is None:
-            raise UsageError("nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
-                             "weights of a --config FILE")
+            raise UsageError(
+                "nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
+                "weights of a --config FILE"
+            )
         peers = dict(_peer(text) for text in compare or [])
         if gguf and "llama.cpp" not in peers:
             raise UsageError("--gguf is for --compare llama.cpp")
@@ -74,11 +106,21 @@ def bench(
             if not file.is_file():
                 raise UsageError(f"--gguf {file}: no such file")
         return BenchRequest(
-            _lengths(DEFAULT_LENGTHS if tokens is None else tokens), lengths_are_given=tokens is not None,
-            model=model if config is None else None, config=config, decode_tokens=decode,
-            rounds=rounds, dtype=dtype, device=device, attention=attention, prefill_chunk_size=prefill_chunk_size,
-            compares_transformers="transformers" in peers, llama_bench=peers.get("llama.cpp"),
-            gguf_files=tuple(gguf or ()), ceilings=ceilings)
+            _lengths(DEFAULT_LENGTHS if tokens is None else tokens),
+            lengths_are_given=tokens is not None,
+            model=model if config is None else None,
+            config=config,
+            decode_tokens=decode,
+            rounds=rounds,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            prefill_chunk_size=prefill_chunk_size,
+            compares_transformers="transformers" in peers,
+            llama_bench=peers.get("llama.cpp"),
+            gguf_files=tuple(gguf or ()),
+            ceilings=ceilings,
+        )
 
     with errors_as_exit_codes(json=json), _termination_as_interruption():
         _bench(request(), json=json, quiet=quiet)
@@ -112,6 +154,7 @@ def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]
 @contextmanager
 def _termination_as_interruption() -> Iterator[None]:
     """Within it SIGTERM ends as Ctrl-C does: the process that is being measured too, and no file is left."""
+
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 

@@ -91,7 +91,8 @@ class Benchmark:
         self._machine = self._own_worker("machine")
         candidates = {OWN: self._own_candidates()}
         self.report = BenchReport(
-            self.config, self._model(), self._about_machine(), asked.lengths, asked.decode_tokens, asked.rounds)
+            self.config, self._model(), self._about_machine(), asked.lengths, asked.decode_tokens, asked.rounds
+        )
         with tempfile.TemporaryDirectory(prefix="l4ctx-bench-", ignore_cleanup_errors=True) as scratch:
             candidates |= self._peers(Path(scratch))
             self._choose(candidates)
@@ -110,21 +111,27 @@ class Benchmark:
         if asked.model is not None:
             check_model_folder(where)
         file = where / "config.json" if asked.model is not None or where.is_dir() else where
-        self.config = (TextConfig.from_folder(where) if file != where else
-                       TextConfig.from_file(file, f"{file}: no such file; a config.json is expected"))
+        self.config = (
+            TextConfig.from_folder(where)
+            if file != where
+            else TextConfig.from_file(file, f"{file}: no such file; a config.json is expected")
+        )
         self.raw = json.loads(file.read_text(encoding="utf-8"))
         positions = self.config.max_position_embeddings
         longest, room = asked.lengths[-1] + asked.decode_tokens + 1, positions - asked.decode_tokens - 1
         if longest > positions and not asked.lengths_are_given and room > 1:
             shortened = [f"{tokens:,}" for tokens in asked.lengths if tokens > room]
             self.request = replace(asked, lengths=tuple(sorted({min(tokens, room) for tokens in asked.lengths})))
-            self.note(f"{room:,} tokens are read instead of {' and '.join(shortened)}: the model has {positions:,} "
-                      "positions")
+            self.note(
+                f"{room:,} tokens are read instead of {' and '.join(shortened)}: the model has {positions:,} positions"
+            )
         elif longest > positions:
             from l4ctx.prompt import PromptLengthError
 
-            raise PromptLengthError(f"--tokens {asked.lengths[-1]}: with what is decoded these are {longest:,} tokens, "
-                                    f"and the model has {positions:,} positions")
+            raise PromptLengthError(
+                f"--tokens {asked.lengths[-1]}: with what is decoded these are {longest:,} tokens, "
+                f"and the model has {positions:,} positions"
+            )
 
     def _own_candidates(self) -> list[Candidate]:
         """Dtypes that fit into memory at the greatest length, each with the prefill chunk size that `ask` would take.
@@ -138,11 +145,21 @@ class Benchmark:
         dtypes = dict.fromkeys([auto, *(CANDIDATE_DTYPES if asked.dtype == "auto" else ())])
         plans = {}
         for dtype in dtypes:
-            job = Job(self.config, prompt_tokens=asked.lengths[-1], max_new_tokens=asked.decode_tokens + 1,
-                      weights=parameters * KV_DTYPES[dtype], dtype=dtype, stored_dtype=stored,
-                      weights_are_mapped=(asked.model is not None and dtype == stored and not on_accelerator
-                                          and bool(self._machine["can_be_mapped"])),
-                      prefill_chunk_size=asked.prefill_chunk_size)
+            job = Job(
+                self.config,
+                prompt_tokens=asked.lengths[-1],
+                max_new_tokens=asked.decode_tokens + 1,
+                weights=parameters * KV_DTYPES[dtype],
+                dtype=dtype,
+                stored_dtype=stored,
+                weights_are_mapped=(
+                    asked.model is not None
+                    and dtype == stored
+                    and not on_accelerator
+                    and bool(self._machine["can_be_mapped"])
+                ),
+                prefill_chunk_size=asked.prefill_chunk_size,
+            )
             plans[dtype] = MemoryPlan.of(job, room)
         fitting = {dtype: plan for dtype, plan in plans.items() if not plan.missing(room)}
         if not fitting:
@@ -151,9 +168,16 @@ class Benchmark:
             self.note(f"l4ctx in {dtype} is left out: it does not fit into memory")
         for text in dict.fromkeys(text for plan in fitting.values() for text in plan.notes):
             self.note(text)
-        return [Candidate(OWN, dtype, plan.prefill_chunk_size, is_mapped=plan.weights_are_mapped,
-                          attention=asked.attention or default_attention(dtype, on_accelerator=on_accelerator))
-                for dtype, plan in fitting.items()]
+        return [
+            Candidate(
+                OWN,
+                dtype,
+                plan.prefill_chunk_size,
+                is_mapped=plan.weights_are_mapped,
+                attention=asked.attention or default_attention(dtype, on_accelerator=on_accelerator),
+            )
+            for dtype, plan in fitting.items()
+        ]
 
     def _peers(self, scratch: Path) -> dict[str, list[Candidate]]:
         """The candidates of the engines to compare with; writes what files they need.
@@ -174,9 +198,12 @@ class Benchmark:
             self._folders["transformers"] = folder_for_transformers(folder, scratch)
         if asked.compares_transformers:
             dtypes = [name for name in CANDIDATE_DTYPES if asked.dtype == "auto"] or [asked.dtype]
-            found["transformers"] = [Candidate("transformers", dtype, size) for dtype in dtypes
-                                     if self._fits("transformers", dtype, self._bytes(dtype))
-                                     for size in self._sizes(TRANSFORMERS_CHUNKS)]
+            found["transformers"] = [
+                Candidate("transformers", dtype, size)
+                for dtype in dtypes
+                if self._fits("transformers", dtype, self._bytes(dtype))
+                for size in self._sizes(TRANSFORMERS_CHUNKS)
+            ]
         if asked.llama_bench is not None:
             files = {file.name: file for file in asked.gguf_files}
             for kind in kinds:
@@ -185,8 +212,11 @@ class Benchmark:
                     files[kind] = write_gguf(folder, self.config, kind, scratch)
                 except WorkerError as error:
                     self._fail(f"llama.cpp {kind}: its file cannot be written: {error}")
-            found["llama.cpp"] = [Candidate("llama.cpp", name, size, str(file)) for name, file in files.items()
-                                  for size in self._sizes(llama_peer.UBATCH_SIZES)]
+            found["llama.cpp"] = [
+                Candidate("llama.cpp", name, size, str(file))
+                for name, file in files.items()
+                for size in self._sizes(llama_peer.UBATCH_SIZES)
+            ]
         return found
 
     def _gguf_kinds(self) -> list[str]:
@@ -195,8 +225,11 @@ class Benchmark:
         except GGUFError as error:
             self._fail(f"llama.cpp: {error}")
             return []
-        return [kind for kind in kinds_of(self.request.dtype)
-                if self._fits("llama.cpp", kind, gguf_bytes(self.config, kind))]
+        return [
+            kind
+            for kind in kinds_of(self.request.dtype)
+            if self._fits("llama.cpp", kind, gguf_bytes(self.config, kind))
+        ]
 
     def _sizes(self, sizes: Sequence[int]) -> list[int]:
         """Batch sizes that make a difference: of those that hold all tokens at once, the smallest."""
@@ -211,8 +244,10 @@ class Benchmark:
         free = self._machine["accelerator_free"] or available_memory()
         if free is None or weights <= free:
             return True
-        self.note(f"{engine} in {dtype} is left out: its weights take {human_bytes(weights)}, and "
-                  f"{human_bytes(free)} are free")
+        self.note(
+            f"{engine} in {dtype} is left out: its weights take {human_bytes(weights)}, and "
+            f"{human_bytes(free)} are free"
+        )
         return False
 
     # Measuring
@@ -257,8 +292,10 @@ class Benchmark:
         best = max(rates, key=rates.__getitem__, default="")
         slow = {dtype for dtype, rate in rates.items() if HOPELESS * rate <= rates[best]}
         for dtype in slow:
-            text = (f"{first[dtype].engine} in {dtype} is left out: {rates[dtype]:.3g} tokens/s at the first "
-                    f"{PROBE_TOKENS} tokens, {rates[best]:.3g} in {best}")
+            text = (
+                f"{first[dtype].engine} in {dtype} is left out: {rates[dtype]:.3g} tokens/s at the first "
+                f"{PROBE_TOKENS} tokens, {rates[best]:.3g} in {best}"
+            )
             self.note(text)
             self.report.left_out.append(text)
         return [candidate for candidate in candidates if candidate.dtype not in slow]
@@ -288,29 +325,54 @@ class Benchmark:
             except WorkerError as error:
                 self._fail(f"the machine's ceilings: {error}")
 
-    def _measure(self, candidate: Candidate, tokens: int, decode_tokens: int,
-                 warm_up_tokens: int = WARM_UP_TOKENS) -> Measurement:
+    def _measure(
+        self, candidate: Candidate, tokens: int, decode_tokens: int, warm_up_tokens: int = WARM_UP_TOKENS
+    ) -> Measurement:
         """Raises WorkerError."""
         device = str(self._machine["device"])
         if candidate.engine == "llama.cpp":
             assert self.request.llama_bench is not None
-            return llama_peer.measure(self.request.llama_bench, candidate, tokens, decode_tokens,
-                                       threads=int(self._machine["threads"]), on_cpu=device == "cpu",
-                                       parameters=int(self._machine["parameters"]), warm_up_tokens=warm_up_tokens)
+            return llama_peer.measure(
+                self.request.llama_bench,
+                candidate,
+                tokens,
+                decode_tokens,
+                threads=int(self._machine["threads"]),
+                on_cpu=device == "cpu",
+                parameters=int(self._machine["parameters"]),
+                warm_up_tokens=warm_up_tokens,
+            )
         folder = self.request.model if candidate.engine == OWN else self._folders[candidate.engine]
-        return Measurement.from_dict(run_worker(WorkerJob(
-            candidate.engine, folder=None if folder is None else str(folder),
-            config=self.raw if folder is None else None, dtype=candidate.dtype, batch_size=candidate.batch_size,
-            tokens=tokens, decode_tokens=decode_tokens, warm_up_tokens=warm_up_tokens, device=device,
-            attention=candidate.attention or "sdpa", is_mapped=candidate.is_mapped)))
+        return Measurement.from_dict(
+            run_worker(
+                WorkerJob(
+                    candidate.engine,
+                    folder=None if folder is None else str(folder),
+                    config=self.raw if folder is None else None,
+                    dtype=candidate.dtype,
+                    batch_size=candidate.batch_size,
+                    tokens=tokens,
+                    decode_tokens=decode_tokens,
+                    warm_up_tokens=warm_up_tokens,
+                    device=device,
+                    attention=candidate.attention or "sdpa",
+                    is_mapped=candidate.is_mapped,
+                )
+            )
+        )
 
     def _own_worker(self, task: str) -> dict[str, Any]:
         """A task that needs the configuration and the device alone; errors that a user can cause as they are."""
         model = self.request.model
         try:
-            return run_worker(WorkerJob(task, folder=None if model is None else str(model),
-                                        config=None if model is not None else self.raw,
-                                        device=self.request.device if task == "machine" else self._machine["device"]))
+            return run_worker(
+                WorkerJob(
+                    task,
+                    folder=None if model is None else str(model),
+                    config=None if model is not None else self.raw,
+                    device=self.request.device if task == "machine" else self._machine["device"],
+                )
+            )
         except WorkerError as error:
             error.raise_as_known(f"looking at the {task}")
 
@@ -321,14 +383,25 @@ class Benchmark:
 
     def _model(self) -> dict[str, Any]:
         asked = self.request
-        return {"path": str(asked.model or asked.config), "random_weights": asked.model is None,
-                "parameters": self._machine["parameters"], "stored_dtype": self._machine["stored_dtype"]}
+        return {
+            "path": str(asked.model or asked.config),
+            "random_weights": asked.model is None,
+            "parameters": self._machine["parameters"],
+            "stored_dtype": self._machine["stored_dtype"],
+        }
 
     def _about_machine(self) -> dict[str, Any]:
-        return {"cpu": processor_name(), "system": platform.system(), "python": platform.python_version(),
-                "threads": self._machine["threads"], "torch": self._machine["torch"],
-                "device": self._machine["device"], "accelerator": self._machine["accelerator"],
-                "memory_free": available_memory(), "date": time.strftime("%Y-%m-%d")}
+        return {
+            "cpu": processor_name(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "threads": self._machine["threads"],
+            "torch": self._machine["torch"],
+            "device": self._machine["device"],
+            "accelerator": self._machine["accelerator"],
+            "memory_free": available_memory(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
 
 
 def _require(package: str, option: str) -> None:

@@ -26,9 +26,11 @@ def check_disk(needed: int, scratch: Path, why: str) -> None:
     """Raises MemoryPlanError if the temporary folder has no room for so many bytes."""
     free = available_disk(scratch)
     if free is not None and needed + MARGIN_BYTES > free:
-        raise MemoryPlanError(f"{why} needs {human_bytes(needed + MARGIN_BYTES)} in {scratch}, and "
-                              f"{human_bytes(free)} are free; set TMPDIR to a folder on a larger disk, or "
-                              "leave the comparison out")
+        raise MemoryPlanError(
+            f"{why} needs {human_bytes(needed + MARGIN_BYTES)} in {scratch}, and "
+            f"{human_bytes(free)} are free; set TMPDIR to a folder on a larger disk, or "
+            "leave the comparison out"
+        )
 
 
 def write_checkpoint(raw: dict[str, Any], dtype: str, scratch: Path) -> Path:

@@ -23,16 +23,25 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 CHUNK_SIZE, NOPE_INTERVAL, EXPERTS_WITHOUT_QK_NORM = 8192, 4, 128  # as llama.cpp has them for this architecture
 
 NAMES = {  # of a layer's tensors, without and with experts; the experts' own are split and turned besides
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "feed_forward.gate_proj": "ffn_gate", "feed_forward.up_proj": "ffn_up", "feed_forward.down_proj": "ffn_down",
+    "feed_forward.gate_proj": "ffn_gate",
+    "feed_forward.up_proj": "ffn_up",
+    "feed_forward.down_proj": "ffn_down",
     "feed_forward.router": "ffn_gate_inp",
-    "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp", "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
+    "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
+    "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
     "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
 }
-TOP_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}
+TOP_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
 class GGUFError(Exception):
@@ -81,18 +90,32 @@ def entries(config: TextConfig) -> Iterator[Entry]:
             yield Entry(name, source, "all", (c,) if is_norm else (config.vocab_size, c), is_norm)
     for layer in range(config.num_hidden_layers):
         width = config.intermediate_size_mlp
-        shapes = {"input_layernorm": (c,), "post_attention_layernorm": (c,), "self_attn.q_proj": (q, c),
-                  "self_attn.k_proj": (kv, c), "self_attn.v_proj": (kv, c), "self_attn.o_proj": (c, q)}
+        shapes = {
+            "input_layernorm": (c,),
+            "post_attention_layernorm": (c,),
+            "self_attn.q_proj": (q, c),
+            "self_attn.k_proj": (kv, c),
+            "self_attn.v_proj": (kv, c),
+            "self_attn.o_proj": (c, q),
+        }
         if config.is_moe(layer):
-            shapes |= {"feed_forward.router": (e, c), "feed_forward.shared_expert.gate_proj": (i, c),
-                       "feed_forward.shared_expert.up_proj": (i, c), "feed_forward.shared_expert.down_proj": (c, i)}
+            shapes |= {
+                "feed_forward.router": (e, c),
+                "feed_forward.shared_expert.gate_proj": (i, c),
+                "feed_forward.shared_expert.up_proj": (i, c),
+                "feed_forward.shared_expert.down_proj": (c, i),
+            }
         else:
-            shapes |= {"feed_forward.gate_proj": (width, c), "feed_forward.up_proj": (width, c),
-                       "feed_forward.down_proj": (c, width)}
+            shapes |= {
+                "feed_forward.gate_proj": (width, c),
+                "feed_forward.up_proj": (width, c),
+                "feed_forward.down_proj": (c, width),
+            }
         for module, shape in shapes.items():
             in_float32 = "norm" in module or "router" in module
-            yield Entry(f"blk.{layer}.{NAMES[module]}.weight", f"model.layers.{layer}.{module}.weight", "all", shape,
-                        in_float32)
+            yield Entry(
+                f"blk.{layer}.{NAMES[module]}.weight", f"model.layers.{layer}.{module}.weight", "all", shape, in_float32
+            )
         if config.is_moe(layer):
             experts = f"model.layers.{layer}.feed_forward.experts"
             for part, shape in (("gate", (e, i, c)), ("up", (e, i, c)), ("down", (e, c, i))):
@@ -119,8 +142,11 @@ def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
     stored = checked_tensors(folder, config)
     if not can_be_mapped(stored):
         raise GGUFError(f"{folder}: its experts are stored one by one, which is not converted to GGUF")
-    types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
-             "bf16": gguf.GGMLQuantizationType.BF16}
+    types = {
+        "f32": gguf.GGMLQuantizationType.F32,
+        "f16": gguf.GGMLQuantizationType.F16,
+        "bf16": gguf.GGMLQuantizationType.BF16,
+    }
     writer = gguf.GGUFWriter(file, "llama4")
     _add_sizes(writer, config)
     listed = list(entries(config))
@@ -167,9 +193,9 @@ def _add_sizes(writer: Any, config: TextConfig) -> None:
 def _part(tensor: Tensor, entry: Entry) -> Tensor:
     """The checkpoint's tensor as llama.cpp has it: experts (E, in, out) split into gate and up, and turned."""
     if entry.part == "gate":
-        tensor = tensor[..., :tensor.shape[-1] // 2]
+        tensor = tensor[..., : tensor.shape[-1] // 2]
     elif entry.part == "up":
-        tensor = tensor[..., tensor.shape[-1] // 2:]
+        tensor = tensor[..., tensor.shape[-1] // 2 :]
     if entry.part != "all":
         tensor = tensor.transpose(-1, -2)
     assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)

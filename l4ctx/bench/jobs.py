@@ -98,8 +98,11 @@ class Measurement:
         return None if self.peak_anonymous is None else self.peak_anonymous + (self.peak_file_backed or 0)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"steps": [list(step) for step in self.steps], "prefill_tokens_per_second":
-                               self.prefill_rate, "decode_tokens_per_second": self.decode_rate}
+        return asdict(self) | {
+            "steps": [list(step) for step in self.steps],
+            "prefill_tokens_per_second": self.prefill_rate,
+            "decode_tokens_per_second": self.decode_rate,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measurement:

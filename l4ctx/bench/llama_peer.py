@@ -24,8 +24,10 @@ def check_program(name: str) -> str:
     if not name:
         found = shutil.which(PROGRAM)
         if found is None:
-            raise UsageError(f"--compare llama.cpp: there is no {PROGRAM} on the PATH; name it: "
-                             f"--compare llama.cpp=/path/to/{PROGRAM}")
+            raise UsageError(
+                f"--compare llama.cpp: there is no {PROGRAM} on the PATH; name it: "
+                f"--compare llama.cpp=/path/to/{PROGRAM}"
+            )
         return found
     path = Path(name)
     if path.is_dir():
@@ -38,15 +40,41 @@ def check_program(name: str) -> str:
     return found
 
 
-def measure(program: str, candidate: Candidate, tokens: int, decode_tokens: int, *, threads: int,
-            on_cpu: bool, parameters: int, warm_up_tokens: int = WARM_UP_TOKENS) -> Measurement:
+def measure(
+    program: str,
+    candidate: Candidate,
+    tokens: int,
+    decode_tokens: int,
+    *,
+    threads: int,
+    on_cpu: bool,
+    parameters: int,
+    warm_up_tokens: int = WARM_UP_TOKENS,
+) -> Measurement:
     """A prefill after one of `warm_up_tokens`, then decoding behind so many tokens.
 
     Raises WorkerError, also for a file of a model that has not so many `parameters`.
     """
     assert candidate.file is not None
-    common = [program, "-m", candidate.file, "-r", "1", "-fa", "1", "-b", "2048", "-ub", str(candidate.batch_size),
-              "-t", str(threads), "-o", "jsonl", "--no-warmup", *(["-ngl", "0"] if on_cpu else [])]
+    common = [
+        program,
+        "-m",
+        candidate.file,
+        "-r",
+        "1",
+        "-fa",
+        "1",
+        "-b",
+        "2048",
+        "-ub",
+        str(candidate.batch_size),
+        "-t",
+        str(threads),
+        "-o",
+        "jsonl",
+        "--no-warmup",
+        *(["-ngl", "0"] if on_cpu else []),
+    ]
     prefill = run_apart([*common, "-p", f"{min(warm_up_tokens, tokens)},{tokens}", "-n", "0"])
     first = _rate(prefill, n_prompt=tokens, n_gen=0)
     told = _records(prefill.stdout.splitlines())[-1]
@@ -60,16 +88,25 @@ def measure(program: str, candidate: Candidate, tokens: int, decode_tokens: int,
         decode_seconds = decode_tokens / _rate(decode, n_gen=decode_tokens, n_depth=tokens)
         peaks.append(decode.peak)
     known = [peak for peak in peaks if peak is not None]
-    return Measurement(tokens, decode_tokens, tokens / first, decode_seconds,
-                       peak_anonymous=max((peak.anonymous for peak in known), default=None),
-                       peak_file_backed=max((peak.file_backed for peak in known), default=None), threads=threads,
-                       version=commit if isinstance(commit, str) else None)
+    return Measurement(
+        tokens,
+        decode_tokens,
+        tokens / first,
+        decode_seconds,
+        peak_anonymous=max((peak.anonymous for peak in known), default=None),
+        peak_file_backed=max((peak.file_backed for peak in known), default=None),
+        threads=threads,
+        version=commit if isinstance(commit, str) else None,
+    )
 
 
 def _rate(done: Finished, **fields: int) -> float:
     """Tokens a second of the last test with these fields. Raises WorkerError if there is none."""
-    rates = [record.get("avg_ts") for record in _records(done.stdout.splitlines())
-             if all(record.get(name) == value for name, value in fields.items())]
+    rates = [
+        record.get("avg_ts")
+        for record in _records(done.stdout.splitlines())
+        if all(record.get(name) == value for name, value in fields.items())
+    ]
     if not rates or not isinstance(rates[-1], int | float) or not 0 < rates[-1] < float("inf"):
         said = last_line(done.stdout or done.stderr)
         raise WorkerError(f"{PROGRAM} wrote no figures that can be read ({said[:200]})")

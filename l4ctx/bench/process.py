@@ -85,8 +85,10 @@ def run_apart(command: Sequence[str], text: str = "", *, is_ours: bool = False) 
             process.wait()
         written, complaints = _content(stdout), _content(stderr)
     if process.returncode < 0:
-        raise WorkerError(f"killed by {_signal_name(-process.returncode)}"
-                          + (" (out of memory?)" if process.returncode == -signal.SIGKILL else ""))
+        raise WorkerError(
+            f"killed by {_signal_name(-process.returncode)}"
+            + (" (out of memory?)" if process.returncode == -signal.SIGKILL else "")
+        )
     if process.returncode > 0:
         raise WorkerError(f"{last_line(complaints)} (exit code {process.returncode})")
     return Finished(written, complaints, peak)

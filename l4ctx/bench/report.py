@@ -43,8 +43,10 @@ class Figures:
     decode_ratios: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        medians = {f"median_{name}": statistics.median(values) if (values := getattr(self, name)) else None
-                   for name in ("prefill_rates", "decode_rates", "prefill_ratios", "decode_ratios")}
+        medians = {
+            f"median_{name}": statistics.median(values) if (values := getattr(self, name)) else None
+            for name in ("prefill_rates", "decode_rates", "prefill_ratios", "decode_ratios")
+        }
         return asdict(self) | medians | {"engine": self.candidate.engine}
 
 
@@ -67,8 +69,11 @@ class BenchReport:
 
     def figures(self, tokens: int) -> list[Figures]:
         """Of every engine that was measured at this length, l4ctx first."""
-        return [figures_of(self.runs, candidate, tokens) for candidate in self.chosen.values()
-                if any(run.candidate == candidate and run.measurement.tokens == tokens for run in self.runs)]
+        return [
+            figures_of(self.runs, candidate, tokens)
+            for candidate in self.chosen.values()
+            if any(run.candidate == candidate and run.measurement.tokens == tokens for run in self.runs)
+        ]
 
     @property
     def median_ceilings(self) -> dict[str, Any] | None:
@@ -81,23 +86,38 @@ class BenchReport:
         if ceilings is None or not runs:
             return {}
         seconds = statistics.median(run.first_token_seconds for run in runs)
-        found = {"prefill": prefill_share(self.config, tokens, seconds, ceilings, candidate.dtype,
-                                        candidate.attention)}
+        found = {"prefill": prefill_share(self.config, tokens, seconds, ceilings, candidate.dtype, candidate.attention)}
         decoding = [run.decode_seconds for run in runs if run.decode_seconds]
         if decoding and ceilings["read"]:
-            found["decode"] = decode_share(self.config, tokens, self.decode_tokens, statistics.median(decoding),
-                                           ceilings, KV_DTYPES[candidate.dtype])
+            found["decode"] = decode_share(
+                self.config,
+                tokens,
+                self.decode_tokens,
+                statistics.median(decoding),
+                ceilings,
+                KV_DTYPES[candidate.dtype],
+            )
         return {name: share for name, share in found.items() if share is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for --json: bytes, seconds, tokens, operations and rates a second."""
         return {
-            "model": self.model, "machine": self.machine, "decode_tokens": self.decode_tokens, "rounds": self.rounds,
+            "model": self.model,
+            "machine": self.machine,
+            "decode_tokens": self.decode_tokens,
+            "rounds": self.rounds,
             "chosen": {engine: asdict(candidate) for engine, candidate in self.chosen.items()},
-            "lengths": [{"tokens": tokens, "engines": [figures.as_dict() for figures in self.figures(tokens)],
-                         "shares": self.shares(tokens)} for tokens in self.lengths],
+            "lengths": [
+                {
+                    "tokens": tokens,
+                    "engines": [figures.as_dict() for figures in self.figures(tokens)],
+                    "shares": self.shares(tokens),
+                }
+                for tokens in self.lengths
+            ],
             "ceilings": {"median": self.median_ceilings, "rounds": self.ceilings},
-            "failures": self.failures, "left_out": self.left_out,
+            "failures": self.failures,
+            "left_out": self.left_out,
             "trials": [run.as_dict() for run in self.trials],
             "runs": [run.as_dict() for run in self.runs],
         }
@@ -111,20 +131,26 @@ def best_candidate(trials: Sequence[BenchRun], engine: str) -> Candidate | None:
 
 def figures_of(runs: Sequence[BenchRun], candidate: Candidate, tokens: int) -> Figures:
     """Over the rounds in which the candidate was measured; ratios over those in which l4ctx was, too."""
-    mine = {run.round: run.measurement for run in runs
-            if run.candidate == candidate and run.measurement.tokens == tokens}
-    ours = {run.round: run.measurement for run in runs
-            if run.candidate.engine == OWN and run.measurement.tokens == tokens}
+    mine = {
+        run.round: run.measurement for run in runs if run.candidate == candidate and run.measurement.tokens == tokens
+    }
+    ours = {
+        run.round: run.measurement for run in runs if run.candidate.engine == OWN and run.measurement.tokens == tokens
+    }
     pairs = [(ours[number], mine[number]) for number in sorted(mine) if number in ours]
     rows = list(mine.values())
     return Figures(
-        candidate, [row.prefill_rate for row in rows], [row.decode_rate for row in rows if row.decode_rate],
+        candidate,
+        [row.prefill_rate for row in rows],
+        [row.decode_rate for row in rows if row.decode_rate],
         statistics.median(row.first_token_seconds for row in rows),
         max((row.peak for row in rows if row.peak is not None), default=None),
         max((row.peak_above_weights for row in rows if row.peak_above_weights is not None), default=None),
-        rows[-1].keys_values, rows[-1].version,
+        rows[-1].keys_values,
+        rows[-1].version,
         [own.prefill_rate / their.prefill_rate for own, their in pairs],
-        [own.decode_rate / their.decode_rate for own, their in pairs if own.decode_rate and their.decode_rate])
+        [own.decode_rate / their.decode_rate for own, their in pairs if own.decode_rate and their.decode_rate],
+    )
 
 
 def median_of(values: Sequence[Any]) -> Any:

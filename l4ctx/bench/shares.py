@@ -20,9 +20,12 @@ def first_token_operations(config: TextConfig, tokens: int) -> Operations:
     linear = 2 * layer_parameters(config, last, active=True) - 2 * 2 * c * kv + 2 * c * config.vocab_size
     pairs = 4 * q * visible_tokens(config, last, tokens - 1)
     is_chunked = config.uses_rope(last)
-    return replace(read, linear=read.linear + linear,
-                   chunked_attention=read.chunked_attention + (pairs if is_chunked else 0),
-                   full_attention=read.full_attention + (0 if is_chunked else pairs))
+    return replace(
+        read,
+        linear=read.linear + linear,
+        chunked_attention=read.chunked_attention + (pairs if is_chunked else 0),
+        full_attention=read.full_attention + (0 if is_chunked else pairs),
+    )
 
 
 def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
@@ -47,8 +50,9 @@ def decoding_bytes(config: TextConfig, tokens: int, decode_tokens: int, itemsize
     return sum(decode_bytes(config, position, itemsize) for position in range(tokens, tokens + decode_tokens))
 
 
-def prefill_share(config: TextConfig, tokens: int, seconds: float, ceilings: Mapping[str, Any], dtype: str,
-                  attention: str | None) -> dict[str, Any] | None:
+def prefill_share(
+    config: TextConfig, tokens: int, seconds: float, ceilings: Mapping[str, Any], dtype: str, attention: str | None
+) -> dict[str, Any] | None:
     """Seconds that the kernels alone would take for the useful operations, and the measured time as a multiple of it.
 
     None where a kernel's ceiling is not known.
@@ -59,15 +63,26 @@ def prefill_share(config: TextConfig, tokens: int, seconds: float, ceilings: Map
         return None
     operations = first_token_operations(config, tokens)
     predicted = operations.linear / product + (operations.chunked_attention + operations.full_attention) / kernel
-    return {"linear_operations": operations.linear, "chunked_attention_operations": operations.chunked_attention,
-            "full_attention_operations": operations.full_attention, "predicted_seconds": predicted,
-            "seconds": seconds, "times_predicted": seconds / predicted,
-            "operations_per_second": operations.total / seconds}
+    return {
+        "linear_operations": operations.linear,
+        "chunked_attention_operations": operations.chunked_attention,
+        "full_attention_operations": operations.full_attention,
+        "predicted_seconds": predicted,
+        "seconds": seconds,
+        "times_predicted": seconds / predicted,
+        "operations_per_second": operations.total / seconds,
+    }
 
 
-def decode_share(config: TextConfig, tokens: int, decode_tokens: int, seconds: float, ceilings: Mapping[str, Any],
-                 itemsize: int) -> dict[str, Any]:
+def decode_share(
+    config: TextConfig, tokens: int, decode_tokens: int, seconds: float, ceilings: Mapping[str, Any], itemsize: int
+) -> dict[str, Any]:
     """The same for decoding, by bytes that must be read and the best rate of reading weights."""
     count, rate = decoding_bytes(config, tokens, decode_tokens, itemsize), max(ceilings["read"].values())
-    return {"bytes": count, "predicted_seconds": count / rate, "seconds": seconds,
-            "times_predicted": seconds * rate / count, "bytes_per_second": count / seconds}
+    return {
+        "bytes": count,
+        "predicted_seconds": count / rate,
+        "seconds": seconds,
+        "times_predicted": seconds * rate / count,
+        "bytes_per_second": count / seconds,
+    }

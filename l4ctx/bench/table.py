@@ -36,9 +36,11 @@ def _about(report: BenchReport) -> Text:
     machine, model = report.machine, report.model
     weights = "random weights of" if model["random_weights"] else "checkpoint"
     threads = machine["threads"]
-    return _line(f"{weights} {model['path']} ({model['parameters']:,} weights); "
-                 f"{machine['accelerator'] or machine['cpu']}, {threads} thread{'s' * (threads != 1)}, "
-                 f"torch {machine['torch']}, {machine['date']}")
+    return _line(
+        f"{weights} {model['path']} ({model['parameters']:,} weights); "
+        f"{machine['accelerator'] or machine['cpu']}, {threads} thread{'s' * (threads != 1)}, "
+        f"torch {machine['torch']}, {machine['date']}"
+    )
 
 
 def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
@@ -65,8 +67,10 @@ def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
         ("keys and values", lambda column: _bytes(column.keys_values)),
     ]
     if len(figures) > 1:
-        rows += [("l4ctx is so many times as fast", lambda column: _times(column, column.prefill_ratios)),
-                 ("  in decoding", lambda column: _times(column, column.decode_ratios))]
+        rows += [
+            ("l4ctx is so many times as fast", lambda column: _times(column, column.prefill_ratios)),
+            ("  in decoding", lambda column: _times(column, column.decode_ratios)),
+        ]
     for name, cell in rows:
         cells = [without_controls(cell(column)) for column in figures]
         if any(cells):
@@ -85,8 +89,10 @@ def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
     table.add_row("copying memory, GB/s", _giga(ceilings["copy"]))
     cached = ", from the system's cache" if ceilings["disk_is_cached"] else ""
     table.add_row(f"reading a file, MB/s{cached}", f"{ceilings['disk'] / 1e6:,.0f}")
-    slow = [_line(f"products in {dtype} are too slow for more: {rate / 1e9:,.2g} GFLOP/s")
-            for dtype, rate in (ceilings.get("slow_product") or {}).items()]
+    slow = [
+        _line(f"products in {dtype} are too slow for more: {rate / 1e9:,.2g} GFLOP/s")
+        for dtype, rate in (ceilings.get("slow_product") or {}).items()
+    ]
     return [*_title("the machine's ceilings"), table, *slow]
 
 
@@ -96,10 +102,15 @@ def _shares(report: BenchReport, tokens: int) -> Text:
     if (prefill := shares.get("prefill")) is not None:
         parts.append(f"the prefill's time is {prefill['times_predicted']:.2f} times what the kernels alone would take")
     if (decode := shares.get("decode")) is not None:
-        parts.append(f"decoding takes {decode['times_predicted']:.2f} times as long as reading what it must "
-                     f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token)")
-    return _line(f"l4ctx, {tokens:,} tokens: {'; '.join(parts)}" if parts else
-                 f"l4ctx, {tokens:,} tokens: no share (the kernels' ceilings are not known)")
+        parts.append(
+            f"decoding takes {decode['times_predicted']:.2f} times as long as reading what it must "
+            f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token)"
+        )
+    return _line(
+        f"l4ctx, {tokens:,} tokens: {'; '.join(parts)}"
+        if parts
+        else f"l4ctx, {tokens:,} tokens: no share (the kernels' ceilings are not known)"
+    )
 
 
 def _title(text: str) -> list[RenderableType]:

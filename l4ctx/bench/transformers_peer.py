@@ -33,8 +33,9 @@ def loaded(job: WorkerJob, ids: list[int]) -> Callable[[int, int], TimedRun]:
     """Loads the checkpoint; the result reads so many of `ids`, `batch_size` at a time, and decodes so many more."""
     assert job.folder is not None and len(ids) > 1
     load: Any = Llama4ForCausalLM.from_pretrained
-    model, found = load(job.folder, dtype=getattr(torch, job.dtype), attn_implementation="sdpa",
-                        output_loading_info=True)
+    model, found = load(
+        job.folder, dtype=getattr(torch, job.dtype), attn_implementation="sdpa", output_loading_info=True
+    )
     assert not found["missing_keys"], f"transformers does not find {sorted(found['missing_keys'])[:3]}"
     model = model.eval().to(job.device)
     prompt = torch.tensor([ids], device=job.device)
@@ -42,10 +43,21 @@ def loaded(job: WorkerJob, ids: list[int]) -> Callable[[int, int], TimedRun]:
     @torch.inference_mode()
     def run(tokens: int, decode_tokens: int) -> TimedRun:
         clock, began = _Clock(), time.perf_counter()
-        out = model.generate(prompt[:, :tokens], max_new_tokens=1 + decode_tokens, do_sample=False, eos_token_id=-1,
-                             prefill_chunk_size=job.batch_size, streamer=clock, return_dict_in_generate=True)
+        out = model.generate(
+            prompt[:, :tokens],
+            max_new_tokens=1 + decode_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            prefill_chunk_size=job.batch_size,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
         assert len(clock.times) == 1 + decode_tokens, (len(clock.times), decode_tokens)
-        return TimedRun(clock.times[0] - began, clock.times[-1] - clock.times[0], clock.tokens[0],
-                        sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers))
+        return TimedRun(
+            clock.times[0] - began,
+            clock.times[-1] - clock.times[0],
+            clock.tokens[0],
+            sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers),
+        )
 
     return run

@@ -25,8 +25,9 @@ PIECE_ELEMENTS = 2**24
 SHARD_BYTES = 2 * 2**30
 
 
-def random_model(config: TextConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                 attention: str = "sdpa") -> Transformer:
+def random_model(
+    config: TextConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
+) -> Transformer:
     """A model with random weights in that dtype on that device."""
     with torch.device("meta"):
         model = Transformer(config, attention)
@@ -66,8 +67,11 @@ def flat_config(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The text model's part of a config.json, as one of its own."""
     text = raw.get("text_config") if raw.get("model_type") == "llama4" else None
     fields = dict(text) if isinstance(text, dict) else dict(raw)
-    return fields | {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
-                     "dtype": str(dtype).removeprefix("torch.")}
+    return fields | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _drawn(model: Transformer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -67,11 +67,16 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
         stored, is_mappable = stored_dtype(tensors), can_be_mapped(tensors)
         parameters = stored_parameters(tensors, config)
     on_gpu = device.type == "cuda"
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
-            "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
-            "accelerator_free": torch.cuda.mem_get_info(device)[0] if on_gpu else None,
-            "parameters": parameters, "can_be_mapped": is_mappable,
-            "stored_dtype": stored if stored in ("float32", "bfloat16", "float16") else "float32"}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
+        "accelerator_free": torch.cuda.mem_get_info(device)[0] if on_gpu else None,
+        "parameters": parameters,
+        "can_be_mapped": is_mappable,
+        "stored_dtype": stored if stored in ("float32", "bfloat16", "float16") else "float32",
+    }
 
 
 def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
@@ -86,8 +91,9 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
 
     began, dtype = time.perf_counter(), getattr(torch, job.dtype)
     if job.folder is not None:
-        model = load_checkpoint(job.folder, dtype=dtype, device=job.device, attention=job.attention,
-                                is_mapped=job.is_mapped)
+        model = load_checkpoint(
+            job.folder, dtype=dtype, device=job.device, attention=job.attention, is_mapped=job.is_mapped
+        )
     else:
         model = random_model(text_config(job), dtype=dtype, device=job.device, attention=job.attention)
     load_seconds = time.perf_counter() - began
@@ -96,16 +102,23 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
     def run(tokens: int, decode_tokens: int) -> TimedRun:
         cache = HybridKVCache(model.config, length=tokens + decode_tokens + 1, dtype=dtype, device=model.device)
         began = time.perf_counter()
-        steps = [(len(step.step), step.step_seconds)
-                 for step in prefill(model, cache, ids[:tokens - 1], prefill_chunk_size=job.batch_size)]
+        steps = [
+            (len(step.step), step.step_seconds)
+            for step in prefill(model, cache, ids[: tokens - 1], prefill_chunk_size=job.batch_size)
+        ]
         answer = generate(model, cache, ids[tokens - 1], max_new_tokens=1 + decode_tokens, stop_tokens=frozenset())
         token = next(answer)
         first = time.perf_counter()
         for _ in answer:
             pass
         held = cache.held()
-        return TimedRun(first - began, time.perf_counter() - first, token,
-                        held.rope_windows + held.nope_device + held.nope_host + held.nope_disk, tuple(steps))
+        return TimedRun(
+            first - began,
+            time.perf_counter() - first,
+            token,
+            held.rope_windows + held.nope_device + held.nope_host + held.nope_disk,
+            tuple(steps),
+        )
 
     return measured(job, run, load_seconds, version("l4ctx")).as_dict()
 
@@ -132,14 +145,26 @@ def measured(job: WorkerJob, run: Callable[[int, int], TimedRun], load_seconds: 
         timed = run(job.tokens, job.decode_tokens)
     memory: dict[str, int] = {}
     if before is not None and (peak := sampler.peak) is not None:
-        memory = {"peak_anonymous": peak.anonymous, "peak_file_backed": peak.file_backed,
-                  "peak_above_weights": peak.anonymous - before.anonymous}
+        memory = {
+            "peak_anonymous": peak.anonymous,
+            "peak_file_backed": peak.file_backed,
+            "peak_above_weights": peak.anonymous - before.anonymous,
+        }
     if on_gpu:
         memory["peak_accelerator"] = torch.cuda.max_memory_allocated(job.device)
     return Measurement(
-        job.tokens, job.decode_tokens, timed.first_token_seconds, timed.decode_seconds if job.decode_tokens else None,
-        load_seconds=load_seconds, keys_values=timed.keys_values, threads=torch.get_num_threads(),
-        first_token=timed.first_token, version=version, steps=timed.steps, **memory)
+        job.tokens,
+        job.decode_tokens,
+        timed.first_token_seconds,
+        timed.decode_seconds if job.decode_tokens else None,
+        load_seconds=load_seconds,
+        keys_values=timed.keys_values,
+        threads=torch.get_num_threads(),
+        first_token=timed.first_token,
+        version=version,
+        steps=timed.steps,
+        **memory,
+    )
 
 
 def measure_ceilings(job: WorkerJob) -> dict[str, Any]:
@@ -166,5 +191,11 @@ def write_gguf(job: WorkerJob) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"machine": measure_machine, "l4ctx": measure_l4ctx, "transformers": measure_transformers,
-         "ceilings": measure_ceilings, "checkpoint": write_checkpoint, "gguf": write_gguf}
+TASKS = {
+    "machine": measure_machine,
+    "l4ctx": measure_l4ctx,
+    "transformers": measure_transformers,
+    "ceilings": measure_ceilings,
+    "checkpoint": write_checkpoint,
+    "gguf": write_gguf,
+}
