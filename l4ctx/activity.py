@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from l4ctx import terminal
-from l4ctx.terminal import NARROW_COLUMNS, human_clock, without_controls
+from l4ctx.formatting import human_clock, without_controls
+from l4ctx.terminal import NARROW_COLUMNS
 
 if TYPE_CHECKING:
     from types import TracebackType

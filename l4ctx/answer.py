@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from l4ctx.exits import Interruption, OutputError, write
-from l4ctx.memory import counted
-from l4ctx.terminal import without_controls
+from l4ctx.errors import OutputError
+from l4ctx.exits import Interruption, write
+from l4ctx.formatting import counted, without_controls
 from l4ctx.wrapping import WordWrap
 
 if TYPE_CHECKING:

@@ -17,19 +17,8 @@ import typer
 
 from l4ctx import options
 from l4ctx.bench.command import bench
-from l4ctx.exits import (
-    EXIT_CODES,
-    INTERRUPTED,
-    MEMORY,
-    TOO_LONG,
-    Interruption,
-    UsageError,
-    check_stdout,
-    errors_as_exit_codes,
-    leave,
-    write,
-    write_json,
-)
+from l4ctx.errors import INTERRUPTED, MEMORY, TOO_LONG, UsageError
+from l4ctx.exits import EXIT_CODES, Interruption, check_stdout, errors_as_exit_codes, leave, write, write_json
 from l4ctx.help import Command, Group, show
 from l4ctx.inputs import (
     check_choices,

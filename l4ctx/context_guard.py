@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from cache.disk import DiskError
 from l4ctx.context import Context, common_prefix
-from l4ctx.manifest import ContextError
-from l4ctx.prompt import Span
+from l4ctx.errors import ContextError
+from l4ctx.spans import Span
 from l4ctx.states import State
 
 SHOWN_DOCUMENTS = 3

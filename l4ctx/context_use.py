@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from cache.sizes import StoreLayout
 from l4ctx.documents import folder_source
-from l4ctx.manifest import ContextError, Recipe, read_manifest, saved_checkpoint, saved_recipe
+from l4ctx.errors import ContextError, RequestError
+from l4ctx.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
 from l4ctx.processor import default_attention
-from l4ctx.request import Request, RequestError
+from l4ctx.request import Request
 from model.config import TextConfig
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.context import ContextReader
     from l4ctx.context_writer import ContextWriter
-    from l4ctx.image_prompt import ImageSpan
-    from l4ctx.prompt import Prompt, Span
+    from l4ctx.prompt import Prompt
+    from l4ctx.spans import ImageSpan, Span
 
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
 

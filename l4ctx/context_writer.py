@@ -20,7 +20,7 @@ import torch
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
 from cache.sizes import StoreLayout
 from l4ctx.context import Context, read_head, reusable
-from l4ctx.image_prompt import ImageSpan
+from l4ctx.errors import ContextError
 from l4ctx.journal import Journal, JournalError
 from l4ctx.locks import Lock, deletion_lock, writer_lock
 from l4ctx.manifest import (
@@ -30,7 +30,6 @@ from l4ctx.manifest import (
     JOURNAL,
     READERS_LOCK,
     WRITER_LOCK,
-    ContextError,
     Recipe,
     read_manifest,
     saved_recipe,
@@ -40,7 +39,7 @@ from l4ctx.manifest import (
 )
 from l4ctx.prefill import grid_period
 from l4ctx.private import make_folder, narrow, open_private
-from l4ctx.prompt import Span
+from l4ctx.spans import ImageSpan, Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from l4ctx.request import RequestError
+from l4ctx.errors import RequestError
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from l4ctx.prompt import Span
+    from l4ctx.spans import Span
 
 
 def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: int) -> str:

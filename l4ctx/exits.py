@@ -13,38 +13,28 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from l4ctx.errors import (
+    CHECKPOINT,
+    CLOSED,
+    CODE_OF_ERROR,
+    CONTEXT,
+    INPUT,
+    INTERRUPTED,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    TOO_LONG,
+    OutputError,
+    UsageError,
+    name_of_known,
+    one_line,
+)
+
 EXIT_CODES = """\
 Exit codes: 0 an answer, 1 the answer could not be written, 2 bad arguments or input, 3 the checkpoint cannot be
 used, 4 the prompt is too long for the model, 5 it does not fit into memory or on the disk, 6 the model failed,
 7 the saved context cannot be used, 130 interrupted, 141 the output was closed.
 """
-OUTPUT, INPUT, CHECKPOINT, TOO_LONG, MEMORY, MODEL, CONTEXT, INTERRUPTED, CLOSED = 1, 2, 3, 4, 5, 6, 7, 130, 141
-CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is imported for it
-    "l4ctx.exits.OutputError": OUTPUT,
-    "l4ctx.exits.UsageError": INPUT,
-    "l4ctx.images.ImageError": INPUT,
-    "l4ctx.images.ImageMemoryError": MEMORY,
-    "l4ctx.documents.DocumentMemoryError": MEMORY,
-    "l4ctx.documents.DocumentError": INPUT,
-    "l4ctx.request.RequestError": INPUT,
-    "model.config.ConfigError": CHECKPOINT,
-    "model.checkpoint.CheckpointError": CHECKPOINT,
-    "l4ctx.image_processing.ImageProcessingError": CHECKPOINT,
-    "l4ctx.tokenizer.TokenizerError": CHECKPOINT,
-    "l4ctx.prompt.PromptError": CHECKPOINT,
-    "l4ctx.prompt.PromptLengthError": TOO_LONG,
-    "model.rope.LengthError": TOO_LONG,
-    "l4ctx.manifest.ContextError": CONTEXT,
-    "cache.disk.DiskError": CONTEXT,
-    "cache.disk.UnreadableError": CONTEXT,
-    "cache.disk.DiskFullError": MEMORY,
-    "l4ctx.plan.MemoryPlanError": MEMORY,
-    "builtins.MemoryError": MEMORY,
-    "torch.OutOfMemoryError": MEMORY,
-    "l4ctx.generate.GenerationConfigError": CHECKPOINT,
-    "l4ctx.generate.GenerationError": MODEL,
-    "l4ctx.bench.process.WorkerError": MODEL,
-}
 
 
 KINDS = {
@@ -60,31 +50,12 @@ KINDS = {
 """What --json calls an error of each code."""
 
 
-class UsageError(Exception):
-    """Arguments that do not go together."""
-
-
-class OutputError(Exception):
-    """An answer that cannot be written, as on a full disk."""
-
-
 @dataclass
 class Interruption:
     """What to say when Ctrl-C comes: what is kept, as far as it is known by then."""
 
     kept: Callable[[], str] = lambda: "nothing is kept"
     when: Callable[[], str] = lambda: ""  # such as " after 3 tokens of the answer"
-
-
-def name_of_known(error: Exception) -> str | None:
-    """The key of CODE_OF_ERROR that an error has; None for what is not a user's doing."""
-    name = f"{type(error).__module__}.{type(error).__qualname__}"
-    return name if name in CODE_OF_ERROR else None
-
-
-def one_line(error: Exception) -> str:
-    """What an error says."""
-    return " ".join(str(error).splitlines()) or "out of memory"
 
 
 @contextmanager
@@ -119,7 +90,7 @@ def fail(message: str, code: int, *, json: bool) -> NoReturn:
 
 def tell(message: str) -> str:
     """One line on stderr, which is returned as it was written."""
-    from l4ctx.terminal import without_controls
+    from l4ctx.formatting import without_controls
 
     line = without_controls(" ".join(message.splitlines()))
     with suppress(OSError):

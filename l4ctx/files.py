@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Callable
 from io import FileIO
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to tell what it is
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(path: str) -> str:
-    """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
-    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
 
 
 def kind(mode: int) -> str:

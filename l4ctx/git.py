@@ -14,7 +14,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 
-from l4ctx.files import printable
+from l4ctx.formatting import printable
 
 SECONDS = 20.0
 MOST_OUTPUT = 64 << 20  # bytes of names

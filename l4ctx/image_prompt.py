@@ -9,25 +9,15 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from l4ctx.image_processing import ImageProcessing
 from l4ctx.image_tiles import TileLayout, tile_layout
 from l4ctx.images import DocumentImage
+from l4ctx.spans import ImageSpan
 
 if TYPE_CHECKING:
     from l4ctx.image_tokens import ImageTokens
-
-
-class ImageSpan(NamedTuple):
-    """Positions `start` to before `stop` of a prompt are an image's tokens.
-
-    `sha256` is the digest, in hex, of all that its features follow from: pixels, preprocessing and the vision tower.
-    """
-
-    start: int
-    stop: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -58,11 +48,6 @@ class ImagePrompter:
         into.extend(self.tokens.ids(layout))
         digest = hashlib.sha256(f"{self.made_with} {image.sha256}".encode("ascii")).hexdigest()
         return PlacedImage(image, layout, ImageSpan(start, len(into), digest))
-
-
-def same_until(mine: Sequence[ImageSpan], saved: Sequence[ImageSpan]) -> int | None:
-    """The position of the first image that one of two prompts has and the other has not; None where there is none."""
-    return min((span.start for span in {*mine} ^ {*saved}), default=None)
 
 
 def count_image_tokens(images: Sequence[PlacedImage], start: int, stop: int) -> int:

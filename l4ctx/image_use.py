@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l4ctx.errors import RequestError
 from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.image_tiles import tiling_bytes
 from l4ctx.job import ImageWork
-from l4ctx.request import RequestError
 from model.config import ConfigError, Operations, TextConfig
 from model.vision_config import VisionConfig, vision_operations, vision_parameter_count
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l4ctx.files import read_regular_file
-from l4ctx.memory import available_memory, human_bytes
+from l4ctx.formatting import human_bytes
+from l4ctx.memory import available_memory
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from l4ctx.exits import UsageError, tell
-from l4ctx.files import printable
+from l4ctx.errors import UsageError
+from l4ctx.exits import tell
+from l4ctx.formatting import printable
 from l4ctx.request import Request
 
 
@@ -173,7 +174,7 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
 
 def size(option: str, text: str | None) -> int | None:
     """Bytes; None where the option is not given. Raises UsageError."""
-    from l4ctx.memory import parse_size
+    from l4ctx.formatting import parse_size
 
     try:
         return None if text is None else parse_size(text)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from l4ctx.exits import CHECKPOINT, CONTEXT, UsageError, name_of_known
+from l4ctx.errors import CHECKPOINT, CONTEXT, UsageError, name_of_known
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import FORMAT, VERSION, read_manifest, saved_checkpoint
 from l4ctx.model_folder import what_it_is
@@ -24,8 +24,7 @@ from model.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.context import Context
-    from l4ctx.image_prompt import ImageSpan
-    from l4ctx.prompt import Span
+    from l4ctx.spans import ImageSpan, Span
     from l4ctx.states import State
     from l4ctx.tokenizer import Tokenizer
     from model.checkpoint import StoredTensor

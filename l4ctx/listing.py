@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from l4ctx.formatting import counted, human_bytes, without_controls
 from l4ctx.inspection import Report
-from l4ctx.memory import counted, human_bytes
 from l4ctx.tables import INDENT, NARROWEST_TEXT
-from l4ctx.terminal import without_controls
 from l4ctx.wrapping import cells, wrapped
 
 SHOWN_LINES = 20

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from l4ctx.manifest import BLOCKS, READERS_LOCK, WRITER_LOCK, ContextError
+from l4ctx.errors import ContextError
+from l4ctx.manifest import BLOCKS, READERS_LOCK, WRITER_LOCK
 from l4ctx.private import open_private
 
 READERS_WAIT = 5.0

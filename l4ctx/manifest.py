@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.sizes import KV_DTYPES, QUANTIZED
+from l4ctx.errors import ContextError
 from l4ctx.private import open_private, temporary_of
 from model.config import BACKEND_NAMES
 
@@ -31,10 +32,6 @@ _WHAT = {
     "config": "configuration",
     "template": "chat template",
 }
-
-
-class ContextError(Exception):
-    """A saved context that cannot be used, or must not be touched; the message names it, the reason and the mend."""
 
 
 @dataclass(frozen=True)

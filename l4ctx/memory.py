@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import sys
 import threading
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 SPARE_SHARE = 1 / 4
 """Of the free memory: what is spent on speed alone."""
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -181,54 +177,3 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def human_bytes(count: float) -> str:
-    """'17 B', '4.0 KiB', '1.5 GiB'."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        count /= 1024
-        if count < 1024 or unit == "TiB":
-            break
-    return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
-
-
-def counted(number: int, what: str) -> str:
-    """'1 document', '1,024 documents'."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '8GiB', '500MB', '1.5G' or '8388608': KiB and bare K are 1024, KB is 1000.
-
-    Raises ValueError, also for a number below 1 MiB without a unit: whoever writes 8 means 8GiB.
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
-    if found is None or found.group(2, 3) == ("", "ib"):
-        raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 8388608 (bytes)")
-    number, unit, suffix = found.groups()
-    if not unit and not suffix and 0 < float(number) < 2**20:
-        raise ValueError(
-            f"{text.strip()} would be bytes; with a unit it is clear: {number}GiB, {number}MiB, or {number}B for bytes"
-        )
-    factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
-    return int(Fraction(number.rstrip(".")) * factor)
-
-
-def parse_tokens(text: str) -> int:
-    """A number of tokens: '4096', '128k' (128,000), '10M' (10,000,000), '1.5M', '128Ki' (131,072), '10Mi'.
-
-    Raises ValueError.
-    """
-    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)(|[kmg]i?)", text.strip().lower())
-    count = Fraction(-1)
-    if found is not None:
-        number, unit = found.groups()
-        base = 1024 if unit.endswith("i") else 1000
-        count = Fraction(number.replace("_", "")) * base ** " kmg".index(unit[:1] or " ")
-    if count < 0 or count.denominator != 1:
-        raise ValueError(
-            f"{text!r} is not a number of tokens such as 4096, 128k (128,000), 10M (10,000,000) or 128Ki (131,072)"
-        )
-    return int(count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from l4ctx.memory import human_bytes
+from l4ctx.formatting import human_bytes
 from l4ctx.tables import FigureTable
 
 if TYPE_CHECKING:

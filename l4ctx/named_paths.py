@@ -11,9 +11,8 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 
-from l4ctx.exits import UsageError
-from l4ctx.files import printable
-from l4ctx.memory import counted
+from l4ctx.errors import UsageError
+from l4ctx.formatting import counted, printable
 from l4ctx.suggestions import closest, is_missing
 
 SHOWN_CHARACTERS = 60  # of a question

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from l4ctx.memory import counted
+from l4ctx.formatting import counted
 
 
 class Notebook(NamedTuple):

@@ -13,7 +13,7 @@ def token_count(minimum: int) -> Callable[[str], int]:
     """Reads an option that counts tokens; the parser of arguments says which one is wrong."""
 
     def parse(text: str) -> int:
-        from l4ctx.memory import parse_tokens
+        from l4ctx.formatting import parse_tokens
 
         try:
             count = parse_tokens(str(text))  # a default is a number

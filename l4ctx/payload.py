@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from l4ctx.memory import human_bytes
+from l4ctx.formatting import human_bytes
 from l4ctx.notebook import notebook
 
 LEAST = 256  # characters of a data: URI's content that are worth leaving out

@@ -16,8 +16,8 @@ from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from l4ctx.formatting import counted, human_bytes
 from l4ctx.images import DocumentImage, ImageError, pixels_digest
-from l4ctx.memory import counted, human_bytes
 from l4ctx.pdf_process import (
     MOST_LEFT,
     MOST_TEXT,

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from cache import sizes
 from cache.sizes import KVBytes, Residency, StoreLayout
+from l4ctx.formatting import human_bytes
 from l4ctx.job import NO_LIMITS, Job, Room
-from l4ctx.memory import SPARE_SHARE, human_bytes
+from l4ctx.memory import SPARE_SHARE
 from model.config import activation_bytes
 
 TOKEN_ID_BYTES = 4

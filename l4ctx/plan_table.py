@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from l4ctx.memory import human_bytes
+from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning import PlanReport
 from l4ctx.tables import FigureTable, TextTable
@@ -19,7 +19,7 @@ def plan_table(report: PlanReport) -> RenderableType:
     """The report for people: documents with their tokens, bytes by owner and tier, and what follows from them."""
     from rich.console import Group
 
-    from l4ctx.terminal import without_controls
+    from l4ctx.formatting import without_controls
 
     plan, end, most, room, job = report.plan, report.plan.end, report.plan.peak, report.room, report.plan.job
 
@@ -82,7 +82,7 @@ def plan_table(report: PlanReport) -> RenderableType:
 
 
 def _human_time(seconds: float) -> str:
-    from l4ctx.terminal import human_seconds
+    from l4ctx.formatting import human_seconds
 
     return human_seconds(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
 

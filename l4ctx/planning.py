@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.sizes import KV_DTYPES
+from l4ctx.errors import RequestError
 from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
 from l4ctx.memory import available_disk, available_memory, available_on_gpu
 from l4ctx.plan import MemoryPlan, tokens_that_fit
 from l4ctx.processor import computing_dtype, default_attention
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, RequestError, check_kv_device_memory, check_kv_dir
+from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
 from model.config import Operations, TextConfig, parameter_count, reading_operations
 
 if TYPE_CHECKING:

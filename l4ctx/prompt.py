@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l4ctx.spans import Span
 from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
     from l4ctx.documents import Document
-    from l4ctx.image_prompt import ImagePrompter, ImageSpan, PlacedImage
+    from l4ctx.image_prompt import ImagePrompter, PlacedImage
     from l4ctx.images import DocumentImage
+    from l4ctx.spans import ImageSpan
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
 
@@ -37,16 +39,6 @@ class PromptError(Exception):
 
 class PromptLengthError(Exception):
     """A prompt that has more tokens than the model has positions: one line that names the largest documents."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one document, its wrapping included, lies in the prompt: token positions `start` to before `stop`."""
-
-    source: str
-    start: int
-    stop: int
-    sha256: str = ""  # of the document's bytes, in hex
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l4ctx.memory import counted, human_bytes, process_memory
+from l4ctx.formatting import counted, human_bytes, human_clock, human_seconds
+from l4ctx.memory import process_memory
 from l4ctx.progress import CostModel, Rates, Work
-from l4ctx.terminal import human_clock, human_seconds, shortened
+from l4ctx.terminal import shortened
 from l4ctx.wrapping import cells
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from l4ctx.activity import Activity
     from l4ctx.ask import Run
     from l4ctx.prefill import PrefillProgress
-    from l4ctx.prompt import Span
+    from l4ctx.spans import Span
 
 SHORTEST_NAME = 12
 """Columns of a document's name below which it is left out."""

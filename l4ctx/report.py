@@ -14,8 +14,7 @@ from l4ctx.plan import MemoryPlan
 if TYPE_CHECKING:
     from l4ctx.ask import Run
     from l4ctx.context import ContextReader
-    from l4ctx.image_prompt import ImageSpan
-    from l4ctx.prompt import Span
+    from l4ctx.spans import ImageSpan, Span
 
 
 @dataclass

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from l4ctx.errors import RequestError
+
 DEFAULT_MAX_NEW_TOKENS = 1024
-
-
-class RequestError(Exception):
-    """A request that cannot be carried out: a device that this machine lacks, standard input without text."""
 
 
 @dataclass(frozen=True)

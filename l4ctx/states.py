@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l4ctx.manifest import ContextError
+from l4ctx.errors import ContextError
 
 _NAMES = {
     "block": re.compile(r"blocks/\d{6,12}-[0-9a-f]{12}\.safetensors"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 
-from l4ctx.files import printable
+from l4ctx.formatting import printable
 
 COMPARED_NAMES = 2000  # of a folder
 

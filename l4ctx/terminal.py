@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from l4ctx.formatting import without_controls
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,12 +21,6 @@ PIPED_COLUMNS = 160
 NARROW_COLUMNS = 80
 PLAIN_LINE_SECONDS = 30.0
 """Between the lines that tell where there is no screen what goes on."""
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def without_controls(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
-    return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
 
 
 class _Unfailing:
@@ -98,22 +93,6 @@ def rendered(content: RenderableType) -> str:
     width = columns(sys.stdout) if sys.stdout.isatty() else PIPED_COLUMNS
     Console(file=shown, width=width, force_terminal=is_screen(sys.stdout)).print(content)
     return "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())
-
-
-def human_seconds(seconds: float) -> str:
-    """'0.4 s', '12 s', '3:05 min', '2:10:00 h'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
-
-
-def human_clock(seconds: float) -> str:
-    """'0:12', '3:05', '2:10:00'."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def shortened(text: str, width: int) -> str:

@@ -23,7 +23,8 @@ from benchmark_tiers import CHUNK, CONFIG, random_model
 
 from cache.hybrid import HybridKVCache
 from cache.sizes import StoreLayout
-from l4ctx.memory import PeakSampler, give_back_free_memory, human_bytes, process_memory
+from l4ctx.formatting import human_bytes
+from l4ctx.memory import PeakSampler, give_back_free_memory, process_memory
 from l4ctx.prefill import prefill
 from model.config import reading_operations
 

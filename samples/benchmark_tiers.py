@@ -25,7 +25,8 @@ import torch
 from cache.disk import Scratch, as_bytes
 from cache.hybrid import HybridKVCache
 from cache.sizes import Residency, StoreLayout
-from l4ctx.memory import PeakSampler, human_bytes, process_memory
+from l4ctx.formatting import human_bytes
+from l4ctx.memory import PeakSampler, process_memory
 from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.transformer import Transformer

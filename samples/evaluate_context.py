@@ -26,8 +26,8 @@ from cache.hybrid import HybridKVCache
 from cache.sizes import StoreLayout
 from evaluate_tiny import answer_to, make_document
 from l4ctx.context import ContextReader
+from l4ctx.formatting import human_bytes
 from l4ctx.generate import GenerationConfig
-from l4ctx.memory import human_bytes
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, question, random_code

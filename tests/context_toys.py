@@ -24,11 +24,10 @@ from cache.hybrid import HybridKVCache
 from cache.sizes import Residency, StoreLayout
 from l4ctx.context import Context, ContextReader, reusable
 from l4ctx.context_writer import ContextWriter
-from l4ctx.image_prompt import ImageSpan
 from l4ctx.journal import Journal
 from l4ctx.manifest import BLOCKS, JOURNAL, Recipe
 from l4ctx.prefill import as_batch, prefill
-from l4ctx.prompt import Span
+from l4ctx.spans import ImageSpan, Span
 from model.config import TextConfig
 from model.transformer import Transformer
 

@@ -29,7 +29,7 @@ from l4ctx.bench.shares import (
     visible_tokens,
 )
 from l4ctx.bench.table import bench_table
-from l4ctx.request import RequestError
+from l4ctx.errors import RequestError
 from l4ctx.terminal import rendered
 from model.config import TextConfig, reading_operations
 
@@ -176,7 +176,7 @@ def test_a_worker_that_fails_says_how(code: str, message: str, monkeypatch: pyte
 
 
 def test_what_a_user_can_cause_keeps_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = '{"error": "no such device", "class": "l4ctx.request.RequestError"}'
+    line = '{"error": "no such device", "class": "l4ctx.errors.RequestError"}'
     monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}''')"))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))

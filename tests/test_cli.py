@@ -35,7 +35,7 @@ from cli_runner import (
     write_what_is_read,
 )
 
-from l4ctx import exits, terminal
+from l4ctx import errors, exits, terminal
 from l4ctx.job import Job
 from l4ctx.plan import MemoryPlan
 from l4ctx.report import MemoryReport
@@ -149,18 +149,18 @@ def test_help_and_version() -> None:
 
 def test_every_exit_code_is_told() -> None:
     codes = [
-        exits.OUTPUT,
-        exits.INPUT,
-        exits.CHECKPOINT,
-        exits.TOO_LONG,
-        exits.MEMORY,
-        exits.MODEL,
-        exits.CONTEXT,
-        exits.INTERRUPTED,
-        exits.CLOSED,
+        errors.OUTPUT,
+        errors.INPUT,
+        errors.CHECKPOINT,
+        errors.TOO_LONG,
+        errors.MEMORY,
+        errors.MODEL,
+        errors.CONTEXT,
+        errors.INTERRUPTED,
+        errors.CLOSED,
     ]
     assert [int(number) for number in re.findall(r"\d+", exits.EXIT_CODES)] == [0, *codes]
-    assert {*exits.CODE_OF_ERROR.values(), exits.INTERRUPTED, exits.CLOSED} == set(codes)
+    assert {*errors.CODE_OF_ERROR.values(), errors.INTERRUPTED, errors.CLOSED} == set(codes)
 
 
 def test_help_and_refusals_import_nothing_heavy(folder: Path) -> None:
@@ -504,7 +504,7 @@ def test_a_bug_keeps_its_traceback(inside: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_error_with_an_exit_code_exists() -> None:
-    for name in exits.CODE_OF_ERROR:
+    for name in errors.CODE_OF_ERROR:
         module, _, error = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), error), Exception), name
 

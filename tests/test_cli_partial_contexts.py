@@ -32,7 +32,7 @@ import l4ctx.prefill
 from l4ctx import locks
 from l4ctx.context import Context
 from l4ctx.difference import first_difference
-from l4ctx.prompt import Span
+from l4ctx.spans import Span
 
 pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK, ROW = 512, 1024

@@ -43,7 +43,7 @@ from context_toys import block_digests, files
 
 from cache import sizes
 from l4ctx import planning
-from l4ctx.memory import human_bytes
+from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES
 
 ROW, TOKEN_BYTES = 1024, 1024  # in float32

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cache.hybrid import HybridKVCache
 from l4ctx.context import ContextReader, reusable
-from l4ctx.image_prompt import ImageSpan
 from l4ctx.prefill import as_batch, prefill
+from l4ctx.spans import ImageSpan
 
 KIND = Kind()
 CHUNK, BLOCK = CONFIG.attention_chunk_size, KIND.block_tokens

@@ -18,9 +18,10 @@ from context_toys import BLOCK, CHUNK, Kind, answer, changed, files, fresh_answe
 from cache.disk import DiskFullError, Scratch, UnreadableError
 from l4ctx.context import Context, ContextReader
 from l4ctx.context_writer import ContextWriter
+from l4ctx.errors import ContextError
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
-from l4ctx.manifest import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK, ContextError, saved_recipe, write_atomically
+from l4ctx.manifest import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK, saved_recipe, write_atomically
 
 IDS = tokens(3 * BLOCK + CHUNK + 3)
 OTHER = changed(IDS, BLOCK + 3)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from cache import sizes
 from cache.hybrid import HybridKVCache
 from l4ctx import memory
+from l4ctx.formatting import human_bytes
 from l4ctx.job import Job, Room
 from l4ctx.memory import (
     PeakSampler,
@@ -34,7 +35,6 @@ from l4ctx.memory import (
     available_disk,
     available_memory,
     available_on_gpu,
-    human_bytes,
     process_memory,
 )
 from l4ctx.memory_table import memory_table

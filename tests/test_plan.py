@@ -19,8 +19,8 @@ from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.sizes import KVBytes, Residency, StoreLayout
 from l4ctx import processor
+from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.job import Job, Room
-from l4ctx.memory import parse_size, parse_tokens
 from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
 from l4ctx.prefill import prefill, prefill_grid
 from l4ctx.processor import computing_dtype

@@ -20,13 +20,13 @@ from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
 from l4ctx import planning
 from l4ctx.documents import DocumentError, read_documents
-from l4ctx.memory import human_bytes
+from l4ctx.errors import RequestError
+from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.plan_table import plan_table
 from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed
 from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
-from l4ctx.request import RequestError
 from l4ctx.tokenizer import Tokenizer
 from model.checkpoint import load_checkpoint
 from model.config import ConfigError, TextConfig, parameter_count, reading_operations

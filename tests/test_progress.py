@@ -16,8 +16,8 @@ import pytest
 from cache.sizes import KVBytes
 from l4ctx.prefill import PrefillProgress
 from l4ctx.progress import CHANGE_STEPS, CostModel
-from l4ctx.prompt import Span
 from l4ctx.reading_progress import Reading, _rate
+from l4ctx.spans import Span
 from l4ctx.terminal import shortened
 from l4ctx.wrapping import cells
 from model.config import TextConfig, reading_operations

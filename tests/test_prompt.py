@@ -15,16 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from l4ctx import tokenizer as tokenizer_module
 from l4ctx.documents import Document
-from l4ctx.prompt import (
-    ChatTemplate,
-    ForcedCut,
-    Prompt,
-    PromptError,
-    PromptLengthError,
-    Span,
-    build_prompt,
-    check_length,
-)
+from l4ctx.prompt import ChatTemplate, ForcedCut, Prompt, PromptError, PromptLengthError, build_prompt, check_length
+from l4ctx.spans import Span
 from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer
 
 DOCUMENTS = [

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from l4ctx import options
-from l4ctx.exits import UsageError, check_stdout, errors_as_exit_codes, write, write_json
+from l4ctx.errors import UsageError
+from l4ctx.exits import check_stdout, errors_as_exit_codes, write, write_json
 from l4ctx.inputs import check_choices
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _termination_as_interruption() -> Iterator[None]:
 
 def _lengths(text: str) -> tuple[int, ...]:
     """Ascending, each once."""
-    from l4ctx.memory import parse_tokens
+    from l4ctx.formatting import parse_tokens
 
     try:
         lengths = sorted({parse_tokens(part) for part in text.split(",")})

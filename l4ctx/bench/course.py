@@ -23,9 +23,10 @@ from l4ctx.bench.gguf_file import GGUFError, check_supported, gguf_bytes
 from l4ctx.bench.jobs import WARM_UP_TOKENS, Candidate, Measurement, WorkerJob
 from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
-from l4ctx.exits import UsageError
+from l4ctx.errors import UsageError
+from l4ctx.formatting import human_bytes
 from l4ctx.job import Job, Room
-from l4ctx.memory import available_memory, human_bytes
+from l4ctx.memory import available_memory
 from l4ctx.model_folder import check_model_folder
 from l4ctx.plan import MemoryPlan
 from l4ctx.processor import computing_dtype, default_attention, processor_name

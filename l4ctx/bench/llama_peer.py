@@ -13,7 +13,7 @@ from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_TOKENS, Candidate, Measurement
 from l4ctx.bench.process import Finished, WorkerError, last_line, run_apart
-from l4ctx.exits import UsageError
+from l4ctx.errors import UsageError
 
 UBATCH_SIZES = (512, 2048)
 PROGRAM = "llama-bench"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 from l4ctx.bench.jobs import WorkerJob
-from l4ctx.exits import CODE_OF_ERROR
+from l4ctx.errors import CODE_OF_ERROR
 from l4ctx.memory import ProcessMemory, process_memory
 from l4ctx.processor import without_sharing
 
@@ -31,7 +31,7 @@ class WorkerError(Exception):
     def __init__(self, message: str, known: str | None = None) -> None:
         super().__init__(message)
         self.known = known
-        """Name of the error's class, if it is one that a user can cause (l4ctx.exits.CODE_OF_ERROR)."""
+        """Name of the error's class, if it is one that a user can cause (l4ctx.errors.CODE_OF_ERROR)."""
 
     def raise_as_known(self, doing: str = "") -> NoReturn:
         """Raises what the worker raised, if that has an exit code of its own; otherwise one like itself that says at

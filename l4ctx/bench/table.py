@@ -10,9 +10,8 @@ from rich.console import Group
 from rich.text import Text
 
 from l4ctx.bench.report import OWN, BenchReport, Figures
-from l4ctx.memory import human_bytes
+from l4ctx.formatting import human_bytes, human_seconds, without_controls
 from l4ctx.tables import FigureTable
-from l4ctx.terminal import human_seconds, without_controls
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

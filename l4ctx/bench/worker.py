@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_DECODE, Measurement, TimedRun, WorkerJob
-from l4ctx.exits import name_of_known, one_line
+from l4ctx.errors import name_of_known, one_line
 from l4ctx.memory import PeakSampler, process_memory
 from model.config import TextConfig
 

@@ -1,0 +1,89 @@
+"""Sizes, counts and times as people write and read them; text that is safe to show. Imports nothing."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def without_controls(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
+
+
+def human_seconds(seconds: float) -> str:
+    """'0.4 s', '12 s', '3:05 min', '2:10:00 h'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+def human_clock(seconds: float) -> str:
+    """'0:12', '3:05', '2:10:00'."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def human_bytes(count: float) -> str:
+    """'17 B', '4.0 KiB', '1.5 GiB'."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1024 or unit == "TiB":
+            break
+    return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
+
+
+def counted(number: int, what: str) -> str:
+    """'1 document', '1,024 documents'."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '8GiB', '500MB', '1.5G' or '8388608': KiB and bare K are 1024, KB is 1000.
+
+    Raises ValueError, also for a number below 1 MiB without a unit: whoever writes 8 means 8GiB.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if found is None or found.group(2, 3) == ("", "ib"):
+        raise ValueError(f"{text!r} is not a size such as 8GiB, 500MB or 8388608 (bytes)")
+    number, unit, suffix = found.groups()
+    if not unit and not suffix and 0 < float(number) < 2**20:
+        raise ValueError(
+            f"{text.strip()} would be bytes; with a unit it is clear: {number}GiB, {number}MiB, or {number}B for bytes"
+        )
+    factor = _UNITS[unit] if suffix != "b" else {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[unit]
+    return int(Fraction(number.rstrip(".")) * factor)
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens: '4096', '128k' (128,000), '10M' (10,000,000), '1.5M', '128Ki' (131,072), '10Mi'.
+
+    Raises ValueError.
+    """
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)(|[kmg]i?)", text.strip().lower())
+    count = Fraction(-1)
+    if found is not None:
+        number, unit = found.groups()
+        base = 1024 if unit.endswith("i") else 1000
+        count = Fraction(number.replace("_", "")) * base ** " kmg".index(unit[:1] or " ")
+    if count < 0 or count.denominator != 1:
+        raise ValueError(
+            f"{text!r} is not a number of tokens such as 4096, 128k (128,000), 10M (10,000,000) or 128Ki (131,072)"
+        )
+    return int(count)
+
+
+def printable(path: str) -> str:
+    """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
