@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cache.sizes import StoreLayout
+from cache.layout import StoreLayout
 
 
 class Block(NamedTuple):

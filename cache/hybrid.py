@@ -15,8 +15,8 @@ from torch import Tensor
 from cache.blocks import Block, empty_block
 from cache.chunked import ChunkedKVCache
 from cache.disk import UnitFile
+from cache.layout import KVBytes, Residency, StoreLayout
 from cache.offloaded import OffloadedKVCache
-from cache.sizes import KVBytes, Residency, StoreLayout
 from cache.tiers import RowStore, SealedBlock, Tiers, unit_name
 from model.backends import KVSegment
 from model.config import TextConfig
@@ -26,7 +26,7 @@ class HybridKVCache:
     """Keys and values of a run of at most `length` tokens (default: max_position_embeddings) in `batch_size` rows.
 
     `dtype` and `device` are those the model computes in; sealed NoPE blocks are stored in `kv_dtype` (one of
-    cache.sizes.KV_DTYPES) and lie where `residency` says. What memory does not hold is written to `rows`.
+    cache.layout.KV_DTYPES) and lie where `residency` says. What memory does not hold is written to `rows`.
     """
 
     def __init__(

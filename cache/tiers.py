@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.disk import UnitFile, Units, as_bytes
-from cache.sizes import READ_BUFFERS, Residency, StoreLayout
-from cache.storage import Packed, pack, packed_from_bytes, unpack
+from cache.layout import READ_BUFFERS, Residency, StoreLayout
+from cache.packing import Packed, pack, packed_from_bytes, unpack
 
 MAX_TRAVELLING_QUERIES = 16
 """With at most so many queries they go to a host block, and attention is computed there: fewer bytes travel."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cache.sizes import KV_DTYPES
+from cache.layout import KV_DTYPES
 from l4ctx.context_use import ContextUse
 from l4ctx.device import free_on_accelerator, usable_device
 from l4ctx.documents import DocumentSet, Skipped, read_documents

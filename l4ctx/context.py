@@ -26,13 +26,13 @@ import torch
 
 from cache.blocks import Block
 from cache.disk import DiskError, UnitFile, UnreadableError, as_bytes
-from cache.sizes import StoreLayout
+from cache.grid import grid_period
+from cache.layout import StoreLayout
 from l4ctx.difference import first_difference
 from l4ctx.errors import ContextError
 from l4ctx.journal import Journal, JournalError
 from l4ctx.locks import Lock, is_being_written, readers_lock
 from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, Recipe, read_manifest, read_small
-from l4ctx.prefill import grid_period
 from l4ctx.spans import ImageSpan, Span, same_until
 from l4ctx.states import State, Stored, digest, replay
 

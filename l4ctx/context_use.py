@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.sizes import StoreLayout
+from cache.layout import StoreLayout
 from l4ctx.documents import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
-from cache.sizes import StoreLayout
+from cache.grid import grid_period
+from cache.layout import StoreLayout
 from l4ctx.context import Context, read_head, reusable
 from l4ctx.errors import ContextError
 from l4ctx.journal import Journal, JournalError
@@ -37,7 +38,6 @@ from l4ctx.manifest import (
     write_atomically,
     write_manifest,
 )
-from l4ctx.prefill import grid_period
 from l4ctx.private import make_folder, narrow, open_private
 from l4ctx.spans import ImageSpan, Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary

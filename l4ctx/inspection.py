@@ -204,7 +204,7 @@ def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
 
 
 def _config_fields(config: TextConfig) -> Report:
-    from cache.sizes import bytes_per_token, layer_bytes_per_token
+    from cache.layout import bytes_per_token, layer_bytes_per_token
 
     window = config.attention_chunk_size * layer_bytes_per_token(config, BF16_BYTES)
     fields = asdict(config)

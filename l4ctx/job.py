@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from cache import sizes
-from cache.sizes import StoreLayout
+from cache.layout import KV_DTYPES, StoreLayout
 from model.config import TextConfig
 from model.vision_config import VisionConfig, vision_activation_bytes
 
@@ -80,14 +79,14 @@ class Job:
 
     @property
     def tower_weights(self) -> int:
-        return self.images.parameters * sizes.KV_DTYPES[self.dtype] if self.images else 0
+        return self.images.parameters * KV_DTYPES[self.dtype] if self.images else 0
 
     @property
     def tower_activations(self) -> int:
         """Bytes that the vision tower holds in a forward, beside its weights."""
         if self.images is None:
             return 0
-        return vision_activation_bytes(self.images.vision, TILES_AT_A_TIME, sizes.KV_DTYPES[self.dtype])
+        return vision_activation_bytes(self.images.vision, TILES_AT_A_TIME, KV_DTYPES[self.dtype])
 
     @property
     def pixel_bytes(self) -> int:
@@ -106,7 +105,7 @@ class Job:
 
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
         """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
-        itemsize, before = sizes.KV_DTYPES[dtype], sizes.KV_DTYPES[self.dtype]
+        itemsize, before = KV_DTYPES[dtype], KV_DTYPES[self.dtype]
         return replace(
             self,
             dtype=dtype,

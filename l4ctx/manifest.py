@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cache.sizes import KV_DTYPES, QUANTIZED
+from cache.layout import KV_DTYPES, QUANTIZED
 from l4ctx.errors import ContextError
 from l4ctx.private import open_private, temporary_of
 from model.config import BACKEND_NAMES

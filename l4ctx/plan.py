@@ -2,7 +2,7 @@
 
 Chooses tiers and the prefill chunk size, and computes what would help where that is not enough. Imports no torch, so
 that plans are quick. What is free, and what the process holds, is measured in `l4ctx.memory`; the bytes of keys and
-values are those of `cache.sizes`.
+values are those of `cache.layout`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from cache import sizes
-from cache.sizes import KVBytes, Residency, StoreLayout
+from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
 from l4ctx.formatting import human_bytes
 from l4ctx.job import NO_LIMITS, Job, Room
 from l4ctx.memory import SPARE_SHARE
@@ -90,7 +89,7 @@ class MemoryPlan:
             prefill_chunk_size,
             nothing,
             nothing,
-            activation_bytes(job.config, step, sizes.KV_DTYPES[job.dtype]),
+            activation_bytes(job.config, step, KV_DTYPES[job.dtype]),
         )
         device_rows = 0
         if room.accelerator is not None:
@@ -138,7 +137,7 @@ class MemoryPlan:
     @property
     def unbounded_cache(self) -> int:
         """Keys and values if every layer kept all of them."""
-        return sizes.unbounded_bytes(self.job.config, self.job.length, sizes.KV_DTYPES[self.job.dtype])
+        return unbounded_bytes(self.job.config, self.job.length, KV_DTYPES[self.job.dtype])
 
     @property
     def host_keys_values(self) -> int:

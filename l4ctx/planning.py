@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from cache.sizes import KV_DTYPES
+from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
 from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room

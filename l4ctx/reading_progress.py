@@ -18,7 +18,7 @@ from l4ctx.terminal import shortened
 from l4ctx.wrapping import cells
 
 if TYPE_CHECKING:
-    from cache.sizes import KVBytes
+    from cache.layout import KVBytes
     from l4ctx.activity import Activity
     from l4ctx.ask import Run
     from l4ctx.prefill import PrefillProgress

@@ -24,7 +24,7 @@ import torch
 
 from cache.disk import Scratch, as_bytes
 from cache.hybrid import HybridKVCache
-from cache.sizes import Residency, StoreLayout
+from cache.layout import Residency, StoreLayout
 from l4ctx.formatting import human_bytes
 from l4ctx.memory import PeakSampler, process_memory
 from l4ctx.prefill import prefill

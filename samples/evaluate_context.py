@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cache.hybrid import HybridKVCache
-from cache.sizes import StoreLayout
+from cache.layout import StoreLayout
 from evaluate_tiny import answer_to, make_document
 from l4ctx.context import ContextReader
 from l4ctx.formatting import human_bytes

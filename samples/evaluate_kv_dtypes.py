@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cache.hybrid import HybridKVCache
-from cache.sizes import KV_DTYPES
+from cache.layout import KV_DTYPES
 from evaluate_tiny import ROOM_FOR_ANSWER, answer_to, make_document
 from l4ctx.documents import Document
 from l4ctx.generate import GenerationConfig

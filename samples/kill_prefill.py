@@ -39,6 +39,7 @@ import context_toys
 import torch
 from context_toys import BLOCK, CHUNK, CONFIG, VOCABULARY, Kind, answer, block_digests, changed
 
+from cache.grid import grid_period
 from card_task import draw_card, draw_cards, random_size
 from l4ctx.context import Context
 from l4ctx.errors import ContextError
@@ -49,7 +50,6 @@ from l4ctx.image_tokens import ImageTokens
 from l4ctx.images import DocumentImage, read_image
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import HEAD
-from l4ctx.prefill import grid_period
 from model.vision import VisionTower
 from model.vision_config import VisionConfig
 

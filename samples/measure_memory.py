@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cache.sizes import bytes_per_token
+from cache.layout import bytes_per_token
 from evaluate_tiny import make_document
 from l4ctx.documents import Document
 from l4ctx.plan import TOKEN_ID_BYTES

@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.disk import Scratch, UnitFile, Units, write_units
+from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.sizes import Residency, StoreLayout
-from l4ctx.prefill import prefill_grid
+from cache.layout import Residency, StoreLayout
 from model.config import TextConfig
 from model.transformer import Transformer
 
@@ -42,9 +42,9 @@ def small_layout(
 ) -> StoreLayout:
     """NoPE blocks of so many attention chunks, in segments of so many (default: one segment)."""
     chunk = config.attention_chunk_size
-    chunk_bytes = chunk * sizes.layer_bytes_per_token(config, sizes.KV_DTYPES[dtype], batch_size)
+    chunk_bytes = chunk * store_layout.layer_bytes_per_token(config, store_layout.KV_DTYPES[dtype], batch_size)
     with mock.patch.multiple(
-        sizes,
+        store_layout,
         MIN_BLOCK_BYTES=block_chunks * chunk_bytes,
         MIN_SEGMENT_BYTES=1,
         MIN_SEGMENT_TOKENS=(segment_chunks or block_chunks) * chunk,

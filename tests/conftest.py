@@ -42,12 +42,12 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 def small_rows() -> Iterator[None]:
     """Contexts of toys have several rows of blocks, and do not wait for the disk: that fsync is called is the matter of
     test_context_kill.py."""
-    from cache import sizes
+    from cache import layout as store_layout
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+        patch.setattr(store_layout, "MIN_BLOCK_BYTES", 3 * 2**18)
+        patch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
+        patch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 1)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 

@@ -21,7 +21,7 @@ from error_budget import difference, in_float64, limit
 from torch import Tensor, nn
 
 from cache.hybrid import HybridKVCache
-from cache.sizes import Residency, StoreLayout
+from cache.layout import Residency, StoreLayout
 from l4ctx.context import Context, ContextReader, reusable
 from l4ctx.context_writer import ContextWriter
 from l4ctx.journal import Journal

@@ -21,9 +21,9 @@ MODEL_LAYERS = (  # each may import only from rows above its own
     {"checkpoint"},
 )
 CACHE_LAYERS = (
-    {"sizes"},
+    {"layout", "grid"},
     {"blocks", "disk"},
-    {"storage"},
+    {"packing"},
     {"tiers"},
     {"offloaded", "chunked"},
     {"hybrid"},
@@ -32,7 +32,7 @@ ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
     "model.config",
     "model.vision_config",
-    "cache.sizes",
+    "cache.layout",
     "l4ctx.job",
     "l4ctx.journal",
     "l4ctx.manifest",
@@ -84,7 +84,7 @@ def top(module: str) -> str:
 
 
 def row(module: str) -> int:
-    rows = [number for number, names in enumerate(ROWS[top(module)]) if module.split(".")[1] in names]
+    rows = [number for number, names in enumerate(ROWS[top(module)]) if module.split(".", 1)[1] in names]
     assert rows, f"{module} has no place in {top(module).upper()}_LAYERS: give it one"
     return rows[0]
 

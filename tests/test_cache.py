@@ -14,12 +14,12 @@ import torch
 from cached_paths import small_layout
 from torch import Tensor
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.blocks import empty_block
 from cache.chunked import ChunkedKVCache
 from cache.hybrid import HybridKVCache
+from cache.layout import Residency, StoreLayout
 from cache.offloaded import OffloadedKVCache
-from cache.sizes import Residency, StoreLayout
 from cache.tiers import Tiers
 from model.config import TextConfig
 
@@ -353,9 +353,9 @@ def llama4(name: str) -> TextConfig:
 def test_scout_in_bfloat16() -> None:
     """The figures of the README: 48 KiB a token, windows of 1.125 GiB, 192 GiB for an unbounded million tokens."""
     scout = llama4("scout")
-    assert sizes.layer_bytes_per_token(scout, 2) == 4 * 1024
-    assert sizes.bytes_per_token(scout, 2) == 48 * 1024
-    assert sizes.unbounded_bytes(scout, 2**20, 2) == 192 * 2**30
+    assert store_layout.layer_bytes_per_token(scout, 2) == 4 * 1024
+    assert store_layout.bytes_per_token(scout, 2) == 48 * 1024
+    assert store_layout.unbounded_bytes(scout, 2**20, 2) == 192 * 2**30
     layout = StoreLayout.of(scout, length=2**20, dtype="bfloat16")
     assert layout.window_bytes == 1.125 * 2**30 and layout.held(2**20).total == (48 + 1.125) * 2**30
     assert StoreLayout.of(scout, length=4096, dtype="bfloat16").window_bytes == 1.125 * 2**29
@@ -370,11 +370,11 @@ def test_blocks_are_whole_chunks_of_at_least_16_mib(name: str) -> None:
     for chunk in (7, 512, 2731, 4096, 8192, 100_000):
         for itemsize, batch_size in ((2, 1), (4, 1), (2, 3)):
             config = replace(released, attention_chunk_size=chunk)
-            tokens = sizes.block_tokens(config, itemsize, batch_size)
-            per_token = sizes.layer_bytes_per_token(config, itemsize, batch_size)
+            tokens = store_layout.block_tokens(config, itemsize, batch_size)
+            per_token = store_layout.layer_bytes_per_token(config, itemsize, batch_size)
             assert tokens % chunk == 0 and tokens * per_token >= 16 * 2**20
             assert (tokens - chunk) * per_token < 16 * 2**20
-            segment = sizes.segment_tokens(config, itemsize, batch_size)
+            segment = store_layout.segment_tokens(config, itemsize, batch_size)
             large_enough = [
                 n
                 for n in range(chunk, tokens + 1, chunk)
@@ -389,7 +389,7 @@ def test_the_cuts_depend_on_the_model_and_the_dtype_alone() -> None:
         layouts = [
             StoreLayout.of(CONFIG, length=length, dtype=dtype, kv_dtype=kv_dtype)
             for length in (1, 1000, 10**7)
-            for kv_dtype in ("auto", *sizes.KV_DTYPES)
+            for kv_dtype in ("auto", *store_layout.KV_DTYPES)
         ]
         assert len({(layout.block_tokens, layout.segment_tokens) for layout in layouts}) == 1
         other = layouts[0].computed_in("float16")

@@ -27,7 +27,7 @@ from cli_runner import (
 from context_toys import block_digests
 from PIL import Image
 
-from cache import sizes
+from cache import layout as store_layout
 
 SUFFIXES = ("bmp", "gif", "jpeg", "png", "tiff", "webp")
 TOKENS_PER_TILE = 16
@@ -266,9 +266,9 @@ def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
     import l4ctx.prefill
 
     monkeypatch.setenv("L4CTX_MODEL", str(changed_checkpoint(tmp_path / "short", attention_chunk_size=512)))
-    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 3 * 2**18)
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 1)
     read = l4ctx.prefill.prefill
 
     def some(*given: Any, **options: Any) -> Iterator[Any]:

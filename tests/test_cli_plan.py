@@ -41,7 +41,7 @@ from cli_runner import (
 )
 from context_toys import block_digests, files
 
-from cache import sizes
+from cache import layout as store_layout
 from l4ctx import planning
 from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES
@@ -53,9 +53,9 @@ MIB, GIB = 2**20, 2**30
 @pytest.fixture(scope="module", autouse=True)
 def _small_rows() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "MIN_BLOCK_BYTES", 3 * 2**18)
-        patch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-        patch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+        patch.setattr(store_layout, "MIN_BLOCK_BYTES", 3 * 2**18)
+        patch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
+        patch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 1)
         yield
 
 

@@ -385,7 +385,7 @@ def test_released_models_have_the_published_tensors(name: str) -> None:
     assert sum(p.numel() for p in ours.parameters()) == parameter_count(config)
 
 
-@pytest.mark.parametrize("module", ["model.config", "cache.sizes"])
+@pytest.mark.parametrize("module", ["model.config", "cache.layout"])
 def test_plans_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'safetensors'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

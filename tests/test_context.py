@@ -43,7 +43,7 @@ from context_toys import (
 import cache.disk
 from cache.disk import DiskFullError
 from cache.hybrid import HybridKVCache
-from cache.sizes import KV_DTYPES, Residency
+from cache.layout import KV_DTYPES, Residency
 from l4ctx.context import Context, ContextReader, common_prefix
 from l4ctx.context_writer import ContextWriter
 from l4ctx.errors import ContextError

@@ -16,8 +16,8 @@ from test_tiers import BLOCK, filled, restored, same, shown
 from cache.chunked import ChunkedKVCache
 from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
+from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
-from cache.sizes import Residency
 from cache.tiers import SealedBlock, Tiers
 from model.checkpoint import load_checkpoint
 

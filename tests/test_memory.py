@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.hybrid import HybridKVCache
 from l4ctx import memory
 from l4ctx.formatting import human_bytes
@@ -483,7 +483,7 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
     """Predicted at the end and at the most, then what is held."""
     of = config(num_hidden_layers=2, attention_chunk_size=8192, head_dim=128)
     job = Job(of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32")
-    budget = (16 + 1 + 16 * sizes.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
+    budget = (16 + 1 + 16 * store_layout.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
     plan = MemoryPlan.of(job, Room(kv_host=budget, disk_folder="x"))
     rows = table(
         report(
@@ -496,5 +496,5 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
     )
     assert rows["NoPE keys and values, host memory"] == ["21.2 MiB", "32.0 MiB", "21.2 MiB"]
     assert rows["NoPE keys and values, disk"] == ["96.0 MiB", "96.0 MiB", "96.0 MiB"]
-    assert rows["read buffers"] == [human_bytes(16 * sizes.READ_BUFFERS * MIB)] * 3
+    assert rows["read buffers"] == [human_bytes(16 * store_layout.READ_BUFFERS * MIB)] * 3
     assert "weights, mapped from the checkpoint" in rows

@@ -23,11 +23,12 @@ from error_budget import difference
 from torch import Tensor
 from toy_checkpoints import CHUNK, KINDS, Toys
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.disk import UnitFile
+from cache.grid import grid_period
+from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
-from cache.sizes import Residency
-from l4ctx.prefill import grid_period, prefill
+from l4ctx.prefill import prefill
 from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
 
@@ -255,7 +256,9 @@ def test_the_paths_seal_blocks_and_share_them(toys: Toys, scout: Transformer, mo
     monkeypatch.setattr(OffloadedKVCache, "fork", fork)
     forked(scout, ids)
     assert max(sealed) >= 3 and min(sealed) == 0 and all(all(shared) for shared in kept)
-    assert sizes.MIN_BLOCK_BYTES == 16 * 2**20 and sizes.MIN_SEGMENT_TOKENS == 8192  # `new_cache` has put them back
+    assert (
+        store_layout.MIN_BLOCK_BYTES == 16 * 2**20 and store_layout.MIN_SEGMENT_TOKENS == 8192
+    )  # `new_cache` has put them back
 
 
 def test_batch_rows_do_not_mix(toys: Toys, scout: Transformer) -> None:

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.disk import Scratch
+from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.sizes import KVBytes, Residency, StoreLayout
+from cache.layout import KVBytes, Residency, StoreLayout
 from l4ctx import processor
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.job import Job, Room
 from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
-from l4ctx.prefill import prefill, prefill_grid
+from l4ctx.prefill import prefill
 from l4ctx.processor import computing_dtype
 from model.config import TextConfig, activation_bytes, parameter_count
 from model.transformer import Transformer
@@ -55,9 +56,9 @@ def config(**changes: Any) -> TextConfig:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four attention chunks and segments of two in float32."""
-    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 4 * CHUNK * sizes.layer_bytes_per_token(config(), 4))
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_TOKENS", 2 * CHUNK)
+    monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 4 * CHUNK * store_layout.layer_bytes_per_token(config(), 4))
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 2 * CHUNK)
 
 
 def job(of: TextConfig | None = None, **changes: Any) -> Job:
@@ -231,7 +232,7 @@ def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers
 
 
 def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 2 * CHUNK * sizes.layer_bytes_per_token(config(), 4))
+    monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 2 * CHUNK * store_layout.layer_bytes_per_token(config(), 4))
     planned = MemoryPlan.of(job(kv_dtype="int8"))
     model = Transformer(config())
     cache = HybridKVCache(config(), length=109, kv_dtype="int8", residency=planned.residency)
@@ -246,7 +247,7 @@ def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_must_be_free() -> None:
     loaded, mapped = MemoryPlan.of(job(weights=10**9)), MemoryPlan.of(job(weights=10**9, weights_are_mapped=True))
     assert loaded.needed - mapped.needed == 10**9 == loaded.weights == mapped.weights
-    windows = 3 * CHUNK * sizes.layer_bytes_per_token(config(), 4)
+    windows = 3 * CHUNK * store_layout.layer_bytes_per_token(config(), 4)
     assert mapped.needed == windows + 2 * 109 * 160 + 400 + mapped.activations  # 160 bytes a layer and token
     assert mapped.activations == activation_bytes(config(), 2 * CHUNK, 4)
     long = MemoryPlan.of(job(prefill_chunk_size=10**6))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
 from l4ctx import planning
@@ -293,9 +293,9 @@ def test_bytes_read_from_disk_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch
         "dtype": "float32",
     }
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    monkeypatch.setattr(sizes, "MIN_BLOCK_BYTES", 1)
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_BYTES", 1)
-    monkeypatch.setattr(sizes, "MIN_SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 1)
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 1)
     report = planned(tmp_path, tokens=101, prefill_chunk_size=chunk, kv_dir=tmp_path, kv_host_memory=15_000)
     read = []
     original = UnitFile.read

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy_checkpoints import CHUNK, VOCABULARY, Toys
 
+from cache.grid import grid_period, prefill_grid
 from cache.hybrid import HybridKVCache
-from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, grid_period, prefill, prefill_grid
+from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill
 from model.checkpoint import load_checkpoint
 from model.config import reading_operations
 from model.transformer import Transformer

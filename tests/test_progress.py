@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from cache.sizes import KVBytes
+from cache.layout import KVBytes
 from l4ctx.prefill import PrefillProgress
 from l4ctx.progress import CHANGE_STEPS, CostModel
 from l4ctx.reading_progress import Reading, _rate

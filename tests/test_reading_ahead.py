@@ -19,7 +19,7 @@ from test_tiers import BLOCK, filled, restored, same, shown, together
 from cache.blocks import Block
 from cache.disk import DiskError, UnitFile, as_bytes
 from cache.hybrid import HybridKVCache
-from cache.sizes import READ_BUFFERS, Residency
+from cache.layout import READ_BUFFERS, Residency
 from cache.tiers import ahead
 
 ROWS = 5

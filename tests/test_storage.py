@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cache import sizes, storage
+from cache import layout as store_layout
+from cache import packing
 from cache.blocks import Block, empty_block
-from cache.sizes import StoreLayout
-from cache.storage import TORCH_DTYPES, Packed, empty_packed, pack, packed_from_bytes, shapes, unpack
+from cache.layout import StoreLayout
+from cache.packing import TORCH_DTYPES, Packed, empty_packed, pack, packed_from_bytes, shapes, unpack
 from model.config import TextConfig
 
 HEADS, HEAD_DIM, SEGMENT = 2, 10, 70  # two groups of 35 tokens
@@ -37,9 +38,9 @@ CONFIG = TextConfig.from_dict(
 )
 CPU = torch.device("cpu")
 COMPUTE = ("float32", "bfloat16", "float16")
-PAIRS = list(itertools.product(COMPUTE, sizes.KV_DTYPES))
+PAIRS = list(itertools.product(COMPUTE, store_layout.KV_DTYPES))
 CONVERTED = [(dtype, kv_dtype) for dtype, kv_dtype in PAIRS if dtype != kv_dtype]
-QUANTIZED = list(itertools.product(COMPUTE, sizes.QUANTIZED))
+QUANTIZED = list(itertools.product(COMPUTE, store_layout.QUANTIZED))
 LARGEST = {"int8": 127, "fp8": 448}
 
 
@@ -126,9 +127,9 @@ def test_shapes_and_bytes_are_the_layouts(dtype: str, kv_dtype: str, segment: in
     if layout.is_packed:
         assert all(x.is_contiguous() for _, x in packed.tensors)  # as they are written
     assert [name for name, _, _ in expected] == (
-        ["key_scales", "value_scales"] if kv_dtype in sizes.QUANTIZED else []
+        ["key_scales", "value_scales"] if kv_dtype in store_layout.QUANTIZED else []
     ) + ["keys", "values"]
-    if kv_dtype in sizes.QUANTIZED:
+    if kv_dtype in store_layout.QUANTIZED:
         assert expected[0][2] == (batch_size, HEADS, segment // layout.group_tokens, HEAD_DIM)
         assert expected[1][2] == (batch_size, HEADS, segment, 1)
 
@@ -161,7 +162,7 @@ def test_round_trips_stay_within_a_step(dtype: str, kv_dtype: str, segment: int,
     result = unpack(packed, layout, into)
     assert result is into
     rounding = torch.finfo(TORCH_DTYPES[dtype])
-    if kv_dtype not in sizes.QUANTIZED:
+    if kv_dtype not in store_layout.QUANTIZED:
         stored = torch.finfo(TORCH_DTYPES[kv_dtype])
         for x, y in zip(block, result, strict=True):
             assert torch.equal(y, x.to(TORCH_DTYPES[kv_dtype]).to(y.dtype))
@@ -233,7 +234,7 @@ def test_packing_again_what_was_unpacked(dtype: str, kv_dtype: str) -> None:
     once = pack(random_block(layout), layout)
     shown = unpacked(once, layout)
     twice = pack(shown, layout)
-    if kv_dtype not in sizes.QUANTIZED:
+    if kv_dtype not in store_layout.QUANTIZED:
         assert same(once, twice)
         return
     allowed = 1 if (dtype, kv_dtype) == ("bfloat16", "int8") else 0
@@ -269,7 +270,7 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: str, kv_d
     shown = unpacked(packed, layout)
     group_bytes = 4 * 2 * HEADS * 62 * HEAD_DIM
     for groups in (0, 1, 2, 4):
-        monkeypatch.setattr(storage, "PIECE_BYTES", groups * group_bytes)
+        monkeypatch.setattr(packing, "PIECE_BYTES", groups * group_bytes)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         assert same(pack(block, layout), packed)
         again = unpacked(packed, layout)
@@ -313,7 +314,7 @@ def test_extreme_values_stay_finite(dtype: str, kv_dtype: str) -> None:
     largest = torch.finfo(compute).max
     extremes = torch.tensor([largest, -largest, 3e38, -1e38, 65504, 65519, 65520, 7e4, 448, 1e-7, 1e-40, 1e-45, -1e-38])
     extremes = extremes.clamp(-largest, largest).to(compute)
-    held = min(largest, torch.finfo(TORCH_DTYPES[kv_dtype]).max if kv_dtype not in sizes.QUANTIZED else largest)
+    held = min(largest, torch.finfo(TORCH_DTYPES[kv_dtype]).max if kv_dtype not in store_layout.QUANTIZED else largest)
     for x in extremes:
         block = filled_block(layout, 0)
         for tensor in block:
@@ -330,7 +331,7 @@ def test_the_largest_scales_never_overflow() -> None:
     """The largest float32 / 127 * 127 is infinite; it and the numbers next to it come back finite."""
     largest = torch.tensor(torch.finfo(torch.float32).max).view(torch.int32).item()
     numbers = (largest - torch.arange(SEGMENT * HEADS * HEAD_DIM, dtype=torch.int32)).view(torch.float32)
-    for kv_dtype in sizes.QUANTIZED:
+    for kv_dtype in store_layout.QUANTIZED:
         layout = layout_of("float32", kv_dtype)
         block = filled_block(layout, 0)
         block.values[..., 4] = numbers[: SEGMENT * HEADS].view(1, HEADS, SEGMENT)
@@ -349,7 +350,7 @@ def test_what_is_not_finite_reaches_only_its_group(dtype: str, kv_dtype: str, ba
     clean = Block(clean.keys.clone(), clean.values.clone())
     block.keys[0, 1, 36, 3] = block.values[0, 0, 17, 2] = bad
     result = unpacked(pack(block, layout), layout)
-    if kv_dtype in sizes.QUANTIZED:
+    if kv_dtype in store_layout.QUANTIZED:
         keys, values = result.keys[0, 1, 35:, 3], result.values[0, 0, 17]
         assert not keys.isfinite().any() and not values.isfinite().any()  # the model's failure stays visible
         keys.copy_(clean.keys[0, 1, 35:, 3])
@@ -421,12 +422,12 @@ def test_working_memory_is_a_piece(monkeypatch: pytest.MonkeyPatch, dtype: str, 
     layout = layout_of(dtype, kv_dtype, segment=64 * 20)
     block, into = random_block(layout), filled_block(layout, 0)
     piece = 4 * HEADS * 64 * HEAD_DIM
-    monkeypatch.setattr(storage, "PIECE_BYTES", piece)
+    monkeypatch.setattr(packing, "PIECE_BYTES", piece)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    with Allocations() as packing:
+    with Allocations() as while_packing:
         packed = pack(block, layout)
-    large = sorted(size for size in packing.sizes if size > piece)
+    large = sorted(size for size in while_packing.sizes if size > piece)
     assert large == sorted(x.nbytes for _, x in packed.tensors if x.nbytes > piece)
-    with Allocations() as unpacking:
+    with Allocations() as while_unpacking:
         unpack(packed, layout, into)
-    assert max(unpacking.sizes, default=0) <= piece
+    assert max(while_unpacking.sizes, default=0) <= piece

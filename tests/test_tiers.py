@@ -15,14 +15,14 @@ from cached_paths import SavedRows, scratch
 from test_cache import CHUNK, CONFIG, LAYERS, Naive, make, pieces, random_keys_values, step, storage_bytes
 from torch import Tensor
 
-from cache import sizes
+from cache import layout as store_layout
 from cache.blocks import Block, empty_block
 from cache.disk import DiskFullError, Scratch, UnitFile, Units
+from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.sizes import Residency
-from cache.storage import pack, unpack
+from cache.layout import Residency
+from cache.packing import pack, unpack
 from cache.tiers import MAX_TRAVELLING_QUERIES, SealedBlock, Tiers
-from l4ctx.prefill import prefill_grid
 
 BLOCK = 2 * CHUNK
 PAIRS = [
@@ -377,7 +377,7 @@ def test_a_run_that_seals_nothing_needs_no_buffers(rows: Scratch) -> None:
     together([cache], BLOCK - 1)
     assert cache.held().buffers == cache.held().nope_disk == 0
     together([cache], 1)
-    expected = sizes.READ_BUFFERS * cache.layout.sealed_segment_bytes + cache.layout.segment_bytes
+    expected = store_layout.READ_BUFFERS * cache.layout.sealed_segment_bytes + cache.layout.segment_bytes
     assert cache.held().buffers == expected and cache.held().nope == 0
 
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cache.sizes import KV_DTYPES
+from cache.layout import KV_DTYPES
 from l4ctx.bench import llama_peer
 from l4ctx.bench.files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
 from l4ctx.bench.gguf_file import GGUFError, check_supported, gguf_bytes

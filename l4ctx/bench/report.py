@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cache.sizes import KV_DTYPES
+from cache.layout import KV_DTYPES
 from l4ctx.bench.jobs import Candidate, Measurement
 from l4ctx.bench.shares import decode_share, prefill_share
 from model.config import TextConfig

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cache.blocks import Block
-from cache.sizes import KV_DTYPES, QUANTIZED, StoreLayout
+from cache.layout import KV_DTYPES, QUANTIZED, StoreLayout
 
 TORCH_DTYPES = {
     "float32": torch.float32,
