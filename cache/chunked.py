@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cache.blocks import Block
-from model.backends import KVSegment
+from model.kernels.attend import KVSegment
 
 
 class ChunkedKVCache:

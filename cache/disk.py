@@ -7,7 +7,6 @@ short kills the process. Knows nothing of layers, blocks or contexts.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from model.weights.read_ahead import as_bytes, read_exactly
 
 MAX_HEADER_BYTES = 16 * 2**20
 ALIGNMENT = 64
@@ -79,14 +80,6 @@ class Unit:
     crc32: int
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, to be read or written in place."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.shape, tensor.stride(), tensor.device)
-    if tensor.nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
 def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base: int = 0) -> tuple[str, int]:
     """Writes a safetensors file at `base` of an open file; returns the header's SHA-256 (hex) and the bytes written.
 
@@ -120,17 +113,6 @@ def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base
             written = os.pwrite(descriptor, content, position)
             position, content = position + written, content[written:]
     return hashlib.sha256(head).hexdigest(), position - base
-
-
-def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fills the buffer; returns how many bytes there were."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
 
 
 class UnitFile:
@@ -173,7 +155,7 @@ class UnitFile:
                 found = "missing" if unit is None else f"{unit.nbytes:,} bytes long"
                 raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
             try:
-                done = _read_exactly(descriptor, into, self._data + unit.offset)
+                done = read_exactly(descriptor, into, self._data + unit.offset)
             except OverflowError as error:  # an offset beyond what a file can have
                 raise DiskError(f"{self.source}: cannot be read: {error}") from None
             except OSError as error:
@@ -226,12 +208,12 @@ class UnitFile:
     def _read_header(self, descriptor: int) -> None:
         length = bytearray(8)
         try:
-            done = _read_exactly(descriptor, memoryview(length), self._base)
+            done = read_exactly(descriptor, memoryview(length), self._base)
             size = int.from_bytes(length, "little")
             if done < 8 or size > MAX_HEADER_BYTES:
                 raise DiskError(f"{self.source}: damaged: it does not begin with a header")
             text = bytearray(size)
-            done = _read_exactly(descriptor, memoryview(text), self._base + 8)
+            done = read_exactly(descriptor, memoryview(text), self._base + 8)
         except OSError as error:
             raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         digest = hashlib.sha256(length + text).hexdigest()

@@ -18,8 +18,8 @@ from cache.disk import UnitFile
 from cache.layout import KVBytes, Residency, StoreLayout
 from cache.offloaded import OffloadedKVCache
 from cache.tiers import RowStore, SealedBlock, Tiers, unit_name
-from model.backends import KVSegment
 from model.config import TextConfig
+from model.kernels.attend import KVSegment
 
 
 class HybridKVCache:

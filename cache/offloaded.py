@@ -14,7 +14,7 @@ from torch import Tensor
 from cache.blocks import Block, empty_block
 from cache.layout import Residency
 from cache.tiers import SealedBlock, Tiers
-from model.backends import KVSegment
+from model.kernels.attend import KVSegment
 
 
 class OffloadedKVCache:

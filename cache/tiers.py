@@ -7,24 +7,21 @@ Knows nothing of offsets or of which layers a model has. What needs an accelerat
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from cache.blocks import Block, empty_block
-from cache.disk import UnitFile, Units, as_bytes
+from cache.disk import UnitFile, Units
 from cache.layout import READ_BUFFERS, Residency, StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
+from model.weights.read_ahead import ahead, as_bytes
 
 MAX_TRAVELLING_QUERIES = 16
 """With at most so many queries they go to a host block, and attention is computed there: fewer bytes travel."""
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class RowStore(Protocol):
@@ -225,13 +222,3 @@ class Tiers:
             for _, x in copies.tensors:
                 x.record_stream(current)  # its memory is not given away while attention still reads it
             yield copies
-
-
-def ahead(items: Iterable[T], load: Callable[[T], U], depth: int = 1) -> Iterator[U]:
-    """load(item) for each item in order, the `depth` next ones begun before one is handed out."""
-    begun: deque[U] = deque()
-    for item in items:
-        begun.append(load(item))
-        if len(begun) > depth:
-            yield begun.popleft()
-    yield from begun

@@ -27,7 +27,8 @@ from l4ctx.plan import MemoryPlan, MemoryPlanError
 from l4ctx.processor import computing_dtype
 from l4ctx.report import MemoryReport, Timing
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, check_kv_device_memory, check_kv_dir
-from model.config import Operations, TextConfig, reading_operations
+from model.config import TextConfig
+from model.costs import Operations, reading_operations
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt
     from l4ctx.tokenizer import Tokenizer
-    from model.checkpoint import StoredTensor
     from model.transformer import Transformer
+    from model.weights.shards import StoredTensor
 
 SKIPPED_LINES = 12
 
@@ -190,7 +191,8 @@ class Run:
 
         Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
         """
-        from model.checkpoint import can_be_mapped, stored_dtype, stored_parameters
+        from model.weights.loading import can_be_mapped, stored_parameters
+        from model.weights.shards import stored_dtype
 
         self.tell("planning memory")
         is_mappable = can_be_mapped(self._stored)
@@ -241,7 +243,7 @@ class Run:
         """
         from cache.disk import Scratch
         from cache.hybrid import HybridKVCache
-        from model.checkpoint import load_checkpoint
+        from model.weights.loading import load_checkpoint
 
         began = time.perf_counter()
         self.tell("loading weights")
@@ -397,7 +399,8 @@ class Run:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
         from l4ctx.generate import GenerationConfig
-        from model.checkpoint import checked_tensors, unused_weights
+        from model.weights.loading import checked_tensors
+        from model.weights.shards import unused_weights
 
         self._device = usable_device(self.request.device)
         self._stored = checked_tensors(self.request.model, self.config)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache.blocks import Block
-from cache.disk import DiskError, UnitFile, UnreadableError, as_bytes
+from cache.disk import DiskError, UnitFile, UnreadableError
 from cache.grid import grid_period
 from cache.layout import StoreLayout
 from l4ctx.difference import first_difference
@@ -35,6 +35,7 @@ from l4ctx.locks import Lock, is_being_written, readers_lock
 from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, Recipe, read_manifest, read_small
 from l4ctx.spans import ImageSpan, Span, same_until
 from l4ctx.states import State, Stored, digest, replay
+from model.weights.read_ahead import as_bytes
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache

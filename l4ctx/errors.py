@@ -12,7 +12,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.documents.DocumentError": INPUT,
     "l4ctx.errors.RequestError": INPUT,
     "model.config.ConfigError": CHECKPOINT,
-    "model.checkpoint.CheckpointError": CHECKPOINT,
+    "model.weights.shards.CheckpointError": CHECKPOINT,
     "l4ctx.image_processing.ImageProcessingError": CHECKPOINT,
     "l4ctx.tokenizer.TokenizerError": CHECKPOINT,
     "l4ctx.prompt.PromptError": CHECKPOINT,

@@ -19,9 +19,9 @@ from l4ctx.tokenizer import TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
     from l4ctx.image_processing import ImageProcessing
-    from model.checkpoint import StoredTensor
     from model.config import TextConfig
-    from model.vision_config import VisionConfig
+    from model.vision.config import VisionConfig
+    from model.weights.shards import StoredTensor
 
 FIELDS = ("config", "weights", "tokenizer", "template")
 SAMPLE_BYTES = 4096
@@ -95,7 +95,7 @@ def _of_weights(stored: Mapping[str, StoredTensor]) -> str:
 
 def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
     """One digest for each of some tensors of one shard. Raises CheckpointError."""
-    from model.checkpoint import CheckpointError  # here: it imports torch
+    from model.weights.shards import CheckpointError
 
     digests = []
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 from l4ctx.image_prompt import ImagePrompter, PlacedImage
 from l4ctx.image_tiles import image_tiles, normalized
 from l4ctx.images import ImageError
-from l4ctx.job import TILES_AT_A_TIME
-from model.vision import VisionTower
+from model.vision.config import TILES_AT_A_TIME
+from model.vision.tower import VisionTower
 
 
 class ImageFeatures:

@@ -15,15 +15,16 @@ from l4ctx.errors import RequestError
 from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.image_tiles import tiling_bytes
 from l4ctx.job import ImageWork
-from model.config import ConfigError, Operations, TextConfig
-from model.vision_config import VisionConfig, vision_operations, vision_parameter_count
+from model.config import ConfigError, TextConfig
+from model.costs import Operations
+from model.vision.config import VisionConfig, vision_operations, vision_parameter_count
 
 if TYPE_CHECKING:
     import torch
 
     from l4ctx.image_features import ImageFeatures
     from l4ctx.tokenizer import Tokenizer
-    from model.checkpoint import StoredTensor
+    from model.weights.shards import StoredTensor
 
 
 class ImageUse:
@@ -51,7 +52,7 @@ class ImageUse:
 
     def stored_tensors(self) -> dict[str, StoredTensor]:
         """Of the vision tower, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
-        from model.checkpoint import checked_vision_tensors
+        from model.weights.loading import checked_vision_tensors
 
         return checked_vision_tensors(self._model, self._usable_vision(), self._config.hidden_size)
 
@@ -122,7 +123,7 @@ class ImageReading:
     ) -> ImageFeatures:
         """The features of the prompt's images. Raises CheckpointError."""
         from l4ctx.image_features import ImageFeatures
-        from model.checkpoint import load_vision
+        from model.weights.loading import load_vision
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "is_mapped": is_mapped}
         return ImageFeatures(

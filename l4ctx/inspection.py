@@ -19,15 +19,16 @@ from l4ctx.errors import CHECKPOINT, CONTEXT, UsageError, name_of_known
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import FORMAT, VERSION, read_manifest, saved_checkpoint
 from l4ctx.model_folder import what_it_is
-from model.config import ConfigError, TextConfig, parameter_count
-from model.vision_config import VisionConfig
+from model.config import ConfigError, TextConfig
+from model.costs import parameter_count
+from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.context import Context
     from l4ctx.spans import ImageSpan, Span
     from l4ctx.states import State
     from l4ctx.tokenizer import Tokenizer
-    from model.checkpoint import StoredTensor
+    from model.weights.shards import StoredTensor
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 READ_WHOLE = (
@@ -111,7 +112,8 @@ def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.generate import GenerationConfig
     from l4ctx.prompt import ChatTemplate, check_template
     from l4ctx.tokenizer import Tokenizer, read_json
-    from model.checkpoint import can_be_mapped, checked_tensors, unused_weights
+    from model.weights.loading import can_be_mapped, checked_tensors
+    from model.weights.shards import unused_weights
 
     raw = _attempt(report, folder / CONFIG, read_json, folder / CONFIG)
     config = None if raw is None else _attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
@@ -168,7 +170,7 @@ def _check_vision(
     """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
     from l4ctx.image_processing import ImageProcessing
     from l4ctx.image_tokens import ImageTokens
-    from model.checkpoint import checked_vision_tensors
+    from model.weights.loading import checked_vision_tensors
 
     if text and report["vision"]["has_tensors"]:
         _attempt(report, folder, checked_vision_tensors, folder, vision, text.hidden_size)
@@ -220,13 +222,13 @@ def _config_fields(config: TextConfig) -> Report:
 
 def _shards(folder: Path) -> list[Path]:
     """Raises CheckpointError."""
-    from model.checkpoint import shard_files
+    from model.weights.shards import shard_files
 
     return shard_files(folder)
 
 
 def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
-    from model.checkpoint import DTYPES
+    from model.weights.shards import DTYPES
 
     dtypes: Counter[str] = Counter()  # tensors of the text model
     sums: Counter[str] = Counter()
@@ -258,7 +260,7 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
 
 def _owner(tensor: StoredTensor) -> str:
     """Of a tensor that is not the text model's: the vision part, or nobody."""
-    from model.checkpoint import IGNORED_PREFIXES
+    from model.weights.shards import IGNORED_PREFIXES
 
     if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
         return "vision_"
@@ -269,7 +271,7 @@ def _header(shard: Path) -> list[StoredTensor]:
     """A shard's tensors, in the order in which they lie in it. Raises CheckpointError and SafetensorError."""
     from safetensors import safe_open
 
-    from model.checkpoint import CheckpointError, read_header
+    from model.weights.shards import CheckpointError, read_header
 
     if not shard.is_file():
         raise CheckpointError(f"{shard}: missing shard; download it again")
@@ -282,7 +284,7 @@ def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> 
     """Reads the tensors, a piece at a time, and names those that hold NaN or infinities. Raises OSError."""
     import torch
 
-    from model.checkpoint import DTYPES
+    from model.weights.shards import DTYPES
 
     buffer = bytearray(PIECE_BYTES)
     with shard.open("rb") as stream:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from cache.layout import KV_DTYPES, StoreLayout
 from model.config import TextConfig
-from model.vision_config import VisionConfig, vision_activation_bytes
+from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,6 @@ class Room:
 
 
 NO_LIMITS = Room()
-
-TILES_AT_A_TIME = 4
-"""Image tiles that the vision tower sees in one forward."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_b
 from l4ctx.formatting import human_bytes
 from l4ctx.job import NO_LIMITS, Job, Room
 from l4ctx.memory import SPARE_SHARE
-from model.config import activation_bytes
+from model.costs import activation_bytes
 
 TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20

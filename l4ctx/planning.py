@@ -23,13 +23,14 @@ from l4ctx.memory import available_disk, available_memory, available_on_gpu
 from l4ctx.plan import MemoryPlan, tokens_that_fit
 from l4ctx.processor import computing_dtype, default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
-from model.config import Operations, TextConfig, parameter_count, reading_operations
+from model.config import TextConfig
+from model.costs import Operations, parameter_count, reading_operations
 
 if TYPE_CHECKING:
     from l4ctx.documents import Skipped
     from l4ctx.image_prompt import PlacedImage
     from l4ctx.image_use import ImageReading
-    from model.checkpoint import StoredTensor
+    from model.weights.shards import StoredTensor
 
 Note = Callable[[str], None]
 MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
@@ -215,14 +216,8 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
     Without shards by config.json.
     """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
-    from model.checkpoint import (
-        CheckpointError,
-        can_be_mapped,
-        checked_tensors,
-        stored_dtype,
-        stored_parameters,
-        unused_weights,
-    )
+    from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
+    from model.weights.shards import CheckpointError, stored_dtype, unused_weights
 
     try:
         stored = checked_tensors(request.model, config)
@@ -272,7 +267,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
 
 def _tower(images: ImageUse, note: Note) -> dict[str, StoredTensor] | None:
     """The vision tower's tensors; None where they have to be counted by config.json."""
-    from model.checkpoint import CheckpointError
+    from model.weights.shards import CheckpointError
 
     try:
         return images.stored_tensors()
@@ -345,9 +340,9 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     from torch.nn.functional import silu
 
     from l4ctx.bench.ceilings import Work, growing, growing_rate
-    from model.backends import KVSegment, attend
-    from model.masks import AttentionMask
-    from model.registry import backend
+    from model.kernels.attend import KVSegment, attend
+    from model.kernels.masks import AttentionMask
+    from model.kernels.registry import backend
 
     made = {"dtype": getattr(torch, dtype), "device": device}
     share = -(-tokens * config.num_experts_per_tok // config.num_local_experts) if config.moe_layers else tokens

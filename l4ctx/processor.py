@@ -79,7 +79,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def default_attention(dtype: str, *, on_accelerator: bool) -> str:
-    """The attention backend that is the quickest for this dtype, of those in model/registry.py.
+    """The attention backend that is the quickest for this dtype, of those in model/kernels/registry.py.
 
     With AVX512_BF16 alone the fused kernels make no use of it: products are 1.5 to 1.8 times as fast. With AMX, which
     has not been measured, they do.

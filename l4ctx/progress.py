@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from model.config import Operations
+from model.costs import Operations
 
 FORGETTING = 2
 """Of n steps, the i-th weighs (i / n) ** FORGETTING in the fit: the last third more than all before it, however many

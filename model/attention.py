@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends import Backend, KVSegment, attend
 from model.config import TextConfig
+from model.kernels.attend import Backend, KVSegment, attend
+from model.kernels.masks import AttentionMask
 from model.layers import Linear, in_pieces
-from model.masks import AttentionMask
 from model.rope import phases, rotate
 
 

@@ -16,7 +16,7 @@ from typing import Any
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
 BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
-"""Ways to compute attention; model/registry.py has them."""
+"""Ways to compute attention; model/kernels/registry.py has them."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -330,83 +330,3 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
                 "layer_types: disagrees with no_rope_layers; only RoPE layers with chunked attention "
                 "and NoPE layers with full attention are supported"
             )
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Useful floating-point operations (a multiply-add counts 2) by kind; nothing masked or skipped is counted."""
-
-    linear: int
-    chunked_attention: int
-    full_attention: int
-
-    @property
-    def total(self) -> int:
-        return self.linear + self.chunked_attention + self.full_attention
-
-
-def layer_parameters(config: TextConfig, layer: int, *, active: bool = False) -> int:
-    """Weights of one layer; with `active` only those of matrices that one token is multiplied with."""
-    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
-    attention = c * q + 2 * c * kv + q * c
-    expert = 3 * c * config.intermediate_size
-    if config.is_moe(layer):
-        used = config.num_experts_per_tok if active else config.num_local_experts
-        feed_forward = c * config.num_local_experts + (used + 1) * expert
-    else:
-        feed_forward = 3 * c * config.intermediate_size_mlp
-    biases_and_norms = 2 * c + (q + 2 * kv + c if config.attention_bias else 0)
-    return attention + feed_forward + (0 if active else biases_and_norms)
-
-
-def parameter_count(config: TextConfig) -> int:
-    """Weights of the text model; tied embeddings count once."""
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    layers = sum(layer_parameters(config, layer) for layer in range(config.num_hidden_layers))
-    return embeddings + config.hidden_size + layers
-
-
-def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
-    """Operations to read tokens start .. stop - 1 into a cache: of the last layer keys and values only, no logits."""
-    tokens = stop - start
-    last = config.num_hidden_layers - 1
-    linear = sum(2 * tokens * layer_parameters(config, layer, active=True) for layer in range(last))
-    linear += 2 * tokens * 2 * config.hidden_size * kv_size(config)
-    per_pair = 4 * query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
-    flags = config.no_rope_layers[:last]
-    chunked = sum(flags) * per_pair * (_chunked_pairs(config, stop) - _chunked_pairs(config, start))
-    full = (last - sum(flags)) * per_pair * (_causal_pairs(stop) - _causal_pairs(start))
-    return Operations(linear, chunked, full)
-
-
-def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
-    """What one forward of `tokens` tokens holds at most besides weights and cache, in bytes; an upper estimate.
-
-    The larger of attention (residual stream, its norm, projections; output and a segment's share of it being merged in
-    float32) and of a feed-forward whose tokens all fall to one expert.
-    """
-    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
-    merging = 5 * max(q, kv) * 4 + 28 * config.num_attention_heads + 4 * config.head_dim
-    attention = (2 * c + q + 2 * kv) * itemsize + merging
-    copies = config.num_experts_per_tok if config.moe_layers else 0
-    dense = config.intermediate_size_mlp if len(config.moe_layers) < config.num_hidden_layers else 0
-    feed_forward = (5 * c + 2 * copies * c + 3 * max(config.intermediate_size * copies, dense)) * itemsize
-    return tokens * max(attention, feed_forward) + config.vocab_size * 4
-
-
-def query_size(config: TextConfig) -> int:
-    return config.num_attention_heads * config.head_dim
-
-
-def kv_size(config: TextConfig) -> int:
-    return config.num_key_value_heads * config.head_dim
-
-
-def _causal_pairs(tokens: int) -> int:
-    """Query-key pairs of causal attention over the first `tokens` positions."""
-    return tokens * (tokens + 1) // 2
-
-
-def _chunked_pairs(config: TextConfig, tokens: int) -> int:
-    chunks, rest = divmod(tokens, config.attention_chunk_size)
-    return chunks * _causal_pairs(config.attention_chunk_size) + _causal_pairs(rest)

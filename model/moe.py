@@ -32,7 +32,7 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights as published: transposed with respect to nn.Linear.
 
-    In memory they may lie as nn.Linear's do, which `model.checkpoint` sees to: one token is then quicker.
+    In memory they may lie as nn.Linear's do, which `model.weights.loading` sees to: one token is then quicker.
     """
 
     def __init__(self, config: TextConfig) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention, KVCache, Step
 from model.config import TextConfig
+from model.kernels.registry import backend
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
-from model.registry import backend
 
 
 class DecoderLayer(nn.Module):
@@ -47,7 +47,7 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`attention` names a backend of model/registry.py."""
+    """`attention` names a backend of model/kernels/registry.py."""
 
     def __init__(self, config: TextConfig, attention: str = "sdpa") -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from cache.layout import StoreLayout
 from l4ctx.formatting import human_bytes
 from l4ctx.memory import PeakSampler, give_back_free_memory, process_memory
 from l4ctx.prefill import prefill
-from model.config import reading_operations
+from model.costs import reading_operations
 
 
 class Line(NamedTuple):

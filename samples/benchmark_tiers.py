@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cache.disk import Scratch, as_bytes
+from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.layout import Residency, StoreLayout
 from l4ctx.formatting import human_bytes
@@ -30,6 +30,7 @@ from l4ctx.memory import PeakSampler, process_memory
 from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.transformer import Transformer
+from model.weights.read_ahead import as_bytes
 
 CONFIG = TextConfig.from_dict(
     {

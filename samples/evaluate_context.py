@@ -31,8 +31,8 @@ from l4ctx.generate import GenerationConfig
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, question, random_code
-from model.checkpoint import load_checkpoint
 from model.config import TextConfig
+from model.weights.loading import load_checkpoint
 
 ROOM = 256
 

@@ -38,8 +38,8 @@ from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, Prompt, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
-from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 KINDS = ("one tile", "many tiles", "sheet", "among texts")
 FORMATS = (("PNG", "png"), ("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))

@@ -24,7 +24,7 @@ from l4ctx.prefill import as_batch, prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
-from model.checkpoint import load_checkpoint
+from model.weights.loading import load_checkpoint
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
 from lookup_task import draw_entities, fact, question, random_code
-from model.checkpoint import load_checkpoint
 from model.config import BACKEND_NAMES
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 ROOM_FOR_ANSWER = 128  # tokens for a question with its answer, behind the document
 

@@ -50,8 +50,8 @@ from l4ctx.image_tokens import ImageTokens
 from l4ctx.images import DocumentImage, read_image
 from l4ctx.manifest import FILE as MANIFEST
 from l4ctx.manifest import HEAD
-from model.vision import VisionTower
-from model.vision_config import VisionConfig
+from model.vision.config import VisionConfig
+from model.vision.tower import VisionTower
 
 VISION: Any = VisionConfig.from_dict(
     {

@@ -55,11 +55,11 @@ def small_rows() -> Iterator[None]:
 @pytest.fixture
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of attention by matrix products so small that toys have several, with edges."""
-    from model import products
+    from model.kernels import matmul as matmul_module
 
     sizes = {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}
     for name, value in sizes.items():
-        monkeypatch.setattr(products, name, value)
+        monkeypatch.setattr(matmul_module, name, value)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,7 @@ import model.rope
 import model.transformer
 from model.attention import Attention
 from model.config import TextConfig
-from model.masks import AttentionMask
+from model.kernels.masks import AttentionMask
 from model.moe import MLP, Experts, MoE
 from model.transformer import Transformer
 

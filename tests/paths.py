@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.backends import KVSegment
+from model.kernels.attend import KVSegment
 from model.transformer import Transformer
 
 

@@ -11,14 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "cache", "l4ctx")  # each may import itself and those before it
 MODEL_LAYERS = (  # each may import only from rows above its own
-    {"config", "layers", "linearized"},
-    {"rope", "masks", "moe", "vision_config"},
-    {"backends", "vision"},
-    {"fused", "flex"},
-    {"products"},
-    {"attention", "registry"},
+    {"config", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
+    {"costs", "rope", "kernels.masks", "moe", "vision.config"},
+    {"kernels.attend", "vision.tower"},
+    {"kernels.eager", "kernels.sdpa", "kernels.flex"},
+    {"kernels.matmul"},
+    {"kernels.registry"},
+    {"attention"},
     {"transformer"},
-    {"checkpoint"},
+    {"weights.shards"},
+    {"weights.loading"},
 )
 CACHE_LAYERS = (
     {"layout", "grid"},
@@ -31,7 +33,8 @@ CACHE_LAYERS = (
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
     "model.config",
-    "model.vision_config",
+    "model.costs",
+    "model.vision.config",
     "cache.layout",
     "l4ctx.job",
     "l4ctx.journal",
@@ -90,7 +93,7 @@ def row(module: str) -> int:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"model", "model.config", "model.transformer", "model.checkpoint", *WITHOUT_TORCH} <= MODULES.keys()
+    assert {"model", "model.config", "model.transformer", "model.weights.loading", *WITHOUT_TORCH} <= MODULES.keys()
     placed = {f"{package}.{name}" for package, rows in ROWS.items() for names in rows for name in names}
     assert placed == {name for name in MODULES if name.startswith(("model.", "cache."))}
     assert "model.attention" in imports("model.transformer") and "torch" in imports("model.transformer")

@@ -11,11 +11,11 @@ import torch
 from error_budget import limit
 from torch import Tensor
 
-import model.fused
-from model.backends import AttentionState, KVSegment, attend, merge
+import model.kernels.sdpa
 from model.config import BACKEND_NAMES
-from model.masks import AttentionMask
-from model.registry import backend
+from model.kernels.attend import AttentionState, KVSegment, attend, merge
+from model.kernels.masks import AttentionMask
+from model.kernels.registry import backend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 10
 BACKENDS = {name: backend(name) for name in BACKEND_NAMES}
@@ -67,8 +67,8 @@ def cut(k: Tensor, v: Tensor, generator: random.Random) -> list[KVSegment]:
 def _kernel_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the fused kernel takes fewer key heads than query heads; older ones do not."""
     if request.param == "group by group":
-        monkeypatch.setattr(model.fused, "_groups_queries", lambda device_type: False)
-    elif not model.fused._groups_queries("cpu"):
+        monkeypatch.setattr(model.kernels.sdpa, "_groups_queries", lambda device_type: False)
+    elif not model.kernels.sdpa._groups_queries("cpu"):
         pytest.skip("this torch's kernel takes no fewer key heads than query heads")
 
 

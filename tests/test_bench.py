@@ -31,7 +31,8 @@ from l4ctx.bench.shares import (
 from l4ctx.bench.table import bench_table
 from l4ctx.errors import RequestError
 from l4ctx.terminal import rendered
-from model.config import TextConfig, reading_operations
+from model.config import TextConfig
+from model.costs import reading_operations
 
 OURS, THEIRS = Candidate("l4ctx", "float32", 8192, attention="sdpa"), Candidate("transformers", "bfloat16", 4096)
 TOY = {

@@ -19,8 +19,8 @@ from l4ctx.bench.gguf_file import GGUFError, check_supported, entries, gguf_byte
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.bench.weights import flat_config, random_model, write_random_checkpoint
-from model.checkpoint import load_checkpoint
 from model.config import TextConfig
+from model.weights.loading import load_checkpoint
 
 TOY = {  # what llama.cpp has, too
     "model_type": "llama4_text",

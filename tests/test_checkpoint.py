@@ -17,8 +17,9 @@ from error_budget import difference
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import Toys
 
-from model.checkpoint import CheckpointError, load_checkpoint, read_header, text_tensors
 from model.config import ConfigError, TextConfig
+from model.weights.loading import load_checkpoint
+from model.weights.shards import CheckpointError, read_header, text_tensors
 
 ROOT = Path(__file__).parents[1]
 NORM = "model.layers.3.input_layernorm.weight"
@@ -355,7 +356,7 @@ def test_headers_alone_tell_names_shapes_and_bytes(flat: Path, sharded: Path) ->
 
 
 MEMORY = """
-import sys, torch, model.checkpoint as checkpoint
+import sys, torch, model.weights.loading as checkpoint
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

@@ -44,7 +44,7 @@ from cli_runner import (
 from context_toys import block_digests, files
 
 import l4ctx.prefill
-from model.checkpoint import read_header
+from model.weights.shards import read_header
 
 pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK, ROW = 512, 1024

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_checkpoints import BASE, KINDS, Toys
 from transformers import Llama4Config
 
-from model.checkpoint import load_checkpoint
-from model.config import ConfigError, RopeParameters, TextConfig, parameter_count, reading_operations
+from model.config import ConfigError, RopeParameters, TextConfig
+from model.costs import parameter_count, reading_operations
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT.parent / "shared" / "llama4"

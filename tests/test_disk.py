@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cache import disk
-from cache.disk import DTYPE_NAMES, DiskError, DiskFullError, Scratch, UnitFile, as_bytes, write_units
+from cache.disk import DTYPE_NAMES, DiskError, DiskFullError, Scratch, UnitFile, write_units
+from model.weights.read_ahead import as_bytes
 
 Tensors = dict[str, list[tuple[str, Tensor]]]
 

@@ -22,8 +22,8 @@ from tokenizer_fixtures import toy_tokenizer_folder
 from l4ctx.fingerprint import FIELDS, differing, fingerprint
 from l4ctx.prompt import ChatTemplate, PromptError
 from l4ctx.tokenizer import Tokenizer, TokenizerError
-from model.checkpoint import CheckpointError, read_header, text_tensors
 from model.config import RopeParameters, TextConfig
+from model.weights.shards import CheckpointError, read_header, text_tensors
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "tiny"
 CONFIG = TextConfig.from_folder(SAMPLE)

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from toy_checkpoints import CHUNK, Toys
 
-import model.flex
-from model.backends import AttentionState, KVSegment, attend, eager
-from model.checkpoint import load_checkpoint
-from model.flex import flex
-from model.masks import AttentionMask
-from model.registry import backend
+import model.kernels.flex
+from model.kernels.attend import AttentionState, KVSegment, attend
+from model.kernels.eager import eager
+from model.kernels.flex import flex
+from model.kernels.masks import AttentionMask
+from model.kernels.registry import backend
+from model.weights.loading import load_checkpoint
 
 HEADS, HEAD_DIM = 6, 10
 TEN_MILLION = 10_000_000
@@ -145,14 +146,14 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_pieces_of_bounded_scores(chunk: int | None, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one query, of seven, and of all: equal to the whole, and pieces that see nothing are left out."""
     made: list[int] = []
-    uncompiled = model.flex._uncompiled
+    uncompiled = model.kernels.flex._uncompiled
 
     def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         made.append(4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
         return uncompiled(q, k, v, **options)
 
-    monkeypatch.setattr(model.flex, "MAX_SCORE_BYTES", scores)
-    monkeypatch.setattr(model.flex, "_uncompiled", recorded)
+    monkeypatch.setattr(model.kernels.flex, "MAX_SCORE_BYTES", scores)
+    monkeypatch.setattr(model.kernels.flex, "_uncompiled", recorded)
     check_equals_eager(0, range(50), range(50), chunk)
     at_once = {1: 1, 4 * HEADS * 50 * 7: 7}.get(scores, 50)
     assert len(made) == -(-50 // at_once) and max(made) == 4 * HEADS * 50 * at_once
@@ -163,11 +164,11 @@ def test_pieces_of_bounded_scores(chunk: int | None, scores: int, monkeypatch: p
 
 
 def test_lists_of_blocks_stay_bounded_on_a_gpu() -> None:
-    assert model.flex._queries_at_once("cuda", 40, 8192) == 2**20 // 64 * 128
+    assert model.kernels.flex._queries_at_once("cuda", 40, 8192) == 2**20 // 64 * 128
     for s in (0, 1, 128, 129, TEN_MILLION, 2**30):
-        at_once = model.flex._queries_at_once("cuda", 40, s)
+        at_once = model.kernels.flex._queries_at_once("cuda", 40, s)
         assert at_once % 128 == 0 and at_once >= 128
-        assert at_once // 128 * -(-s // 128) <= model.flex.MAX_BLOCKS or at_once == 128
+        assert at_once // 128 * -(-s // 128) <= model.kernels.flex.MAX_BLOCKS or at_once == 128
 
 
 @pytest.fixture
@@ -232,14 +233,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     """The GPU path on the CPU: traced by the real tracer, with its guards."""
     counter, real = Compiler(), torch.compile
     torch._dynamo.reset()
-    model.flex._compiled.cache_clear()
+    model.kernels.flex._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
-    model.flex._compiled()
+    model.kernels.flex._compiled()
     monkeypatch.undo()
-    monkeypatch.setattr(model.flex, "_uncompiled", model.flex._within_limit)
+    monkeypatch.setattr(model.kernels.flex, "_uncompiled", model.kernels.flex._within_limit)
     yield counter
     torch._dynamo.reset()
-    model.flex._compiled.cache_clear()
+    model.kernels.flex._compiled.cache_clear()
 
 
 def step(positions: range, segment: range, chunk: int | None) -> None:
@@ -271,7 +272,7 @@ def test_steps_of_a_run_are_compiled_a_few_times_only(compiler: Compiler) -> Non
 
 def test_the_limit_of_variants_is_an_error(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the usual silent fall back to what is not compiled, which would hold all scores in memory."""
-    monkeypatch.setattr(model.flex, "MAX_VARIANTS", 2)
+    monkeypatch.setattr(model.kernels.flex, "MAX_VARIANTS", 2)
     for chunk in (None, 3):
         step(range(9), range(9), chunk)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -289,7 +290,7 @@ def test_layers_and_older_segments_share_block_masks(monkeypatch: pytest.MonkeyP
     made = []
     original = AttentionMask.block_mask
     monkeypatch.setattr(AttentionMask, "block_mask", lambda *args: made.append(args[1:3]) or original(*args))
-    model.flex._block_mask.cache_clear()
+    model.kernels.flex._block_mask.cache_clear()
     for layer in range(3):
         for position in (100, 200, TEN_MILLION):
             for start in range(0, 100, 25):
@@ -300,7 +301,7 @@ def test_layers_and_older_segments_share_block_masks(monkeypatch: pytest.MonkeyP
 
 def test_without_auxiliary_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.8 is asked for the log-sum-exp in its own way."""
-    request, uncompiled = getattr(torch_flex, "AuxRequest", None), model.flex._uncompiled
+    request, uncompiled = getattr(torch_flex, "AuxRequest", None), model.kernels.flex._uncompiled
 
     def older(*args: Any, return_lse: bool, **options: Any) -> tuple[Tensor, Tensor]:
         assert return_lse
@@ -309,6 +310,6 @@ def test_without_auxiliary_requests(monkeypatch: pytest.MonkeyPatch) -> None:
         out, found = uncompiled(*args, **options, return_aux=request(lse=True))
         return out, found.lse
 
-    monkeypatch.setattr(model.flex, "_uncompiled", older)
+    monkeypatch.setattr(model.kernels.flex, "_uncompiled", older)
     monkeypatch.delattr(torch_flex, "AuxRequest", raising=False)
     check_equals_eager(0, range(9, 18), range(12), 7)

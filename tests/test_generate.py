@@ -16,8 +16,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from l4ctx.generate import GenerationConfig, GenerationConfigError, GenerationError, Sampling, choose, generate
 from l4ctx.prefill import prefill
-from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 PROMPT = [5, 61, 3, 3, 90, 17, 42, 8, 11, 2, 77]  # beyond one attention chunk of 7
 NEW_TOKENS = 30

@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_checkpoints import CHUNK, VOCABULARY, Toys
 
 from l4ctx.prefill import prefill
-from model.backends import AttentionState, KVSegment
-from model.checkpoint import load_checkpoint
-from model.config import Operations, TextConfig, reading_operations
-from model.masks import AttentionMask
+from model.config import TextConfig
+from model.costs import Operations, reading_operations
+from model.kernels.attend import AttentionState, KVSegment
+from model.kernels.masks import AttentionMask
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 LENGTH = 7 * CHUNK + 4
 SIZES = (3, CHUNK, 2 * CHUNK, 5 * CHUNK + 1, 1000)  # prefill chunks: of a part of an attention chunk, several, all

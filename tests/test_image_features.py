@@ -25,9 +25,9 @@ from l4ctx.image_tokens import ImageTokens
 from l4ctx.images import DocumentImage, ImageError, read_image
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.spans import same_until
-from model.checkpoint import load_checkpoint, load_vision
 from model.transformer import Transformer
-from model.vision_config import VisionConfig
+from model.vision.config import VisionConfig
+from model.weights.loading import load_checkpoint, load_vision
 
 SIDE = 28
 VISION: dict[str, Any] = {

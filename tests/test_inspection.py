@@ -31,7 +31,8 @@ from l4ctx import inspection
 from l4ctx.context import Context
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
-from model.config import TextConfig, parameter_count
+from model.config import TextConfig
+from model.costs import parameter_count
 
 INDEX = "model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ from cache.hybrid import HybridKVCache
 from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
 from cache.tiers import SealedBlock, Tiers
-from model.checkpoint import load_checkpoint
+from model.weights.loading import load_checkpoint
 
 
 class InterruptedOnce:

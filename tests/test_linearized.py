@@ -12,15 +12,10 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoints import Toys
 
 from l4ctx.fingerprint import fingerprint
-from model.checkpoint import (
-    CheckpointError,
-    can_be_mapped,
-    checked_tensors,
-    load_checkpoint,
-    stored_parameters,
-    unused_weights,
-)
-from model.config import TextConfig, parameter_count
+from model.config import TextConfig
+from model.costs import parameter_count
+from model.weights.loading import can_be_mapped, checked_tensors, load_checkpoint, stored_parameters
+from model.weights.shards import CheckpointError, unused_weights
 
 Tensors = dict[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

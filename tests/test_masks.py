@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from model.masks import AttentionMask, Tile
+from model.kernels.masks import AttentionMask, Tile
 
 CHUNKS = (None, 1, 2, 3, 5, 7, 64)
 

@@ -9,8 +9,8 @@ import torch
 from toy_checkpoints import Toys
 
 import model.moe
-from model.checkpoint import load_checkpoint
 from model.moe import MoE
+from model.weights.loading import load_checkpoint
 
 
 def layers(model: torch.nn.Module) -> list[MoE]:

@@ -51,8 +51,8 @@ from toy_checkpoints import SCALES, Toys
 
 import model.rope
 import model.transformer
-from model.checkpoint import CheckpointError
 from model.moe import MLP, Experts
+from model.weights.shards import CheckpointError
 
 # name: (mutation, the configuration that catches it)
 MUTATIONS: dict[str, tuple[Mutation, str]] = {

@@ -12,9 +12,9 @@ from naive_model import naive_logits
 from paths import PATHS
 from toy_checkpoints import CHUNK, KINDS, LENGTHS, SCALES, Toy, Toys
 
-from model.checkpoint import load_checkpoint
 from model.config import BACKEND_NAMES
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 QUICK_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "flex")
 CASES = [*((1, length) for length in LENGTHS), (2, 33)]  # (batch, length)

@@ -29,8 +29,8 @@ from cache.grid import grid_period
 from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
 from l4ctx.prefill import prefill
-from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 CASES = {  # (batch, length) by standard deviation of the weights and attention backend
     (0.25, "sdpa"): (1, 61),

@@ -25,7 +25,8 @@ from l4ctx.job import Job, Room
 from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
 from l4ctx.prefill import prefill
 from l4ctx.processor import computing_dtype
-from model.config import TextConfig, activation_bytes, parameter_count
+from model.config import TextConfig
+from model.costs import activation_bytes, parameter_count
 from model.transformer import Transformer
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30

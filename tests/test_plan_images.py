@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from toy_checkpoints import BASE
 
-from l4ctx.job import TILES_AT_A_TIME, ImageWork, Job, Room
+from l4ctx.job import ImageWork, Job, Room
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
 from model.config import TextConfig
-from model.vision_config import VisionConfig, vision_activation_bytes
+from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 
 GIB = 2**30
 TEXT = TextConfig.from_dict({"model_type": "llama4_text", **BASE, "max_position_embeddings": 10**6})

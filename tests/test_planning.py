@@ -28,8 +28,9 @@ from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed
 from l4ctx.prefill import prefill
 from l4ctx.prompt import ChatTemplate, build_prompt
 from l4ctx.tokenizer import Tokenizer
-from model.checkpoint import load_checkpoint
-from model.config import ConfigError, TextConfig, parameter_count, reading_operations
+from model.config import ConfigError, TextConfig
+from model.costs import parameter_count, reading_operations
+from model.weights.loading import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "samples" / "tiny"

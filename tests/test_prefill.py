@@ -16,9 +16,9 @@ from toy_checkpoints import CHUNK, VOCABULARY, Toys
 from cache.grid import grid_period, prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill
-from model.checkpoint import load_checkpoint
-from model.config import reading_operations
+from model.costs import reading_operations
 from model.transformer import Transformer
+from model.weights.loading import load_checkpoint
 
 SIZES = (1, 2, 3, 5, 6, 7, 8, 13, 14, 15, 16, 20, 21, 1000)  # around the attention chunk of 7 and its multiples
 

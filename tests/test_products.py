@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import products
-from model.backends import AttentionState, KVSegment, attend
-from model.fused import sdpa
-from model.masks import AttentionMask
-from model.products import KEY_BLOCK, matmul
+from model.kernels import matmul as matmul_module
+from model.kernels.attend import AttentionState, KVSegment, attend
+from model.kernels.masks import AttentionMask
+from model.kernels.matmul import KEY_BLOCK, matmul
+from model.kernels.sdpa import sdpa
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 KEYS = 3 * KEY_BLOCK
@@ -78,13 +78,13 @@ def test_a_sample_that_misleads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     """A key with 60 more than the sample promises: the fused kernel computes those queries, in any tile."""
     q, k, v = tensors("normal")
     k[:, :, 1000] = q[:, ::2, 7] * 12  # between sampled keys, seen by all queries
-    calls, fused = [], products._fused
+    calls, fused = [], matmul_module._fused
 
     def counted(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> AttentionState:
         calls.append(is_causal)
         return fused(q, k, v, is_causal)
 
-    monkeypatch.setattr(products, "_fused", counted)
+    monkeypatch.setattr(matmul_module, "_fused", counted)
     for positions in (range(KEYS, KEYS + 512), range(KEYS - 512, KEYS)):
         out = attend(q, positions, [KVSegment(k, v, 0)], AttentionMask(), matmul)
         expected, _ = exact(q, k, v, positions)

@@ -20,7 +20,8 @@ from l4ctx.reading_progress import Reading, _rate
 from l4ctx.spans import Span
 from l4ctx.terminal import shortened
 from l4ctx.wrapping import cells
-from model.config import TextConfig, reading_operations
+from model.config import TextConfig
+from model.costs import reading_operations
 
 SCOUT = TextConfig.from_dict({"model_type": "llama4_text"})  # attention costs as much as the rest at 150,000 tokens
 LINEAR_ONLY = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 1, 1, 0), moe_layers=(0, 1, 2, 3))

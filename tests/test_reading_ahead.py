@@ -17,10 +17,10 @@ from test_cache import CONFIG, LAYERS, make, random_keys_values, storage_bytes
 from test_tiers import BLOCK, filled, restored, same, shown, together
 
 from cache.blocks import Block
-from cache.disk import DiskError, UnitFile, as_bytes
+from cache.disk import DiskError, UnitFile
 from cache.hybrid import HybridKVCache
 from cache.layout import READ_BUFFERS, Residency
-from cache.tiers import ahead
+from model.weights.read_ahead import ahead, as_bytes
 
 ROWS = 5
 UNITS = [f"1.{segment}" for _ in range(ROWS) for segment in range(2)]

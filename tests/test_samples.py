@@ -22,9 +22,11 @@ from l4ctx.images import read_image
 from l4ctx.prefill import as_batch
 from l4ctx.prompt import build_prompt
 from l4ctx.tokenizer import Tokenizer
-from model.checkpoint import checked_vision_tensors, load_checkpoint, load_vision, text_tensors
-from model.config import TextConfig, parameter_count
-from model.vision_config import VisionConfig, vision_parameter_count
+from model.config import TextConfig
+from model.costs import parameter_count
+from model.vision.config import VisionConfig, vision_parameter_count
+from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
+from model.weights.shards import text_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "samples" / "tiny"

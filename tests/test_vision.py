@@ -22,16 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_checkpoints import BASE, CHUNK, IMAGE_TOKEN, SCOUT, VOCABULARY, Kind, Toy, Toys, write_kind
 
 from cache.hybrid import HybridKVCache
-from model import vision
-from model.checkpoint import CheckpointError, checked_vision_tensors, load_checkpoint, load_vision, text_tensors
 from model.transformer import Transformer
-from model.vision import VisionTower
-from model.vision_config import (
+from model.vision import tower as tower_module
+from model.vision.config import (
     VisionConfig,
     vision_activation_bytes,
     vision_operations,
     vision_parameter_count,
 )
+from model.vision.tower import VisionTower
+from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
+from model.weights.shards import CheckpointError, text_tensors
 
 CAUGHT = 1e-3
 STD = 0.25
@@ -239,7 +240,7 @@ def test_pixels_of_another_size_are_refused(vision_toys: VisionToys) -> None:
 
 
 def rotation(change: Callable[[Tensor, VisionConfig], Tensor]) -> Callable[[VisionConfig], Tensor]:
-    right = vision.grid_rotation
+    right = tower_module.grid_rotation
     return lambda config: change(right(config), config)
 
 
@@ -248,7 +249,7 @@ def counted_from_0(table: Tensor, config: VisionConfig) -> Tensor:
     return torch.cat([table[:-1] * table[0].conj(), table[-1:]])
 
 
-def class_token_first(model: vision.VisionModel, pixels: Tensor) -> Tensor:
+def class_token_first(model: tower_module.VisionModel, pixels: Tensor) -> Tensor:
     patches = model.patch_embedding(pixels)
     classes = model.class_embedding.expand(len(patches), 1, -1)
     return torch.cat([classes, patches], 1) + model.positional_embedding_vlm
@@ -271,26 +272,34 @@ def halves_rotated(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1)
 
 
-def channels_last(embedding: vision.PatchEmbedding, pixels: Tensor) -> Tensor:
+def channels_last(embedding: tower_module.PatchEmbedding, pixels: Tensor) -> Tensor:
     size = embedding.patch_size
     squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 3, 5, 1)
     return embedding.linear(squares.flatten(3).flatten(1, 2))
 
 
 MUTATIONS: dict[str, tuple[object, str, Callable[..., Tensor]]] = {
-    "height before width": (vision, "grid_rotation", rotation(lambda table, _: table.roll(table.shape[1] // 2, 1))),
-    "positions from 0": (vision, "grid_rotation", rotation(counted_from_0)),
-    "rotated class token": (vision, "grid_rotation", rotation(lambda table, _: torch.cat([table[:-1], table[-2:-1]]))),
-    "another theta": (vision, "grid_rotation", rotation(lambda _, config: vision_rotation(config, 10000.0))),
-    "no rotation": (vision, "rotate", lambda x, table: x),
-    "halves rotated": (vision, "rotate", halves_rotated),
-    "class token first": (vision.VisionModel, "embed", class_token_first),
-    "columns before rows": (vision, "pixel_shuffle", shuffled((0, 3, 1, 2, 4, 5))),
-    "no transpose": (vision, "pixel_shuffle", shuffled((0, 1, 2, 3, 4, 5))),
-    "columns first in a square": (vision, "pixel_shuffle", shuffled((0, 1, 3, 4, 2, 5))),
-    "channels last": (vision.PatchEmbedding, "forward", channels_last),
-    "no activation after fc2": (vision.AdapterMLP, "forward", lambda mlp, x: mlp.fc2(F.gelu(mlp.fc1(x)))),
-    "no activation after fc1": (vision.AdapterMLP, "forward", lambda mlp, x: F.gelu(mlp.fc2(mlp.fc1(x)))),
+    "height before width": (
+        tower_module,
+        "grid_rotation",
+        rotation(lambda table, _: table.roll(table.shape[1] // 2, 1)),
+    ),
+    "positions from 0": (tower_module, "grid_rotation", rotation(counted_from_0)),
+    "rotated class token": (
+        tower_module,
+        "grid_rotation",
+        rotation(lambda table, _: torch.cat([table[:-1], table[-2:-1]])),
+    ),
+    "another theta": (tower_module, "grid_rotation", rotation(lambda _, config: vision_rotation(config, 10000.0))),
+    "no rotation": (tower_module, "rotate", lambda x, table: x),
+    "halves rotated": (tower_module, "rotate", halves_rotated),
+    "class token first": (tower_module.VisionModel, "embed", class_token_first),
+    "columns before rows": (tower_module, "pixel_shuffle", shuffled((0, 3, 1, 2, 4, 5))),
+    "no transpose": (tower_module, "pixel_shuffle", shuffled((0, 1, 2, 3, 4, 5))),
+    "columns first in a square": (tower_module, "pixel_shuffle", shuffled((0, 1, 3, 4, 2, 5))),
+    "channels last": (tower_module.PatchEmbedding, "forward", channels_last),
+    "no activation after fc2": (tower_module.AdapterMLP, "forward", lambda mlp, x: mlp.fc2(F.gelu(mlp.fc1(x)))),
+    "no activation after fc1": (tower_module.AdapterMLP, "forward", lambda mlp, x: F.gelu(mlp.fc2(mlp.fc1(x)))),
 }
 
 
@@ -298,7 +307,7 @@ def vision_rotation(config: VisionConfig, rope_theta: float) -> Tensor:
     return RIGHT_ROTATION(dataclasses.replace(config, rope_theta=rope_theta))
 
 
-RIGHT_ROTATION = vision.grid_rotation
+RIGHT_ROTATION = tower_module.grid_rotation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

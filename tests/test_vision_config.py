@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from model.config import ConfigError
-from model.vision_config import VisionConfig, vision_activation_bytes, vision_operations, vision_parameter_count
+from model.vision.config import VisionConfig, vision_activation_bytes, vision_operations, vision_parameter_count
 
 SHARED = Path(__file__).parents[2] / "shared" / "llama4"
 VISION: dict[str, Any] = {

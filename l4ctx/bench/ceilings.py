@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model.backends import KVSegment, attend
 from model.config import BACKEND_NAMES, TextConfig
+from model.kernels.attend import KVSegment, attend
+from model.kernels.masks import AttentionMask
+from model.kernels.registry import backend as backend_of
 from model.layers import linear
-from model.masks import AttentionMask
-from model.registry import backend as backend_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 SLOW_BACKENDS = ("eager", "flex")  # references, not kernels

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model.config import TextConfig, kv_size, query_size
+from model.config import TextConfig
+from model.costs import kv_size, query_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,12 +132,12 @@ def gguf_bytes(config: TextConfig, kind: str) -> int:
 def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
     """Writes the checkpoint in `folder` to `file`, in "f32", "f16" or "bf16"; holds one tensor at a time.
 
-    Raises GGUFError, and model.checkpoint.CheckpointError for a checkpoint that is not whole.
+    Raises GGUFError, and model.weights.shards.CheckpointError for a checkpoint that is not whole.
     """
     import gguf
     from safetensors import safe_open
 
-    from model.checkpoint import can_be_mapped, checked_tensors
+    from model.weights.loading import can_be_mapped, checked_tensors
 
     check_supported(config)
     stored = checked_tensors(folder, config)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import Operations, TextConfig, kv_size, layer_parameters, query_size, reading_operations
+from model.config import TextConfig
+from model.costs import Operations, kv_size, layer_parameters, query_size, reading_operations
 
 
 def first_token_operations(config: TextConfig, tokens: int) -> Operations:

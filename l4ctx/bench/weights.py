@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.checkpoint import in_memory
 from model.config import TextConfig
 from model.transformer import Transformer
+from model.weights.loading import in_memory
 
 STANDARD_DEVIATION, SEED = 0.02, 1
 PIECE_ELEMENTS = 2**24

@@ -57,8 +57,9 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
     import torch
 
     from l4ctx.device import usable_device
-    from model.checkpoint import can_be_mapped, checked_tensors, stored_dtype, stored_parameters
-    from model.config import parameter_count
+    from model.costs import parameter_count
+    from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
+    from model.weights.shards import stored_dtype
 
     config, device = text_config(job), usable_device(job.device)
     parameters, stored, is_mappable = parameter_count(config), config.torch_dtype, True
@@ -87,7 +88,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
     from l4ctx.bench.weights import random_model
     from l4ctx.generate import generate
     from l4ctx.prefill import prefill
-    from model.checkpoint import load_checkpoint
+    from model.weights.loading import load_checkpoint
 
     began, dtype = time.perf_counter(), getattr(torch, job.dtype)
     if job.folder is not None:

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's flex_attention, which reads the block masks of model/masks.py.
+"""Attention by PyTorch's flex_attention, which reads the block masks of model/kernels/masks.py.
 
 Compiled on a GPU, where it visits only blocks that hold a visible pair and applies the predicate only to those that are
 partly visible; uncompiled on a CPU, where it computes all scores and is there to be compared with. Knows nothing of how
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.backends import AttentionState, KVSegment
-from model.masks import AttentionMask
+from model.kernels.attend import AttentionState, KVSegment
+from model.kernels.masks import AttentionMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -13,6 +13,9 @@ from typing import Any
 
 from model.config import MAX_LAYERS, ConfigError, FieldReader, no_config, read_config
 
+TILES_AT_A_TIME = 4
+"""Image tiles that the vision tower sees in one forward."""
+
 MAX_GRID = 1024
 """Patches a side; 24 in the released checkpoints."""
 

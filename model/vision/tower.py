@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.layers import Linear
 from model.rope import rotate
-from model.vision_config import VisionConfig
+from model.vision.config import VisionConfig
 
 
 class LayerNorm(nn.LayerNorm):

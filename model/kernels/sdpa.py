@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.backends import AttentionState, KVSegment
-from model.masks import AttentionMask
+from model.kernels.attend import AttentionState, KVSegment
+from model.kernels.masks import AttentionMask
 
 Kernel = Callable[[Tensor, Tensor, Tensor], AttentionState]
 """Attention of queries (B, H, T, D) to keys and values (B or 1, H_kv, S, D) of one tile."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from model.backends import Backend, eager
-from model.fused import sdpa
-from model.products import matmul
+from model.kernels.attend import Backend
+from model.kernels.eager import eager
+from model.kernels.matmul import matmul
+from model.kernels.sdpa import sdpa
 
 
 def backend(name: str) -> Backend:
     """The backend of that name, one of model.config.BACKEND_NAMES."""
     if name == "flex":
-        from model.flex import flex
+        from model.kernels.flex import flex
 
         return flex
     return {"sdpa": sdpa, "matmul": matmul, "eager": eager}[name]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.masks import AttentionMask
+from model.kernels.masks import AttentionMask
 
 
 class KVSegment(NamedTuple):
@@ -82,21 +82,3 @@ def _merge_rows(total: AttentionState, rows: range, part: AttentionState) -> Att
     total.out[:, :, here] = merged.out
     total.lse[:, :, here] = merged.lse
     return total
-
-
-def eager(
-    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
-) -> Iterator[tuple[range, AttentionState]]:
-    """The reference: scores of T x S elements in float32, masked by the predicate alone."""
-    b, h, t, d = queries.shape
-    _, h_kv, s, _ = segment.keys.shape
-    keys, values = segment.keys.float(), segment.values.float()
-    grouped = queries.float().reshape(b, h_kv, h // h_kv * t, d)
-    scores = (grouped @ keys.transpose(-1, -2) * d**-0.5).view(b, h, t, s)
-    q_idx = torch.arange(positions.start, positions.stop, device=keys.device)[:, None]
-    kv_idx = torch.arange(segment.start, segment.start + s, device=keys.device)
-    scores.masked_fill_(~mask.mask_mod(0, 0, q_idx, kv_idx), -torch.inf)
-    lse = scores.logsumexp(-1)  # -inf for a query that sees nothing here
-    weights = (scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp_()
-    out = (weights.view(b, h_kv, h // h_kv * t, s) @ values).view(b, h, t, d)
-    yield range(t), AttentionState(out, lse)

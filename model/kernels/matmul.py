@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model.backends import AttentionState, KVSegment, merge
-from model.fused import by_tiles, causal_square, full, shared_rows
-from model.masks import AttentionMask
+from model.kernels.attend import AttentionState, KVSegment, merge
+from model.kernels.masks import AttentionMask
+from model.kernels.sdpa import by_tiles, causal_square, full, shared_rows
 
 KEY_BLOCK = 1024
 """Keys of one block of scores."""

@@ -1,0 +1,1 @@
+"""Attention: masks, the merging of partial results, and the backends that compute them."""

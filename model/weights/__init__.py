@@ -1,0 +1,1 @@
+"""Checkpoint files to a model built on the meta device."""

@@ -1,0 +1,43 @@
+"""Reads that are under way before they are needed, and tensors as plain bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def ahead(items: Iterable[T], load: Callable[[T], U], depth: int = 1) -> Iterator[U]:
+    """load(item) for each item in order, the `depth` next ones begun before one is handed out."""
+    begun: deque[U] = deque()
+    for item in items:
+        begun.append(load(item))
+        if len(begun) > depth:
+            yield begun.popleft()
+    yield from begun
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, to be read or written in place."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.shape, tensor.stride(), tensor.device)
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fills the buffer; returns how many bytes there were."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
