@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
 from l4ctx.context_use import ContextUse
-from l4ctx.device import free_on_accelerator, usable_device
 from l4ctx.documents import DocumentSet, Skipped, read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
 from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
-from l4ctx.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
+from l4ctx.machine.device import free_on_accelerator, usable_device
+from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
+from l4ctx.machine.processor import computing_dtype
 from l4ctx.plan import MemoryPlan, MemoryPlanError
-from l4ctx.processor import computing_dtype
 from l4ctx.report import MemoryReport, Timing
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig

@@ -32,7 +32,7 @@ from l4ctx.inputs import (
     standard_input,
     warn_of_forgotten_pipe,
 )
-from l4ctx.processor import share_cores
+from l4ctx.machine.processor import share_cores
 from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
 if TYPE_CHECKING:

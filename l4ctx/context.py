@@ -32,7 +32,8 @@ from l4ctx.difference import first_difference
 from l4ctx.errors import ContextError
 from l4ctx.journal import Journal, JournalError
 from l4ctx.locks import Lock, is_being_written, readers_lock
-from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, Recipe, read_manifest, read_small
+from l4ctx.machine.files import read_small
+from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, Recipe, read_manifest
 from l4ctx.spans import ImageSpan, Span, same_until
 from l4ctx.states import State, Stored, digest, replay
 from model.weights.read_ahead import as_bytes

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from cache.layout import StoreLayout
 from l4ctx.documents import folder_source
 from l4ctx.errors import ContextError, RequestError
+from l4ctx.machine.processor import default_attention
 from l4ctx.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
-from l4ctx.processor import default_attention
 from l4ctx.request import Request
 from model.config import TextConfig
 

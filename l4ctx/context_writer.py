@@ -24,6 +24,8 @@ from l4ctx.context import Context, read_head, reusable
 from l4ctx.errors import ContextError
 from l4ctx.journal import Journal, JournalError
 from l4ctx.locks import Lock, deletion_lock, writer_lock
+from l4ctx.machine.files import sync_folder, write_atomically
+from l4ctx.machine.private import make_folder, narrow, open_private
 from l4ctx.manifest import (
     BLOCKS,
     FILE,
@@ -34,11 +36,8 @@ from l4ctx.manifest import (
     Recipe,
     read_manifest,
     saved_recipe,
-    sync_folder,
-    write_atomically,
     write_manifest,
 )
-from l4ctx.private import make_folder, narrow, open_private
 from l4ctx.spans import ImageSpan, Span
 from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
 

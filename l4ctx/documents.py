@@ -20,11 +20,11 @@ from typing import BinaryIO
 
 from l4ctx.decoding import UndecodableError, decode, is_text
 from l4ctx.exclusion import Exclusion, Rules
-from l4ctx.files import SAMPLE_BYTES, kind, read_regular_file
 from l4ctx.formatting import human_bytes, printable
 from l4ctx.images import DocumentImage, ImageError, image_format, read_image
+from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
+from l4ctx.machine.memory import available_memory
 from l4ctx.manifest import is_context
-from l4ctx.memory import available_memory
 from l4ctx.payload import Payload, without_payload
 from l4ctx.pdf import PdfError, check_support, is_pdf, read_pdf
 from l4ctx.recognition import RTF, Kind, binary_kind, is_rtf

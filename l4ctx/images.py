@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l4ctx.files import read_regular_file
 from l4ctx.formatting import human_bytes
-from l4ctx.memory import available_memory
+from l4ctx.machine.files import read_regular_file
+from l4ctx.machine.memory import available_memory
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -72,7 +72,7 @@ def _question_text(read: Callable[[], bytes], name: str) -> str:
     try:
         text = read().decode("utf-8-sig")
     except FileNotFoundError as error:
-        from l4ctx.suggestions import did_you_mean
+        from l4ctx.machine.suggestions import did_you_mean
 
         raise UsageError(
             f"{printable(name)}: the question cannot be read: {error.strerror}{did_you_mean(name)}"

@@ -343,8 +343,8 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
 
 def _open_to_others(folder: Path) -> list[str]:
     """Names in the context, "." for the folder, that others than the owner may read, change or search."""
+    from l4ctx.machine.private import is_open_to_others
     from l4ctx.manifest import BLOCKS
-    from l4ctx.private import is_open_to_others
 
     found = []
     for path in (folder, *(path for part in (folder, folder / BLOCKS) if part.is_dir() for path in part.iterdir())):

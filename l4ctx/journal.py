@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from l4ctx.private import open_private, temporary_of
+from l4ctx.machine.private import open_private, temporary_of
 
 _DIGITS = 16
 _START = b"0" * _DIGITS

@@ -6,7 +6,6 @@ Knows nothing of what the context holds. Imports no torch.
 from __future__ import annotations
 
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 
 from cache.layout import KV_DTYPES, QUANTIZED
 from l4ctx.errors import ContextError
-from l4ctx.private import open_private, temporary_of
+from l4ctx.machine.files import read_small, write_atomically
 from model.config import BACKEND_NAMES
 
 FORMAT, VERSION = "l4ctx context", 1
@@ -25,7 +24,6 @@ FILE = "manifest.json"
 JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
 """The names of what lies beside it in the folder; l4ctx.context says what each is."""
 
-MAX_BYTES = 2**20
 _WHAT = {
     "block_tokens": "block size",
     "segment_tokens": "segment size",
@@ -102,23 +100,6 @@ def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None)
     write_atomically(folder / FILE, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Puts a small file there whole or not at all, for its owner alone, in place of the one of its name.
-
-    Raises OSError.
-    """
-    temporary = temporary_of(file)
-    try:
-        with open(open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(file.parent)
-
-
 def read_manifest(folder: Path) -> Recipe:
     """Raises ContextError for what is no context of this version, or damaged."""
     return _read(folder)[0]
@@ -137,7 +118,7 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
     try:
         text = read_small(file)
     except FileNotFoundError:
-        from l4ctx.suggestions import did_you_mean
+        from l4ctx.machine.suggestions import did_you_mean
 
         what = (
             f"not a saved context: it has no {FILE}"
@@ -201,15 +182,6 @@ def saved_recipe(folder: Path) -> Recipe | None:
     return None
 
 
-def read_small(file: Path) -> bytes:
-    """The bytes of a regular file, MAX_BYTES at most; a link, or a pipe in its place, is an OSError."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return stream.read(MAX_BYTES)
-
-
 def is_context(folder: str | Path) -> bool:
     """Whether a folder is a saved context, or one that is being made: not a document, nor a folder of them."""
     try:
@@ -227,14 +199,3 @@ def _typed(value: Any, kind: Any) -> Any:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names of new files in a folder durable, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

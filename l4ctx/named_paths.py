@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from l4ctx.errors import UsageError
 from l4ctx.formatting import counted, printable
-from l4ctx.suggestions import closest, is_missing
+from l4ctx.machine.suggestions import closest, is_missing
 
 SHOWN_CHARACTERS = 60  # of a question
 _WORD = re.compile(r"[^\W_][\w'’-]*[?!.,:;]*")

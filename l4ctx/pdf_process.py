@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4ctx.formatting import human_bytes
-from l4ctx.memory import available_memory, process_memory
+from l4ctx.machine.memory import available_memory, process_memory
 from l4ctx.pdf_worker import FRAME
 
 PAGE_SECONDS = 60.0  # for one page, and for opening the document

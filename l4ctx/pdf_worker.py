@@ -26,9 +26,9 @@ from contextlib import closing, contextmanager, suppress
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from l4ctx.files import read_regular_file
 from l4ctx.images import pixels_digest
-from l4ctx.memory import give_back_free_memory, process_memory
+from l4ctx.machine.files import read_regular_file
+from l4ctx.machine.memory import give_back_free_memory, process_memory
 
 try:
     import resource

@@ -1,8 +1,8 @@
 """What a run needs, by owner and tier: planned from closed forms before weights are loaded, and refused if too much.
 
 Chooses tiers and the prefill chunk size, and computes what would help where that is not enough. Imports no torch, so
-that plans are quick. What is free, and what the process holds, is measured in `l4ctx.memory`; the bytes of keys and
-values are those of `cache.layout`.
+that plans are quick. What is free, and what the process holds, is measured in `l4ctx.machine.memory`; the bytes of keys
+and values are those of `cache.layout`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
 from l4ctx.formatting import human_bytes
 from l4ctx.job import NO_LIMITS, Job, Room
-from l4ctx.memory import SPARE_SHARE
+from l4ctx.machine.memory import SPARE_SHARE
 from model.costs import activation_bytes
 
 TOKEN_ID_BYTES = 4

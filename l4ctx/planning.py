@@ -19,9 +19,10 @@ from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
 from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
-from l4ctx.memory import available_disk, available_memory, available_on_gpu
+from l4ctx.machine.device import available_on_gpu
+from l4ctx.machine.memory import available_disk, available_memory
+from l4ctx.machine.processor import computing_dtype, default_attention
 from l4ctx.plan import MemoryPlan, tokens_that_fit
-from l4ctx.processor import computing_dtype, default_attention
 from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
@@ -339,7 +340,7 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
     import torch
     from torch.nn.functional import silu
 
-    from l4ctx.bench.ceilings import Work, growing, growing_rate
+    from l4ctx.machine.timing import Work, growing, growing_rate
     from model.kernels.attend import KVSegment, attend
     from model.kernels.masks import AttentionMask
     from model.kernels.registry import backend

@@ -18,7 +18,7 @@ from torch import Tensor
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.layout import KVBytes
-from l4ctx.memory import give_back_free_memory
+from l4ctx.machine.memory import give_back_free_memory
 from model.transformer import Transformer
 
 if TYPE_CHECKING:

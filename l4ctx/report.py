@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.memory import ProcessMemory
+from l4ctx.machine.memory import ProcessMemory
 from l4ctx.plan import MemoryPlan
 
 if TYPE_CHECKING:

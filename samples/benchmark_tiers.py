@@ -26,7 +26,7 @@ from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.layout import Residency, StoreLayout
 from l4ctx.formatting import human_bytes
-from l4ctx.memory import PeakSampler, process_memory
+from l4ctx.machine.memory import PeakSampler, process_memory
 from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.transformer import Transformer

@@ -65,7 +65,7 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _plain_processor() -> Iterator[None]:
     """Defaults do not depend on the machine that the tests run on: computing is in float32, attention is sdpa."""
-    from l4ctx import processor
+    from l4ctx.machine import processor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processor, "processor_flags", lambda: frozenset[str]())

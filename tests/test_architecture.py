@@ -39,7 +39,7 @@ WITHOUT_TORCH = (
     "l4ctx.job",
     "l4ctx.journal",
     "l4ctx.manifest",
-    "l4ctx.memory",
+    "l4ctx.machine.memory",
     "l4ctx.model_folder",
     "l4ctx.pdf",
     "l4ctx.pdf_process",

@@ -19,6 +19,7 @@ from l4ctx.bench.gguf_file import GGUFError, check_supported, entries, gguf_byte
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.bench.weights import flat_config, random_model, write_random_checkpoint
+from l4ctx.machine import timing
 from model.config import TextConfig
 from model.weights.loading import load_checkpoint
 
@@ -69,7 +70,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(course, "run_worker", worker)
         monkeypatch.setattr(files, "run_worker", worker)
-        monkeypatch.setattr(ceilings, "SECONDS", 0.001)
+        monkeypatch.setattr(timing, "SECONDS", 0.001)
         monkeypatch.setattr(ceilings, "BYTES", 2**23)
         monkeypatch.setattr(ceilings, "QUERIES", 8)
         monkeypatch.setattr(ceilings, "KEYS", 16)
@@ -386,7 +387,7 @@ def test_a_file_that_comes_from_memory_is_said_to(monkeypatch: pytest.MonkeyPatc
 
 
 def test_dtypes_without_any_product_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "SECONDS", 0.001)
+    monkeypatch.setattr(timing, "SECONDS", 0.001)
     monkeypatch.setattr(ceilings, "BYTES", 2**23)
     monkeypatch.setattr(ceilings, "product_rate", lambda dtype, device: None)
     found = ceilings.measure(CONFIG, "cpu")

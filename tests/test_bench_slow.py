@@ -14,9 +14,10 @@ import pytest
 from cli_runner import check_refused, run_here, text_file
 
 from l4ctx.bench import ceilings, course
-from l4ctx.bench.ceilings import Work, growing, growing_rate
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
+from l4ctx.machine import timing
+from l4ctx.machine.timing import Work, growing, growing_rate
 from l4ctx.planning import measured_speed
 from model.config import TextConfig
 
@@ -52,8 +53,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Clock]:
     def make(rate: float) -> Clock:
         made = Clock(rate)
-        monkeypatch.setattr(ceilings, "best_seconds", made.best_seconds)
-        monkeypatch.setattr(ceilings, "Work", lambda call, amount: Work(lambda: amount, amount))
+        monkeypatch.setattr(timing, "best_seconds", made.best_seconds)
+        for module in (timing, ceilings):
+            monkeypatch.setattr(module, "Work", lambda call, amount: Work(lambda: amount, amount))
         return made
 
     return make
@@ -74,7 +76,7 @@ def test_work_grows_while_it_is_quick(rate: float, largest: int, monkeypatch: py
     def rows(size: int) -> Work:
         return Work(lambda: sizes.append(size) or 1000 * size / rate, 1000 * size)
 
-    monkeypatch.setattr(ceilings, "best_seconds", timed)
+    monkeypatch.setattr(timing, "best_seconds", timed)
     assert growing_rate(rows, growing(5000), "cpu", 0.3) == pytest.approx(rate)
     assert max(sizes) == sizes[-1] == largest
 
@@ -120,7 +122,7 @@ def test_slow_dtypes_are_measured_no_further(
     monkeypatch.setattr(ceilings, "attention_rate", lambda *_: 1.0)
     monkeypatch.setattr(ceilings, "read_rate", lambda *_: 1.0)
     monkeypatch.setattr(ceilings, "BYTES", 2**20)
-    monkeypatch.setattr(ceilings, "SECONDS", 0.001)
+    monkeypatch.setattr(timing, "SECONDS", 0.001)
     found = ceilings.measure(TextConfig.from_dict(WIDE), "cpu")
     assert list(found["product"]) == list(found["read"]) == fast
     assert all(list(by_dtype) == fast for by_dtype in found["attention"].values())

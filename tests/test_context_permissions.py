@@ -21,7 +21,8 @@ from l4ctx.context_writer import ContextWriter
 from l4ctx.errors import ContextError
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
-from l4ctx.manifest import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK, saved_recipe, write_atomically
+from l4ctx.machine.files import write_atomically
+from l4ctx.manifest import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK, saved_recipe
 
 IDS = tokens(3 * BLOCK + CHUNK + 3)
 OTHER = changed(IDS, BLOCK + 3)

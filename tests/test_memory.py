@@ -25,16 +25,16 @@ from torch.utils._pytree import tree_leaves
 
 from cache import layout as store_layout
 from cache.hybrid import HybridKVCache
-from l4ctx import memory
 from l4ctx.formatting import human_bytes
 from l4ctx.job import Job, Room
-from l4ctx.memory import (
+from l4ctx.machine import memory
+from l4ctx.machine.device import available_on_gpu
+from l4ctx.machine.memory import (
     PeakSampler,
     ProcessMemory,
     _cgroup_available,
     available_disk,
     available_memory,
-    available_on_gpu,
     process_memory,
 )
 from l4ctx.memory_table import memory_table
@@ -158,7 +158,7 @@ def test_activations_are_bounded_by_their_estimate(name: str, chunks: float, dty
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, l4ctx.memory; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, l4ctx.machine.memory; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -16,7 +16,7 @@ from pdf_toys import SCANNED, Page, mark, memory_bomb, noise, pdf, text, time_bo
 
 from l4ctx import pdf_process
 from l4ctx.images import DocumentImage, ImageError
-from l4ctx.memory import process_memory
+from l4ctx.machine.memory import process_memory
 from l4ctx.pdf import PdfError, PdfSupportMissing, page_bytes, read_pdf
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from l4ctx import processor
+from l4ctx.machine import processor
 from model.config import BACKEND_NAMES
 
 CPUINFO = """processor\t: 0

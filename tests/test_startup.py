@@ -65,7 +65,7 @@ def test_threads_do_not_spin_for_long_unless_the_user_says_so(given: dict[str, s
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     code = (
-        "import os, sys, l4ctx.processor\nl4ctx.processor.share_cores()\n"
+        "import os, sys, l4ctx.machine.processor\nl4ctx.processor.share_cores()\n"
         "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     )
     run = subprocess.run(

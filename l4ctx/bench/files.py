@@ -15,7 +15,7 @@ from l4ctx.bench.gguf_file import DTYPES, check_supported, gguf_bytes
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import run_worker
 from l4ctx.formatting import human_bytes
-from l4ctx.memory import available_disk
+from l4ctx.machine.memory import available_disk
 from l4ctx.plan import MemoryPlanError
 from model.config import TextConfig
 

@@ -18,8 +18,8 @@ from typing import IO, Any, NoReturn
 
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.errors import CODE_OF_ERROR
-from l4ctx.memory import ProcessMemory, process_memory
-from l4ctx.processor import without_sharing
+from l4ctx.machine.memory import ProcessMemory, process_memory
+from l4ctx.machine.processor import without_sharing
 
 WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench.worker import main; main()")
 SAMPLING_SECONDS = 0.02

@@ -16,7 +16,7 @@ from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_DECODE, Measurement, TimedRun, WorkerJob
 from l4ctx.errors import name_of_known, one_line
-from l4ctx.memory import PeakSampler, process_memory
+from l4ctx.machine.memory import PeakSampler, process_memory
 from model.config import TextConfig
 
 
@@ -56,7 +56,7 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
     """
     import torch
 
-    from l4ctx.device import usable_device
+    from l4ctx.machine.device import usable_device
     from model.costs import parameter_count
     from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
     from model.weights.shards import stored_dtype

@@ -10,6 +10,11 @@ import os
 import stat
 from collections.abc import Callable
 from io import FileIO
+from pathlib import Path
+
+from l4ctx.machine.private import open_private, temporary_of
+
+MAX_BYTES = 2**20
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to tell what it is
 
@@ -47,3 +52,40 @@ def _sample(file: FileIO) -> bytes:
     while len(sample) < SAMPLE_BYTES and (more := file.read(SAMPLE_BYTES - len(sample))):
         sample += more
     return sample
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Puts a small file there whole or not at all, for its owner alone, in place of the one of its name.
+
+    Raises OSError.
+    """
+    temporary = temporary_of(file)
+    try:
+        with open(open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def read_small(file: Path) -> bytes:
+    """The bytes of a regular file, MAX_BYTES at most; a link, or a pipe in its place, is an OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return stream.read(MAX_BYTES)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of new files in a folder durable, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

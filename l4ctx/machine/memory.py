@@ -136,38 +136,6 @@ def available_disk(folder: Path) -> int | None:
         return None
 
 
-class _NVMLMemory(ctypes.Structure):
-    """nvmlMemory_t (https://docs.nvidia.com/deploy/nvml-api)."""
-
-    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
-
-
-def available_on_gpu(index: int = 0) -> int | None:
-    """Bytes free on an NVIDIA GPU, as its driver's library says: without torch, and without using the GPU.
-
-    `index` counts those of CUDA_VISIBLE_DEVICES. None without such a GPU or library. Not run on a GPU yet.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
-    if names is not None and index >= len(names):
-        return None
-    name = str(index) if names is None else names[index]
-    handle, memory = ctypes.c_void_p(), _NVMLMemory()
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() != 0:
-            return None
-        if name.isdecimal():
-            found = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(name)), ctypes.byref(handle)) == 0
-        else:
-            found = nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) == 0
-        known = found and nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
-        nvml.nvmlShutdown()
-    except (OSError, AttributeError):
-        return None
-    return int(memory.free) if known else None
-
-
 def give_back_free_memory() -> None:
     """Returns what was freed to the system, where the allocator would keep it: glibc only, elsewhere nothing.
 

@@ -10,7 +10,7 @@ import os
 import platform
 from pathlib import Path
 
-from l4ctx.memory import SPARE_SHARE
+from l4ctx.machine.memory import SPARE_SHARE
 
 CPUINFO = Path("/proc/cpuinfo")
 WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})

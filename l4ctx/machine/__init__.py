@@ -1,0 +1,1 @@
+"""This machine: memory, processor, device, files, clocks."""

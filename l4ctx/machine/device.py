@@ -1,0 +1,68 @@
+"""Of --device: the one to compute on, and what is free there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from l4ctx.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+import ctypes
+import os
+
+
+def usable_device(name: str) -> torch.device:
+    """Of a --device. Raises RequestError."""
+    import torch
+
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise RequestError(f"--device {name}: no such device; auto, cpu and cuda are") from None
+    try:
+        torch.ones(1, device=device).item()  # fails on what cannot hold numbers, "meta" among them
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise RequestError(f"--device {name}: cannot be used here ({reason})") from None
+    return device
+
+
+def free_on_accelerator(device: torch.device) -> int | None:
+    """Bytes; None for the CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+class _NVMLMemory(ctypes.Structure):
+    """nvmlMemory_t (https://docs.nvidia.com/deploy/nvml-api)."""
+
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+
+def available_on_gpu(index: int = 0) -> int | None:
+    """Bytes free on an NVIDIA GPU, as its driver's library says: without torch, and without using the GPU.
+
+    `index` counts those of CUDA_VISIBLE_DEVICES. None without such a GPU or library. Not run on a GPU yet.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    if names is not None and index >= len(names):
+        return None
+    name = str(index) if names is None else names[index]
+    handle, memory = ctypes.c_void_p(), _NVMLMemory()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return None
+        if name.isdecimal():
+            found = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(name)), ctypes.byref(handle)) == 0
+        else:
+            found = nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) == 0
+        known = found and nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return int(memory.free) if known else None
