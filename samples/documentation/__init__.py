@@ -1,0 +1,1 @@
+"""What the documents of this repository show is made here."""
