@@ -1,0 +1,207 @@
+"""The documents: their commands run, or at least parse; their links and the names in them lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *(
+        file
+        for folder in ("l4ctx", "model", "cache", "samples", "tests")
+        for file in sorted((ROOT / folder).rglob("*.md"))
+    ),
+]
+PLACEHOLDERS = {"DIR": str(TINY), "/fast/disk": "."}  # what a reader puts something of their own in the place of
+ONLY_PARSED = ("bench", "--measure")  # minutes, or as fast as the processor is
+NOT_OURS = {".", "git", "jq", "mypy", "pytest", "python3", "ruff"}
+PDF = b"""%PDF-1.4
+1 0 obj << /Type /Catalog /Pages 2 0 R >> endobj
+2 0 obj << /Type /Pages /Kids [3 0 R] /Count 1 >> endobj
+3 0 obj << /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 5 0 R
+/Resources << /Font << /F1 4 0 R >> >> >> endobj
+4 0 obj << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> endobj
+5 0 obj << /Length 58 >> stream
+BT /F1 12 Tf 20 170 Td (The third quarter was the best.) Tj ET
+endstream endobj
+trailer << /Root 1 0 R >>
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a line of shell: its words, and the file that its standard input comes from."""
+
+    words: tuple[str, ...]
+    stdin: str | None
+    piped: bool  # from the command before it
+
+    @property
+    def name(self) -> str:
+        return self.words[0]
+
+
+def blocks(document: Path, language: str) -> Iterator[str]:
+    """The lines of all code blocks in `language`."""
+    for block in re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.M | re.S):
+        yield from block.splitlines()
+
+
+def commands(line: str) -> Iterator[Command]:
+    """The commands of a line, which may be joined by && or | and followed by a comment."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words: list[str] = []
+    stdin, piped = None, False
+    tokens = [*lexer, "&&"]
+    while tokens:
+        token = tokens.pop(0)
+        if token == "<":
+            stdin = tokens.pop(0)
+        elif token in ("&&", "|"):
+            if words:
+                yield Command(tuple(words), stdin, piped)
+            words, stdin, piped = [], None, token == "|"
+        else:
+            assert token not in (";", ">", "||", "&"), f"{line}: not understood here"
+            words.append(token)
+
+
+def run(command: Command, line: str) -> Result:
+    """The command as a reader would run it, or with --help behind it, which parses all that stands before."""
+    arguments = [PLACEHOLDERS.get(word, word) for word in command.words[1:]]
+    if any(word in ONLY_PARSED for word in arguments):
+        return run_here(*arguments, "--help")
+    stdin = (
+        Path(command.stdin).read_bytes() if command.stdin else b"Ada worked on the parser.\n" if command.piped else None
+    )
+    result = run_here(*arguments, stdin=stdin)
+    if "--json" in arguments:
+        assert json.loads(result.stdout)["answer"], line
+    return result
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which everything is that the documents' commands name."""
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    text_file(tmp_path / "docs" / "facts.md", "".join(fact_document(name, 80) for name in "ab"))
+    for name in ("report.md", "notes/today.md", "contract.txt", "old.txt", "new.txt"):
+        text_file(tmp_path / name, answer("c"))
+    text_file(tmp_path / "new.md", answer("d"))
+    text_file(tmp_path / "question.txt", question("c"))
+    (tmp_path / "report.pdf").write_bytes(PDF)
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "chart.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("L4CTX_MODEL", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["README.md", "MANUAL.md", "CONTRIBUTING.md"])
+def test_commands_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of l4ctx in the order of the document, in one folder; of the others only what is known is there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for line in blocks(ROOT / name, "sh"):
+        for command in commands(line):
+            if command.name == "l4ctx":
+                result = run(command, line)
+                assert result.code == 0, f"{name}: {line}\n{result}"
+            elif command.name == "export":
+                variable, _, value = command.words[1].partition("=")
+                monkeypatch.setenv(variable, PLACEHOLDERS.get(value, value))
+            elif command.name == "pip":
+                assert command.words[1:4] == ("install", "-c", "constraints.txt"), line
+                assert set(re.findall(r"\[(\w+)\]", command.words[-1])) <= extras.keys(), line
+            else:
+                assert command.name in NOT_OURS, f"{name}: {line}"
+
+
+def test_a_command_that_does_not_exist_is_noticed() -> None:
+    for line in ("l4ctx bench --tokns 5", "l4ctx summarise docs/", "l4ctx plan --tokens 5 --measure --kv-size 1GiB"):
+        (command,) = commands(line)
+        assert run(command, line).code == 2, line
+
+
+def test_the_session_is_the_picture_and_gives_right_answers() -> None:
+    """README.md has the picture's text, and the answers are those of the sample documents."""
+    shown = list(blocks(ROOT / "README.md", "console"))
+    picture = (ROOT / "samples" / "documentation" / "session.svg").read_text(encoding="utf-8")
+    drawn = re.sub(r"<[^>]*>", "\n", picture).replace("&#160;", " ").replace("&quot;", '"')
+    drawn_lines = {line.strip() for line in drawn.splitlines()}
+    for line in shown:
+        for part in ("$", line[2:]) if line.startswith("$ ") else (line,):
+            assert part in drawn_lines, line
+    assert f"The access code for the {FACTS['a'][0]} is {FACTS['a'][1]}." in shown
+    assert "http" not in re.sub(r'xmlns="[^"]*"|<!--.*?-->', "", picture), "the picture loads something"
+
+
+def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
+    """Memory and disk beside the weights of Scout and Maverick, by the shapes of their published configurations."""
+    text = {
+        "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 202048, "num_experts_per_tok": 1, "attention_chunk_size": 8192, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False, "rope_theta": 500000.0, "no_rope_layers": [],
+    }  # fmt: skip
+    models = {
+        "Scout": {"num_local_experts": 16, "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760},
+        "Maverick": {"num_local_experts": 128, "interleave_moe_layer_step": 2, "max_position_embeddings": 1048576},
+    }
+    for name, own in models.items():
+        config = {"architectures": ["Llama4ForCausalLM"], **text, **own}
+        text_file(tmp_path / name / "config.json", json.dumps(config))
+    on_disk = ("--kv-host-memory", "1MiB", "--kv-dir", str(tmp_path))
+    rows = re.findall(
+        r"^\| (?:(\w+), bf16: (\d+ GiB))? *\| (128K|1M|10M)[^|]* \| ([\d.]+ GiB)[^|]* \| ([\d.]+ GiB) \| "
+        r"([\d.]+ GiB) and ([\d.]+ GiB) of disk \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    assert [row[0] for row in rows] == ["Scout", "", "", "Maverick", ""]
+    model = ""
+    for name, weights, tokens, memory, as_int8, beside_disk, disk in rows:
+        model = name or model
+        arguments = ("plan", "--tokens", tokens, "--model", str(tmp_path / model), "--dtype", "bfloat16", "--quiet")
+        for options, labelled in (
+            ((), {"host memory in all": memory} | ({"weights": weights} if weights else {})),
+            (("--kv-dtype", "int8"), {"host memory in all": as_int8}),
+            (on_disk, {"host memory in all": beside_disk, "disk in all": disk}),
+        ):
+            printed = run_here(*arguments, *options).stdout
+            for label, size in labelled.items():
+                assert re.search(rf"^{label}.*? {re.escape(size)}(  |$)", printed, re.M), (
+                    model,
+                    tokens,
+                    label,
+                    printed,
+                )
+
+
+def anchors(document: Path) -> set[str]:
+    """The names by which links reach a document's headings."""
+    prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (document.parent / path).resolve() if path else document
+        assert linked.exists() and linked.is_relative_to(ROOT), f"{document.name}: {target}"
+        assert not anchor or anchor in anchors(linked), f"{document.name}: {target}"
