@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
 from l4ctx.context_use import ContextUse
-from l4ctx.documents import DocumentSet, Skipped, read_documents
+from l4ctx.documents.reader import DocumentSet, Skipped, read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
 from l4ctx.image_use import ImageUse
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
-    from l4ctx.generate import GenerationConfig, Sampling
+    from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
+    from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.image_features import ImageFeatures
     from l4ctx.image_use import ImageReading
     from l4ctx.loop_guard import Loop
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt
-    from l4ctx.tokenizer import Tokenizer
     from model.transformer import Transformer
     from model.weights.shards import StoredTensor
 
@@ -136,8 +136,9 @@ class Run:
         Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError, ContextError and
         GenerationConfigError.
         """
-        from l4ctx.prompt import ChatTemplate, build_prompt, check_length
-        from l4ctx.tokenizer import Tokenizer
+        from l4ctx.checkpoint.chat_template import ChatTemplate
+        from l4ctx.checkpoint.tokenizer import Tokenizer
+        from l4ctx.prompt import build_prompt, check_length
 
         began = time.perf_counter()
         self.tell("checking the checkpoint")
@@ -314,7 +315,7 @@ class Run:
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
         """An image that cannot be read any more ends the run; what was read before it may be kept."""
-        from l4ctx.images import ImageError
+        from l4ctx.documents.images import ImageError
 
         try:
             yield
@@ -323,9 +324,9 @@ class Run:
 
     def decode(self) -> Iterator[str]:
         """The answer in pieces of text, as they are known. Raises GenerationError."""
+        from l4ctx.checkpoint.tokenizer import StreamDecoder
         from l4ctx.generate import generate
         from l4ctx.loop_guard import LoopGuard
-        from l4ctx.tokenizer import StreamDecoder
 
         began = time.perf_counter()
         decoder = StreamDecoder(self.tokenizer)
@@ -398,7 +399,7 @@ class Run:
     def _check_checkpoint(self) -> None:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
-        from l4ctx.generate import GenerationConfig
+        from l4ctx.checkpoint.generation_config import GenerationConfig
         from model.weights.loading import checked_tensors
         from model.weights.shards import unused_weights
 
@@ -410,7 +411,7 @@ class Run:
         self.generation.check(self.config.vocab_size)
         self.sampling = self._sampling()
         if self.contexts.folder is not None:
-            from l4ctx.fingerprint import fingerprint
+            from l4ctx.checkpoint.fingerprint import fingerprint
 
             self._made_with = fingerprint(self.request.model, self.config, self._stored)
             self.contexts.check(self._made_with, self.config)
@@ -433,7 +434,7 @@ class Run:
 
     def _leave_out_what_is_held(self) -> int:
         """Of documents that are added to a context, those that it holds; returns the number that it holds."""
-        from l4ctx.added_documents import added_documents
+        from l4ctx.documents.added import added_documents
 
         if not self.request.added or self.contexts.reader is None:
             return 0
@@ -479,7 +480,7 @@ class Run:
             )
 
     def _sampling(self) -> Sampling:
-        from l4ctx.generate import Sampling
+        from l4ctx.checkpoint.generation_config import Sampling
 
         asked = self.request
         given = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k", "seed")}

@@ -5,17 +5,15 @@ Knows nothing of text: detokenization is the tokenizer's, printing the CLI's.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
+from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.loop_guard import LoopGuard
 from l4ctx.prefill import as_batch
 from model.transformer import Transformer
@@ -25,78 +23,6 @@ StopReason = Literal["stop", "length", "repetition"]
 
 class GenerationError(Exception):
     """Decoding that cannot go on."""
-
-
-class GenerationConfigError(Exception):
-    """A generation_config.json that cannot be used; the message names the file and the field."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn. `top_k` 0 and `top_p` 1 mean all."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What `generation_config.json` says: the tokens that end an answer, and how its authors sample."""
-
-    stop_tokens: frozenset[int] = frozenset()
-    sampling: Sampling = Sampling()
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> GenerationConfig:
-        """Stop tokens come from config.json where generation_config.json has none. Raises GenerationConfigError."""
-        file = folder / "generation_config.json"
-        raw, config = _json_object(file), _json_object(folder / "config.json")
-        text_config = config.get("text_config")
-        places = (raw, config, text_config if isinstance(text_config, dict) else {})
-        stop: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
-        ids = stop if isinstance(stop, list) else [stop]
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise GenerationConfigError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
-        if not raw.get("do_sample", raw.get("temperature") is not None):
-            return cls(frozenset(ids))
-        return cls(
-            frozenset(ids),
-            Sampling(
-                temperature=_number(file, raw, "temperature", 1.0, math.inf),
-                top_p=_number(file, raw, "top_p", 1.0, 1.0),
-                top_k=int(_number(file, raw, "top_k", 0, 2.0**31)),
-            ),
-        )
-
-    def check(self, embeddings: int) -> None:
-        """Raises GenerationConfigError where no answer could end, as the model has only so many tokens."""
-        if self.stop_tokens and min(self.stop_tokens) >= embeddings:
-            raise GenerationConfigError(
-                f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "
-                f"model has {embeddings:,} embeddings"
-            )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GenerationConfigError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise GenerationConfigError(f"{file}: the top level is not an object")
-    return raw
-
-
-def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest: float) -> float:
-    value = raw.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest or value == math.inf:
-        raise GenerationConfigError(f"{file}: {name} {value!r} is not a number from 0 to {largest:g}")
-    return value
 
 
 def generate(

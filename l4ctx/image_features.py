@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from l4ctx.documents.images import ImageError
 from l4ctx.image_prompt import ImagePrompter, PlacedImage
 from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.images import ImageError
 from model.vision.config import TILES_AT_A_TIME
 from model.vision.tower import VisionTower
 

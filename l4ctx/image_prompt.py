@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from l4ctx.image_processing import ImageProcessing
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.documents.images import DocumentImage
 from l4ctx.image_tiles import TileLayout, tile_layout
-from l4ctx.images import DocumentImage
 from l4ctx.spans import ImageSpan
 
 if TYPE_CHECKING:

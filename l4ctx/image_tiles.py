@@ -1,7 +1,8 @@
 """An image becomes the square tiles that the vision tower sees: choice of the canvas, resizing, numbers.
 
-Files and decoding are left to `l4ctx.images`, what a checkpoint asks for to `l4ctx.image_processing`, the tokens that
-stand for tiles to `l4ctx.image_tokens`. The layout alone needs neither torch nor Pillow.
+Files and decoding are left to `l4ctx.documents.images`, what a checkpoint asks for to
+`l4ctx.checkpoint.image_processor`, the tokens that stand for tiles to `l4ctx.image_tokens`. The layout alone needs
+neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from l4ctx.image_processing import ImageProcessing
+    from l4ctx.checkpoint.image_processor import ImageProcessing
 
 _WIDEST_DETOUR = 1 << 22  # pixels between the two passes of a resize, where these are more than the image's own
 
@@ -85,10 +86,10 @@ def tiling_bytes(layout: TileLayout, processing: ImageProcessing) -> int:
     """Bytes that `image_tiles` needs at its peak, at most, beside the image.
 
     First the resized image, in Pillow's 4 bytes a pixel, and what lies between the two passes of resizing; then the
-    resized image, the tiles, and copies of one of them. Where the width is reduced, what lies between the passes may
-    be larger: 4 bytes for each of the image's rows and the canvas's columns, less than the image has itself. That and
-    tables of Pillow's, for very long sides, are not in it: `l4ctx.images.decoding_bytes` has room for them, since at
-    most a quarter of that is still held by then.
+    resized image, the tiles, and copies of one of them. Where the width is reduced, what lies between the passes may be
+    larger: 4 bytes for each of the image's rows and the canvas's columns, less than the image has itself. That and
+    tables of Pillow's, for very long sides, are not in it: `l4ctx.documents.images.decoding_bytes` has room for them,
+    since at most a quarter of that is still held by then.
     """
     tile, resized = 3 * processing.size**2, 4 * layout.rows * layout.columns * processing.size**2
     return max(resized, 4 * _WIDEST_DETOUR) + max(resized, tile * (layout.tiles + 5))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from l4ctx.image_tiles import TileLayout
 
 if TYPE_CHECKING:
-    from l4ctx.tokenizer import Tokenizer
+    from l4ctx.checkpoint.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ImageTokens:
         Raises TokenizerError where a token is missing, `<|patch|>` is not the one that the model replaces, or the
         model has no embedding for one.
         """
-        from l4ctx.tokenizer import TokenizerError
+        from l4ctx.checkpoint.tokenizer import TokenizerError
 
         names = ("image_start", "image_end", "tile_x_separator", "tile_y_separator", "image", "patch")
         ids: dict[str, int] = {}

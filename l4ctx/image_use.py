@@ -22,8 +22,8 @@ from model.vision.config import VisionConfig, vision_operations, vision_paramete
 if TYPE_CHECKING:
     import torch
 
+    from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.image_features import ImageFeatures
-    from l4ctx.tokenizer import Tokenizer
     from model.weights.shards import StoredTensor
 
 
@@ -64,8 +64,8 @@ class ImageUse:
         `with_digests`: what images' features follow from is to be known, for a saved context. Raises ConfigError,
         ImageProcessingError, TokenizerError and CheckpointError.
         """
-        from l4ctx.fingerprint import vision_fingerprint
-        from l4ctx.image_processing import ImageProcessing
+        from l4ctx.checkpoint.fingerprint import vision_fingerprint
+        from l4ctx.checkpoint.image_processor import ImageProcessing
         from l4ctx.image_tokens import ImageTokens
 
         vision = self._usable_vision()

@@ -1,6 +1,6 @@
 """What comes in by the command line and standard input: the question, the paths, and a pipe's content.
 
-Part of the command line; reads the question, leaves documents to `l4ctx.documents`.
+Part of the command line; reads the question, leaves documents to `l4ctx.documents.reader`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _pipe_bytes(descriptor: int) -> int:
 
 def encoding_named(name: str | None) -> str | None:
     """Python's own name of what --encoding says. Raises UsageError for what is no encoding of text."""
-    from l4ctx.decoding import check_encoding
+    from l4ctx.documents.text import check_encoding
 
     if name is None:
         return None
@@ -135,7 +135,7 @@ def encoding_named(name: str | None) -> str | None:
 
 def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str) -> None:
     """Raises UsageError for a value that --dtype, --kv-dtype, --attention or --pdf does not have."""
-    from l4ctx.pdf import PDF_MODES
+    from l4ctx.documents.pdf import PDF_MODES
     from model.config import BACKEND_NAMES
 
     _choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")

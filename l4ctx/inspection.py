@@ -24,10 +24,10 @@ from model.costs import parameter_count
 from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
+    from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.context import Context
     from l4ctx.spans import ImageSpan, Span
     from l4ctx.states import State
-    from l4ctx.tokenizer import Tokenizer
     from model.weights.shards import StoredTensor
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -109,9 +109,9 @@ def _attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **
 
 
 def _inspect_model(folder: Path, report: Report, verify: bool) -> None:
-    from l4ctx.generate import GenerationConfig
-    from l4ctx.prompt import ChatTemplate, check_template
-    from l4ctx.tokenizer import Tokenizer, read_json
+    from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
+    from l4ctx.checkpoint.generation_config import GenerationConfig
+    from l4ctx.checkpoint.tokenizer import Tokenizer, read_json
     from model.weights.loading import can_be_mapped, checked_tensors
     from model.weights.shards import unused_weights
 
@@ -168,7 +168,7 @@ def _check_vision(
     folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None, tokenizer: Tokenizer | None
 ) -> None:
     """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
-    from l4ctx.image_processing import ImageProcessing
+    from l4ctx.checkpoint.image_processor import ImageProcessing
     from l4ctx.image_tokens import ImageTokens
     from model.weights.loading import checked_vision_tensors
 

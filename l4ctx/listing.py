@@ -123,7 +123,7 @@ def _config_lines(config: Report) -> Iterator[Line]:
 
 
 def _context_lines(report: Report) -> Iterator[Line]:
-    from l4ctx.fingerprint import FIELDS
+    from l4ctx.checkpoint.fingerprint import FIELDS
 
     made, sizes = report.get("made_with"), report.get("bytes")
     if made:

@@ -36,8 +36,9 @@ _WHAT = {
 class Recipe:
     """Everything that the bytes of a context follow from, but its documents. Raises ValueError for what makes no sense.
 
-    The first four are the SHA-256 fingerprints of `l4ctx.fingerprint`. `dtype` is what was computed in, `kv_dtype` what
-    sealed blocks are stored in; sizes in tokens. `date` is what the chat template was told, in ISO form.
+    The first four are the SHA-256 fingerprints of `l4ctx.checkpoint.fingerprint`. `dtype` is what was computed in,
+    `kv_dtype` what sealed blocks are stored in; sizes in tokens. `date` is what the chat template was told, in ISO
+    form.
     """
 
     config: str

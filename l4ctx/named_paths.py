@@ -1,6 +1,6 @@
 """What people mean by the paths that they type: patterns that no shell expanded, slips, and a question out of place.
 
-Part of the command line; only looks at names. Reading is left to `l4ctx.documents`.
+Part of the command line; only looks at names. Reading is left to `l4ctx.documents.reader`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
 
 if TYPE_CHECKING:
-    from l4ctx.documents import Skipped
+    from l4ctx.documents.reader import Skipped
     from l4ctx.image_prompt import PlacedImage
     from l4ctx.image_use import ImageReading
     from model.weights.shards import StoredTensor
@@ -58,7 +58,7 @@ class PlanRequest:
     tokens: int | None = None
     no_images: bool = False
     skip_unreadable: bool = False  # leave out what cannot be read in a folder
-    pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
+    pdf: str = "text"  # of l4ctx.documents.pdf.PDF_MODES
     encoding: str | None = None  # of texts that do not say theirs; None: detected
     keep_payload: bool = False
     dtype: str = "auto"
@@ -234,9 +234,10 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
 
 def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     """The prompt of an empty question."""
-    from l4ctx.documents import read_documents
-    from l4ctx.prompt import ChatTemplate, build_prompt
-    from l4ctx.tokenizer import Tokenizer
+    from l4ctx.checkpoint.chat_template import ChatTemplate
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.documents.reader import read_documents
+    from l4ctx.prompt import build_prompt
 
     images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     found = read_documents(

@@ -1,28 +1,26 @@
 """The prompt: chat template, system prompt, documents and question as token ids, with one span per document.
 
 Only the template's own text is encoded with control tokens, and images are made of them; documents, their paths,
-question and system prompt are data. Reading documents is left to `l4ctx.documents`, the encoding itself to
-`l4ctx.tokenizer` and `l4ctx.image_prompt`.
+question and system prompt are data. Reading documents is left to `l4ctx.documents.reader`, the encoding itself to
+`l4ctx.checkpoint.tokenizer` and `l4ctx.image_prompt`.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
+from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
 from l4ctx.spans import Span
-from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer, TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
-    from l4ctx.documents import Document
+    from l4ctx.documents.images import DocumentImage
+    from l4ctx.documents.reader import Document
     from l4ctx.image_prompt import ImagePrompter, PlacedImage
-    from l4ctx.images import DocumentImage
     from l4ctx.spans import ImageSpan
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
@@ -31,10 +29,6 @@ _NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 DOCUMENT_END = "\n</document>\n\n"
-
-
-class PromptError(Exception):
-    """A prompt that cannot be made, by the template's or the input's fault: one line."""
 
 
 class PromptLengthError(Exception):
@@ -76,71 +70,6 @@ class Prompt:
         return [placed.span for placed in self.images]
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A checkpoint's Jinja chat template, untrusted, the special tokens that it may name, and the date it is told."""
-
-    source: str
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    date: datetime.datetime | None = None  # None: now
-
-    @classmethod
-    def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
-        """The chat template of a checkpoint folder; None for a base model, which has none.
-
-        Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
-        of which "default" is taken), then in `chat_template.json`. Raises PromptError for broken files.
-        """
-        folder = Path(path)
-        try:
-            tokens = special_tokens(folder)
-            if (folder / "chat_template.jinja").is_file():
-                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens, date)
-            for name in ("tokenizer_config.json", "chat_template.json"):
-                source = read_json(folder / name).get("chat_template")
-                if source is not None:
-                    return cls(_default_template(source, folder / name), tokens, date)
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"{folder / 'chat_template.jinja'}: cannot be read: {_one_line(error)}") from None
-        except TokenizerError as error:
-            raise PromptError(str(error)) from None
-        return None
-
-    def split(self, *, system: bool) -> list[str]:
-        """The template's own text around what it puts in: [before, "user", after], with `system` in front
-        [before, "system", between, "user", after], or in the order in which the template shows the two.
-
-        Raises PromptError where the template fails or does not show each exactly once.
-        """
-        markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
-        try:
-            return self._split_rendering(markers, as_parts=False)
-        except PromptError:
-            try:  # templates of multimodal checkpoints may know only lists of parts
-                return self._split_rendering(markers, as_parts=True)
-            except PromptError:
-                pass
-            raise
-
-    def _marker(self, role: str) -> str:
-        """A stand-in for a message: no filter trims it, and nothing in the template looks like it."""
-        text = self.source + "".join(self.special_tokens.values())
-        return next(marker for n in range(len(text) + 1) if (marker := f"l4ctx{role.title()}Text{n}q") not in text)
-
-    def _split_rendering(self, markers: dict[str, str], *, as_parts: bool) -> list[str]:
-        messages: list[dict[str, Any]] = []
-        for role, marker in markers.items():
-            messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
-        text = _render(self.source, self.special_tokens, messages, self.date)
-        for role, marker in markers.items():
-            part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # as code, instead of its text
-            if text.count(marker) != 1 or part_shown:
-                times = "not at all" if marker not in text else f"{text.count(marker)} times"
-                raise PromptError(f"the chat template shows the {role} message {times}, or altered, instead of once")
-        roles = {marker: role for role, marker in markers.items()}
-        return [roles.get(part, part) for part in re.split(f"({'|'.join(roles)})", text)]
-
-
 def build_prompt(
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
@@ -179,15 +108,6 @@ def build_prompt(
         else:
             _add_user_content(prompt, tokenizer, documents, question, images, progress)
     return prompt
-
-
-def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-    """Raises TokenizerError where every prompt would hold a token that the model has not, and PromptError."""
-    if template is not None:
-        for part in template.split(system=False)[::2]:
-            tokenizer.encode_control(part)
-    elif tokenizer.bos_id is not None:
-        tokenizer.check_ids([tokenizer.bos_id], "the beginning of every prompt (bos_token)")
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
@@ -297,29 +217,3 @@ def _forced_cuts_note(source: str, offsets: tuple[int, ...]) -> str:
         f"{_attribute(source)}: an unbroken run of over {LONGEST_PIECE:,} characters was cut {times}, "
         f"first at character {offsets[0]:,}; a few tokens there may differ"
     )
-
-
-def _default_template(source: object, file: Path) -> str:
-    """The template itself of what a JSON file holds as `chat_template`."""
-    if isinstance(source, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
-        raise PromptError(f"{file}: chat_template is neither a text nor a list with one named default")
-    return source
-
-
-def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
-    """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
-    from l4ctx.chat_environment import chat_environment
-
-    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-    try:
-        return chat_environment(date).from_string(source).render({**tokens, **variables})
-    except Exception as error:  # a template can raise anything
-        raise PromptError(f"the checkpoint's chat template fails: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    visible = "".join(character if character.isprintable() else " " for character in str(error))
-    return " ".join(visible.split()) or type(error).__name__

@@ -24,7 +24,7 @@ class Request:
     save_context: Path | None = None  # to keep what is read in
     no_images: bool = False
     skip_unreadable: bool = False  # leave out what cannot be read in a folder
-    pdf: str = "text"  # of l4ctx.pdf.PDF_MODES
+    pdf: str = "text"  # of l4ctx.documents.pdf.PDF_MODES
     replace: bool = False  # what a context holds of other documents may go
     added: bool = False  # the paths are read behind what the context to answer from holds
     encoding: str | None = None  # of texts that do not say theirs; None: detected

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from l4ctx.decoding import decode
-from l4ctx.documents import read_documents
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.reader import read_documents
+from l4ctx.documents.text import decode
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import PeakSampler, give_back_free_memory, process_memory
-from l4ctx.tokenizer import Tokenizer
 
 SAMPLING_SECONDS = 0.002
 

@@ -28,15 +28,16 @@ import torch
 from cache.hybrid import HybridKVCache
 from card_task import Card, Drawing, draw_card, draw_cards, draw_sheet, random_size, soften
 from evaluate_tiny import ROOM_FOR_ANSWER, answer_to, find, text_pieces
-from l4ctx.documents import Document
-from l4ctx.generate import GenerationConfig
-from l4ctx.image_processing import ImageProcessing
+from l4ctx.checkpoint.chat_template import ChatTemplate
+from l4ctx.checkpoint.generation_config import GenerationConfig
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.images import read_image
+from l4ctx.documents.reader import Document
 from l4ctx.image_tiles import TileLayout, fitted_size, tile_layout
 from l4ctx.image_use import ImageReading, ImageUse
-from l4ctx.images import read_image
 from l4ctx.prefill import prefill
-from l4ctx.prompt import ChatTemplate, Prompt, build_prompt
-from l4ctx.tokenizer import Tokenizer
+from l4ctx.prompt import Prompt, build_prompt
 from lookup_task import draw_entities, fact, question, random_code
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint

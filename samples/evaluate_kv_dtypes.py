@@ -18,11 +18,12 @@ import torch
 from cache.hybrid import HybridKVCache
 from cache.layout import KV_DTYPES
 from evaluate_tiny import ROOM_FOR_ANSWER, answer_to, make_document
-from l4ctx.documents import Document
-from l4ctx.generate import GenerationConfig
+from l4ctx.checkpoint.chat_template import ChatTemplate
+from l4ctx.checkpoint.generation_config import GenerationConfig
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.reader import Document
 from l4ctx.prefill import as_batch, prefill
-from l4ctx.prompt import ChatTemplate, build_prompt
-from l4ctx.tokenizer import Tokenizer
+from l4ctx.prompt import build_prompt
 from lookup_task import draw_entities, fact, question, random_code
 from model.weights.loading import load_checkpoint
 

@@ -8,7 +8,7 @@ import zlib
 
 from PIL import Image, ImageChops
 
-from l4ctx.images import pixels_digest, read_image
+from l4ctx.documents.images import pixels_digest, read_image
 
 
 def pattern(width: int = 37, height: int = 23, mode: str = "RGB") -> Image.Image:

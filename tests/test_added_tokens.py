@@ -13,8 +13,8 @@ from tokenizer_fixtures import CHAT_TEMPLATE, CONTROL_TOKENS, toy_tokenizer_fold
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from l4ctx import tokenizer as module
-from l4ctx.tokenizer import Tokenizer, TokenizerError
+from l4ctx.checkpoint import tokenizer as module
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 
 WORDS: dict[str, AddedToken | str] = {
     "a new word": "zorblax",

@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from l4ctx.chat_environment import chat_environment
+from l4ctx.checkpoint.chat_environment import chat_environment
 
 MESSAGES = [
     {"role": "system", "content": 'Be <brief> & "kind".'},

@@ -474,7 +474,7 @@ def test_nothing_steers_the_terminal(inside: Path, tmp_path: Path, monkeypatch: 
     evil = "\x1b]0;owned\x07\x9b31m\u202e\r"
     text_file(tmp_path / "evil" / f"\x1b[31m\n{evil}.md", f"{evil}\n{DOCUMENT}")
     (tmp_path / "evil" / "\x1b[2J.bin").write_bytes(b"\0\0")
-    monkeypatch.setattr("l4ctx.tokenizer.StreamDecoder.push", lambda self, token_id: f"é{evil}")
+    monkeypatch.setattr("l4ctx.checkpoint.tokenizer.StreamDecoder.push", lambda self, token_id: f"é{evil}")
     arguments = ("ask", f"{evil} {QUESTION}", str(tmp_path / "evil"), "--max-new-tokens", "1")
     result = run_here(*arguments, encoding="ascii")
     assert (result.code, result.stdout) == (0, r"\xe9\ufffd]0;owned\ufffd\ufffd31m\ufffd" + "\n")
@@ -487,7 +487,7 @@ def test_control_c_while_tokenizing(inside: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("l4ctx.tokenizer.Tokenizer._encode_batch", interrupted)
+    monkeypatch.setattr("l4ctx.checkpoint.tokenizer.Tokenizer._encode_batch", interrupted)
     check_refused(run_here("ask", QUESTION, "docs/a.md"), 130, "interrupted; nothing is kept")
 
 

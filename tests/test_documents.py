@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from l4ctx.documents import DocumentError, DocumentSet, read_documents
+from l4ctx.documents.reader import DocumentError, DocumentSet, read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")
@@ -425,7 +425,9 @@ def test_taking_documents_lets_go_of_them(tmp_path: Path) -> None:
 
 
 def test_importing_documents_imports_nothing_heavy() -> None:
-    code = "import l4ctx.documents, sys; print([m for m in ('torch', 'tokenizers', 'jinja2') if m in sys.modules])"
+    code = (
+        "import l4ctx.documents.reader, sys; print([m for m in ('torch', 'tokenizers', 'jinja2') if m in sys.modules])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from l4ctx import encodings
-from l4ctx.decoding import UndecodableError, check_encoding, decode
-from l4ctx.documents import read_documents
+from l4ctx.documents import encodings
+from l4ctx.documents.reader import read_documents
+from l4ctx.documents.text import UndecodableError, check_encoding, decode
 
 TEXTS = {
     "Chinese": "中华人民共和国，公司年度报告。这个文件说明了如何使用系统，以及在什么情况下可以得到更多的信息。\n",

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from ignore_rules import random_name, random_rules
 
-import l4ctx.exclusion
-import l4ctx.git
-from l4ctx.documents import DocumentError, DocumentSet, read_documents
-from l4ctx.git_config import core_settings
+import l4ctx.documents.exclusion.git
+import l4ctx.documents.exclusion.rules
+from l4ctx.documents.exclusion.git_config import core_settings
+from l4ctx.documents.reader import DocumentError, DocumentSet, read_documents
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")
 
@@ -40,7 +40,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l4ctx.exclusion, "git_program", lambda: None)
+    monkeypatch.setattr(l4ctx.documents.exclusion.rules, "git_program", lambda: None)
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -320,7 +320,7 @@ def waiting_excludes(repo: Path) -> None:
 def test_where_git_does_not_answer_our_rules_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(l4ctx.git, "SECONDS", 0.5)
+    monkeypatch.setattr(l4ctx.documents.exclusion.git, "SECONDS", 0.5)
     repository(tmp_path, {".gitignore": "*\n"})  # which git would find further up
     repo = repository(tmp_path / "r", {".gitignore": "*.log\n", "a.log": "a", "b.md": "b", "sub/c.log": "c"})
     spoil(repo)
@@ -332,10 +332,12 @@ def test_where_git_does_not_answer_our_rules_hold(
 
 
 def test_a_slow_git_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l4ctx.git, "SECONDS", 0.3)
+    monkeypatch.setattr(l4ctx.documents.exclusion.git, "SECONDS", 0.3)
     asked: list[str] = []
-    original = l4ctx.git.ask_git
-    monkeypatch.setattr(l4ctx.exclusion, "ask_git", lambda *given: asked.append(given[2]) or original(*given))
+    original = l4ctx.documents.exclusion.git.ask_git
+    monkeypatch.setattr(
+        l4ctx.documents.exclusion.rules, "ask_git", lambda *given: asked.append(given[2]) or original(*given)
+    )
     for name in ("r", "r/one", "r/two"):
         waiting_excludes(repository(tmp_path / name, {".gitignore": "*.log", "a.log": "a", "b.md": "b"}))
     assert sources(read(tmp_path / "r", tmp_path / "r" / "one")) == ["r/b.md", "r/one/b.md", "r/two/b.md"]
@@ -343,7 +345,7 @@ def test_a_slow_git_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_too_many_names_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l4ctx.git, "MOST_OUTPUT", 50)
+    monkeypatch.setattr(l4ctx.documents.exclusion.git, "MOST_OUTPUT", 50)
     names = [f"a long name {n}.log" for n in range(100)]
     found = read(repository(tmp_path / "r", dict.fromkeys(names, "x") | {".gitignore": "*.log\n", "b.md": "b"}))
     assert sources(found) == ["r/b.md"] and "MiB of names" in found.notes[0]

@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from tokenizer_fixtures import toy_tokenizer_folder
 
-from l4ctx.fingerprint import FIELDS, differing, fingerprint
-from l4ctx.prompt import ChatTemplate, PromptError
-from l4ctx.tokenizer import Tokenizer, TokenizerError
+from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
+from l4ctx.checkpoint.fingerprint import FIELDS, differing, fingerprint
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from model.config import RopeParameters, TextConfig
 from model.weights.shards import CheckpointError, read_header, text_tensors
 

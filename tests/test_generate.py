@@ -14,7 +14,8 @@ from torch import Tensor
 from toy_checkpoints import VOCABULARY, Toys
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from l4ctx.generate import GenerationConfig, GenerationConfigError, GenerationError, Sampling, choose, generate
+from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError, Sampling
+from l4ctx.generate import GenerationError, choose, generate
 from l4ctx.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
@@ -28,7 +29,7 @@ def run(
     *,
     max_new_tokens: int = NEW_TOKENS,
     stop_tokens: frozenset[int] = frozenset(),
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     prompt: list[int] = PROMPT,
 ) -> tuple[list[int], str]:
     """Prefill, then decode: the tokens and why it ended."""

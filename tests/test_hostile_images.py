@@ -12,7 +12,7 @@ import pytest
 from image_files import SAMPLES, chunk, decoded, encoded, largest_difference, pattern, png, tiff
 from PIL import Image
 
-from l4ctx.images import MAX_PIXELS, MAX_SIDE, ImageError, read_image
+from l4ctx.documents.images import MAX_PIXELS, MAX_SIDE, ImageError, read_image
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name not in ("BMP P", "GIF animated", "PNG animated")])

@@ -17,12 +17,12 @@ from torch import Tensor
 from toy_checkpoints import CHUNK, IMAGE_TOKEN, MAVERICK, SCOUT, VOCABULARY, Kind, Toy, Toys, write_kind
 
 from cache.hybrid import HybridKVCache
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.documents.images import DocumentImage, ImageError, read_image
 from l4ctx.image_features import TILES_AT_A_TIME, ImageFeatures
-from l4ctx.image_processing import ImageProcessing
 from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.image_tiles import image_tiles, normalized
 from l4ctx.image_tokens import ImageTokens
-from l4ctx.images import DocumentImage, ImageError, read_image
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.spans import same_until
 from model.transformer import Transformer

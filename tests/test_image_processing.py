@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Llama4ImageProcessor
 
-from l4ctx.image_processing import ImageProcessing, ImageProcessingError
+from l4ctx.checkpoint.image_processor import ImageProcessing, ImageProcessingError
 from l4ctx.image_tiles import normalized
 
 SCOUT = Path(__file__).resolve().parent.parent.parent / "shared" / "llama4" / "scout"

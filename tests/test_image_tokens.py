@@ -10,10 +10,10 @@ from PIL import Image
 from tokenizer_fixtures import LLAMA4_TOKENIZER, toy_tokenizer_folder
 from transformers import Llama4ImageProcessor, Llama4Processor, PreTrainedTokenizerFast
 
-from l4ctx.image_processing import ImageProcessing
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from l4ctx.image_tiles import TileLayout, tile_layout
 from l4ctx.image_tokens import ImageTokens
-from l4ctx.tokenizer import Tokenizer, TokenizerError
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 LAYOUTS = [TileLayout(rows, columns) for rows in range(1, 17) for columns in range(1, 17) if rows * columns <= 16]

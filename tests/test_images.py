@@ -14,8 +14,8 @@ import pytest
 from image_files import SAMPLES, chunk, decoded, encoded, largest_difference, pattern, png
 from PIL import Image, ImageFile, ImageOps
 
-from l4ctx import images
-from l4ctx.images import (
+from l4ctx.documents import images
+from l4ctx.documents.images import (
     FORMATS,
     ImageError,
     ImageMemoryError,
@@ -268,7 +268,7 @@ def test_running_out_of_memory_is_an_error_of_its_own(error: Exception, monkeypa
 # Memory, in bytes beside the file and the interpreter.
 MEASURE = """
 import sys
-from l4ctx.images import read_image, decoding_bytes
+from l4ctx.documents.images import read_image, decoding_bytes
 from PIL import Image
 Image.init()
 read_image('x', open(sys.argv[2], 'rb').read(), None)

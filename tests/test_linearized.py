@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import Toys
 
-from l4ctx.fingerprint import fingerprint
+from l4ctx.checkpoint.fingerprint import fingerprint
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.weights.loading import can_be_mapped, checked_tensors, load_checkpoint, stored_parameters

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from l4ctx.documents import read_documents
-from l4ctx.notebook import notebook
-from l4ctx.payload import without_payload
+from l4ctx.documents.notebook import notebook
+from l4ctx.documents.payload import without_payload
+from l4ctx.documents.reader import read_documents
 
 
 def cell(kind: str, source: str | list[str], **entries: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pdf_toys
 import pytest
 from pdf_toys import SCANNED, Page, assembled, mark, pdf, stream, text
 
-from l4ctx.images import DocumentImage, ImageError, pixels_digest
-from l4ctx.pdf import PAGE_PIXELS, PDF_MODES, PdfError, PdfSupportMissing, is_pdf, read_pdf
+from l4ctx.documents.images import DocumentImage, ImageError, pixels_digest
+from l4ctx.documents.pdf import PAGE_PIXELS, PDF_MODES, PdfError, PdfSupportMissing, is_pdf, read_pdf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -292,22 +292,22 @@ def test_many_pages() -> None:
 
 def test_a_document_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(range(10**6))
-    monkeypatch.setattr("l4ctx.pdf.monotonic", lambda: next(seconds))  # one for opening it, one for each page
-    monkeypatch.setattr("l4ctx.pdf.DOCUMENT_SECONDS", 3)
+    monkeypatch.setattr("l4ctx.documents.pdf.monotonic", lambda: next(seconds))  # one for opening it, one for each page
+    monkeypatch.setattr("l4ctx.documents.pdf.DOCUMENT_SECONDS", 3)
     raw = pdf(*[Page(text(b"words"))] * 12)
     assert read(raw)[1] == []
-    monkeypatch.setattr("l4ctx.pdf.SECONDS_A_PAGE", 0.25)
+    monkeypatch.setattr("l4ctx.documents.pdf.SECONDS_A_PAGE", 0.25)
     for mode in PDF_MODES:
         content, notes = read(raw, mode)
         assert "".join(piece for piece in content if isinstance(piece, str)).count("<page") == 6
         assert notes == ["6 of 12 pages cannot be read (the document takes longer than 6 s): 7-12"]
-    monkeypatch.setattr("l4ctx.pdf.SECONDS_A_PAGE", -0.25)
+    monkeypatch.setattr("l4ctx.documents.pdf.SECONDS_A_PAGE", -0.25)
     with pytest.raises(PdfError, match=r"^a PDF of which nothing can be read: 12 of 12 pages .* than 0 s\): 1-12$"):
         read(raw)
 
 
 def test_endless_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.pdf.MOST_TEXT", 1024)
+    monkeypatch.setattr("l4ctx.documents.pdf.MOST_TEXT", 1024)
     content, _ = read(pdf(*[Page(text(b"x" * 64))] * 16))
     assert len(content) == 16
     with pytest.raises(PdfError, match=r"^a PDF with more than 1\.0 KiB of text$"):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from pdf_toys import SCANNED, Page, mark, memory_bomb, noise, pdf, text, time_bomb
 
-from l4ctx import pdf_process
-from l4ctx.images import DocumentImage, ImageError
+from l4ctx.documents import pdf_process
+from l4ctx.documents.images import DocumentImage, ImageError
+from l4ctx.documents.pdf import PdfError, PdfSupportMissing, page_bytes, read_pdf
 from l4ctx.machine.memory import process_memory
-from l4ctx.pdf import PdfError, PdfSupportMissing, page_bytes, read_pdf
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = Page(text(b"words"))
@@ -189,7 +189,7 @@ def test_a_document_stays_open_between_pages(tmp_path: Path, closed_by: str) -> 
 
 @needs_proc
 def test_an_open_document_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from l4ctx import pdf_worker; pdf_worker._KEPT_SECONDS = 0.05; pdf_worker.main()"
+    code = "from l4ctx.documents import pdf_worker; pdf_worker._KEPT_SECONDS = 0.05; pdf_worker.main()"
     restart(monkeypatch, sys.executable, "-P", "-c", code)
     path, raw = tmp_path / "report.pdf", pdf(WORDS) + b"%" * (64 << 20)
     path.write_bytes(raw)
@@ -295,7 +295,7 @@ def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> No
     restart(monkeypatch, sys.executable, "-c", "raise SystemExit(1)")
     with pytest.raises(PdfError, match=r"^a PDF document, but the process that reads it does not start$"):
         read(pdf(WORDS))
-    without = "import sys; sys.modules['pypdfium2'] = None; from l4ctx.pdf_worker import main; main()"
+    without = "import sys; sys.modules['pypdfium2'] = None; from l4ctx.documents.pdf_worker import main; main()"
     restart(monkeypatch, sys.executable, "-P", "-c", without)
     with pytest.raises(PdfSupportMissing):
         read(pdf(WORDS))
@@ -313,11 +313,11 @@ def test_nothing_in_the_current_folder_is_run(monkeypatch: pytest.MonkeyPatch, t
 
 def test_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom l4ctx.pdf_worker import main\nmain()\n"
+        "import sys\nfrom l4ctx.documents.pdf_worker import main\nmain()\n"
         "assert 'pypdfium2.raw' in sys.modules\nprint(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)
-    assert not {"torch", "numpy", "PIL", "l4ctx.pdf_process"} & set(done.stderr.decode().split())
+    assert not {"torch", "numpy", "PIL", "l4ctx.documents.pdf_process"} & set(done.stderr.decode().split())
 
 
 def test_memory_is_limited_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

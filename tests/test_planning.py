@@ -19,15 +19,16 @@ from cache import layout as store_layout
 from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
 from l4ctx import planning
-from l4ctx.documents import DocumentError, read_documents
+from l4ctx.checkpoint.chat_template import ChatTemplate
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.reader import DocumentError, read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.plan_table import plan_table
 from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed
 from l4ctx.prefill import prefill
-from l4ctx.prompt import ChatTemplate, build_prompt
-from l4ctx.tokenizer import Tokenizer
+from l4ctx.prompt import build_prompt
 from model.config import ConfigError, TextConfig
 from model.costs import parameter_count, reading_operations
 from model.weights.loading import load_checkpoint

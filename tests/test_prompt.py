@@ -13,11 +13,12 @@ import tokenizers
 from tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, toy_tokenizer_folder
 from transformers import PreTrainedTokenizerFast
 
-from l4ctx import tokenizer as tokenizer_module
-from l4ctx.documents import Document
-from l4ctx.prompt import ChatTemplate, ForcedCut, Prompt, PromptError, PromptLengthError, build_prompt, check_length
+from l4ctx.checkpoint import tokenizer as tokenizer_module
+from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
+from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
+from l4ctx.documents.reader import Document
+from l4ctx.prompt import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
 from l4ctx.spans import Span
-from l4ctx.tokenizer import LONGEST_PIECE, Tokenizer
 
 DOCUMENTS = [
     Document("notes/a.md", "", "The access code for the amber falcon is 48213.\n"),

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from PIL.Image import Image
 
-from l4ctx.documents import Document
-from l4ctx.image_processing import ImageProcessing
+from l4ctx.checkpoint.chat_template import ChatTemplate
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.images import DocumentImage
+from l4ctx.documents.reader import Document
 from l4ctx.image_prompt import ImagePrompter
 from l4ctx.image_tokens import ImageTokens
-from l4ctx.images import DocumentImage
-from l4ctx.prompt import ChatTemplate, Prompt, build_prompt
-from l4ctx.tokenizer import Tokenizer
+from l4ctx.prompt import Prompt, build_prompt
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 PATCHES = 3

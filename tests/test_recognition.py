@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pdf_toys import assembled, stream, text
 
-from l4ctx import documents
-from l4ctx.documents import DocumentMemoryError, read_documents
-from l4ctx.pdf import is_pdf
-from l4ctx.recognition import binary_kind
+from l4ctx.documents import reader
+from l4ctx.documents.pdf import is_pdf
+from l4ctx.documents.reader import DocumentMemoryError, read_documents
+from l4ctx.documents.recognition import binary_kind
 
 
 def archive(*names: str, mimetype: bytes = b"") -> bytes:
@@ -160,7 +160,7 @@ def test_running_out_of_memory_names_the_file(tmp_path: Path, monkeypatch: pytes
     def no_memory(*_: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(documents, "decode", no_memory)
+    monkeypatch.setattr(reader, "decode", no_memory)
     with pytest.raises(DocumentMemoryError, match=r"a\.log: there is not enough memory to read it"):
         read_documents([tmp_path], stdin=None)
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from cache.hybrid import HybridKVCache
-from l4ctx.documents import Document
-from l4ctx.image_processing import ImageProcessing
+from l4ctx.checkpoint.image_processor import ImageProcessing
+from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.images import read_image
+from l4ctx.documents.reader import Document
 from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.images import read_image
 from l4ctx.prefill import as_batch
 from l4ctx.prompt import build_prompt
-from l4ctx.tokenizer import Tokenizer
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.vision.config import VisionConfig, vision_parameter_count

@@ -8,10 +8,11 @@ import pytest
 import tokenizers
 from tokenizer_fixtures import CHAT_TEMPLATE, toy_tokenizer_folder
 
-from l4ctx.documents import Document
-from l4ctx.generate import GenerationConfig, GenerationConfigError
-from l4ctx.prompt import ChatTemplate, build_prompt, check_template
-from l4ctx.tokenizer import Tokenizer, TokenizerError
+from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
+from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
+from l4ctx.documents.reader import Document
+from l4ctx.prompt import build_prompt
 
 
 @pytest.fixture

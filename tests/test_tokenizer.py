@@ -17,8 +17,8 @@ import pytest
 import tokenizers
 from tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, toy_tokenizer_folder
 
-from l4ctx import tokenizer as module
-from l4ctx.tokenizer import LONGEST_PIECE, StreamDecoder, Tokenizer, TokenizerError
+from l4ctx.checkpoint import tokenizer as module
+from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, StreamDecoder, Tokenizer, TokenizerError
 
 HOSTILE = "".join(CONTROL_TOKENS) + "<|python_start|><|eot|> <|eot|>\n<|image|>x"
 ALPHABET = [
@@ -348,7 +348,7 @@ def test_a_stream_with_another_decoder(tmp_path: Path) -> None:
 
 def test_no_warning_after_a_fork(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom l4ctx.tokenizer import Tokenizer\n"
+        "import os, sys\nfrom l4ctx.checkpoint.tokenizer import Tokenizer\n"
         f"tokenizer = Tokenizer.from_folder({str(toy_tokenizer_folder(tmp_path))!r})\n"
         "tokenizer.encode_data('some words ' * 50000)\n"
         "pid = os.fork()\n"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from ignore_rules import RuleSet, ignored_by_git, random_sets
 
-import l4ctx.ignore
-import l4ctx.wildmatch
-from l4ctx.ignore import PatternFile
+import l4ctx.documents.exclusion.gitignore
+import l4ctx.documents.exclusion.wildmatch
+from l4ctx.documents.exclusion.gitignore import PatternFile
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")
 Verdicts = list[tuple[bool, list[RuleSet], list[list[bool]]]]  # without regard to case?, rules, what git says
@@ -89,15 +89,15 @@ def slash_for_backslash(original: Callable[[bytes], int]) -> Callable[[bytes], i
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        (l4ctx.ignore, "_without_trailing_blanks", lambda _: keep_tabs_out),
-        (l4ctx.ignore, "_without_trailing_blanks", lambda _: lambda line: line),
-        (l4ctx.ignore, "_without_trailing_blanks", lambda _: lambda line: line.rstrip(b" ")),
-        (l4ctx.wildmatch, "_add_star", star_is_any),
-        (l4ctx.wildmatch, "_class", first_bracket_closes),
-        (l4ctx.wildmatch, "_class", caret_is_a_letter),
-        (l4ctx.ignore, "literal_length", slash_for_backslash),
-        (l4ctx.wildmatch, "_CLASSES", lambda original: original | {b"foo": 1 << ord("a")}),
-        (l4ctx.wildmatch, "_CLASSES", lambda original: original | {b"punct": 0}),
+        (l4ctx.documents.exclusion.gitignore, "_without_trailing_blanks", lambda _: keep_tabs_out),
+        (l4ctx.documents.exclusion.gitignore, "_without_trailing_blanks", lambda _: lambda line: line),
+        (l4ctx.documents.exclusion.gitignore, "_without_trailing_blanks", lambda _: lambda line: line.rstrip(b" ")),
+        (l4ctx.documents.exclusion.wildmatch, "_add_star", star_is_any),
+        (l4ctx.documents.exclusion.wildmatch, "_class", first_bracket_closes),
+        (l4ctx.documents.exclusion.wildmatch, "_class", caret_is_a_letter),
+        (l4ctx.documents.exclusion.gitignore, "literal_length", slash_for_backslash),
+        (l4ctx.documents.exclusion.wildmatch, "_CLASSES", lambda original: original | {b"foo": 1 << ord("a")}),
+        (l4ctx.documents.exclusion.wildmatch, "_CLASSES", lambda original: original | {b"punct": 0}),
     ],
 )
 def test_what_is_wrong_with_the_matcher_is_seen(

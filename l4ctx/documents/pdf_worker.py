@@ -1,9 +1,9 @@
 """The process that runs pdfium: text and images of pages, for one request after the other on its standard input.
 
-Starting it, ending it and limits of time are left to `l4ctx.pdf_process`, what becomes of the pages to `l4ctx.pdf`.
-Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body; that of a request is to
-follow the reply that it is "wanted". pdfium may end the process at any moment: it aborts where memory is short. Every
-other error ends it too, and its reader says so.
+Starting it, ending it and limits of time are left to `l4ctx.documents.pdf_process`, what becomes of the pages to
+`l4ctx.documents.pdf`. Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body; that
+of a request is to follow the reply that it is "wanted". pdfium may end the process at any moment: it aborts where
+memory is short. Every other error ends it too, and its reader says so.
 
 The document that pages are drawn from stays open between requests: one, until another is read or drawn from, or nobody
 has asked for _KEPT_SECONDS. Beside its bytes, pdfium holds what it has parsed and copied of it: _MOST_GROWTH and a page
@@ -26,7 +26,7 @@ from contextlib import closing, contextmanager, suppress
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from l4ctx.images import pixels_digest
+from l4ctx.documents.images import pixels_digest
 from l4ctx.machine.files import read_regular_file
 from l4ctx.machine.memory import give_back_free_memory, process_memory
 

@@ -1,7 +1,8 @@
 """Image files: recognised by their content, checked, decoded upright to RGB.
 
-Which files are read at all is left to `l4ctx.documents`; tiles and numbers for the model, to `l4ctx.image_tiles`.
-Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's reference does.
+Which files are read at all is left to `l4ctx.documents.reader`; tiles and numbers for the model, to
+`l4ctx.image_tiles`. Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's
+reference does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import io
 import math
 import os
 import re
-import struct
 import sys
 import threading
 import warnings
@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from l4ctx.documents.tiff import ORIENTATION, TIFF_PREFIXES, TILE_LENGTH, TILE_WIDTH, TiffDirectory
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.files import read_regular_file
 from l4ctx.machine.memory import available_memory
@@ -27,32 +28,14 @@ from l4ctx.machine.memory import available_memory
 if TYPE_CHECKING:
     from PIL import Image
 
+
+_MOST_PAGES = 10_000  # of a TIFF, that are counted
+
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names; no other decoder ever runs
 MAX_PIXELS = 2**27  # of one image; some 134 million, 2 GiB at the peak of decoding
 MAX_SIDE = 2**20  # in pixels: an image that long and thin shows nothing, and resizing it would need much memory
 
-_TIFF_PREFIXES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two: BigTIFF, with 64-bit offsets
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # the sizes that exist; a text that begins with BM has none of them
-_TIFF_TYPE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}
-_SHORT, _LONG = 3, 4
-_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 0x0112, 0x0142, 0x0143
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -63,7 +46,6 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }  # EXIF orientation -> the PIL.Image.Transpose that undoes it
 _SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
-_MOST_PAGES = 10_000  # of a TIFF, that are counted
 _SURELY_FREE = 2**28  # bytes; for less nobody is asked what is free
 _BAND = 1 << 20  # bytes of RGB that are hashed at once
 _MOST_REASON = 100  # characters of Pillow's own words
@@ -107,7 +89,7 @@ def image_format(raw: bytes) -> str | None:
         return "GIF"
     if raw.startswith(b"RIFF") and raw[8:12] == b"WEBP":
         return "WEBP"
-    if raw.startswith(_TIFF_PREFIXES):
+    if raw.startswith(TIFF_PREFIXES):
         return "TIFF"
     if raw.startswith(b"BM") and int.from_bytes(raw[14:18], "little") in _BMP_HEADERS:
         return "BMP"
@@ -347,75 +329,23 @@ def _orientation(image: Image.Image) -> int:
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
     if not isinstance(exif, bytes):
         return 1
-    directory = _TiffDirectory.first(exif.removeprefix(b"Exif\0\0"))
-    return 1 if directory is None else directory.numbers()[0].get(_ORIENTATION, 1)
+    directory = TiffDirectory.first(exif.removeprefix(b"Exif\0\0"))
+    return 1 if directory is None else directory.numbers()[0].get(ORIENTATION, 1)
 
 
 def _tiff_pages(raw: bytes) -> int:
     """The number of pages, at most _MOST_PAGES + 1. Raises ImageError where the first claims more than the file or
     the limits hold."""
-    directory = _TiffDirectory.first(raw)
+    directory = TiffDirectory.first(raw)
     if directory is None:
         raise ImageError("damaged: the TIFF file is cut short")
     tags, claimed = directory.numbers()
     if claimed > len(raw):
         raise ImageError("damaged: its TIFF tags claim more bytes than the file has")
-    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MAX_PIXELS:
+    if tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0) > MAX_PIXELS:
         raise ImageError("damaged: its TIFF tiles are larger than an image may be")
     seen: set[int] = set()
     while directory is not None and directory.offset not in seen and len(seen) <= _MOST_PAGES:
         seen.add(directory.offset)
         directory = directory.following()
     return len(seen)
-
-
-@dataclass(frozen=True)
-class _TiffDirectory:
-    """A directory of tags in TIFF or EXIF data that has room for the entries that it declares."""
-
-    raw: bytes
-    order: str
-    is_big: bool
-    offset: int
-
-    @classmethod
-    def first(cls, raw: bytes) -> _TiffDirectory | None:
-        if not raw.startswith(_TIFF_PREFIXES) or len(raw) < 16:
-            return None
-        order, is_big = "<" if raw.startswith(b"II") else ">", b"+" in raw[2:4]
-        (offset,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", raw, 8 if is_big else 4)
-        return cls._at(raw, order, is_big, offset)
-
-    @classmethod
-    def _at(cls, raw: bytes, order: str, is_big: bool, offset: int) -> _TiffDirectory | None:
-        found = cls(raw, order, is_big, offset)
-        fits = 0 < offset <= len(raw) - 8 and found._end() <= len(raw)
-        return found if fits else None
-
-    def _begin(self) -> int:
-        return self.offset + (8 if self.is_big else 2)
-
-    def _end(self) -> int:
-        (count,) = struct.unpack_from(f"{self.order}{'Q' if self.is_big else 'H'}", self.raw, self.offset)
-        return int(self._begin() + count * (20 if self.is_big else 12))
-
-    def following(self) -> _TiffDirectory | None:
-        """The next directory of the chain."""
-        end, (form, size) = self._end(), (("Q", 8) if self.is_big else ("I", 4))
-        if end + size > len(self.raw):
-            return None
-        (offset,) = struct.unpack_from(f"{self.order}{form}", self.raw, end)
-        return self._at(self.raw, self.order, self.is_big, offset)
-
-    def numbers(self) -> tuple[dict[int, int], int]:
-        """Single whole numbers by tag, and how many bytes all tags claim outside of the directory."""
-        form, inline = ("HHQQ", 8) if self.is_big else ("HHII", 4)
-        found: dict[int, int] = {}
-        claimed = 0
-        for tag, kind, count, value in struct.iter_unpack(self.order + form, self.raw[self._begin() : self._end()]):
-            size = _TIFF_TYPE_BYTES.get(kind, 0) * count
-            if size > inline:
-                claimed += size
-            elif count == 1 and kind in (_SHORT, _LONG):  # left-aligned in the field
-                found.setdefault(tag, value >> 8 * (inline - size) if self.order == ">" else value % (1 << 8 * size))
-        return found, claimed

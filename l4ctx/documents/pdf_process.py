@@ -1,7 +1,8 @@
 """The one process in which pdfium runs: started when it is first needed, kept for the next document, ended in time.
 
 A page on which pdfium crashes, runs out of memory or does not come to an end costs that process and nothing more. What
-it is asked, and what is made of its replies, is left to `l4ctx.pdf`; what it does, to `l4ctx.pdf_worker`.
+it is asked, and what is made of its replies, is left to `l4ctx.documents.pdf`; what it does, to
+`l4ctx.documents.pdf_worker`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from l4ctx.documents.pdf_worker import FRAME
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import available_memory, process_memory
-from l4ctx.pdf_worker import FRAME
 
 PAGE_SECONDS = 60.0  # for one page, and for opening the document
 START_SECONDS = 60.0
@@ -30,7 +31,7 @@ LEAST_MEMORY = 1 << 30  # the same where hardly any memory is free: below it, so
 MOST_LEFT = 64 << 20  # bytes that it may still hold after a request, beside a document that it keeps; else it is ended
 MOST_TEXT = 2**27  # bytes of text in UTF-8: more than any model reads
 
-_COMMAND = (sys.executable, "-P", "-c", "from l4ctx.pdf_worker import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from l4ctx.documents.pdf_worker import main; main()")
 
 
 class NoWorkerError(Exception):
@@ -81,9 +82,9 @@ def request(header: dict[str, Any], body: bytes = b"") -> Iterator[Callable[[], 
 
     One thread at a time. `header` says what to "do" ("read" or "draw"), the "memory" to do it in (bytes), and what else
     the task needs. What is read is `body`; what is drawn from, the file at "path" or, where that is None, `body`, whose
-    digest is "sha256": it is kept open from one request to the next, see `l4ctx.pdf_worker`. Who leaves before the last
-    reply, by an exception or not, ends the process. Raises NoWorkerError; RefusedError and PdfiumError, as does the
-    function, which waits for PAGE_SECONDS.
+    digest is "sha256": it is kept open from one request to the next, see `l4ctx.documents.pdf_worker`. Who leaves
+    before the last reply, by an exception or not, ends the process. Raises NoWorkerError; RefusedError and PdfiumError,
+    as does the function, which waits for PAGE_SECONDS.
     """
     with _one_at_a_time:
         worker = _started()

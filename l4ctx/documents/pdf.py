@@ -1,7 +1,7 @@
 """Pages of a PDF as text and as images, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
 
-That process is left to `l4ctx.pdf_process`; prompts, folders and what becomes of images, to `l4ctx.prompt`,
-`l4ctx.documents` and `l4ctx.images`.
+That process is left to `l4ctx.documents.pdf_process`; prompts, folders and what becomes of images, to `l4ctx.prompt`,
+`l4ctx.documents.reader` and `l4ctx.documents.images`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from l4ctx.formatting import counted, human_bytes
-from l4ctx.images import DocumentImage, ImageError, pixels_digest
-from l4ctx.pdf_process import (
+from l4ctx.documents.images import DocumentImage, ImageError, pixels_digest
+from l4ctx.documents.pdf_process import (
     MOST_LEFT,
     MOST_TEXT,
     LibraryMissingError,
@@ -29,6 +28,7 @@ from l4ctx.pdf_process import (
     memory_limit,
     request,
 )
+from l4ctx.formatting import counted, human_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,7 +121,7 @@ def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[l
     Pages that are not read within DOCUMENT_SECONDS and SECONDS_A_PAGE for each (and the page that is being read then)
     are noted as well. Raises PdfError where nothing can be read: encrypted, broken, no page, in mode text no text, or
     pdfium failing on _MOST_LOST pages (it crashes, needs too much memory, or more than
-    l4ctx.pdf_process.PAGE_SECONDS); PdfSupportMissing.
+    l4ctx.documents.pdf_process.PAGE_SECONDS); PdfSupportMissing.
     """
     if mode not in PDF_MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(PDF_MODES)}")

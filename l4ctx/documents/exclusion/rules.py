@@ -1,7 +1,8 @@
 """Which rules of exclusion hold in a folder: git's own answer in a work tree, else those of the files of patterns.
 
-`l4ctx.git` asks git, `l4ctx.ignore` reads patterns and `l4ctx.git_config` finds those beside `.gitignore` files;
-walking folders is left to `l4ctx.documents`.
+`l4ctx.documents.exclusion.git` asks git, `l4ctx.documents.exclusion.gitignore` reads patterns and
+`l4ctx.documents.exclusion.git_config` finds those beside `.gitignore` files; walking folders is left to
+`l4ctx.documents.reader`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from l4ctx.git import GitError, GitRules, GitSlowError, ask_git, git_program
-from l4ctx.git_config import common_folder, core_settings
-from l4ctx.ignore import PatternFile, PatternFileError, PatternRules, is_utf16, read_patterns, read_start
+from l4ctx.documents.exclusion.git import GitError, GitRules, GitSlowError, ask_git, git_program
+from l4ctx.documents.exclusion.git_config import common_folder, core_settings
+from l4ctx.documents.exclusion.gitignore import (
+    PatternFile,
+    PatternFileError,
+    PatternRules,
+    is_utf16,
+    read_patterns,
+    read_start,
+)
 
 UTF_16 = "is UTF-16, which git does not read as text: its rules do not hold (save it as UTF-8)"
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.prompt import ChatTemplate
-from l4ctx.tokenizer import TokenizerError, read_json, special_tokens
+from l4ctx.checkpoint.chat_template import ChatTemplate
+from l4ctx.checkpoint.tokenizer import TokenizerError, read_json, special_tokens
 
 if TYPE_CHECKING:
-    from l4ctx.image_processing import ImageProcessing
+    from l4ctx.checkpoint.image_processor import ImageProcessing
     from model.config import TextConfig
     from model.vision.config import VisionConfig
     from model.weights.shards import StoredTensor

@@ -1,6 +1,7 @@
 """Patterns of `.gitignore` files matched as git's wildmatch does, all of a file's at once and without backtracking.
 
-Everything is in bytes, as in git. What the lines of a `.gitignore` mean is left to `l4ctx.ignore`.
+Everything is in bytes, as in git. What the lines of a `.gitignore` mean is left to
+`l4ctx.documents.exclusion.gitignore`.
 """
 
 from __future__ import annotations

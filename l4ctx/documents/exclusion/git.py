@@ -1,6 +1,6 @@
 """Asking git which files of a work tree it ignores, so that nothing in the repository runs a program or makes us wait.
 
-What is ignored where git does not answer is left to `l4ctx.ignore`.
+What is ignored where git does not answer is left to `l4ctx.documents.exclusion.gitignore`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What files of patterns leave out of a folder, as git has it: `.gitignore`, `.git/info/exclude`, core.excludesFile.
 
-Matching is left to `l4ctx.wildmatch`, asking git itself to `l4ctx.git`, walking folders to `l4ctx.documents`.
+Matching is left to `l4ctx.documents.exclusion.wildmatch`, asking git itself to `l4ctx.documents.exclusion.git`, walking
+folders to `l4ctx.documents.reader`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from l4ctx.wildmatch import PatternSet, literal_length
+from l4ctx.documents.exclusion.wildmatch import PatternSet, literal_length
 
 MOST_BYTES = 8 << 20  # of a file of patterns: 200,000 lines and more
 AUTOMATON_BYTES = 1 << 14  # of patterns that are matched at once

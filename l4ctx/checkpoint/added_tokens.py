@@ -1,6 +1,6 @@
 """Added tokens of a tokenizer: which of them are control tokens, and which are text that data may contain.
 
-Encoding with them is left to `l4ctx.tokenizer`.
+Encoding with them is left to `l4ctx.checkpoint.tokenizer`.
 """
 
 from __future__ import annotations

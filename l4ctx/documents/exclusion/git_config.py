@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from l4ctx.ignore import PatternFileError, read_start
+from l4ctx.documents.exclusion.gitignore import PatternFileError, read_start
 
 _MOST_BYTES = 1 << 20  # of a configuration
 _SECTION = re.compile(r"\s*\[\s*([^\]\s\"]*)\s*(\"(?:[^\"\\]|\\.)*\"\s*)?\]")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from l4ctx.documents.notebook import notebook
 from l4ctx.formatting import human_bytes
-from l4ctx.notebook import notebook
 
 LEAST = 256  # characters of a data: URI's content that are worth leaving out
 _SAMPLE = 1 << 16  # characters of what is left out that are tokenized to tell how many tokens all of it has

@@ -1,14 +1,15 @@
 """Bytes of a file to text: which encoding, whether it is text at all, and what could not be decoded.
 
-Knows nothing of files, folders or documents. Which of the older encodings a text is in, `l4ctx.encodings` finds out.
+Knows nothing of files, folders or documents. Which of the older encodings a text is in, `l4ctx.documents.encodings`
+finds out.
 """
 
 from __future__ import annotations
 
 import codecs
 
-from l4ctx.encodings import detect, wide_encoding
-from l4ctx.recognition import binary_kind
+from l4ctx.documents.encodings import detect, wide_encoding
+from l4ctx.documents.recognition import binary_kind
 
 SAMPLE_BYTES = 8192  # how much of a file is looked at to tell text from binary
 

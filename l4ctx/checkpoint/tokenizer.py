@@ -21,7 +21,7 @@ from typing import Any
 
 import tokenizers
 
-from l4ctx.added_tokens import CutCheck, add_in_order, control_tokens
+from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 

@@ -1,8 +1,8 @@
 """Files, folders and standard input become documents: named text and images, in an order that never changes.
 
-Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left
-to others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.tokenizer`), as are the formats (`l4ctx.recognition`, `l4ctx.decoding`,
-`l4ctx.payload`, `l4ctx.images`, `l4ctx.pdf`).
+Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left to
+others (`l4ctx.cli`, `l4ctx.prompt`, `l4ctx.checkpoint.tokenizer`), as are the formats (`l4ctx.documents.recognition`,
+`l4ctx.documents.text`, `l4ctx.documents.payload`, `l4ctx.documents.images`, `l4ctx.documents.pdf`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import BinaryIO
 
-from l4ctx.decoding import UndecodableError, decode, is_text
-from l4ctx.exclusion import Exclusion, Rules
+from l4ctx.documents.exclusion.rules import Exclusion, Rules
+from l4ctx.documents.images import DocumentImage, ImageError, image_format, read_image
+from l4ctx.documents.payload import Payload, without_payload
+from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
+from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
+from l4ctx.documents.text import UndecodableError, decode, is_text
 from l4ctx.formatting import human_bytes, printable
-from l4ctx.images import DocumentImage, ImageError, image_format, read_image
 from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
 from l4ctx.machine.memory import available_memory
 from l4ctx.manifest import is_context
-from l4ctx.payload import Payload, without_payload
-from l4ctx.pdf import PdfError, check_support, is_pdf, read_pdf
-from l4ctx.recognition import RTF, Kind, binary_kind, is_rtf
 
 Content = str | tuple[str | DocumentImage, ...]
 
@@ -128,15 +128,15 @@ def read_documents(
 ) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
-    Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that
-    lead out of the folder are left out and listed in `skipped`; with `skip_unreadable`, so is what cannot be read. A
-    file named itself is read even if hidden or ignored. A file reached twice is read once. `pdf` is one of
-    l4ctx.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names that of all text
-    that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what `l4ctx.payload` would
-    leave out; `progress` is told the number of documents after each. What a file is, its first 64 KiB tell; of what is
-    left out no more is read. Raises DocumentError for a path that is missing, is not a file or folder, or cannot be
-    read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given twice or without `stdin`;
-    DocumentMemoryError for a file that does not fit into memory.
+    Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that lead
+    out of the folder are left out and listed in `skipped`; with `skip_unreadable`, so is what cannot be read. A file
+    named itself is read even if hidden or ignored. A file reached twice is read once. `pdf` is one of
+    l4ctx.documents.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names that of
+    all text that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what
+    `l4ctx.documents.payload` would leave out; `progress` is told the number of documents after each. What a file is,
+    its first 64 KiB tell; of what is left out no more is read. Raises DocumentError for a path that is missing, is not
+    a file or folder, or cannot be read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given
+    twice or without `stdin`; DocumentMemoryError for a file that does not fit into memory.
     """
     reader = _Reader(stdin, pdf, no_images, encoding, keep_payload, progress, skip_unreadable)
     for path in paths:

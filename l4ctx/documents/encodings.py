@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from l4ctx.scripts import (
+from l4ctx.documents.scripts import (
     ARABIC,
     CHINESE,
     CYRILLIC,

@@ -1,0 +1,1 @@
+"""What a published checkpoint says beside its weights: tokenizer, chat template, generation, images."""

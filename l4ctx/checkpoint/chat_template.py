@@ -1,0 +1,116 @@
+"""A checkpoint's chat template, untrusted: its own text around what it is given."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_json, special_tokens
+
+
+class PromptError(Exception):
+    """A prompt that cannot be made, by the template's or the input's fault: one line."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A checkpoint's Jinja chat template, untrusted, the special tokens that it may name, and the date it is told."""
+
+    source: str
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    date: datetime.datetime | None = None  # None: now
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
+        """The chat template of a checkpoint folder; None for a base model, which has none.
+
+        Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
+        of which "default" is taken), then in `chat_template.json`. Raises PromptError for broken files.
+        """
+        folder = Path(path)
+        try:
+            tokens = special_tokens(folder)
+            if (folder / "chat_template.jinja").is_file():
+                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens, date)
+            for name in ("tokenizer_config.json", "chat_template.json"):
+                source = read_json(folder / name).get("chat_template")
+                if source is not None:
+                    return cls(_default_template(source, folder / name), tokens, date)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"{folder / 'chat_template.jinja'}: cannot be read: {_one_line(error)}") from None
+        except TokenizerError as error:
+            raise PromptError(str(error)) from None
+        return None
+
+    def split(self, *, system: bool) -> list[str]:
+        """The template's own text around what it puts in: [before, "user", after], with `system` in front
+        [before, "system", between, "user", after], or in the order in which the template shows the two.
+
+        Raises PromptError where the template fails or does not show each exactly once.
+        """
+        markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
+        try:
+            return self._split_rendering(markers, as_parts=False)
+        except PromptError:
+            try:  # templates of multimodal checkpoints may know only lists of parts
+                return self._split_rendering(markers, as_parts=True)
+            except PromptError:
+                pass
+            raise
+
+    def _marker(self, role: str) -> str:
+        """A stand-in for a message: no filter trims it, and nothing in the template looks like it."""
+        text = self.source + "".join(self.special_tokens.values())
+        return next(marker for n in range(len(text) + 1) if (marker := f"l4ctx{role.title()}Text{n}q") not in text)
+
+    def _split_rendering(self, markers: dict[str, str], *, as_parts: bool) -> list[str]:
+        messages: list[dict[str, Any]] = []
+        for role, marker in markers.items():
+            messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
+        text = _render(self.source, self.special_tokens, messages, self.date)
+        for role, marker in markers.items():
+            part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # as code, instead of its text
+            if text.count(marker) != 1 or part_shown:
+                times = "not at all" if marker not in text else f"{text.count(marker)} times"
+                raise PromptError(f"the chat template shows the {role} message {times}, or altered, instead of once")
+        roles = {marker: role for role, marker in markers.items()}
+        return [roles.get(part, part) for part in re.split(f"({'|'.join(roles)})", text)]
+
+
+def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    """Raises TokenizerError where every prompt would hold a token that the model has not, and PromptError."""
+    if template is not None:
+        for part in template.split(system=False)[::2]:
+            tokenizer.encode_control(part)
+    elif tokenizer.bos_id is not None:
+        tokenizer.check_ids([tokenizer.bos_id], "the beginning of every prompt (bos_token)")
+
+
+def _default_template(source: object, file: Path) -> str:
+    """The template itself of what a JSON file holds as `chat_template`."""
+    if isinstance(source, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise PromptError(f"{file}: chat_template is neither a text nor a list with one named default")
+    return source
+
+
+def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
+    """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
+    from l4ctx.checkpoint.chat_environment import chat_environment
+
+    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    try:
+        return chat_environment(date).from_string(source).render({**tokens, **variables})
+    except Exception as error:  # a template can raise anything
+        raise PromptError(f"the checkpoint's chat template fails: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    visible = "".join(character if character.isprintable() else " " for character in str(error))
+    return " ".join(visible.split()) or type(error).__name__

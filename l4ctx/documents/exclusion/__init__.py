@@ -1,0 +1,1 @@
+"""Which files of a folder are left out: what git ignores, by git itself or by its rules."""
