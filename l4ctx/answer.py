@@ -13,7 +13,7 @@ from l4ctx.formatting import counted, without_controls
 from l4ctx.wrapping import WordWrap
 
 if TYPE_CHECKING:
-    from l4ctx.ask import Run
+    from l4ctx.run.session import Run
 
 
 def show_answer(run: Run, note: Callable[[str], None], interruption: Interruption, *, json: bool) -> None:

@@ -36,8 +36,8 @@ from l4ctx.machine.processor import share_cores
 from l4ctx.usage import USAGE_ERROR, refuse_arguments
 
 if TYPE_CHECKING:
-    from l4ctx.planning import PlanRequest
-    from l4ctx.request import Request
+    from l4ctx.run.estimate import PlanRequest
+    from l4ctx.run.request import Request
 
 app = typer.Typer(
     add_completion=False,
@@ -172,7 +172,7 @@ def ask(
         question = None
 
     def request() -> Request:
-        from l4ctx.request import Request
+        from l4ctx.run.request import Request
 
         check_choices(dtype, kv_dtype, attention, pdf)
         if seed is not None and not 0 <= seed < 2**63:
@@ -296,7 +296,7 @@ def prefill(
     """
 
     def request() -> Request:
-        from l4ctx.request import Request
+        from l4ctx.run.request import Request
 
         check_choices(dtype, kv_dtype, attention, pdf)
         if json:
@@ -429,7 +429,7 @@ def plan(
     """
 
     def request() -> PlanRequest:
-        from l4ctx.planning import PlanRequest
+        from l4ctx.run.estimate import PlanRequest
 
         check_stdout("to")
         check_choices(dtype, kv_dtype, None, pdf)
@@ -470,7 +470,7 @@ app.command(cls=Command, epilog=EXIT_CODES)(bench)
 def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
     """Shows the plan; returns the exit code."""
     from l4ctx.plan_table import plan_table
-    from l4ctx.planning import make_plan
+    from l4ctx.run.estimate import make_plan
     from l4ctx.terminal import notes, rendered, stderr_console
 
     report = make_plan(request, notes(stderr_console(), quiet=quiet))
@@ -485,10 +485,10 @@ def _run(request: Request, interruption: Interruption, *, json: bool, quiet: boo
     """Carries the request out; prints the answer as it comes, then what there is to report."""
     from l4ctx.activity import Activity
     from l4ctx.answer import show_answer
-    from l4ctx.ask import Run
     from l4ctx.memory_table import memory_table
     from l4ctx.reading_progress import read_shown, reading_summary
-    from l4ctx.report import run_report
+    from l4ctx.run.report import run_report
+    from l4ctx.run.session import Run
     from l4ctx.terminal import notes, stderr_console
 
     console = stderr_console()

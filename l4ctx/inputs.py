@@ -15,7 +15,7 @@ from typing import BinaryIO
 from l4ctx.errors import UsageError
 from l4ctx.exits import tell
 from l4ctx.formatting import printable
-from l4ctx.request import Request
+from l4ctx.run.request import Request
 
 
 def inputs(

@@ -8,7 +8,7 @@ from l4ctx.formatting import human_bytes
 from l4ctx.tables import FigureTable
 
 if TYPE_CHECKING:
-    from l4ctx.report import MemoryReport
+    from l4ctx.run.report import MemoryReport
 
 
 def memory_table(report: MemoryReport) -> FigureTable:

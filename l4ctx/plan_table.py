@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
-from l4ctx.planning import PlanReport
+from l4ctx.run.estimate import PlanReport
 from l4ctx.tables import FigureTable, TextTable
 
 if TYPE_CHECKING:

@@ -1,4 +1,5 @@
-"""A tiny random model and saved contexts of it: made, gone on with and asked in this process, as l4ctx.ask does.
+"""A tiny random model and saved contexts of it: made, gone on with and asked in this process, as l4ctx.run.session
+does.
 
 A block is two attention chunks and two segments unless said, so that ten of them are ten small files. Knows nothing of
 text: documents are token ids. Imports no pytest, as samples/kill_prefill.py uses it.

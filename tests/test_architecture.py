@@ -47,7 +47,7 @@ WITHOUT_TORCH = (
     "l4ctx.documents.images",
     "l4ctx.plan",
     "l4ctx.progress",
-    "l4ctx.request",
+    "l4ctx.run.request",
     "l4ctx.states",
     "l4ctx.bench.jobs",
     "l4ctx.bench.report",

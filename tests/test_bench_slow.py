@@ -18,7 +18,7 @@ from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.machine import timing
 from l4ctx.machine.timing import Work, growing, growing_rate
-from l4ctx.planning import measured_speed
+from l4ctx.run.estimate import measured_speed
 from model.config import TextConfig
 
 WIDE = {

@@ -38,7 +38,7 @@ from cli_runner import (
 from l4ctx import errors, exits, terminal
 from l4ctx.job import Job
 from l4ctx.plan import MemoryPlan
-from l4ctx.report import MemoryReport
+from l4ctx.run.report import MemoryReport
 from model.config import TextConfig
 
 
@@ -498,7 +498,7 @@ def test_a_full_disk_is_named(inside: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.ask.available_memory", lambda: 1 / 0)
+    monkeypatch.setattr("l4ctx.run.session.available_memory", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_here("ask", QUESTION, "docs/a.md")
 

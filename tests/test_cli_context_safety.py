@@ -145,7 +145,7 @@ def test_replace_is_for_what_is_kept(place: Path) -> None:
 
 def ids_of(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], dict[str, object]]:
     """All ids that an answer follows from, those in the context included, and the report."""
-    from l4ctx.ask import Run
+    from l4ctx.run.session import Run
 
     seen: list[int] = []
     load = Run.load_model

@@ -269,7 +269,7 @@ def test_what_does_not_go_together_is_refused(place: Path) -> None:
 
 
 def test_refusals_import_no_torch(place: Path) -> None:
-    """As l4ctx.ask says: arguments, contexts and documents are looked at before that."""
+    """As l4ctx.run.session says: arguments, contexts and documents are looked at before that."""
     lines = [
         [*ASK[:3], "new"],
         [*ASK[:3], "docs"],
@@ -453,7 +453,7 @@ def test_a_template_that_tells_the_date(place: Path, monkeypatch: pytest.MonkeyP
             return cls(2025, 2, 27, 23, 59, 58, tzinfo=tz)
 
     with monkeypatch.context() as patch:
-        patch.setattr("l4ctx.context_use.datetime", SimpleNamespace(datetime=Yesterday))
+        patch.setattr("l4ctx.run.context.datetime", SimpleNamespace(datetime=Yesterday))
         assert prefill(context="new").code == 0
     assert "date             2025-02-27T23:59:58\n" in run_here("inspect", "new").stdout
     assert prefill(context="today").code == 0

@@ -233,18 +233,18 @@ def test_a_context_tells_its_images() -> None:
 
 def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what is kept; the same command goes on from there."""
-    import l4ctx.ask
+    import l4ctx.run.session
 
     text_file(Path("docs/a.md"), f"{DOCUMENT}{'word ' * 9000}\n")
     image().save("docs/b.png")
 
-    def change_then(self: l4ctx.ask.Run) -> None:
+    def change_then(self: l4ctx.run.session.Run) -> None:
         image(seed=9).save("docs/b.png")
         load(self)
 
-    load = l4ctx.ask.Run.load_model
+    load = l4ctx.run.session.Run.load_model
     with monkeypatch.context() as patch:
-        patch.setattr(l4ctx.ask.Run, "load_model", change_then)
+        patch.setattr(l4ctx.run.session.Run, "load_model", change_then)
         refused = run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048", "--quiet")
         check_refused(
             refused,

@@ -11,7 +11,7 @@ import pytest
 
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.loop_guard import LONGEST_PERIOD, LOOP_REPEATS, LOOP_TOKENS, Loop, LoopGuard
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS
+from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 

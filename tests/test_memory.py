@@ -40,7 +40,7 @@ from l4ctx.machine.memory import (
 from l4ctx.memory_table import memory_table
 from l4ctx.plan import MemoryPlan
 from l4ctx.prefill import prefill
-from l4ctx.report import MemoryReport
+from l4ctx.run.report import MemoryReport
 from model.config import TextConfig
 from model.costs import activation_bytes
 from model.transformer import Transformer

@@ -18,7 +18,6 @@ from rich.console import Console
 from cache import layout as store_layout
 from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
-from l4ctx import planning
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.reader import DocumentError, read_documents
@@ -26,9 +25,10 @@ from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.plan_table import plan_table
-from l4ctx.planning import PlanReport, PlanRequest, make_plan, measured_speed
 from l4ctx.prefill import prefill
 from l4ctx.prompt import build_prompt
+from l4ctx.run import estimate
+from l4ctx.run.estimate import PlanReport, PlanRequest, make_plan, measured_speed
 from model.config import ConfigError, TextConfig
 from model.costs import parameter_count, reading_operations
 from model.weights.loading import load_checkpoint
@@ -57,14 +57,14 @@ def scout(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 GiB of memory, 100 GiB on disk, no GPU."""
-    monkeypatch.setattr(planning, "available_memory", lambda: 24 * GIB)
-    monkeypatch.setattr(planning, "available_disk", lambda folder: 100 * GIB)
-    monkeypatch.setattr(planning, "available_on_gpu", lambda index: None)
-    monkeypatch.setattr(planning, "_torch_may_use_gpus", lambda: True)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(estimate, "available_disk", lambda folder: 100 * GIB)
+    monkeypatch.setattr(estimate, "available_on_gpu", lambda index: None)
+    monkeypatch.setattr(estimate, "_torch_may_use_gpus", lambda: True)
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
-    monkeypatch.setattr(planning, "available_on_gpu", lambda index: dict(enumerate(free)).get(index))
+    monkeypatch.setattr(estimate, "available_on_gpu", lambda index: dict(enumerate(free)).get(index))
 
 
 def planned(model: Path, **options: Any) -> PlanReport:
@@ -77,7 +77,7 @@ def planned(model: Path, **options: Any) -> PlanReport:
 @pytest.mark.parametrize("tokens", [10**6, 10**7])
 def test_a_number_of_tokens_needs_neither_torch_nor_shards(scout: Path, tokens: int) -> None:
     code = (
-        "import json, pathlib, sys; from l4ctx.planning import PlanRequest, make_plan; "
+        "import json, pathlib, sys; from l4ctx.run.estimate import PlanRequest, make_plan; "
         f"report = make_plan(PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, device='cpu'), str); "
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'rich', 'jinja2'} & set(sys.modules); "
         "print(json.dumps([sorted(heavy), report.as_dict()]))"
@@ -152,7 +152,7 @@ def test_the_dtype(scout: Path) -> None:
 
 def test_small_models_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(TINY, tokens=9).plan.job.dtype == "float32"
-    monkeypatch.setattr(planning, "available_memory", lambda: 40 * MIB)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 40 * MIB)
     assert planned(TINY, tokens=9).plan.job.dtype == json.loads((TINY / "config.json").read_text())["torch_dtype"]
 
 
@@ -170,15 +170,15 @@ def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, ac
 
 def test_a_build_of_torch_without_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path) -> None:
     gpus(monkeypatch, 300 * GIB)
-    monkeypatch.setattr(planning, "_torch_may_use_gpus", lambda: False)
+    monkeypatch.setattr(estimate, "_torch_may_use_gpus", lambda: False)
     assert planned(scout, tokens=9).room.accelerator is None
 
 
 @pytest.mark.parametrize(("found", "expected"), [("2.13.0", True), ("2.13.0+cu130", True), ("2.13.0+cpu", False)])
 def test_builds_of_torch(monkeypatch: pytest.MonkeyPatch, found: str, expected: bool) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(planning, "version", lambda name: found)
-    assert planning._torch_may_use_gpus() is expected
+    monkeypatch.setattr(estimate, "version", lambda name: found)
+    assert estimate._torch_may_use_gpus() is expected
 
 
 def test_the_time_has_a_quadratic_term(scout: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_time_has_a_quadratic_term(scout: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"moe_layers": []}, {"num_attention_heads": 2}])
 def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], dtype: str) -> None:
-    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.001)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.001)
     config = TextConfig.from_dict(
         {
             "model_type": "llama4_text",
@@ -215,14 +215,14 @@ def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 def test_speed_is_measured_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measured(*arguments: Any) -> planning.Speed:
+    def measured(*arguments: Any) -> estimate.Speed:
         asked.append(arguments[1:])
-        return planning.Speed(1e9, 2e9)
+        return estimate.Speed(1e9, 2e9)
 
-    monkeypatch.setattr(planning, "measured_speed", measured)
+    monkeypatch.setattr(estimate, "measured_speed", measured)
     report = planned(TINY, tokens=10**4, measure=True)
     operations = reading_operations(TextConfig.from_folder(TINY), 0, 10**4)
-    assert report.seconds == planning.Speed(1e9, 2e9).seconds(operations)
+    assert report.seconds == estimate.Speed(1e9, 2e9).seconds(operations)
     assert report.as_dict()["operations_per_second"] == {"linear": 1e9, "attention": 2e9}
     gpus(monkeypatch, GIB)
     planned(TINY, tokens=10, measure=True, dtype="bfloat16")

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
-from l4ctx.context_use import ContextUse
 from l4ctx.documents.reader import DocumentSet, Skipped, read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
 from l4ctx.machine.device import free_on_accelerator, usable_device
 from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.plan import MemoryPlan, MemoryPlanError
-from l4ctx.report import MemoryReport, Timing
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, Request, check_kv_device_memory, check_kv_dir
+from l4ctx.run.context import ContextUse
+from l4ctx.run.images import ImageUse
+from l4ctx.run.report import MemoryReport, Timing
+from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, Request, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig
 from model.costs import Operations, reading_operations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.image_features import ImageFeatures
-    from l4ctx.image_use import ImageReading
     from l4ctx.loop_guard import Loop
     from l4ctx.prefill import PrefillProgress
     from l4ctx.prompt import Prompt
+    from l4ctx.run.images import ImageReading
     from model.transformer import Transformer
     from model.weights.shards import StoredTensor
 

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
-from l4ctx.image_use import ImageUse
 from l4ctx.job import Job, Room
 from l4ctx.machine.device import available_on_gpu
 from l4ctx.machine.memory import available_disk, available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention
 from l4ctx.plan import MemoryPlan, tokens_that_fit
-from l4ctx.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
+from l4ctx.run.images import ImageUse
+from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
 
 if TYPE_CHECKING:
     from l4ctx.documents.reader import Skipped
     from l4ctx.image_prompt import PlacedImage
-    from l4ctx.image_use import ImageReading
+    from l4ctx.run.images import ImageReading
     from model.weights.shards import StoredTensor
 
 Note = Callable[[str], None]

@@ -19,7 +19,7 @@ from l4ctx.documents.reader import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
 from l4ctx.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
-from l4ctx.request import Request
+from l4ctx.run.request import Request
 from model.config import TextConfig
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from l4ctx.machine.memory import ProcessMemory
 from l4ctx.plan import MemoryPlan
 
 if TYPE_CHECKING:
-    from l4ctx.ask import Run
     from l4ctx.context import ContextReader
+    from l4ctx.run.session import Run
     from l4ctx.spans import ImageSpan, Span
 
 
