@@ -22,7 +22,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "cache.disk.DiskError": CONTEXT,
     "cache.disk.UnreadableError": CONTEXT,
     "cache.disk.DiskFullError": MEMORY,
-    "l4ctx.plan.MemoryPlanError": MEMORY,
+    "l4ctx.planning.memory_plan.MemoryPlanError": MEMORY,
     "builtins.MemoryError": MEMORY,
     "torch.OutOfMemoryError": MEMORY,
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.formatting import counted, human_bytes, human_clock, human_seconds
 from l4ctx.machine.memory import process_memory
-from l4ctx.progress import CostModel, Rates, Work
+from l4ctx.planning.cost_model import CostModel, Rates, Work
 from l4ctx.terminal import shortened
 from l4ctx.wrapping import cells
 

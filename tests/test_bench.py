@@ -125,7 +125,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest
 
 def test_a_disk_that_does_not_suffice_is_refused_before_files_are_written(tmp_path: Path) -> None:
     from l4ctx.bench.files import check_disk
-    from l4ctx.plan import MemoryPlanError
+    from l4ctx.planning.memory_plan import MemoryPlanError
 
     check_disk(1, tmp_path, "this")
     with pytest.raises(MemoryPlanError, match=r"the comparison needs .* TMPDIR"):

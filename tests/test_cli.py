@@ -36,8 +36,8 @@ from cli_runner import (
 )
 
 from l4ctx import errors, exits, terminal
-from l4ctx.job import Job
-from l4ctx.plan import MemoryPlan
+from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.workload import Job
 from l4ctx.run.report import MemoryReport
 from model.config import TextConfig
 

@@ -43,7 +43,7 @@ from context_toys import block_digests, files
 
 from cache import layout as store_layout
 from l4ctx.formatting import human_bytes
-from l4ctx.plan import MARGIN_BYTES
+from l4ctx.planning.memory_plan import MARGIN_BYTES
 from l4ctx.run import estimate
 
 ROW, TOKEN_BYTES = 1024, 1024  # in float32

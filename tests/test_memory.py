@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from cache import layout as store_layout
 from cache.hybrid import HybridKVCache
 from l4ctx.formatting import human_bytes
-from l4ctx.job import Job, Room
 from l4ctx.machine import memory
 from l4ctx.machine.device import available_on_gpu
 from l4ctx.machine.memory import (
@@ -38,7 +37,8 @@ from l4ctx.machine.memory import (
     process_memory,
 )
 from l4ctx.memory_table import memory_table
-from l4ctx.plan import MemoryPlan
+from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.workload import Job, Room
 from l4ctx.prefill import prefill
 from l4ctx.run.report import MemoryReport
 from model.config import TextConfig

@@ -20,10 +20,10 @@ from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.layout import KVBytes, Residency, StoreLayout
 from l4ctx.formatting import parse_size, parse_tokens
-from l4ctx.job import Job, Room
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
+from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
+from l4ctx.planning.workload import Job, Room
 from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
@@ -595,5 +595,5 @@ def test_what_is_no_number_of_tokens(text: str) -> None:
 
 
 def test_plans_import_no_torch() -> None:
-    code = "import sys, l4ctx.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, l4ctx.planning.memory_plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from toy_checkpoints import BASE
 
-from l4ctx.job import ImageWork, Job, Room
-from l4ctx.plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.workload import ImageWork, Job, Room
 from model.config import TextConfig
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 

@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 
 from cache.layout import KVBytes
+from l4ctx.planning.cost_model import CHANGE_STEPS, CostModel
 from l4ctx.prefill import PrefillProgress
-from l4ctx.progress import CHANGE_STEPS, CostModel
 from l4ctx.reading_progress import Reading, _rate
 from l4ctx.spans import Span
 from l4ctx.terminal import shortened
@@ -155,7 +155,7 @@ def test_rates() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import l4ctx.progress, sys; sys.exit('torch' in sys.modules)"
+    code = "import l4ctx.planning.cost_model, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,7 +16,7 @@ from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import run_worker
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import available_disk
-from l4ctx.plan import MemoryPlanError
+from l4ctx.planning.memory_plan import MemoryPlanError
 from model.config import TextConfig
 
 MARGIN_BYTES = 2**30

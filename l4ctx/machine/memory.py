@@ -1,6 +1,6 @@
 """What the process holds, what is free on this machine, and how sizes are written and read.
 
-Knows nothing of models; plans are made in `l4ctx.plan`. Imports no torch.
+Knows nothing of models; plans are made in `l4ctx.planning.memory_plan`. Imports no torch.
 """
 
 from __future__ import annotations

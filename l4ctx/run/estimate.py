@@ -1,7 +1,7 @@
 """What `l4ctx plan` finds out without loading weights: tokens, bytes by owner and tier, what fits here, and the time.
 
 For a number of tokens nothing but config.json is read, and torch is not imported; for documents they are read and
-tokenized as `ask` does it. Plans themselves are made in `l4ctx.plan`; nothing is printed here.
+tokenized as `ask` does it. Plans themselves are made in `l4ctx.planning.memory_plan`; nothing is printed here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
-from l4ctx.job import Job, Room
 from l4ctx.machine.device import available_on_gpu
 from l4ctx.machine.memory import available_disk, available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention
-from l4ctx.plan import MemoryPlan, tokens_that_fit
+from l4ctx.planning.memory_plan import MemoryPlan, tokens_that_fit
+from l4ctx.planning.workload import Job, Room
 from l4ctx.run.images import ImageUse
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from l4ctx.errors import RequestError
 from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.image_tiles import tiling_bytes
-from l4ctx.job import ImageWork
+from l4ctx.planning.workload import ImageWork
 from model.config import ConfigError, TextConfig
 from model.costs import Operations
 from model.vision.config import VisionConfig, vision_operations, vision_parameter_count

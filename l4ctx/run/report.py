@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.machine.memory import ProcessMemory
-from l4ctx.plan import MemoryPlan
+from l4ctx.planning.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     from l4ctx.context import ContextReader

@@ -18,11 +18,11 @@ from cache.layout import KV_DTYPES
 from l4ctx.documents.reader import DocumentSet, Skipped, read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.job import Job, Room
 from l4ctx.machine.device import free_on_accelerator, usable_device
 from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.plan import MemoryPlan, MemoryPlanError
+from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
+from l4ctx.planning.workload import Job, Room
 from l4ctx.run.context import ContextUse
 from l4ctx.run.images import ImageUse
 from l4ctx.run.report import MemoryReport, Timing

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
 from l4ctx.formatting import human_bytes
-from l4ctx.job import NO_LIMITS, Job, Room
 from l4ctx.machine.memory import SPARE_SHARE
+from l4ctx.planning.workload import NO_LIMITS, Job, Room
 from model.costs import activation_bytes
 
 TOKEN_ID_BYTES = 4
