@@ -154,7 +154,8 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
 
     Raises UsageError, ContextError, and ConfigError for what is no checkpoint folder.
     """
-    from l4ctx.manifest import FILE, saved_checkpoint
+    from l4ctx.contexts.folder import FILE
+    from l4ctx.contexts.manifest import saved_checkpoint
     from l4ctx.model_folder import check_model_folder
 
     if given is not None:

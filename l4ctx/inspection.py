@@ -15,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from l4ctx.contexts.folder import FILE as MANIFEST
+from l4ctx.contexts.folder import FORMAT, VERSION
+from l4ctx.contexts.manifest import read_manifest, saved_checkpoint
 from l4ctx.errors import CHECKPOINT, CONTEXT, UsageError, name_of_known
-from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import FORMAT, VERSION, read_manifest, saved_checkpoint
 from l4ctx.model_folder import what_it_is
 from model.config import ConfigError, TextConfig
 from model.costs import parameter_count
@@ -25,9 +26,9 @@ from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from l4ctx.context import Context
+    from l4ctx.contexts.reader import Context
+    from l4ctx.contexts.states import State
     from l4ctx.spans import ImageSpan, Span
-    from l4ctx.states import State
     from model.weights.shards import StoredTensor
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -313,8 +314,8 @@ def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> 
 
 
 def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
-    from l4ctx.context import Context
-    from l4ctx.locks import is_being_written
+    from l4ctx.contexts.locks import is_being_written
+    from l4ctx.contexts.reader import Context
 
     with _reading(folder):
         report |= {"is_being_written": is_being_written(folder), "others_have_rights_on": _open_to_others(folder)}
@@ -343,8 +344,8 @@ def _inspect_context(folder: Path, report: Report, verify: bool) -> None:
 
 def _open_to_others(folder: Path) -> list[str]:
     """Names in the context, "." for the folder, that others than the owner may read, change or search."""
+    from l4ctx.contexts.folder import BLOCKS
     from l4ctx.machine.private import is_open_to_others
-    from l4ctx.manifest import BLOCKS
 
     found = []
     for path in (folder, *(path for part in (folder, folder / BLOCKS) if part.is_dir() for path in part.iterdir())):
@@ -362,7 +363,7 @@ def _path_of_checkpoint(folder: Path) -> str | None:
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
     """Within it no file that the journal names is deleted, where the folder lets us say so."""
-    from l4ctx.locks import readers_lock
+    from l4ctx.contexts.locks import readers_lock
 
     lock = readers_lock(folder)
     try:
@@ -430,8 +431,8 @@ def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
 
 def _bytes_on_disk(context: Context) -> dict[str, int]:
     """By what the files hold; `unused` is what no state needs, a file that is being written among it."""
-    from l4ctx.manifest import BLOCKS
-    from l4ctx.states import is_ours
+    from l4ctx.contexts.folder import BLOCKS
+    from l4ctx.contexts.states import is_ours
 
     needed = {stored.name for state in context.usable for stored in state.needs}
     sizes = dict.fromkeys(("blocks", "token_ids", "tails", "unused", "other"), 0)

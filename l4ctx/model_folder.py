@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from l4ctx.contexts.folder import FILE as MANIFEST
 from l4ctx.machine.suggestions import did_you_mean
-from l4ctx.manifest import FILE as MANIFEST
 from model.config import ConfigError
 
 CONFIG = "config.json"

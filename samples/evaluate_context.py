@@ -28,7 +28,7 @@ from evaluate_tiny import answer_to, make_document
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
-from l4ctx.context import ContextReader
+from l4ctx.contexts.reader import ContextReader
 from l4ctx.formatting import human_bytes
 from l4ctx.prompt import build_prompt
 from lookup_task import draw_entities, question, random_code

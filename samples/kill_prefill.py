@@ -42,14 +42,14 @@ from context_toys import BLOCK, CHUNK, CONFIG, VOCABULARY, Kind, answer, block_d
 from cache.grid import grid_period
 from card_task import draw_card, draw_cards, random_size
 from l4ctx.checkpoint.image_processor import ImageProcessing
-from l4ctx.context import Context
+from l4ctx.contexts.folder import FILE as MANIFEST
+from l4ctx.contexts.folder import HEAD
+from l4ctx.contexts.reader import Context
 from l4ctx.documents.images import DocumentImage, read_image
 from l4ctx.errors import ContextError
 from l4ctx.image_features import ImageFeatures
 from l4ctx.image_prompt import ImagePrompter, PlacedImage
 from l4ctx.image_tokens import ImageTokens
-from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import HEAD
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 

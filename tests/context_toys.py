@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from cache.hybrid import HybridKVCache
 from cache.layout import Residency, StoreLayout
-from l4ctx.context import Context, ContextReader, reusable
-from l4ctx.context_writer import ContextWriter
-from l4ctx.journal import Journal
-from l4ctx.manifest import BLOCKS, JOURNAL, Recipe
+from l4ctx.contexts.folder import BLOCKS, JOURNAL
+from l4ctx.contexts.journal import Journal
+from l4ctx.contexts.manifest import Recipe
+from l4ctx.contexts.reader import Context, ContextReader
+from l4ctx.contexts.reuse import reusable
+from l4ctx.contexts.writer import ContextWriter
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.spans import ImageSpan, Span
 from model.config import TextConfig

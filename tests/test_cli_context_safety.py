@@ -30,7 +30,7 @@ from cli_runner import (
 from context_toys import files
 from image_files import encoded, pattern
 
-from l4ctx.manifest import _digest, read_manifest, saved_checkpoint
+from l4ctx.contexts.manifest import _digest, read_manifest, saved_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_rows")
 CHUNK = 512

@@ -29,9 +29,9 @@ from cli_runner import (
 )
 
 import l4ctx.prefill
-from l4ctx import locks
-from l4ctx.context import Context
-from l4ctx.difference import first_difference
+from l4ctx.contexts import locks
+from l4ctx.contexts.difference import first_difference
+from l4ctx.contexts.reader import Context
 from l4ctx.spans import Span
 
 pytestmark = pytest.mark.usefixtures("small_rows")

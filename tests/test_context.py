@@ -44,10 +44,11 @@ import cache.disk
 from cache.disk import DiskFullError
 from cache.hybrid import HybridKVCache
 from cache.layout import KV_DTYPES, Residency
-from l4ctx.context import Context, ContextReader, common_prefix
-from l4ctx.context_writer import ContextWriter
+from l4ctx.contexts.journal import Journal
+from l4ctx.contexts.reader import Context, ContextReader
+from l4ctx.contexts.reuse import common_prefix
+from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
-from l4ctx.journal import Journal
 from l4ctx.prefill import as_batch
 
 IDS = tokens(6 * BLOCK + CHUNK + 7)  # six blocks, a whole chunk and a part of one behind them

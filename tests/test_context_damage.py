@@ -32,10 +32,10 @@ from context_toys import (
 
 from cache.disk import DiskError, DiskFullError, UnitFile, write_units
 from l4ctx.checkpoint.fingerprint import FIELDS
-from l4ctx.context import Context, ContextReader
-from l4ctx.context_writer import ContextWriter
+from l4ctx.contexts.manifest import read_manifest, saved_recipe
+from l4ctx.contexts.reader import Context, ContextReader
+from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
-from l4ctx.manifest import read_manifest, saved_recipe
 from l4ctx.run.context import CHOICES, ContextUse
 from l4ctx.run.request import Request
 

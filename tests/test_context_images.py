@@ -12,7 +12,8 @@ from context_toys import CONFIG, Kind, close, model, tokens
 from torch import Tensor
 
 from cache.hybrid import HybridKVCache
-from l4ctx.context import ContextReader, reusable
+from l4ctx.contexts.reader import ContextReader
+from l4ctx.contexts.reuse import reusable
 from l4ctx.prefill import as_batch, prefill
 from l4ctx.spans import ImageSpan
 

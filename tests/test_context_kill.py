@@ -37,9 +37,9 @@ from context_toys import (
 )
 
 from cache.disk import DiskFullError, UnitFile
-from l4ctx.context import Context
+from l4ctx.contexts.folder import HEAD
+from l4ctx.contexts.reader import Context
 from l4ctx.errors import ContextError
-from l4ctx.manifest import HEAD
 
 ROOT = Path(__file__).resolve().parent.parent
 KIND = Kind(prefill_chunk_size=BLOCK)

@@ -25,13 +25,13 @@ from context_toys import (
     tokens,
 )
 
-from l4ctx import locks
-from l4ctx.context import ContextReader
-from l4ctx.context_writer import ContextWriter
+from l4ctx.contexts import locks
+from l4ctx.contexts.folder import JOURNAL, READERS_LOCK, WRITER_LOCK
+from l4ctx.contexts.journal import Journal
+from l4ctx.contexts.reader import ContextReader
+from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
 from l4ctx.inspection import exit_code, inspect_folder
-from l4ctx.journal import Journal
-from l4ctx.manifest import JOURNAL, READERS_LOCK, WRITER_LOCK
 
 IDS = tokens(4 * BLOCK + 9)
 LONGER = IDS + tokens(2 * BLOCK, seed=1)

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from l4ctx import inspection
-from l4ctx.context import Context
+from l4ctx.contexts.reader import Context
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
 from model.config import TextConfig

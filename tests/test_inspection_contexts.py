@@ -16,13 +16,13 @@ from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, spans, toke
 from inspection_checks import Break, cut, edit_json, flip, inspected, pipe, randomly_damaged, whats
 
 from l4ctx import inspection
-from l4ctx.context import Context
-from l4ctx.context_writer import ContextWriter
+from l4ctx.contexts.folder import FILE as MANIFEST
+from l4ctx.contexts.folder import HEAD, JOURNAL, READERS_LOCK
+from l4ctx.contexts.locks import deletion_lock
+from l4ctx.contexts.reader import Context
+from l4ctx.contexts.writer import ContextWriter
 from l4ctx.inspection import exit_code, inspect_folder
 from l4ctx.listing import listing
-from l4ctx.locks import deletion_lock
-from l4ctx.manifest import FILE as MANIFEST
-from l4ctx.manifest import HEAD, JOURNAL, READERS_LOCK
 from l4ctx.spans import ImageSpan, Span
 
 IDS = tokens(6 * BLOCK + CHUNK + 7)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from l4ctx.journal import Journal, JournalError
+from l4ctx.contexts.journal import Journal, JournalError
 
 RECORDS: list[dict[str, Any]] = [
     {},

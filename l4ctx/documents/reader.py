@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import BinaryIO
 
+from l4ctx.contexts.folder import is_context
 from l4ctx.documents.exclusion.rules import Exclusion, Rules
 from l4ctx.documents.images import DocumentImage, ImageError, image_format, read_image
 from l4ctx.documents.payload import Payload, without_payload
@@ -27,7 +28,6 @@ from l4ctx.documents.text import UndecodableError, decode, is_text
 from l4ctx.formatting import human_bytes, printable
 from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
 from l4ctx.machine.memory import available_memory
-from l4ctx.manifest import is_context
 
 Content = str | tuple[str | DocumentImage, ...]
 

@@ -27,7 +27,7 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def temporary_of(file: Path) -> Path:
-    """A name beside `file` that nobody can foresee, and that `l4ctx.states.is_temporary` knows."""
+    """A name beside `file` that nobody can foresee, and that `l4ctx.contexts.states.is_temporary` knows."""
     return file.with_name(f".{file.name}.{os.urandom(8).hex()}")
 
 

@@ -1,7 +1,7 @@
 """What one run does with saved contexts: nothing, answer from one, or keep in one what it reads.
 
 Compares what they were made with, and finds what need not be read again. What is in a context's folder is left to
-`l4ctx.context`.
+`l4ctx.contexts.reader`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.layout import StoreLayout
+from l4ctx.contexts.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
 from l4ctx.documents.reader import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
-from l4ctx.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
 from l4ctx.run.request import Request
 from model.config import TextConfig
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
-    from l4ctx.context import ContextReader
-    from l4ctx.context_writer import ContextWriter
+    from l4ctx.contexts.reader import ContextReader
+    from l4ctx.contexts.writer import ContextWriter
     from l4ctx.prompt import Prompt
     from l4ctx.spans import ImageSpan, Span
 
@@ -52,7 +52,7 @@ class ContextUse:
     def open_reader(self, note: Callable[[str], None]) -> None:
         """Opens the context that is to be answered from. Raises ContextError."""
         if self.request.context is not None:
-            from l4ctx.context import ContextReader
+            from l4ctx.contexts.reader import ContextReader
 
             self.reader = ContextReader(self.request.context, waiting=note)
             if text := self.reader.note(alone=not self.request.paths):
@@ -139,7 +139,7 @@ class ContextUse:
             self._begin_writing(self.request.save_context, recipe, prompt, layout)
 
     def _begin_reading(self, reader: ContextReader, prompt: Prompt, layout: StoreLayout) -> None:
-        from l4ctx.context import reusable
+        from l4ctx.contexts.reuse import reusable
 
         if self.request.answers_from_all:
             self.reused = reader.tokens
@@ -164,7 +164,7 @@ class ContextUse:
 
     def _check_beginning(self, reader: ContextReader, prompt: Prompt) -> None:
         """Raises RequestError where documents have nothing to do with the context beside which they are asked about."""
-        from l4ctx.context import common_prefix
+        from l4ctx.contexts.reuse import common_prefix
 
         first = next(iter(reader.context.documents(reader.state)), None)
         common = common_prefix(reader.context.ids(reader.state), memoryview(prompt.ids)[: prompt.documents_stop])
@@ -177,8 +177,8 @@ class ContextUse:
             )
 
     def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
-        from l4ctx.context import why_unusable
-        from l4ctx.context_writer import ContextWriter
+        from l4ctx.contexts.reuse import why_unusable
+        from l4ctx.contexts.writer import ContextWriter
 
         writer = self.writer = ContextWriter(folder, recipe, self.request.model)
         self.notes += writer.notes
@@ -211,7 +211,7 @@ class ContextUse:
 
     def _check_loss(self, writer: ContextWriter, prompt: Prompt, layout: StoreLayout) -> None:
         """Raises ContextError where the context would lose documents that nobody said it may lose."""
-        from l4ctx.context_guard import Reading, check_loss
+        from l4ctx.contexts.guard import Reading, check_loss
 
         folders = [folder_source(path) for path in self.request.paths if os.path.isdir(path)]
         check_loss(

@@ -12,7 +12,7 @@ from l4ctx.machine.memory import ProcessMemory
 from l4ctx.planning.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
-    from l4ctx.context import ContextReader
+    from l4ctx.contexts.reader import ContextReader
     from l4ctx.run.session import Run
     from l4ctx.spans import ImageSpan, Span
 

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import KV_DTYPES, QUANTIZED
+from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, VERSION, WRITER_LOCK
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import read_small, write_atomically
 from model.config import BACKEND_NAMES
-
-FORMAT, VERSION = "l4ctx context", 1
-FILE = "manifest.json"
-JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
-"""The names of what lies beside it in the folder; l4ctx.context says what each is."""
 
 _WHAT = {
     "block_tokens": "block size",
@@ -181,14 +177,6 @@ def saved_recipe(folder: Path) -> Recipe | None:
             f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; name a new or an empty folder"
         )
     return None
-
-
-def is_context(folder: str | Path) -> bool:
-    """Whether a folder is a saved context, or one that is being made: not a document, nor a folder of them."""
-    try:
-        return json.loads(read_small(Path(folder) / FILE))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _typed(value: Any, kind: Any) -> Any:

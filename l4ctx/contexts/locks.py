@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from l4ctx.contexts.folder import BLOCKS, READERS_LOCK, WRITER_LOCK
 from l4ctx.errors import ContextError
 from l4ctx.machine.private import open_private
-from l4ctx.manifest import BLOCKS, READERS_LOCK, WRITER_LOCK
 
 READERS_WAIT = 5.0
 """Seconds that a reader waits: a writer holds the readers' lock only while it deletes files."""

@@ -1,6 +1,6 @@
 """The one writer of a saved context: seals what is read as it is read, so that a crash costs one block at most.
 
-What lies in the folder, and how it is read, is said in `l4ctx.context`.
+What lies in the folder, and how it is read, is said in `l4ctx.contexts.reader`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,17 @@ import torch
 from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
 from cache.grid import grid_period
 from cache.layout import StoreLayout
-from l4ctx.context import Context, read_head, reusable
+from l4ctx.contexts.folder import BLOCKS, FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK
+from l4ctx.contexts.journal import Journal, JournalError
+from l4ctx.contexts.locks import Lock, deletion_lock, writer_lock
+from l4ctx.contexts.manifest import Recipe, read_manifest, saved_recipe, write_manifest
+from l4ctx.contexts.reader import Context, read_head
+from l4ctx.contexts.reuse import reusable
+from l4ctx.contexts.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
 from l4ctx.errors import ContextError
-from l4ctx.journal import Journal, JournalError
-from l4ctx.locks import Lock, deletion_lock, writer_lock
 from l4ctx.machine.files import sync_folder, write_atomically
 from l4ctx.machine.private import make_folder, narrow, open_private
-from l4ctx.manifest import (
-    BLOCKS,
-    FILE,
-    HEAD,
-    JOURNAL,
-    READERS_LOCK,
-    WRITER_LOCK,
-    Recipe,
-    read_manifest,
-    saved_recipe,
-    write_manifest,
-)
 from l4ctx.spans import ImageSpan, Span
-from l4ctx.states import State, Stored, block_record, digest, end_record, is_ours, is_temporary
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache

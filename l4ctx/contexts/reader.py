@@ -1,24 +1,22 @@
 """Saved contexts: a folder that keeps what a model has read, once, to be asked many times.
 
-    manifest.json               what it was made with (l4ctx.manifest); never changed
-    journal                     what is sealed, and which documents; append-only (l4ctx.journal, l4ctx.states)
-    head.json                   the newest complete state, so that a journal that was cut short is noticed
-    tokens-*.safetensors        token ids and documents of a state, written once
-    blocks/*.safetensors        a sealed block of every NoPE layer each
-    tail-*.safetensors          the tokens behind the last sealed block, with the RoPE layers' windows
-    writer.lock, readers.lock   one writer at a time; old blocks go only while nobody reads
+    manifest.json               what it was made with (l4ctx.contexts.manifest); never changed journal
+    what is sealed, and which documents; append-only (l4ctx.contexts.journal, l4ctx.contexts.states) head.json
+    the newest complete state, so that a journal that was cut short is noticed tokens-*.safetensors        token ids and
+    documents of a state, written once blocks/*.safetensors        a sealed block of every NoPE layer each
+    tail-*.safetensors          the tokens behind the last sealed block, with the RoPE layers' windows writer.lock,
+    readers.lock   one writer at a time; old blocks go only while nobody reads
 
 Files are named at random and never written again, and a file counts once the journal names it. So a reader, which goes
 by the journal as it was when it came, is not disturbed, and what a crash leaves behind is either whole or unknown.
-Reading is here, and what can be reused; writing is in `l4ctx.context_writer`.
+Reading is here, and what can be reused; writing is in `l4ctx.contexts.writer`.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +24,15 @@ import torch
 
 from cache.blocks import Block
 from cache.disk import DiskError, UnitFile, UnreadableError
-from cache.grid import grid_period
 from cache.layout import StoreLayout
-from l4ctx.difference import first_difference
+from l4ctx.contexts.folder import BLOCKS, HEAD, JOURNAL
+from l4ctx.contexts.journal import Journal, JournalError
+from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
+from l4ctx.contexts.manifest import Recipe, read_manifest
+from l4ctx.contexts.states import State, Stored, digest, replay
 from l4ctx.errors import ContextError
-from l4ctx.journal import Journal, JournalError
-from l4ctx.locks import Lock, is_being_written, readers_lock
 from l4ctx.machine.files import read_small
-from l4ctx.manifest import BLOCKS, HEAD, JOURNAL, Recipe, read_manifest
-from l4ctx.spans import ImageSpan, Span, same_until
-from l4ctx.states import State, Stored, digest, replay
+from l4ctx.spans import ImageSpan, Span
 from model.weights.read_ahead import as_bytes
 
 if TYPE_CHECKING:
@@ -173,81 +170,6 @@ def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DiskError(f"{file.source}: its list of {unit} cannot be read ({error})") from None
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """How much of the documents to be read is there: the first `tokens`, in `state`. `is_same`: its documents are
-    these, no more and no less."""
-
-    state: State | None = None
-    tokens: int = 0
-    is_same: bool = False
-
-
-def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int:
-    """Tokens that two sequences of 32-bit ids have in common from the start."""
-    left, right = (memoryview(x).cast("B") if memoryview(x).format != "B" else memoryview(x) for x in (a, b))
-    size, step = min(len(left), len(right)), 1 << 20
-    for start in range(0, size, step):
-        here = slice(start, min(size, start + step))
-        if left[here] != right[here]:
-            low, high = 0, here.stop - start  # bytes known to be equal, and length in which they differ
-            while high - low > 4:
-                middle = (low + high) // 8 * 4
-                if left[start + low : start + middle] == right[start + low : start + middle]:
-                    low = middle
-                else:
-                    high = middle
-            return (start + low) // 4
-    return size // 4
-
-
-def reusable(
-    context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State], images: Sequence[ImageSpan]
-) -> Reuse:
-    """The longest prefix of `ids`, with these images among them, that one of the states holds, as far as it can be
-    gone on from. Raises DiskError.
-
-    Unless all of a complete state is used it is cut to an attention chunk, where windows are empty; and to a block
-    where those are stored otherwise than computed with: what followed a part of one had seen it unpacked.
-    """
-    best = Reuse()
-    for state in states:
-        kept = state.kept(layout.block_tokens)
-        if min(kept, len(ids)) <= best.tokens:
-            continue
-        prefix = common_prefix(context.ids(state), ids)
-        another = same_until(images, context.images(state))
-        prefix = prefix if another is None else min(prefix, another)
-        tokens = min(prefix, kept)
-        if not (state.is_complete and tokens == state.tokens):
-            chunk = layout.config.attention_chunk_size
-            step = max(layout.block_tokens, grid_period(context.recipe.prefill_chunk_size, chunk, layout.block_tokens))
-            is_sealed = len(state.blocks) * layout.block_tokens > tokens - tokens % step
-            tokens -= tokens % (step if layout.is_packed and is_sealed else chunk)
-        is_same = prefix == state.tokens == len(ids)
-        if tokens > best.tokens or is_same:
-            best = Reuse(state, tokens, is_same)
-        if is_same:
-            break
-    return best
-
-
-def why_unusable(context: Context, state: State, ids: memoryview, documents: Sequence[Span], chunk: int) -> str:
-    """Why not even the first attention chunk of the state can be used for these documents, in words."""
-    try:
-        saved, same = context.documents(state), common_prefix(context.ids(state), ids)
-    except DiskError:
-        return "which tokens these are is missing or damaged"
-    if state.kept(context.recipe.block_tokens) < chunk <= same:
-        return "the documents are the same, but their first block is missing or damaged"
-    how = (
-        "these documents begin otherwise"
-        if not saved or same < saved[0].stop
-        else (f"the first {same:,} tokens are the same, too few to go on from")
-    )
-    return f"{how} ({first_difference(saved, documents, same)})"
 
 
 class ContextReader:

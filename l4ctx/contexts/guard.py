@@ -1,6 +1,6 @@
 """Whether reading documents into a context would throw away what was read of others: then it is not done unasked.
 
-Reads what the context lists, and changes nothing. What can be reused of it is left to `l4ctx.context`.
+Reads what the context lists, and changes nothing. What can be reused of it is left to `l4ctx.contexts.reader`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cache.disk import DiskError
-from l4ctx.context import Context, common_prefix
+from l4ctx.contexts.reader import Context
+from l4ctx.contexts.reuse import common_prefix
+from l4ctx.contexts.states import State
 from l4ctx.errors import ContextError
 from l4ctx.spans import Span
-from l4ctx.states import State
 
 SHOWN_DOCUMENTS = 3
 

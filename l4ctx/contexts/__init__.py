@@ -1,0 +1,1 @@
+"""Saved contexts: what a model has read, kept in a folder; one writer, many readers."""
