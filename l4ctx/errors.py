@@ -16,7 +16,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "l4ctx.checkpoint.image_processor.ImageProcessingError": CHECKPOINT,
     "l4ctx.checkpoint.tokenizer.TokenizerError": CHECKPOINT,
     "l4ctx.checkpoint.chat_template.PromptError": CHECKPOINT,
-    "l4ctx.prompt.PromptLengthError": TOO_LONG,
+    "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
     "model.rope.LengthError": TOO_LONG,
     "l4ctx.errors.ContextError": CONTEXT,
     "cache.disk.DiskError": CONTEXT,
@@ -26,7 +26,7 @@ CODE_OF_ERROR = {  # those that a user can cause; by name, so that no module is 
     "builtins.MemoryError": MEMORY,
     "torch.OutOfMemoryError": MEMORY,
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
-    "l4ctx.generate.GenerationError": MODEL,
+    "l4ctx.engine.generate.GenerationError": MODEL,
     "l4ctx.bench.process.WorkerError": MODEL,
 }
 

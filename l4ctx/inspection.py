@@ -170,7 +170,7 @@ def _check_vision(
 ) -> None:
     """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
     from l4ctx.checkpoint.image_processor import ImageProcessing
-    from l4ctx.image_tokens import ImageTokens
+    from l4ctx.vision.tokens import ImageTokens
     from model.weights.loading import checked_vision_tensors
 
     if text and report["vision"]["has_tensors"]:

@@ -20,7 +20,7 @@ from l4ctx.wrapping import cells
 if TYPE_CHECKING:
     from cache.layout import KVBytes
     from l4ctx.activity import Activity
-    from l4ctx.prefill import PrefillProgress
+    from l4ctx.engine.prefill import PrefillProgress
     from l4ctx.run.session import Run
     from l4ctx.spans import Span
 

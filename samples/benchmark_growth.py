@@ -23,9 +23,9 @@ from benchmark_tiers import CHUNK, CONFIG, random_model
 
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
+from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import PeakSampler, give_back_free_memory, process_memory
-from l4ctx.prefill import prefill
 from model.costs import reading_operations
 
 

@@ -25,9 +25,9 @@ import torch
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.layout import Residency, StoreLayout
+from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import PeakSampler, process_memory
-from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.transformer import Transformer
 from model.weights.read_ahead import as_bytes

@@ -30,7 +30,7 @@ from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.contexts.reader import ContextReader
 from l4ctx.formatting import human_bytes
-from l4ctx.prompt import build_prompt
+from l4ctx.prompt.builder import build_prompt
 from lookup_task import draw_entities, question, random_code
 from model.config import TextConfig
 from model.weights.loading import load_checkpoint

@@ -34,10 +34,10 @@ from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.images import read_image
 from l4ctx.documents.reader import Document
-from l4ctx.image_tiles import TileLayout, fitted_size, tile_layout
-from l4ctx.prefill import prefill
-from l4ctx.prompt import Prompt, build_prompt
+from l4ctx.engine.prefill import prefill
+from l4ctx.prompt.builder import Prompt, build_prompt
 from l4ctx.run.images import ImageReading, ImageUse
+from l4ctx.vision.tiles import TileLayout, fitted_size, tile_layout
 from lookup_task import draw_entities, fact, question, random_code
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint

@@ -22,8 +22,8 @@ from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.reader import Document
-from l4ctx.prefill import as_batch, prefill
-from l4ctx.prompt import build_prompt
+from l4ctx.engine.prefill import as_batch, prefill
+from l4ctx.prompt.builder import build_prompt
 from lookup_task import draw_entities, fact, question, random_code
 from model.weights.loading import load_checkpoint
 

@@ -28,9 +28,9 @@ from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.reader import Document
-from l4ctx.generate import generate
-from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
-from l4ctx.prompt import build_prompt
+from l4ctx.engine.generate import generate
+from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
+from l4ctx.prompt.builder import build_prompt
 from lookup_task import draw_entities, fact, question, random_code
 from model.config import BACKEND_NAMES
 from model.transformer import Transformer

@@ -47,9 +47,9 @@ from l4ctx.contexts.folder import HEAD
 from l4ctx.contexts.reader import Context
 from l4ctx.documents.images import DocumentImage, read_image
 from l4ctx.errors import ContextError
-from l4ctx.image_features import ImageFeatures
-from l4ctx.image_prompt import ImagePrompter, PlacedImage
-from l4ctx.image_tokens import ImageTokens
+from l4ctx.vision.features import ImageFeatures
+from l4ctx.vision.prompter import ImagePrompter, PlacedImage
+from l4ctx.vision.tokens import ImageTokens
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 

@@ -23,7 +23,7 @@ from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.reader import Document
 from l4ctx.planning.memory_plan import TOKEN_ID_BYTES
-from l4ctx.prompt import build_prompt
+from l4ctx.prompt.builder import build_prompt
 from lookup_task import fact, question
 from model.config import TextConfig
 

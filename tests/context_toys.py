@@ -29,7 +29,7 @@ from l4ctx.contexts.manifest import Recipe
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.reuse import reusable
 from l4ctx.contexts.writer import ContextWriter
-from l4ctx.prefill import as_batch, prefill
+from l4ctx.engine.prefill import as_batch, prefill
 from l4ctx.spans import ImageSpan, Span
 from model.config import TextConfig
 from model.transformer import Transformer

@@ -43,7 +43,7 @@ from cli_runner import (
 )
 from context_toys import block_digests, files
 
-import l4ctx.prefill
+import l4ctx.engine.prefill
 from model.weights.shards import read_header
 
 pytestmark = pytest.mark.usefixtures("small_rows")
@@ -332,9 +332,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, steps: int, *arguments: str) ->
         yield from itertools.islice(read(*given, **options), steps)
         raise KeyboardInterrupt
 
-    read = l4ctx.prefill.prefill
+    read = l4ctx.engine.prefill.prefill
     with monkeypatch.context() as patch:
-        patch.setattr(l4ctx.prefill, "prefill", some)
+        patch.setattr(l4ctx.engine.prefill, "prefill", some)
         return prefill("--quiet", *arguments)
 
 
@@ -374,7 +374,7 @@ def test_interrupted_amid_a_change_the_old_documents_are_asked(place: Path, monk
 
 def test_interrupted_at_the_answer_all_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("l4ctx.generate.generate", lambda *given, **options: signal.raise_signal(signal.SIGINT))
+        patch.setattr("l4ctx.engine.generate.generate", lambda *given, **options: signal.raise_signal(signal.SIGINT))
         check_refused(
             ask("a", "docs", "--save-context", "new", "-q"),
             130,

@@ -263,13 +263,13 @@ def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
     """Blocks of 1024 tokens, whose ends cut tiles; one image is another one when the reading goes on."""
-    import l4ctx.prefill
+    import l4ctx.engine.prefill
 
     monkeypatch.setenv("L4CTX_MODEL", str(changed_checkpoint(tmp_path / "short", attention_chunk_size=512)))
     monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 3 * 2**18)
     monkeypatch.setattr(store_layout, "MIN_SEGMENT_BYTES", 1)
     monkeypatch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 1)
-    read = l4ctx.prefill.prefill
+    read = l4ctx.engine.prefill.prefill
 
     def some(*given: Any, **options: Any) -> Iterator[Any]:
         yield from itertools.islice(read(*given, **options), cut)
@@ -280,7 +280,7 @@ def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
     paths = [f"{number:02d}.png" for number in range(12)]
     options = ("--prefill-chunk-size", "512", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr(l4ctx.prefill, "prefill", some)
+        patch.setattr(l4ctx.engine.prefill, "prefill", some)
         assert run_here("prefill", *paths, "-o", "c", *options).code == 130
     if cut % 2:
         image((400, 300), 99).save("03.png")  # its tokens are cut by the end of the first block

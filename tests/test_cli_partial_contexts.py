@@ -28,7 +28,7 @@ from cli_runner import (
     told,
 )
 
-import l4ctx.prefill
+import l4ctx.engine.prefill
 from l4ctx.contexts import locks
 from l4ctx.contexts.difference import first_difference
 from l4ctx.contexts.reader import Context
@@ -59,12 +59,12 @@ def while_reading(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[],
             if number == steps:
                 given[1].rows.flush()  # the cache's writer
                 with monkeypatch.context() as patch:
-                    patch.setattr(l4ctx.prefill, "prefill", read)
+                    patch.setattr(l4ctx.engine.prefill, "prefill", read)
                     act()
 
-    read = l4ctx.prefill.prefill
+    read = l4ctx.engine.prefill.prefill
     with monkeypatch.context() as patch:
-        patch.setattr(l4ctx.prefill, "prefill", some)
+        patch.setattr(l4ctx.engine.prefill, "prefill", some)
         return prefill("--quiet", *arguments)
 
 

@@ -48,8 +48,8 @@ from l4ctx.contexts.journal import Journal
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.reuse import common_prefix
 from l4ctx.contexts.writer import ContextWriter
+from l4ctx.engine.prefill import as_batch
 from l4ctx.errors import ContextError
-from l4ctx.prefill import as_batch
 
 IDS = tokens(6 * BLOCK + CHUNK + 7)  # six blocks, a whole chunk and a part of one behind them
 KINDS = [Kind(kv_dtype, dtype) for dtype in ("float32", "bfloat16", "float16") for kv_dtype in KV_DTYPES]

@@ -14,7 +14,7 @@ from torch import Tensor
 from cache.hybrid import HybridKVCache
 from l4ctx.contexts.reader import ContextReader
 from l4ctx.contexts.reuse import reusable
-from l4ctx.prefill import as_batch, prefill
+from l4ctx.engine.prefill import as_batch, prefill
 from l4ctx.spans import ImageSpan
 
 KIND = Kind()

@@ -15,8 +15,8 @@ from toy_checkpoints import VOCABULARY, Toys
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError, Sampling
-from l4ctx.generate import GenerationError, choose, generate
-from l4ctx.prefill import prefill
+from l4ctx.engine.generate import GenerationError, choose, generate
+from l4ctx.engine.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 

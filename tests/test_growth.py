@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_checkpoints import CHUNK, VOCABULARY, Toys
 
-from l4ctx.prefill import prefill
+from l4ctx.engine.prefill import prefill
 from model.config import TextConfig
 from model.costs import Operations, reading_operations
 from model.kernels.attend import AttentionState, KVSegment

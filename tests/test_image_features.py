@@ -19,12 +19,12 @@ from toy_checkpoints import CHUNK, IMAGE_TOKEN, MAVERICK, SCOUT, VOCABULARY, Kin
 from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.documents.images import DocumentImage, ImageError, read_image
-from l4ctx.image_features import TILES_AT_A_TIME, ImageFeatures
-from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
-from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.image_tokens import ImageTokens
-from l4ctx.prefill import as_batch, prefill
+from l4ctx.engine.prefill import as_batch, prefill
 from l4ctx.spans import same_until
+from l4ctx.vision.features import TILES_AT_A_TIME, ImageFeatures
+from l4ctx.vision.prompter import ImagePrompter, PlacedImage, count_image_tokens
+from l4ctx.vision.tiles import image_tiles, normalized
+from l4ctx.vision.tokens import ImageTokens
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.weights.loading import load_checkpoint, load_vision

@@ -11,7 +11,7 @@ import torch
 from transformers import Llama4ImageProcessor
 
 from l4ctx.checkpoint.image_processor import ImageProcessing, ImageProcessingError
-from l4ctx.image_tiles import normalized
+from l4ctx.vision.tiles import normalized
 
 SCOUT = Path(__file__).resolve().parent.parent.parent / "shared" / "llama4" / "scout"
 LLAMA4 = ImageProcessing()

@@ -17,7 +17,7 @@ from transformers.models.llama4 import image_processing_llama4 as reference
 
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.documents.images import decoding_bytes, read_image
-from l4ctx.image_tiles import TileLayout, fitted_size, image_tiles, normalized, tile_layout
+from l4ctx.vision.tiles import TileLayout, fitted_size, image_tiles, normalized, tile_layout
 
 LLAMA4 = ImageProcessing()
 OTHERS = [
@@ -86,7 +86,7 @@ def test_layouts_by_hand(size: tuple[int, int], layout: tuple[int, int], tiles: 
 def test_a_layout_needs_neither_torch_nor_pillow() -> None:
     code = (
         "import sys\nfrom l4ctx.checkpoint.image_processor import ImageProcessing\n"
-        "from l4ctx.image_tiles import tile_layout\n"
+        "from l4ctx.vision.tiles import tile_layout\n"
         "import l4ctx.documents.images\nassert tile_layout(500, 400, ImageProcessing()).tiles == 5\n"
         "print(sorted({'torch', 'PIL', 'numpy'} & set(sys.modules)))"
     )
@@ -204,7 +204,7 @@ MEASURE = """
 import sys
 from PIL import Image
 from l4ctx.checkpoint.image_processor import ImageProcessing
-from l4ctx.image_tiles import image_tiles, tile_layout, tiling_bytes
+from l4ctx.vision.tiles import image_tiles, tile_layout, tiling_bytes
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 width, height, size, most, to_max, resample = map(int, sys.argv[1:])

@@ -12,8 +12,8 @@ from transformers import Llama4ImageProcessor, Llama4Processor, PreTrainedTokeni
 
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
-from l4ctx.image_tiles import TileLayout, tile_layout
-from l4ctx.image_tokens import ImageTokens
+from l4ctx.vision.tiles import TileLayout, tile_layout
+from l4ctx.vision.tokens import ImageTokens
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 LAYOUTS = [TileLayout(rows, columns) for rows in range(1, 17) for columns in range(1, 17) if rows * columns <= 16]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from l4ctx.checkpoint.tokenizer import Tokenizer
-from l4ctx.loop_guard import LONGEST_PERIOD, LOOP_REPEATS, LOOP_TOKENS, Loop, LoopGuard
+from l4ctx.engine.loop_guard import LONGEST_PERIOD, LOOP_REPEATS, LOOP_TOKENS, Loop, LoopGuard
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"

@@ -28,7 +28,7 @@ from cache.disk import UnitFile
 from cache.grid import grid_period
 from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
-from l4ctx.prefill import prefill
+from l4ctx.engine.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 

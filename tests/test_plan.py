@@ -19,12 +19,12 @@ from cache.disk import Scratch
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.layout import KVBytes, Residency, StoreLayout
+from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
 from l4ctx.planning.workload import Job, Room
-from l4ctx.prefill import prefill
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
 from model.transformer import Transformer

@@ -15,7 +15,7 @@ from toy_checkpoints import CHUNK, VOCABULARY, Toys
 
 from cache.grid import grid_period, prefill_grid
 from cache.hybrid import HybridKVCache
-from l4ctx.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill
+from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill
 from model.costs import reading_operations
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint

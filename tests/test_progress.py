@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 
 from cache.layout import KVBytes
+from l4ctx.engine.prefill import PrefillProgress
 from l4ctx.planning.cost_model import CHANGE_STEPS, CostModel
-from l4ctx.prefill import PrefillProgress
 from l4ctx.reading_progress import Reading, _rate
 from l4ctx.spans import Span
 from l4ctx.terminal import shortened

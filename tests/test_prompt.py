@@ -17,7 +17,7 @@ from l4ctx.checkpoint import tokenizer as tokenizer_module
 from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
 from l4ctx.documents.reader import Document
-from l4ctx.prompt import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
+from l4ctx.prompt.builder import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
 from l4ctx.spans import Span
 
 DOCUMENTS = [

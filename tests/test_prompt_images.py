@@ -13,9 +13,9 @@ from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.images import DocumentImage
 from l4ctx.documents.reader import Document
-from l4ctx.image_prompt import ImagePrompter
-from l4ctx.image_tokens import ImageTokens
-from l4ctx.prompt import Prompt, build_prompt
+from l4ctx.prompt.builder import Prompt, build_prompt
+from l4ctx.vision.prompter import ImagePrompter
+from l4ctx.vision.tokens import ImageTokens
 
 TINY = Path(__file__).resolve().parent.parent / "samples" / "tiny"
 PATCHES = 3

@@ -19,9 +19,9 @@ from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.images import read_image
 from l4ctx.documents.reader import Document
-from l4ctx.image_tiles import image_tiles, normalized
-from l4ctx.prefill import as_batch
-from l4ctx.prompt import build_prompt
+from l4ctx.engine.prefill import as_batch
+from l4ctx.prompt.builder import build_prompt
+from l4ctx.vision.tiles import image_tiles, normalized
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.vision.config import VisionConfig, vision_parameter_count

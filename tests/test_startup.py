@@ -37,7 +37,7 @@ def modules_of(*arguments: str) -> tuple[int, set[str]]:
 def test_a_short_question_loads_no_library_that_it_does_not_use() -> None:
     question = "What is the access code for the amber falcon?"
     code, modules = modules_of("ask", question, "samples/documents/handbook.md", "--model", "samples/tiny")
-    assert code == 0 and {"torch", "l4ctx.generate"} <= modules
+    assert code == 0 and {"torch", "l4ctx.engine.generate"} <= modules
     assert modules.intersection(NEVER) == set()
 
 

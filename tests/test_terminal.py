@@ -18,9 +18,9 @@ from rich.console import Console
 
 from l4ctx import answer, terminal
 from l4ctx.activity import Activity
+from l4ctx.engine.loop_guard import LONGEST_PERIOD, Loop
 from l4ctx.exits import Interruption
 from l4ctx.listing import listing
-from l4ctx.loop_guard import LONGEST_PERIOD, Loop
 from l4ctx.tables import FigureTable, TextTable
 from l4ctx.wrapping import cells
 
@@ -338,8 +338,8 @@ def test_the_guard_ends_an_answer_and_can_be_turned_off(tmp_path: Path, monkeypa
     text_file(tmp_path / "a.md", ANSWER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L4CTX_MODEL", str(TINY))
-    monkeypatch.setattr("l4ctx.generate.choose", lambda *_: 40)
-    monkeypatch.setattr("l4ctx.loop_guard.LOOP_TOKENS", 20)
+    monkeypatch.setattr("l4ctx.engine.generate.choose", lambda *_: 40)
+    monkeypatch.setattr("l4ctx.engine.loop_guard.LOOP_TOKENS", 20)
     result = run_here("ask", QUESTION, "a.md", "--max-new-tokens", "60")
     assert result.code == 0 and "--no-loop-guard" in result.stderr and "24 times in a row" in result.stderr
     assert '"stop_reason": "repetition"' in run_here("ask", QUESTION, "a.md", "--max-new-tokens", "60", "--json").stdout

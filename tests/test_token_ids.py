@@ -12,7 +12,7 @@ from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
 from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from l4ctx.documents.reader import Document
-from l4ctx.prompt import build_prompt
+from l4ctx.prompt.builder import build_prompt
 
 
 @pytest.fixture

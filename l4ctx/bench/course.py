@@ -127,7 +127,7 @@ class Benchmark:
                 f"{room:,} tokens are read instead of {' and '.join(shortened)}: the model has {positions:,} positions"
             )
         elif longest > positions:
-            from l4ctx.prompt import PromptLengthError
+            from l4ctx.prompt.builder import PromptLengthError
 
             raise PromptLengthError(
                 f"--tokens {asked.lengths[-1]}: with what is decoded these are {longest:,} tokens, "

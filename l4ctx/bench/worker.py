@@ -86,8 +86,8 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
 
     from cache.hybrid import HybridKVCache
     from l4ctx.bench.weights import random_model
-    from l4ctx.generate import generate
-    from l4ctx.prefill import prefill
+    from l4ctx.engine.generate import generate
+    from l4ctx.engine.prefill import prefill
     from model.weights.loading import load_checkpoint
 
     began, dtype = time.perf_counter(), getattr(torch, job.dtype)

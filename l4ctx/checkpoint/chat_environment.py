@@ -1,6 +1,6 @@
 """The Jinja environment that chat templates are written for: what `transformers` adds to Jinja's own, in a sandbox.
 
-Which variables a template is given, and what becomes of its text, is left to `l4ctx.prompt`.
+Which variables a template is given, and what becomes of its text, is left to `l4ctx.prompt.builder`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a checkpoint wants its images cut up and turned into numbers, as its own files say.
 
-Following it is left to `l4ctx.image_tiles`. Imports neither torch nor Pillow.
+Following it is left to `l4ctx.vision.tiles`. Imports neither torch nor Pillow.
 """
 
 from __future__ import annotations

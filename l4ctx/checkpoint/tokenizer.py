@@ -2,7 +2,7 @@
 
 Text that is data can never become a control token, whatever it contains, and is encoded in pieces cut where the
 result is that of the whole. What is template and what is data, and how documents are wrapped, is left to
-`l4ctx.prompt`; which ids end an answer, to `l4ctx.generate`.
+`l4ctx.prompt.builder`; which ids end an answer, to `l4ctx.engine.generate`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image files: recognised by their content, checked, decoded upright to RGB.
 
 Which files are read at all is left to `l4ctx.documents.reader`; tiles and numbers for the model, to
-`l4ctx.image_tiles`. Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's
+`l4ctx.vision.tiles`. Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's
 reference does.
 """
 

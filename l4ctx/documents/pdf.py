@@ -1,7 +1,7 @@
 """Pages of a PDF as text and as images, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
 
-That process is left to `l4ctx.documents.pdf_process`; prompts, folders and what becomes of images, to `l4ctx.prompt`,
-`l4ctx.documents.reader` and `l4ctx.documents.images`.
+That process is left to `l4ctx.documents.pdf_process`; prompts, folders and what becomes of images, to
+`l4ctx.prompt.builder`, `l4ctx.documents.reader` and `l4ctx.documents.images`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.contexts.reader import ContextReader
     from l4ctx.contexts.writer import ContextWriter
-    from l4ctx.prompt import Prompt
+    from l4ctx.prompt.builder import Prompt
     from l4ctx.spans import ImageSpan, Span
 
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")

@@ -29,8 +29,8 @@ from model.costs import Operations, parameter_count, reading_operations
 
 if TYPE_CHECKING:
     from l4ctx.documents.reader import Skipped
-    from l4ctx.image_prompt import PlacedImage
     from l4ctx.run.images import ImageReading
+    from l4ctx.vision.prompter import PlacedImage
     from model.weights.shards import StoredTensor
 
 Note = Callable[[str], None]
@@ -237,7 +237,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.documents.reader import read_documents
-    from l4ctx.prompt import build_prompt
+    from l4ctx.prompt.builder import build_prompt
 
     images = ImageUse(request.model, config, no_images=request.no_images, pdf=request.pdf)
     found = read_documents(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.errors import RequestError
-from l4ctx.image_prompt import ImagePrompter, PlacedImage, count_image_tokens
-from l4ctx.image_tiles import tiling_bytes
 from l4ctx.planning.workload import ImageWork
+from l4ctx.vision.prompter import ImagePrompter, PlacedImage, count_image_tokens
+from l4ctx.vision.tiles import tiling_bytes
 from model.config import ConfigError, TextConfig
 from model.costs import Operations
 from model.vision.config import VisionConfig, vision_operations, vision_parameter_count
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from l4ctx.image_features import ImageFeatures
+    from l4ctx.vision.features import ImageFeatures
     from model.weights.shards import StoredTensor
 
 
@@ -66,7 +66,7 @@ class ImageUse:
         """
         from l4ctx.checkpoint.fingerprint import vision_fingerprint
         from l4ctx.checkpoint.image_processor import ImageProcessing
-        from l4ctx.image_tokens import ImageTokens
+        from l4ctx.vision.tokens import ImageTokens
 
         vision = self._usable_vision()
         processing = ImageProcessing.from_folder(self._model, vision.image_size)
@@ -122,7 +122,7 @@ class ImageReading:
         self, images: Sequence[PlacedImage], *, dtype: torch.dtype, device: torch.device, is_mapped: bool
     ) -> ImageFeatures:
         """The features of the prompt's images. Raises CheckpointError."""
-        from l4ctx.image_features import ImageFeatures
+        from l4ctx.vision.features import ImageFeatures
         from model.weights.loading import load_vision
 
         options: dict[str, Any] = {"dtype": dtype, "device": device, "is_mapped": is_mapped}

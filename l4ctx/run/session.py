@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from l4ctx.image_features import ImageFeatures
-    from l4ctx.loop_guard import Loop
-    from l4ctx.prefill import PrefillProgress
-    from l4ctx.prompt import Prompt
+    from l4ctx.engine.loop_guard import Loop
+    from l4ctx.engine.prefill import PrefillProgress
+    from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading
+    from l4ctx.vision.features import ImageFeatures
     from model.transformer import Transformer
     from model.weights.shards import StoredTensor
 
@@ -138,7 +138,7 @@ class Run:
         """
         from l4ctx.checkpoint.chat_template import ChatTemplate
         from l4ctx.checkpoint.tokenizer import Tokenizer
-        from l4ctx.prompt import build_prompt, check_length
+        from l4ctx.prompt.builder import build_prompt, check_length
 
         began = time.perf_counter()
         self.tell("checking the checkpoint")
@@ -295,7 +295,7 @@ class Run:
         return self._reading.with_images(operations, self.prompt.images, start, stop) if self._reading else operations
 
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
-        from l4ctx.prefill import prefill
+        from l4ctx.engine.prefill import prefill
 
         first = self.prompt_tokens - len(self.prompt.ids)  # position of the prompt's first own token
         ids = memoryview(self.prompt.ids)[self.cache.offset - first : stop - first]
@@ -325,8 +325,8 @@ class Run:
     def decode(self) -> Iterator[str]:
         """The answer in pieces of text, as they are known. Raises GenerationError."""
         from l4ctx.checkpoint.tokenizer import StreamDecoder
-        from l4ctx.generate import generate
-        from l4ctx.loop_guard import LoopGuard
+        from l4ctx.engine.generate import generate
+        from l4ctx.engine.loop_guard import LoopGuard
 
         began = time.perf_counter()
         decoder = StreamDecoder(self.tokenizer)
@@ -418,7 +418,7 @@ class Run:
 
     def _keep_what_is_asked(self) -> None:
         """Where the documents are in a context, the question alone; where nothing is asked, the documents alone."""
-        from l4ctx.prompt import DOCUMENT_END
+        from l4ctx.prompt.builder import DOCUMENT_END
 
         stop = self.prompt.documents_stop
         if self.request.question is None:

@@ -2,7 +2,7 @@
 
 Only the template's own text is encoded with control tokens, and images are made of them; documents, their paths,
 question and system prompt are data. Reading documents is left to `l4ctx.documents.reader`, the encoding itself to
-`l4ctx.checkpoint.tokenizer` and `l4ctx.image_prompt`.
+`l4ctx.checkpoint.tokenizer` and `l4ctx.vision.prompter`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from l4ctx.spans import Span
 if TYPE_CHECKING:
     from l4ctx.documents.images import DocumentImage
     from l4ctx.documents.reader import Document
-    from l4ctx.image_prompt import ImagePrompter, PlacedImage
     from l4ctx.spans import ImageSpan
+    from l4ctx.vision.prompter import ImagePrompter, PlacedImage
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
 

@@ -22,7 +22,7 @@ from l4ctx.machine.memory import give_back_free_memory
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from l4ctx.image_features import ImageFeatures
+    from l4ctx.vision.features import ImageFeatures
 
 DEFAULT_PREFILL_CHUNK_SIZE = 8192
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.generation_config import Sampling
-from l4ctx.loop_guard import LoopGuard
-from l4ctx.prefill import as_batch
+from l4ctx.engine.loop_guard import LoopGuard
+from l4ctx.engine.prefill import as_batch
 from model.transformer import Transformer
 
 StopReason = Literal["stop", "length", "repetition"]

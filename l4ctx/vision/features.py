@@ -1,7 +1,7 @@
 """What the model sees of a prompt's images: features, computed when a reading reaches them, put among its embeddings.
 
 One image's pixels and the features of a few tiles are held at a time, however many images there are. Which tokens
-are images is settled in `l4ctx.image_prompt`.
+are images is settled in `l4ctx.vision.prompter`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from l4ctx.documents.images import ImageError
-from l4ctx.image_prompt import ImagePrompter, PlacedImage
-from l4ctx.image_tiles import image_tiles, normalized
+from l4ctx.vision.prompter import ImagePrompter, PlacedImage
+from l4ctx.vision.tiles import image_tiles, normalized
 from model.vision.config import TILES_AT_A_TIME
 from model.vision.tower import VisionTower
 

@@ -1,7 +1,7 @@
 """An image becomes the square tiles that the vision tower sees: choice of the canvas, resizing, numbers.
 
 Files and decoding are left to `l4ctx.documents.images`, what a checkpoint asks for to
-`l4ctx.checkpoint.image_processor`, the tokens that stand for tiles to `l4ctx.image_tokens`. The layout alone needs
+`l4ctx.checkpoint.image_processor`, the tokens that stand for tiles to `l4ctx.vision.tokens`. The layout alone needs
 neither torch nor Pillow.
 """
 

@@ -1,6 +1,6 @@
 """Images in the prompt: as which tokens, where, and what their features will follow from.
 
-Pixels and features are left to `l4ctx.image_features`.
+Pixels and features are left to `l4ctx.vision.features`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.documents.images import DocumentImage
-from l4ctx.image_tiles import TileLayout, tile_layout
 from l4ctx.spans import ImageSpan
+from l4ctx.vision.tiles import TileLayout, tile_layout
 
 if TYPE_CHECKING:
-    from l4ctx.image_tokens import ImageTokens
+    from l4ctx.vision.tokens import ImageTokens
 
 
 @dataclass(frozen=True)

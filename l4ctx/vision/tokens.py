@@ -1,6 +1,6 @@
 """Which tokens stand for an image: marks, separators between tiles, and a placeholder for every position.
 
-What the tiles show is left to `l4ctx.image_tiles`, where an image stands in the prompt to others.
+What the tiles show is left to `l4ctx.vision.tiles`, where an image stands in the prompt to others.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l4ctx.image_tiles import TileLayout
+from l4ctx.vision.tiles import TileLayout
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.tokenizer import Tokenizer

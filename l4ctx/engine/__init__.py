@@ -1,0 +1,1 @@
+"""Token ids through the model, as generators: prefill and generate."""

@@ -1,0 +1,1 @@
+"""Documents and a question to token ids, with what lies where."""

@@ -1,0 +1,1 @@
+"""Images to tiles, to tokens, to features among a prompt's embeddings."""
