@@ -360,7 +360,7 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
         raise UsageError("nothing to inspect: l4ctx inspect MODEL|CONTEXT")
     check_stdout("to")
     from l4ctx.activity import Activity
-    from l4ctx.inspection import exit_code, inspect_folder
+    from l4ctx.inspection.folder import exit_code, inspect_folder
     from l4ctx.listing import listing
     from l4ctx.terminal import columns, stderr_console
 

@@ -156,7 +156,7 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     """
     from l4ctx.contexts.folder import FILE
     from l4ctx.contexts.manifest import saved_checkpoint
-    from l4ctx.model_folder import check_model_folder
+    from l4ctx.inspection.model_folder import check_model_folder
 
     if given is not None:
         check_model_folder(given)

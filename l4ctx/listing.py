@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from l4ctx.formatting import counted, human_bytes, without_controls
-from l4ctx.inspection import Report
+from l4ctx.inspection.report import Report
 from l4ctx.tables import INDENT, NARROWEST_TEXT
 from l4ctx.wrapping import cells, wrapped
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cli_runner import CONTROLS
 
-from l4ctx.inspection import exit_code, inspect_folder
+from l4ctx.inspection.folder import exit_code, inspect_folder
 from l4ctx.listing import listing
 
 Break = Callable[[Path], object]

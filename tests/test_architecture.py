@@ -40,7 +40,7 @@ WITHOUT_TORCH = (
     "l4ctx.contexts.journal",
     "l4ctx.contexts.manifest",
     "l4ctx.machine.memory",
-    "l4ctx.model_folder",
+    "l4ctx.inspection.model_folder",
     "l4ctx.documents.pdf",
     "l4ctx.documents.pdf_process",
     "l4ctx.documents.pdf_worker",

@@ -21,7 +21,7 @@ from l4ctx.contexts.manifest import saved_recipe
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
-from l4ctx.inspection import exit_code, inspect_folder
+from l4ctx.inspection.folder import exit_code, inspect_folder
 from l4ctx.listing import listing
 from l4ctx.machine.files import write_atomically
 

@@ -31,7 +31,7 @@ from l4ctx.contexts.journal import Journal
 from l4ctx.contexts.reader import ContextReader
 from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
-from l4ctx.inspection import exit_code, inspect_folder
+from l4ctx.inspection.folder import exit_code, inspect_folder
 
 IDS = tokens(4 * BLOCK + 9)
 LONGER = IDS + tokens(2 * BLOCK, seed=1)

@@ -27,9 +27,9 @@ from inspection_checks import Break, check_damage, cut, edit_json, flip, inspect
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from l4ctx import inspection
 from l4ctx.contexts.reader import Context
-from l4ctx.inspection import exit_code, inspect_folder
+from l4ctx.inspection import checkpoint
+from l4ctx.inspection.folder import exit_code, inspect_folder
 from l4ctx.listing import listing
 from model.config import TextConfig
 from model.costs import parameter_count
@@ -292,7 +292,7 @@ def test_a_broken_part_is_told_and_the_rest_is_shown(case: str, model: Path) -> 
 @pytest.mark.parametrize("piece", [4, 64, 2**24])
 def test_numbers_that_are_none(model: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Only reading finds them: in the first piece of a tensor, in the last, and in what is not used."""
-    monkeypatch.setattr(inspection, "PIECE_BYTES", piece)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece)
     for shard in model.glob("*.safetensors"):
         weights = load_file(shard)
         weights = {name: tensor for name, tensor in weights.items() if tensor.numel() < 2000}  # quick in small pieces
@@ -313,7 +313,7 @@ def test_numbers_that_are_none(model: Path, monkeypatch: pytest.MonkeyPatch, pie
 
 def test_shards_are_read_in_pieces(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = inspected(model, verify=True)
-    monkeypatch.setattr(inspection, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4096)
     assert inspected(model, verify=True)[0] == report
 
 

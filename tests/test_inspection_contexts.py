@@ -15,13 +15,13 @@ import pytest
 from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, spans, tokens
 from inspection_checks import Break, cut, edit_json, flip, inspected, pipe, randomly_damaged, whats
 
-from l4ctx import inspection
 from l4ctx.contexts.folder import FILE as MANIFEST
 from l4ctx.contexts.folder import HEAD, JOURNAL, READERS_LOCK
 from l4ctx.contexts.locks import deletion_lock
 from l4ctx.contexts.reader import Context
 from l4ctx.contexts.writer import ContextWriter
-from l4ctx.inspection import exit_code, inspect_folder
+from l4ctx.inspection import context as context_report
+from l4ctx.inspection.folder import exit_code, inspect_folder
 from l4ctx.listing import listing
 from l4ctx.spans import ImageSpan, Span
 
@@ -295,8 +295,10 @@ def test_beside_a_writer(context: Callable[[str], Path], monkeypatch: pytest.Mon
     folder = context("complete")
     ids = changed(IDS, 2 * BLOCK)
     locks = []
-    work = inspection._bytes_on_disk
-    monkeypatch.setattr(inspection, "_bytes_on_disk", lambda made: [locks.append(deletion_lock(folder)), work(made)][1])
+    work = context_report._bytes_on_disk
+    monkeypatch.setattr(
+        context_report, "_bytes_on_disk", lambda made: [locks.append(deletion_lock(folder)), work(made)][1]
+    )
     with closing(ContextWriter(folder, Kind().recipe)) as writer:
         for done in reading(writer, ids):
             report = inspect_folder(str(folder), verify=True)

@@ -25,9 +25,9 @@ from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.errors import UsageError
 from l4ctx.formatting import human_bytes
+from l4ctx.inspection.model_folder import check_model_folder
 from l4ctx.machine.memory import available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention, processor_name
-from l4ctx.model_folder import check_model_folder
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Job, Room
 from model.config import TextConfig

@@ -1,0 +1,222 @@
+"""What a checkpoint folder holds, and what is damaged in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4ctx.inspection.report import CONFIG, INDEX, Report, add_damage, attempt
+from model.config import ConfigError, TextConfig
+from model.costs import parameter_count
+from model.vision.config import VisionConfig
+
+if TYPE_CHECKING:
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+    from model.weights.shards import StoredTensor
+
+
+PIECE_BYTES = 16 * 2**20
+BF16_BYTES = 2
+
+
+def inspect_model(folder: Path, report: Report, verify: bool) -> None:
+    from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
+    from l4ctx.checkpoint.generation_config import GenerationConfig
+    from l4ctx.checkpoint.tokenizer import Tokenizer, read_json
+    from model.weights.loading import can_be_mapped, checked_tensors
+    from model.weights.shards import unused_weights
+
+    raw = attempt(report, folder / CONFIG, read_json, folder / CONFIG)
+    config = None if raw is None else attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
+    shown = config or _without_quantization(raw or {})
+    names = (raw or {}).get("architectures")
+    report["architecture"] = ", ".join(map(str, names)) if isinstance(names, list) else None
+    report["config"] = shown and _config_fields(shown)
+
+    before = len(report["damage"])
+    shards = attempt(report, folder / INDEX, _shards, folder)
+    weights = report["weights"] = None if shards is None else _weights(report, shards, verify)
+    is_sound = bool(shards) and len(report["damage"]) == before
+    tensors = attempt(report, folder, checked_tensors, folder, config) if is_sound and config else None
+    if weights is not None:
+        weights["not_read"] = attempt(report, folder, unused_weights, folder)
+        weights["can_be_mapped"] = None if tensors is None else can_be_mapped(tensors)
+
+    tokenizer = None
+    if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
+        tokenizer = attempt(
+            report,
+            folder / "tokenizer.json",
+            Tokenizer.from_folder,
+            folder,
+            None if shown is None else shown.vocab_size,
+        )
+    report["tokenizer_vocabulary"] = tokenizer and tokenizer.vocab_size
+    vision = None if raw is None else attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
+    is_readable = weights is not None and 0 < weights["shards"] == weights["readable_shards"]
+    report["vision"] = vision and asdict(vision) | {
+        "tokens_per_tile": vision.tokens_per_tile,
+        "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None,
+    }
+    if vision and report["vision"]["has_tensors"] is not False:
+        _check_vision(folder, report, vision, shown, tokenizer)
+    before = len(report["damage"])
+    template = attempt(report, folder, ChatTemplate.from_folder, folder)
+    report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
+    if template is not None:
+        attempt(report, folder, template.split, system=False)
+    if tokenizer and len(report["damage"]) == before:
+        attempt(report, folder / "tokenizer.json", check_template, tokenizer, template)
+    generation = None  # it looks into config.json, too
+    if raw is not None:
+        generation = attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
+    report["stop_tokens"] = generation and sorted(generation.stop_tokens)
+    if generation and shown:
+        attempt(report, folder / "generation_config.json", generation.check, shown.vocab_size)
+
+
+def _check_vision(
+    folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None, tokenizer: Tokenizer | None
+) -> None:
+    """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
+    from l4ctx.checkpoint.image_processor import ImageProcessing
+    from l4ctx.vision.tokens import ImageTokens
+    from model.weights.loading import checked_vision_tensors
+
+    if text and report["vision"]["has_tensors"]:
+        attempt(report, folder, checked_vision_tensors, folder, vision, text.hidden_size)
+    if text and vision.image_token_index >= text.vocab_size:
+        add_damage(
+            report,
+            folder / CONFIG,
+            f"image_token_index is {vision.image_token_index:,}, but there are only "
+            f"{text.vocab_size:,} tokens (vocab_size)",
+        )
+    attempt(report, folder, ImageProcessing.from_folder, folder, vision.image_size)
+    if tokenizer:
+        attempt(
+            report,
+            folder / "tokenizer.json",
+            ImageTokens.from_tokenizer,
+            tokenizer,
+            vision.tokens_per_tile,
+            vision.image_token_index,
+        )
+
+
+def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
+    """The rest of a configuration that is refused for its quantization."""
+    plain = {name: value for name, value in raw.items() if name != "quantization_config"}
+    text = raw.get("text_config")
+    if isinstance(text, dict):
+        plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
+    try:
+        return TextConfig.from_dict(plain) if plain != raw else None
+    except ConfigError:
+        return None
+
+
+def _config_fields(config: TextConfig) -> Report:
+    from cache.layout import bytes_per_token, layer_bytes_per_token
+
+    window = config.attention_chunk_size * layer_bytes_per_token(config, BF16_BYTES)
+    fields = asdict(config)
+    del fields["torch_dtype"]  # not checked, not used: what is stored counts
+    return fields | {
+        "parameters": parameter_count(config),
+        "num_rope_layers": config.num_rope_layers,
+        "num_nope_layers": config.num_nope_layers,
+        "kv_bytes_per_token_bf16": bytes_per_token(config, BF16_BYTES),
+        "window_bytes_bf16": config.num_rope_layers * window,
+    }
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Raises CheckpointError."""
+    from model.weights.shards import shard_files
+
+    return shard_files(folder)
+
+
+def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
+    from model.weights.shards import DTYPES
+
+    dtypes: Counter[str] = Counter()  # tensors of the text model
+    sums: Counter[str] = Counter()
+    for shard in shards:
+        tensors = attempt(report, shard, _header, shard)
+        sums["readable_shards"] += tensors is not None
+        for tensor in tensors or ():
+            owner = _owner(tensor)
+            sums[f"{owner}tensors"] += 1
+            sums[f"{owner}bytes"] += tensor.num_bytes
+            if not owner:
+                dtypes[tensor.dtype] += 1
+                if tensor.dtype in DTYPES:
+                    sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
+        if verify and tensors:
+            attempt(report, shard, _check_numbers, report, shard, tensors)
+    names = (
+        "readable_shards",
+        "parameters",
+        "tensors",
+        "bytes",
+        "vision_tensors",
+        "vision_bytes",
+        "ignored_tensors",
+        "ignored_bytes",
+    )
+    return {"shards": len(shards), "dtypes": dict(dtypes)} | {name: sums[name] for name in names}
+
+
+def _owner(tensor: StoredTensor) -> str:
+    """Of a tensor that is not the text model's: the vision part, or nobody."""
+    from model.weights.shards import IGNORED_PREFIXES
+
+    if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
+        return "vision_"
+    return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") else ""
+
+
+def _header(shard: Path) -> list[StoredTensor]:
+    """A shard's tensors, in the order in which they lie in it. Raises CheckpointError and SafetensorError."""
+    from safetensors import safe_open
+
+    from model.weights.shards import CheckpointError, read_header
+
+    if not shard.is_file():
+        raise CheckpointError(f"{shard}: missing shard; download it again")
+    tensors = read_header(shard)
+    with safe_open(shard, framework="pt"):  # it refuses overlaps, gaps, and places outside the file
+        return sorted(tensors.values(), key=lambda tensor: tensor.offset)
+
+
+def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> None:
+    """Reads the tensors, a piece at a time, and names those that hold NaN or infinities. Raises OSError."""
+    import torch
+
+    from model.weights.shards import DTYPES
+
+    buffer = bytearray(PIECE_BYTES)
+    with shard.open("rb") as stream:
+        for tensor in tensors:
+            dtype = DTYPES.get(tensor.dtype, torch.uint8)
+            nans = infinities = 0
+            stream.seek(tensor.offset)
+            for start in range(0, tensor.num_bytes, PIECE_BYTES):
+                size = min(PIECE_BYTES, tensor.num_bytes - start)
+                if stream.readinto(memoryview(buffer)[:size]) != size:
+                    add_damage(report, shard, f"cut short inside tensor {tensor.name}; download it again")
+                    return
+                piece = torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize)
+                if not piece.isfinite().all():
+                    nans += int(piece.isnan().sum())
+                    infinities += int(piece.isinf().sum())
+            if nans or infinities:
+                add_damage(
+                    report,
+                    shard,
+                    f"tensor {tensor.name} holds {nans:,} NaN and {infinities:,} infinities; download it again",
+                )

@@ -1,0 +1,68 @@
+"""Inspects a folder, whether it is a checkpoint or a saved context: one report, for people and as JSON.
+
+Changes nothing. All that is read is untrusted: a part that cannot be read becomes a line of damage, and the rest is
+still shown. Prints nothing and exits nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from l4ctx.contexts.folder import FILE as MANIFEST
+from l4ctx.errors import CHECKPOINT, CONTEXT, UsageError
+from l4ctx.inspection.checkpoint import inspect_model
+from l4ctx.inspection.context import inspect_context
+from l4ctx.inspection.model_folder import what_it_is
+from l4ctx.inspection.report import CONFIG, INDEX, SHARD, Report, add_damage
+
+READ_WHOLE = (
+    CONFIG,
+    INDEX,
+    SHARD,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    MANIFEST,
+    "head.json",
+)
+"""Names under which a pipe or a device would be read without end."""
+
+
+def inspect_folder(path: str, *, verify: bool) -> Report:
+    """What is in a checkpoint or a context, as the object that --json prints; `verify` reads every byte.
+
+    Raises UsageError for a path that is neither.
+    """
+    folder = Path(path)
+    if not path:
+        raise UsageError("the path is empty")
+    if not any(os.path.lexists(folder / name) for name in (CONFIG, MANIFEST)):
+        neither = f"neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}; it is "
+        raise UsageError(f"{path}: {neither if os.path.isdir(path) else ''}{what_it_is(folder)}")
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    is_model = CONFIG in names
+    report: Report = {"kind": "model" if is_model else "context", "path": path, "verified": verify, "damage": []}
+    for name in READ_WHOLE:
+        if (folder / name).exists() and not (folder / name).is_file():
+            add_damage(report, folder / name, "not a regular file")
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    if not report["damage"]:
+        (inspect_model if is_model else inspect_context)(folder, report, verify)
+    report["damage"] = list({entry["what"]: entry for entry in report["damage"]}.values())
+    return report
+
+
+def exit_code(report: Report) -> int:
+    if not report["damage"]:
+        return 0
+    return CHECKPOINT if report["kind"] == "model" else CONTEXT

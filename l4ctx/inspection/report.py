@@ -1,0 +1,31 @@
+"""The report on a folder: a plain object, which damage is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from l4ctx.errors import name_of_known
+
+CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Report = dict[str, Any]
+
+
+def add_damage(report: Report, file: Path, what: str) -> None:
+    report["damage"].append({"file": str(file), "what": f"{file}: {what}"})
+
+
+def attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What `work` returns, or None and a line of damage: untrusted files can be broken in any way."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:  # the readers' own errors, and whatever else a broken file makes them raise
+        if name_of_known(error) and str(error):
+            report["damage"].append({"file": str(file), "what": str(error)})
+        else:
+            add_damage(report, file, f"cannot be used ({type(error).__name__}: {error})")
+        return None
