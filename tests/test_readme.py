@@ -188,6 +188,24 @@ def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
                 )
 
 
+@pytest.mark.parametrize("name", ["README.md", "MANUAL.md"])
+def test_options_exist(name: str) -> None:
+    """Those in running text and tables; the options of other programs stand behind the program's name."""
+    helps = "".join(run_here(command, "--help").stdout for command in ("ask", "prefill", "plan", "inspect", "bench"))
+    known = set(re.findall(r"--[a-z][a-z-]+", helps))
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = [code for code in re.findall(r"`([^`]+)`", prose) if not code.startswith(("pip ", "hf ", "python ", "cp "))]
+    used = {option for code in named for option in re.findall(r"--[a-z][a-z-]+", code)}
+    assert used and used <= known, used - known
+
+
+def test_every_exit_code_is_in_the_manual() -> None:
+    told = run_here("ask", "--help").stdout.partition("Exit codes:")[2]
+    codes = set(re.findall(r"\b(\d+)\s+[a-z]", told))
+    rows = re.findall(r"^\| (\d[\d, ]*?)(?: also)? \|", (ROOT / "MANUAL.md").read_text(encoding="utf-8"), re.M)
+    assert codes == {code for row in rows for code in row.split(", ")} and len(codes) > 5
+
+
 def anchors(document: Path) -> set[str]:
     """The names by which links reach a document's headings."""
     prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
