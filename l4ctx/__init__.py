@@ -1,0 +1,1 @@
+"""Asks questions over documents of millions of tokens with Llama 4."""

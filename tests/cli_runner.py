@@ -24,15 +24,15 @@ from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
 
-from l4ctx import cli, exits
+from l4ctx.cli import app, exits
 
-COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli import main; main()"]
+COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli.app import main; main()"]
 ON_TERMINAL = [
     sys.executable,
     "-P",
     "-c",
     "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli import main; main()",
+    "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli.app import main; main()",
 ]
 TIMEOUT = 120  # seconds, for a machine with much else to do
 
@@ -118,7 +118,7 @@ def run_here(
         sys.stdin, sys.stdout, sys.stderr = source, streams["out"], streams["err"]
         code: Any = None
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             code = end.code
         finally:

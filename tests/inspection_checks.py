@@ -11,8 +11,8 @@ from typing import Any
 
 from cli_runner import CONTROLS
 
+from l4ctx.cli.tables.inspection import listing
 from l4ctx.inspection.folder import exit_code, inspect_folder
-from l4ctx.listing import listing
 
 Break = Callable[[Path], object]
 

@@ -51,7 +51,7 @@ WITHOUT_TORCH = (
     "l4ctx.contexts.states",
     "l4ctx.bench.jobs",
     "l4ctx.bench.report",
-    "l4ctx.bench.shares",
+    "l4ctx.bench.roofline",
 )
 
 
@@ -135,7 +135,7 @@ def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
     """They are optional: nothing else may need them."""
     assert {
         module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
-    } == {"l4ctx.bench.transformers_peer", "l4ctx.bench.worker", "l4ctx.bench.gguf_file"}
+    } == {"l4ctx.bench.peers.transformers", "l4ctx.bench.worker", "l4ctx.bench.peers.gguf"}
 
 
 def test_every_package_is_installed() -> None:

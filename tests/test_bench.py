@@ -17,10 +17,10 @@ from cli_runner import COMMAND, TINY, check_refused, run_here, run_process, text
 
 from l4ctx.bench import process
 from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
-from l4ctx.bench.llama_peer import measure
+from l4ctx.bench.peers.llama_cpp import measure
 from l4ctx.bench.process import WorkerError, last_line, run_apart, run_worker
 from l4ctx.bench.report import BenchReport, BenchRun, best_candidate, figures_of, median_of
-from l4ctx.bench.shares import (
+from l4ctx.bench.roofline import (
     decode_bytes,
     decode_share,
     decoding_bytes,
@@ -28,9 +28,9 @@ from l4ctx.bench.shares import (
     prefill_share,
     visible_tokens,
 )
-from l4ctx.bench.table import bench_table
+from l4ctx.cli.console import rendered
+from l4ctx.cli.tables.bench import bench_table
 from l4ctx.errors import RequestError
-from l4ctx.terminal import rendered
 from model.config import TextConfig
 from model.costs import reading_operations
 
@@ -100,7 +100,7 @@ def test_a_missing_llama_bench_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_missing_package_is_named_with_the_command_that_adds_it(
     package: str, peer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("l4ctx.bench.course.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("l4ctx.bench.benchmark.find_spec", lambda name: None if name == package else object())
     check_refused(run_here("bench", "--model", str(TINY), "--compare", peer), 2, package, 'pip install "l4ctx[bench]"')
 
 
@@ -109,9 +109,9 @@ def test_what_the_machine_lacks_is_refused() -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.bench.course.available_memory", lambda: 2**20)
+    monkeypatch.setattr("l4ctx.bench.benchmark.available_memory", lambda: 2**20)
     monkeypatch.setattr(
-        "l4ctx.bench.course.run_worker",
+        "l4ctx.bench.benchmark.run_worker",
         lambda job: {
             "stored_dtype": "float32",
             "parameters": 3_000_000,
@@ -124,7 +124,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest
 
 
 def test_a_disk_that_does_not_suffice_is_refused_before_files_are_written(tmp_path: Path) -> None:
-    from l4ctx.bench.files import check_disk
+    from l4ctx.bench.peers.files import check_disk
     from l4ctx.planning.memory_plan import MemoryPlanError
 
     check_disk(1, tmp_path, "this")
@@ -136,7 +136,7 @@ def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['l4ctx', 'bench', '--help']\n"
         "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'rich' in sys.modules))\n"
-        "from l4ctx.cli import main; main()"
+        "from l4ctx.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert "--compare" in done.stdout and done.stdout.endswith("False False\n")

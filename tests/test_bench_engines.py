@@ -12,11 +12,12 @@ import pytest
 import torch
 from cli_runner import TINY, check_refused, run_here, run_process, text_file
 
-from l4ctx.bench import ceilings, course, files
+from l4ctx.bench import benchmark, ceilings
 from l4ctx.bench import worker as bench_worker
-from l4ctx.bench.files import folder_for_transformers
-from l4ctx.bench.gguf_file import GGUFError, check_supported, entries, gguf_bytes, write_gguf
 from l4ctx.bench.jobs import WorkerJob
+from l4ctx.bench.peers import files
+from l4ctx.bench.peers.files import folder_for_transformers
+from l4ctx.bench.peers.gguf import GGUFError, check_supported, entries, gguf_bytes, write_gguf
 from l4ctx.bench.process import WorkerError
 from l4ctx.bench.weights import flat_config, random_model, write_random_checkpoint
 from l4ctx.machine import timing
@@ -68,7 +69,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise WorkerError("killed by SIGKILL")
             return json.loads(json.dumps(bench_worker.TASKS[job.task](job)))
 
-        monkeypatch.setattr(course, "run_worker", worker)
+        monkeypatch.setattr(benchmark, "run_worker", worker)
         monkeypatch.setattr(files, "run_worker", worker)
         monkeypatch.setattr(timing, "SECONDS", 0.001)
         monkeypatch.setattr(ceilings, "BYTES", 2**23)

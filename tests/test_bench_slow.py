@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cli_runner import check_refused, run_here, text_file
 
-from l4ctx.bench import ceilings, course
+from l4ctx.bench import benchmark, ceilings
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.machine import timing
@@ -156,10 +156,10 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
                 raise WorkerError("killed by SIGKILL")
             return {"tokens": job.tokens, "decode_tokens": 0, "first_token_seconds": job.tokens / rate, "steps": []}
 
-        monkeypatch.setattr(course, "run_worker", worker)
-        monkeypatch.setattr(course, "find_spec", lambda name: object())
-        monkeypatch.setattr(course, "write_checkpoint", lambda *_: Path("/nowhere"))
-        monkeypatch.setattr(course, "folder_for_transformers", lambda *_: Path("/nowhere"))
+        monkeypatch.setattr(benchmark, "run_worker", worker)
+        monkeypatch.setattr(benchmark, "find_spec", lambda name: object())
+        monkeypatch.setattr(benchmark, "write_checkpoint", lambda *_: Path("/nowhere"))
+        monkeypatch.setattr(benchmark, "folder_for_transformers", lambda *_: Path("/nowhere"))
         return jobs
 
     return install

@@ -35,7 +35,8 @@ from cli_runner import (
     write_what_is_read,
 )
 
-from l4ctx import errors, exits, terminal
+from l4ctx import errors
+from l4ctx.cli import activity, exits
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Job
 from l4ctx.run.report import MemoryReport
@@ -181,7 +182,7 @@ def test_help_and_refusals_import_nothing_heavy(folder: Path) -> None:
         ["plan", "--tokens", "5", "--model", str(TINY)],
     ]
     code = (
-        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        "import contextlib, sys\nfrom l4ctx.cli.app import main\n"
         f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
         "        main()\nassert not {'torch', 'tokenizers', 'jinja2', 'safetensors'} & sys.modules.keys()"
     )
@@ -510,7 +511,7 @@ def test_every_error_with_an_exit_code_exists() -> None:
 
 
 def test_progress_without_a_terminal(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", -1.0)
+    monkeypatch.setattr(activity, "PLAIN_LINE_SECONDS", -1.0)
     result = run_here("ask", QUESTION, "docs/a.md", "--prefill-chunk-size", "32")
     line = (
         r"^l4ctx: read 32 of \d+ tokens, [\d.]+ s left, [\d,]+ tokens/s \(average [\d,]+\), in docs/a\.md; "

@@ -278,7 +278,7 @@ def test_refusals_import_no_torch(place: Path) -> None:
         [*PREFILL, "--dtype", "float16"],
     ]
     code = (
-        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        "import contextlib, sys\nfrom l4ctx.cli.app import main\n"
         f"for line in {lines!r}:\n    sys.argv = ['l4ctx', *line]\n    with contextlib.suppress(SystemExit):\n"
         "        main()\n    assert 'torch' not in sys.modules, line"
     )

@@ -96,7 +96,7 @@ def planned(*arguments: str, code: int = 0) -> dict[str, Any]:
 def test_a_number_of_tokens_imports_nothing_heavy(place: Path) -> None:
     shutil.copy(TINY / "config.json", "docs")  # nothing else of a checkpoint
     code = (
-        "import contextlib, sys\nfrom l4ctx.cli import main\n"
+        "import contextlib, sys\nfrom l4ctx.cli.app import main\n"
         "for more in (['--json'], ['--rate', '25000'], ['--kv-dir', '.', '--kv-host-memory', '1GiB']):\n"
         "    sys.argv = ['l4ctx', 'plan', '--tokens', '1000000', '--device', 'cpu', '--dtype', 'float32',\n"
         "                '--model', 'docs', *more]\n"

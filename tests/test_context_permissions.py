@@ -16,13 +16,13 @@ import torch
 from context_toys import BLOCK, CHUNK, Kind, answer, changed, files, fresh_answer, keep, tokens
 
 from cache.disk import DiskFullError, Scratch, UnreadableError
+from l4ctx.cli.tables.inspection import listing
 from l4ctx.contexts.folder import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK
 from l4ctx.contexts.manifest import saved_recipe
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
 from l4ctx.inspection.folder import exit_code, inspect_folder
-from l4ctx.listing import listing
 from l4ctx.machine.files import write_atomically
 
 IDS = tokens(3 * BLOCK + CHUNK + 3)

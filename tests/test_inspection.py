@@ -27,10 +27,10 @@ from inspection_checks import Break, check_damage, cut, edit_json, flip, inspect
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from l4ctx.cli.tables.inspection import listing
 from l4ctx.contexts.reader import Context
 from l4ctx.inspection import checkpoint
 from l4ctx.inspection.folder import exit_code, inspect_folder
-from l4ctx.listing import listing
 from model.config import TextConfig
 from model.costs import parameter_count
 

@@ -15,6 +15,7 @@ import pytest
 from context_toys import BLOCK, CHUNK, Kind, changed, keep, reading, spans, tokens
 from inspection_checks import Break, cut, edit_json, flip, inspected, pipe, randomly_damaged, whats
 
+from l4ctx.cli.tables.inspection import listing
 from l4ctx.contexts.folder import FILE as MANIFEST
 from l4ctx.contexts.folder import HEAD, JOURNAL, READERS_LOCK
 from l4ctx.contexts.locks import deletion_lock
@@ -22,7 +23,6 @@ from l4ctx.contexts.reader import Context
 from l4ctx.contexts.writer import ContextWriter
 from l4ctx.inspection import context as context_report
 from l4ctx.inspection.folder import exit_code, inspect_folder
-from l4ctx.listing import listing
 from l4ctx.spans import ImageSpan, Span
 
 IDS = tokens(6 * BLOCK + CHUNK + 7)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from cache import layout as store_layout
 from cache.hybrid import HybridKVCache
+from l4ctx.cli.tables.memory import memory_table
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
 from l4ctx.machine import memory
@@ -37,7 +38,6 @@ from l4ctx.machine.memory import (
     available_memory,
     process_memory,
 )
-from l4ctx.memory_table import memory_table
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Job, Room
 from l4ctx.run.report import MemoryReport

@@ -20,11 +20,11 @@ from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.cli.tables.plan import plan_table
 from l4ctx.documents.reader import DocumentError, read_documents
 from l4ctx.engine.prefill import prefill
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
-from l4ctx.plan_table import plan_table
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate

@@ -14,12 +14,12 @@ from functools import partial
 import pytest
 
 from cache.layout import KVBytes
+from l4ctx.cli.console import shortened
+from l4ctx.cli.progress import Reading, _rate
+from l4ctx.cli.wrapping import cells
 from l4ctx.engine.prefill import PrefillProgress
 from l4ctx.planning.cost_model import CHANGE_STEPS, CostModel
-from l4ctx.reading_progress import Reading, _rate
 from l4ctx.spans import Span
-from l4ctx.terminal import shortened
-from l4ctx.wrapping import cells
 from model.config import TextConfig
 from model.costs import reading_operations
 
@@ -191,8 +191,8 @@ def half_read(held: KVBytes | None = TIERS, stop: int = STOP, documents: tuple[S
 @pytest.fixture(autouse=True)
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that stands still, and a process without memory."""
-    monkeypatch.setattr("l4ctx.reading_progress.time.monotonic", lambda: 5.0)
-    monkeypatch.setattr("l4ctx.reading_progress.process_memory", lambda: None)
+    monkeypatch.setattr("l4ctx.cli.progress.time.monotonic", lambda: 5.0)
+    monkeypatch.setattr("l4ctx.cli.progress.process_memory", lambda: None)
 
 
 def test_the_line_says_all_of_it() -> None:

@@ -20,7 +20,7 @@ def modules_of(*arguments: str) -> tuple[int, set[str]]:
         "import os, sys\nleave = os._exit\n"
         "def leaving(code):\n    print('\\n' + ' '.join(sys.modules), flush=True)\n    leave(code)\n"
         "os._exit = sys.exit = leaving\n"
-        "from l4ctx.cli import main\nmain()\n"
+        "from l4ctx.cli.app import main\nmain()\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -53,7 +53,7 @@ def test_a_short_question_loads_no_library_that_it_does_not_use() -> None:
 )
 def test_errors_plans_and_help_load_nothing_heavy(arguments: tuple[str, ...]) -> None:
     _, modules = modules_of(*arguments)
-    assert "l4ctx.cli" in modules
+    assert "l4ctx.cli.app" in modules
     assert modules.intersection({*NEVER, *NOT_FOR_AN_ERROR}) == set()
 
 
@@ -65,7 +65,7 @@ def test_threads_do_not_spin_for_long_unless_the_user_says_so(given: dict[str, s
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     code = (
-        "import os, sys, l4ctx.machine.processor\nl4ctx.processor.share_cores()\n"
+        "import os, sys, l4ctx.machine.processor\nl4ctx.machine.processor.share_cores()\n"
         "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     )
     run = subprocess.run(

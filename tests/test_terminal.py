@@ -16,13 +16,15 @@ import pytest
 from cli_runner import ANSWER, QUESTION, TINY, closed_pipe, run_here, run_process, text_file
 from rich.console import Console
 
-from l4ctx import answer, terminal
-from l4ctx.activity import Activity
+from l4ctx.cli import activity as activity_module
+from l4ctx.cli import answer
+from l4ctx.cli import console as console_module
+from l4ctx.cli.activity import Activity
+from l4ctx.cli.exits import Interruption
+from l4ctx.cli.tables.inspection import listing
+from l4ctx.cli.tables.layout import FigureTable, TextTable
+from l4ctx.cli.wrapping import cells
 from l4ctx.engine.loop_guard import LONGEST_PERIOD, Loop
-from l4ctx.exits import Interruption
-from l4ctx.listing import listing
-from l4ctx.tables import FigureTable, TextTable
-from l4ctx.wrapping import cells
 
 COLOURS = (
     {"FORCE_COLOR": "1"},
@@ -44,7 +46,7 @@ def test_no_variable_animates_a_file(monkeypatch: pytest.MonkeyPatch, variables:
         monkeypatch.setenv(name, value)
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    console = terminal.stderr_console()
+    console = console_module.stderr_console()
     with Activity(console) as activity:
         activity.tell("loading weights")
         time.sleep(0.3)
@@ -93,18 +95,18 @@ def test_terminals(monkeypatch: pytest.MonkeyPatch, term: str, variables: dict[s
         termios.tcsetwinsize(theirs, (24, 47))
         with os.fdopen(theirs, "w", encoding="utf-8") as stream:
             monkeypatch.setattr(sys, "stderr", stream)
-            console = terminal.stderr_console()
+            console = console_module.stderr_console()
             with Activity(console) as activity:
                 activity.tell("loading weights")
                 time.sleep(0.1)
-            terminal.notes(console, quiet=False)("the end")
+            console_module.notes(console, quiet=False)("the end")
             shown = ""
             while "the end\r\n" not in shown:
                 shown += os.read(ours, 65536).decode()
             monkeypatch.delenv("COLUMNS", raising=False)
-            assert terminal.columns(stream) == 47
+            assert console_module.columns(stream) == 47
             monkeypatch.setenv("COLUMNS", "33")
-            assert terminal.columns(stream) == 33
+            assert console_module.columns(stream) == 33
     finally:
         os.close(ours)
     assert console.is_interactive == is_animated == ("loading weights" in shown) == ("\x1b[" in shown)
@@ -113,7 +115,7 @@ def test_terminals(monkeypatch: pytest.MonkeyPatch, term: str, variables: dict[s
 
 def test_a_heartbeat_goes_on_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no screen, lines come though nothing is told."""
-    monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", 0.05)
+    monkeypatch.setattr(activity_module, "PLAIN_LINE_SECONDS", 0.05)
     stream = io.StringIO()
     with Activity(Console(file=stream, force_interactive=False)) as activity:
         activity.tell("reading files: 3 documents")
@@ -127,7 +129,7 @@ def test_a_heartbeat_goes_on_within_a_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(activity_module, "PLAIN_LINE_SECONDS", 0.0)
     stream = io.StringIO()
     with Activity(Console(file=stream, force_interactive=True), is_shown=False) as activity:
         activity.tell("loading weights")

@@ -165,7 +165,7 @@ def test_what_is_left_out_anyway_may_be_unreadable(folder: Path, monkeypatch: py
 
 def run(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after the statements `before`."""
-    code = f"import errno, os, sys\n{before}\nfrom l4ctx.cli import main\nmain()"
+    code = f"import errno, os, sys\n{before}\nfrom l4ctx.cli.app import main\nmain()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,

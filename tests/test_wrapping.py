@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from l4ctx.wrapping import WordWrap, cells, wrapped
+from l4ctx.cli.wrapping import WordWrap, cells, wrapped
 
 TEXT = (
     "The old wall by the harbor was painted again in the third week of spring, and nobody knew why. "

@@ -9,7 +9,7 @@ from typing import Any
 
 from cache.layout import KV_DTYPES
 from l4ctx.bench.jobs import Candidate, Measurement
-from l4ctx.bench.shares import decode_share, prefill_share
+from l4ctx.bench.roofline import decode_share, prefill_share
 from model.config import TextConfig
 
 OWN = "l4ctx"

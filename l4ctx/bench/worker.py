@@ -127,7 +127,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
 def measure_transformers(job: WorkerJob) -> dict[str, Any]:
     import transformers
 
-    from l4ctx.bench.transformers_peer import loaded
+    from l4ctx.bench.peers.transformers import loaded
 
     began = time.perf_counter()
     run = loaded(job, token_ids(text_config(job), job.tokens))
@@ -185,7 +185,7 @@ def write_checkpoint(job: WorkerJob) -> dict[str, Any]:
 
 
 def write_gguf(job: WorkerJob) -> dict[str, Any]:
-    from l4ctx.bench.gguf_file import write_gguf
+    from l4ctx.bench.peers.gguf import write_gguf
 
     assert job.folder is not None and job.output is not None
     write_gguf(Path(job.folder), text_config(job), Path(job.output), job.dtype)

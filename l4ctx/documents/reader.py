@@ -1,7 +1,7 @@
 """Files, folders and standard input become documents: named text and images, in an order that never changes.
 
 Everything that is left out is reported with its reason. Printing, wrapping for the prompt and tokenizing are left to
-others (`l4ctx.cli`, `l4ctx.prompt.builder`, `l4ctx.checkpoint.tokenizer`), as are the formats
+others (`l4ctx.cli.app`, `l4ctx.prompt.builder`, `l4ctx.checkpoint.tokenizer`), as are the formats
 (`l4ctx.documents.recognition`, `l4ctx.documents.text`, `l4ctx.documents.payload`, `l4ctx.documents.images`,
 `l4ctx.documents.pdf`).
 """

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from l4ctx.bench.gguf_file import DTYPES, check_supported, gguf_bytes
 from l4ctx.bench.jobs import WorkerJob
+from l4ctx.bench.peers.gguf import DTYPES, check_supported, gguf_bytes
 from l4ctx.bench.process import run_worker
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import available_disk

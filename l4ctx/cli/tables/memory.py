@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from l4ctx.cli.tables.layout import FigureTable
 from l4ctx.formatting import human_bytes
-from l4ctx.tables import FigureTable
 
 if TYPE_CHECKING:
     from l4ctx.run.report import MemoryReport

@@ -9,15 +9,18 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from l4ctx import terminal
+from l4ctx.cli.console import NARROW_COLUMNS
 from l4ctx.formatting import human_clock, without_controls
-from l4ctx.terminal import NARROW_COLUMNS
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from rich.console import Console, RenderableType
     from rich.live import Live
+
+
+PLAIN_LINE_SECONDS = 30.0
+"""Between the lines that tell where there is no screen what goes on."""
 
 LIVE_SECONDS = 0.25
 
@@ -82,13 +85,13 @@ class Activity:
             thread.join()
 
     def _print_lines(self) -> None:
-        while not self._ended.wait(max(0.05, self._last_line + terminal.PLAIN_LINE_SECONDS - time.monotonic())):
+        while not self._ended.wait(max(0.05, self._last_line + PLAIN_LINE_SECONDS - time.monotonic())):
             self.beat()
 
     def beat(self) -> None:
         """Prints a plain line if one is due."""
         now = time.monotonic()
-        if self._thread is None or now - self._last_line < terminal.PLAIN_LINE_SECONDS:
+        if self._thread is None or now - self._last_line < PLAIN_LINE_SECONDS:
             return
         self._last_line = now
         line = without_controls(f"l4ctx: {self._view.line(None, now)}")

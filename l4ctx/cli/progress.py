@@ -1,6 +1,6 @@
 """How far the reading of a prompt is, in a line of any width: tokens, time left, rate, document, memory by tier.
 
-Shows nothing itself: that is `l4ctx.activity`'s.
+Shows nothing itself: that is `l4ctx.cli.activity`'s.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from l4ctx.cli.console import shortened
+from l4ctx.cli.wrapping import cells
 from l4ctx.formatting import counted, human_bytes, human_clock, human_seconds
 from l4ctx.machine.memory import process_memory
 from l4ctx.planning.cost_model import CostModel, Rates, Work
-from l4ctx.terminal import shortened
-from l4ctx.wrapping import cells
 
 if TYPE_CHECKING:
     from cache.layout import KVBytes
-    from l4ctx.activity import Activity
+    from l4ctx.cli.activity import Activity
     from l4ctx.engine.prefill import PrefillProgress
     from l4ctx.run.session import Run
     from l4ctx.spans import Span

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import KV_DTYPES
-from l4ctx.bench import llama_peer
-from l4ctx.bench.files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
-from l4ctx.bench.gguf_file import GGUFError, check_supported, gguf_bytes
 from l4ctx.bench.jobs import WARM_UP_TOKENS, Candidate, Measurement, WorkerJob
+from l4ctx.bench.peers import llama_cpp
+from l4ctx.bench.peers.files import check_disk, folder_for_transformers, kinds_of, write_checkpoint, write_gguf
+from l4ctx.bench.peers.gguf import GGUFError, check_supported, gguf_bytes
 from l4ctx.bench.process import WorkerError, run_worker
 from l4ctx.bench.report import OWN, BenchReport, BenchRun, best_candidate
 from l4ctx.errors import UsageError
@@ -216,7 +216,7 @@ class Benchmark:
             found["llama.cpp"] = [
                 Candidate("llama.cpp", name, size, str(file))
                 for name, file in files.items()
-                for size in self._sizes(llama_peer.UBATCH_SIZES)
+                for size in self._sizes(llama_cpp.UBATCH_SIZES)
             ]
         return found
 
@@ -333,7 +333,7 @@ class Benchmark:
         device = str(self._machine["device"])
         if candidate.engine == "llama.cpp":
             assert self.request.llama_bench is not None
-            return llama_peer.measure(
+            return llama_cpp.measure(
                 self.request.llama_bench,
                 candidate,
                 tokens,

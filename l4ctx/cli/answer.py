@@ -7,10 +7,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from l4ctx.cli.exits import Interruption, write
+from l4ctx.cli.wrapping import WordWrap
 from l4ctx.errors import OutputError
-from l4ctx.exits import Interruption, write
 from l4ctx.formatting import counted, without_controls
-from l4ctx.wrapping import WordWrap
 
 if TYPE_CHECKING:
     from l4ctx.run.session import Run
@@ -90,6 +90,6 @@ class _Answer:
 
 
 def _terminal_width() -> int:
-    from l4ctx.terminal import columns
+    from l4ctx.cli.console import columns
 
     return columns(sys.stdout)

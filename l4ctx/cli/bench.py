@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from l4ctx import options
+from l4ctx.cli import options
+from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, write, write_json
+from l4ctx.cli.stdin import check_choices
 from l4ctx.errors import UsageError
-from l4ctx.exits import check_stdout, errors_as_exit_codes, write, write_json
-from l4ctx.inputs import check_choices
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from l4ctx.bench.course import BenchRequest
+    from l4ctx.bench.benchmark import BenchRequest
 
 DEFAULT_LENGTHS = "4096,16384"
 PEERS = "transformers, llama.cpp, or llama.cpp=/path/to/llama-bench"
@@ -91,7 +91,7 @@ def bench(
     """
 
     def request() -> BenchRequest:
-        from l4ctx.bench.course import BenchRequest
+        from l4ctx.bench.benchmark import BenchRequest
 
         check_stdout("to")
         check_choices(dtype, "auto", attention, "text")
@@ -129,8 +129,8 @@ def bench(
 
 def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
     """Measures; prints the report."""
-    from l4ctx.bench.course import Benchmark
-    from l4ctx.terminal import notes, rendered, stderr_console
+    from l4ctx.bench.benchmark import Benchmark
+    from l4ctx.cli.console import notes, rendered, stderr_console
 
     console = stderr_console()
     with _status(console, quiet=quiet) as working:
@@ -138,7 +138,7 @@ def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
     if json:
         write_json(report.as_dict())
         return
-    from l4ctx.bench.table import bench_table
+    from l4ctx.cli.tables.bench import bench_table
 
     write(rendered(bench_table(report)))
 
@@ -146,7 +146,7 @@ def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
 @contextmanager
 def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Within it a terminal shows what is being done."""
-    from l4ctx.activity import Activity
+    from l4ctx.cli.activity import Activity
 
     with Activity(console, is_shown=not quiet) as activity:
         yield activity.tell
@@ -181,7 +181,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _peer(text: str) -> tuple[str, str]:
     """An engine's name and the path of its program, if it has one."""
-    from l4ctx.bench.llama_peer import check_program
+    from l4ctx.bench.peers.llama_cpp import check_program
 
     name, is_given, path = text.partition("=")
     if name == "llama.cpp" and not (is_given and not path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from l4ctx.cli.tables.layout import INDENT, NARROWEST_TEXT
+from l4ctx.cli.wrapping import cells, wrapped
 from l4ctx.formatting import counted, human_bytes, without_controls
 from l4ctx.inspection.report import Report
-from l4ctx.tables import INDENT, NARROWEST_TEXT
-from l4ctx.wrapping import cells, wrapped
 
 SHOWN_LINES = 20
 LABEL_COLUMNS = 17

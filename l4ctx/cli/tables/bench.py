@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.text import Text
 
 from l4ctx.bench.report import OWN, BenchReport, Figures
+from l4ctx.cli.tables.layout import FigureTable
 from l4ctx.formatting import human_bytes, human_seconds, without_controls
-from l4ctx.tables import FigureTable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

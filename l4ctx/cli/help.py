@@ -13,7 +13,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from l4ctx.exits import errors_as_exit_codes, write
+from l4ctx.cli.exits import errors_as_exit_codes, write
 
 MARGIN = 2
 PIPED_WIDTH = 80 - MARGIN
@@ -34,7 +34,7 @@ class HelpFormatter(_Formatter):  # type: ignore[misc]
 
     def write_text(self, text: str) -> None:
         """Paragraphs; where the line is narrow, options are not broken at their hyphens."""
-        from l4ctx.wrapping import wrapped
+        from l4ctx.cli.wrapping import wrapped
 
         if self.width >= TWO_COLUMNS_FROM:
             super().write_text(text)
@@ -44,7 +44,7 @@ class HelpFormatter(_Formatter):  # type: ignore[misc]
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *options: Any, **named: Any) -> None:
         """Rows of a name and what it means."""
-        from l4ctx.wrapping import wrapped
+        from l4ctx.cli.wrapping import wrapped
 
         if self.width >= TWO_COLUMNS_FROM:
             super().write_dl(rows, *options, **named)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.run.estimate import PlanReport
-from l4ctx.tables import FigureTable, TextTable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PIPED_COLUMNS = 160
 NARROW_COLUMNS = 80
-PLAIN_LINE_SECONDS = 30.0
-"""Between the lines that tell where there is no screen what goes on."""
 
 
 class _Unfailing:
@@ -73,7 +71,7 @@ def stderr_console() -> Console:
 
 def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
     """Where notes go: one line each on the console, broken at words where a screen is narrow; or nowhere."""
-    from l4ctx.wrapping import wrapped
+    from l4ctx.cli.wrapping import wrapped
 
     def note(text: str) -> None:
         line = without_controls(f"l4ctx: {text}")
@@ -97,7 +95,7 @@ def rendered(content: RenderableType) -> str:
 
 def shortened(text: str, width: int) -> str:
     """In at most `width` columns, without its middle if it takes more."""
-    from l4ctx.wrapping import cells
+    from l4ctx.cli.wrapping import cells
 
     if cells(text) <= width:
         return text

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from l4ctx.cli.exits import tell
 from l4ctx.errors import UsageError
-from l4ctx.exits import tell
 from l4ctx.formatting import printable
 from l4ctx.run.request import Request
 
@@ -48,7 +48,7 @@ def paths_or_pipe(paths: list[str], *, quiet: bool, reads_pipe: bool = True, que
 
     `question` is the argument before them, if it is the question. Raises UsageError for paths that are not there.
     """
-    from l4ctx.named_paths import meant_paths
+    from l4ctx.cli.named_paths import meant_paths
 
     paths = meant_paths(paths, (lambda text: None) if quiet else tell, question=question)
     if "-" in paths:

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import typer
 
+from l4ctx.cli.exits import fail, leave
 from l4ctx.errors import INPUT
-from l4ctx.exits import fail, leave
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """click's UsageError, be it click's own or that of the copy which later versions of typer bring along."""

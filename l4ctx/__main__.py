@@ -1,0 +1,14 @@
+"""`python -m l4ctx`: the command line, where its script is not on the path."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.path and sys.path[0] == os.getcwd() and not os.path.samefile(os.path.dirname(os.path.dirname(__file__)), "."):
+    del sys.path[0]  # put there by -m: somebody's model.py must not be executed
+
+from l4ctx.cli.app import main
+
+if __name__ == "__main__":
+    main()

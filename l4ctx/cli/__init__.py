@@ -1,0 +1,1 @@
+"""What a person types and sees: one file a command; the only place that prints or exits."""

@@ -1,0 +1,70 @@
+"""The command line: one file a command, and this one, which registers them.
+
+The answer goes to stdout, all else to stderr. Every error that a user can cause ends as one line and an exit code.
+Heavy modules are imported where they are needed, so that help and argument errors are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from l4ctx.cli.ask import ask
+from l4ctx.cli.bench import bench
+from l4ctx.cli.exits import EXIT_CODES, leave
+from l4ctx.cli.help import Command, Group, show
+from l4ctx.cli.inspect import inspect
+from l4ctx.cli.plan import plan
+from l4ctx.cli.prefill import prefill
+from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments
+from l4ctx.errors import INTERRUPTED
+from l4ctx.machine.processor import share_cores
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> NoReturn:
+    """Entry point of the `l4ctx` command."""
+    share_cores()
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    try:
+        code = app(prog_name="l4ctx", standalone_mode=False)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)
+    except USAGE_ERROR as error:
+        refuse_arguments(error)
+    sys.exit(code or 0)
+
+
+@app.callback(cls=Group, epilog=EXIT_CODES)
+def l4ctx(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=lambda wanted: _show_version(wanted), is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Ask questions over documents of millions of tokens with Llama 4."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        show(f"l4ctx {version('l4ctx')}", "the version")
+        raise typer.Exit()
+
+
+for command in (ask, prefill, inspect, plan, bench):
+    app.command(cls=Command, epilog=EXIT_CODES)(command)

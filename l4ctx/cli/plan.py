@@ -1,0 +1,124 @@
+"""The `plan` command as a person types it, and its output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from l4ctx.cli import options
+from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, leave, write, write_json
+from l4ctx.cli.stdin import (
+    check_choices,
+    checkpoint_folder,
+    encoding_named,
+    paths_or_pipe,
+    size,
+    standard_input,
+)
+from l4ctx.errors import MEMORY, TOO_LONG, UsageError
+
+if TYPE_CHECKING:
+    from l4ctx.run.estimate import PlanRequest
+
+
+def plan(
+    paths: options.Paths = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count(1),
+            metavar="N",
+            help="Plan for so many tokens, without any document: 128k is 128,000, 10M is 10,000,000, 128Ki is 131,072.",
+            show_default=False,
+        ),
+    ] = None,
+    model: options.Model = None,
+    no_images: options.NoImages = False,
+    skip_unreadable: options.SkipUnreadable = False,
+    pdf: options.Pdf = "text",
+    encoding: options.Encoding = None,
+    keep_payload: options.KeepPayload = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.", show_default=False
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="TOKENS/S",
+            help="Reading speed at the beginning of a text, to predict the time by.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast this machine is instead.")] = False,
+    dtype: options.Dtype = "auto",
+    kv_dtype: options.KVDtype = "auto",
+    kv_device_memory: options.KVDeviceMemory = None,
+    kv_host_memory: options.KVHostMemory = None,
+    kv_dir: options.KVDir = None,
+    device: options.Device = "auto",
+    prefill_chunk_size: options.PrefillChunkSize = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what reading documents would take: tokens, memory and disk by owner, time. Loads no weights.
+
+    l4ctx plan docs/ report.md --model DIR
+
+    l4ctx plan --tokens 10000000 --kv-dir /fast/disk --model DIR
+
+    Ends with exit code 5 when it would not fit.
+    """
+
+    def request() -> PlanRequest:
+        from l4ctx.run.estimate import PlanRequest
+
+        check_stdout("to")
+        check_choices(dtype, kv_dtype, None, pdf)
+        documents = paths_or_pipe(paths or [], quiet=quiet, reads_pipe=tokens is None)
+        if (tokens is None) == (not documents):
+            raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
+        if rate is not None and measure:
+            raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
+        return PlanRequest(
+            model=checkpoint_folder(model),
+            paths=documents,
+            stdin=standard_input(),
+            tokens=tokens,
+            no_images=no_images,
+            skip_unreadable=skip_unreadable,
+            pdf=pdf,
+            encoding=encoding_named(encoding),
+            keep_payload=keep_payload,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            device=device,
+            kv_device_memory=size("--kv-device-memory", kv_device_memory),
+            kv_host_memory=size("--kv-host-memory", kv_host_memory),
+            kv_dir=kv_dir,
+            prefill_chunk_size=prefill_chunk_size,
+            max_new_tokens=max_new_tokens,
+            rate=rate,
+            measure=measure,
+        )
+
+    with errors_as_exit_codes(json=json):
+        leave(_plan(request(), json=json, quiet=quiet))
+
+
+def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
+    """Shows the plan; returns the exit code."""
+    from l4ctx.cli.console import notes, rendered, stderr_console
+    from l4ctx.cli.tables.plan import plan_table
+    from l4ctx.run.estimate import make_plan
+
+    report = make_plan(request, notes(stderr_console(), quiet=quiet))
+    if json:
+        write_json(report.as_dict())
+    else:
+        write(rendered(plan_table(report)))
+    return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY
