@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-import torchvision_oracle
+
+from support import torchvision_oracle
 
 if TYPE_CHECKING:
-    from toy_checkpoints import Toy, Toys
+    from support.toy_checkpoints import Toy, Toys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: further threads only get in each other's way
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's & leaves it ignored, in our processes, too
@@ -25,7 +26,8 @@ torchvision_oracle.prepare()  # before anything imports transformers, which impo
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     """Toy checkpoints by name and standard deviation of the weights, each written once."""
     import transformers  # here, so that tests without a model import neither this nor torch
-    from toy_checkpoints import write_toy
+
+    from support.toy_checkpoints import write_toy
 
     transformers.logging.set_verbosity_error()  # it warns of what Scout's own files hold: low_freq == high_freq
     transformers.logging.disable_progress_bar()

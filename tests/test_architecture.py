@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.places import ROOT
+
 PACKAGES = ("model", "cache", "l4ctx")  # each may import itself and those before it
 MODEL_LAYERS = (  # each may import only from rows above its own
     {"config", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},

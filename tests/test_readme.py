@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
+from support.places import ROOT
+
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *(

@@ -9,7 +9,6 @@ import random
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,14 +26,7 @@ from model.costs import parameter_count
 from model.vision.config import VisionConfig, vision_parameter_count
 from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
 from model.weights.shards import text_tensors
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "samples" / "tiny"
-
-
-@pytest.fixture(autouse=True)
-def _samples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "samples"))
+from support.places import ROOT, TINY
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def own_sources() -> str:
     return "\n".join(
         file.read_text(encoding="utf-8")
         for folder in ("l4ctx", "model", "cache")
-        for file in sorted((ROOT / folder).glob("*.py"))
+        for file in sorted((ROOT / folder).rglob("*.py"))
     )
 
 
@@ -107,7 +99,7 @@ def test_logits_equal_those_of_transformers(tokenizer: Tokenizer) -> None:
 
 
 def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
-    from tiny_model import TinyForTraining, simulated_temperature
+    from samples.training.tiny_model import TinyForTraining, simulated_temperature
 
     model = load_checkpoint(TINY, dtype=torch.float32)
     twin = TinyForTraining(model.config.vocab_size)
@@ -123,8 +115,8 @@ def test_the_training_twin_computes_the_same(tokenizer: Tokenizer) -> None:
 
 
 def test_the_training_twin_of_the_tower_computes_the_same() -> None:
-    from card_task import draw_card, draw_cards
-    from tiny_vision import VisionForTraining
+    from samples.tasks.cards import draw_card, draw_cards
+    from samples.training.tiny_vision import VisionForTraining
 
     config = VisionConfig.from_folder(TINY)
     assert config is not None
@@ -141,7 +133,7 @@ def test_the_training_twin_of_the_tower_computes_the_same() -> None:
 
 
 def test_cards_are_the_same_for_the_same_seed() -> None:
-    from card_task import draw_card, draw_cards
+    from samples.tasks.cards import draw_card, draw_cards
 
     def drawn(seed: int) -> bytes:
         rng = random.Random(seed)
@@ -152,9 +144,9 @@ def test_cards_are_the_same_for_the_same_seed() -> None:
 
 def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
     """The numbers in the answer to the question about each entity; the documents are read once."""
-    from evaluate_images import Setup, read_documents
-    from evaluate_tiny import answer_to
-    from lookup_task import question
+    from samples.evaluation.evaluate_images import Setup, read_documents
+    from samples.evaluation.evaluate_tiny import answer_to
+    from samples.tasks.lookup import question
 
     setup = Setup.from_folder(TINY, "float32")
     prompts = [
@@ -170,8 +162,8 @@ def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list
 
 def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
     """The text ends amid an attention chunk: no boundary cuts the questions from their answers."""
-    from evaluate_tiny import make_document
-    from lookup_task import draw_entities, random_code
+    from samples.evaluation.evaluate_tiny import make_document
+    from samples.tasks.lookup import draw_entities, random_code
 
     rng = random.Random(4)
     codes = {entity: random_code(rng) for entity in draw_entities(rng, 10, evaluation=True)}
@@ -183,7 +175,7 @@ def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
 
 def test_it_reads_cards_in_images() -> None:
     """A dozen of many sizes in one prompt, of which a chunk boundary may cut one."""
-    from card_task import draw_card, draw_cards, random_size
+    from samples.tasks.cards import draw_card, draw_cards, random_size
 
     rng, documents = random.Random("not the training's"), []
     cards = draw_cards(rng, 12)
@@ -196,7 +188,10 @@ def test_it_reads_cards_in_images() -> None:
     assert sum(numbers == [card.code] for numbers, card in zip(found, cards, strict=True)) >= 10
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "samples").glob("*.py")))
+SCRIPTS = [file for file in (ROOT / "samples").rglob("*.py") if file.parent.name != "code"]
+
+
+@pytest.mark.parametrize("name", sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in SCRIPTS))
 def test_scripts_can_be_imported(name: str) -> None:
     importlib.import_module(name)
 

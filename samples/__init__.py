@@ -1,0 +1,1 @@
+"""The sample model, how it was made, and what it is measured by."""

@@ -1,0 +1,1 @@
+"""Whether the sample model finds what is in texts and images."""

@@ -1,0 +1,1 @@
+"""What the sample model is trained for, and asked."""

@@ -1,0 +1,1 @@
+"""How the sample model was made."""

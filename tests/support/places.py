@@ -1,0 +1,9 @@
+"""Where things lie: this repository, its sample model, and facts about the published models, where they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "samples" / "tiny"
+SHARED = ROOT.parent / "shared"
