@@ -1,8 +1,10 @@
-"""Imports run one way, and what must be quick to import stays free of torch. Read from the sources, not executed."""
+"""Imports run down, and what must be quick to import stays free of torch. Read from the sources, not executed."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import tomllib
 from pathlib import Path
 
@@ -10,8 +12,19 @@ import pytest
 
 from support.places import ROOT
 
-PACKAGES = ("model", "cache", "l4ctx")  # each may import itself and those before it
-MODEL_LAYERS = (  # each may import only from rows above its own
+PACKAGES = (  # from the top down: each may import those in rows below its own
+    {"l4ctx.__main__"},
+    {"l4ctx.cli"},
+    {"l4ctx.run", "l4ctx.bench"},
+    {"l4ctx.engine", "l4ctx.prompt", "l4ctx.inspection"},
+    {"l4ctx.vision"},
+    {"l4ctx.documents", "l4ctx.planning"},
+    {"l4ctx.contexts"},
+    {"l4ctx.checkpoint", "l4ctx.machine", "cache"},
+    {"l4ctx.errors", "l4ctx.formatting", "l4ctx.spans", "model", "l4ctx"},
+)
+ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # modules in no package
+MODEL_LAYERS = (  # from the ground up: each module may import those in rows above its own
     {"config", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
     {"kernels.attend", "vision.tower"},
@@ -59,7 +72,9 @@ WITHOUT_TORCH = (
 def modules() -> dict[str, Path]:
     """Dotted names of all modules of the three packages."""
     files = {
-        file.relative_to(ROOT).with_suffix(""): file for package in PACKAGES for file in (ROOT / package).rglob("*.py")
+        file.relative_to(ROOT).with_suffix(""): file
+        for package in ("model", "cache", "l4ctx")
+        for file in (ROOT / package).rglob("*.py")
     }
     return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
 
@@ -67,8 +82,9 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(module: str) -> set[str]:
-    """Modules that a module imports anywhere in it, functions included; relative imports made absolute."""
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """What a module imports anywhere in it, in functions and for types alone, too; relative imports made absolute."""
     file = MODULES[module]
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     found = set()
@@ -80,14 +96,25 @@ def imports(module: str) -> set[str]:
             origin = ".".join([*base, *([node.module] if node.module else [])])
             found.add(origin)
             found |= {f"{origin}.{alias.name}" for alias in node.names if f"{origin}.{alias.name}" in MODULES}
-    return found
+    return frozenset(found)
 
 
 def top(module: str) -> str:
     return module.split(".")[0]
 
 
+def package(module: str) -> str:
+    """As PACKAGES name it: model, cache, or what l4ctx holds."""
+    return ".".join(module.split(".")[:2]) if top(module) == "l4ctx" else top(module)
+
+
+def level(module: str) -> int:
+    """Of its package, from the top down."""
+    return next(number for number, names in enumerate(PACKAGES) if package(module) in names)
+
+
 def row(module: str) -> int:
+    """Within its package, from the ground up."""
     rows = [number for number, names in enumerate(ROWS[top(module)]) if module.split(".", 1)[1] in names]
     assert rows, f"{module} has no place in {top(module).upper()}_LAYERS: give it one"
     return rows[0]
@@ -97,14 +124,40 @@ def test_the_sources_are_found() -> None:
     assert {"model", "model.config", "model.transformer", "model.weights.loading", *WITHOUT_TORCH} <= MODULES.keys()
     placed = {f"{package}.{name}" for package, rows in ROWS.items() for names in rows for name in names}
     assert placed == {name for name in MODULES if name.startswith(("model.", "cache."))}
+    assert sorted(name for names in PACKAGES for name in names) == sorted({package(name) for name in MODULES})
+    assert {
+        name
+        for name in MODULES
+        if name == package(name) and top(name) == "l4ctx" and not any(other.startswith(f"{name}.") for other in MODULES)
+    } | {"l4ctx"} == ALONE
     assert "model.attention" in imports("model.transformer") and "torch" in imports("model.transformer")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_import_downwards(module: str) -> None:
-    allowed = PACKAGES[: PACKAGES.index(top(module)) + 1]
-    wrong = {name for name in imports(module) if top(name) in {*PACKAGES, "tests", "samples"} - set(allowed)}
+    wrong = {
+        name
+        for name in imports(module)
+        if top(name) in {"tests", "support", "samples"}
+        or (name in MODULES and package(name) != package(module) and level(name) <= level(module))
+    }
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Within packages, too, and for types alone. A package's own module holds no more than a docstring."""
+    graph = {name: {other for other in imports(name) if other in MODULES} for name in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if MODULES[name].name == "__init__.py"])
+def test_packages_hold_a_docstring_only(module: str) -> None:
+    """What they handed on would have to be imported with every module of theirs: torch, for plans."""
+    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    assert [type(node) for node in body] == [ast.Expr]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("model.", "cache."))])
