@@ -1,7 +1,8 @@
 """Trains the vision tower of `samples/tiny`, so that its text model can look codes up in images of cards.
 
-    python -m samples.training.train_vision --output samples/tiny --minutes 32 python -m samples.training.train_vision
-    --output samples/tiny --minutes 19 --resume --seed 1 --lr 8e-4 --batch 36 --hint 0.5
+    python -m samples.training.train_vision --output samples/tiny --minutes 32
+    python -m samples.training.train_vision --output samples/tiny --minutes 19 --resume --seed 1 --lr 8e-4 \\
+        --batch 36 --hint 0.5
 
 The text model stays as it is. A tile that shows one whole card is to become the embeddings of the sentence that says
 what it shows, in as many tokens as a tile has; any other tile those of empty lines, which lead to no answer. So no
