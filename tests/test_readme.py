@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,10 @@ from PIL import Image
 from support.cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
 from support.places import ROOT
 
+PACKAGES = ("l4ctx", "model", "cache")
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
-    *(
-        file
-        for folder in ("l4ctx", "model", "cache", "samples", "tests")
-        for file in sorted((ROOT / folder).rglob("*.md"))
-    ),
+    *(file for folder in (*PACKAGES, "samples", "tests") for file in sorted((ROOT / folder).rglob("*.md"))),
 ]
 PLACEHOLDERS = {"DIR": str(TINY), "/fast/disk": "."}  # what a reader puts something of their own in the place of
 ONLY_PARSED = ("bench", "--measure")  # minutes, or as fast as the processor is
@@ -189,6 +187,16 @@ def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
                 )
 
 
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    readme, script = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text()
+    code = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)
+    found = [part.strip() for block in code for line in block.splitlines() for part in line.split("&&")]
+    ran = {line.replace(" -q ", " ") for line in script.splitlines()}
+    for command in found:
+        if command.startswith("pip install") or command == "pytest" or ("samples/tiny" in command and "ask" in command):
+            assert command in ran, f"the README's {command!r} is not what .ci/run runs"
+
+
 @pytest.mark.parametrize("name", ["README.md", "MANUAL.md"])
 def test_options_exist(name: str) -> None:
     """Those in running text and tables; the options of other programs stand behind the program's name."""
@@ -224,3 +232,29 @@ def test_links_lead_somewhere(document: Path) -> None:
         linked = (document.parent / path).resolve() if path else document
         assert linked.exists() and linked.is_relative_to(ROOT), f"{document.name}: {target}"
         assert not anchor or anchor in anchors(linked), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_files_scripts_and_their_options_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"\b(?:samples|tests|l4ctx|model|cache)/[\w/]+\.(?:py|md|json|png|svg)\b", text):
+        assert (ROOT / name).exists(), name
+    for module, options in re.findall(r"python -m (samples[\w.]+)([^`\n]*)", text):
+        script = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        for option in re.findall(r"--[a-z-]+", options):
+            assert f'"{option}"' in script, f"{module} {option}"
+    assert sys.version_info >= (3, 11)
+
+
+def test_the_design_lists_every_package() -> None:
+    """And every module that it lists is there."""
+    table = re.findall(r"^\| `([\w/]+)` \|[^|]*\| (.*) \|$", (ROOT / "DESIGN.md").read_text(encoding="utf-8"), re.M)
+    listed = {package for package, _ in table}
+    for package, modules in table:
+        for name in re.findall(r"`([\w/]+)`", modules):
+            place = ROOT / package / name
+            assert place.is_dir() or place.with_suffix(".py").is_file(), f"{package}: {name}"
+            if name.endswith("/"):
+                listed.add(f"{package}/{name.rstrip('/')}")
+    there = {str(file.parent.relative_to(ROOT)) for name in PACKAGES for file in (ROOT / name).rglob("__init__.py")}
+    assert there <= listed, there - listed
