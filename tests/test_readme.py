@@ -16,11 +16,12 @@ from PIL import Image
 
 from support.cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
 from support.places import ROOT
+from test_architecture import PACKAGES
 
-PACKAGES = ("l4ctx", "model", "cache")
+FOLDERS = ("l4ctx", "model", "cache")
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
-    *(file for folder in (*PACKAGES, "samples", "tests") for file in sorted((ROOT / folder).rglob("*.md"))),
+    *(file for folder in (*FOLDERS, "samples", "tests") for file in sorted((ROOT / folder).rglob("*.md"))),
 ]
 PLACEHOLDERS = {"DIR": str(TINY), "/fast/disk": "."}  # what a reader puts something of their own in the place of
 ONLY_PARSED = ("bench", "--measure")  # minutes, or as fast as the processor is
@@ -256,5 +257,13 @@ def test_the_design_lists_every_package() -> None:
             assert place.is_dir() or place.with_suffix(".py").is_file(), f"{package}: {name}"
             if name.endswith("/"):
                 listed.add(f"{package}/{name.rstrip('/')}")
-    there = {str(file.parent.relative_to(ROOT)) for name in PACKAGES for file in (ROOT / name).rglob("__init__.py")}
+    there = {str(file.parent.relative_to(ROOT)) for name in FOLDERS for file in (ROOT / name).rglob("__init__.py")}
     assert there <= listed, there - listed
+
+
+def test_the_design_has_the_order_of_packages() -> None:
+    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    sentence = text.partition("From the top: ")[2].partition(". ")[0]
+    order = [set(re.findall(r"`(\w+)`", row)) for row in sentence.split(";")]
+    shown = [{name.removeprefix("l4ctx.") for name in row} - {"__main__", "l4ctx"} for row in PACKAGES]
+    assert order == [row for row in shown if row]
