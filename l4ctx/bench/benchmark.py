@@ -29,7 +29,7 @@ from l4ctx.inspection.model_folder import check_model_folder
 from l4ctx.machine.memory import available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention, processor_name
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.planning.workload import Job, Room
+from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 
 TRANSFORMERS_CHUNKS = (4096, 8192)
@@ -140,13 +140,13 @@ class Benchmark:
         Raises MemoryPlanError if none fits.
         """
         asked, stored = self.request, str(self._machine["stored_dtype"])
-        room = Room(host=available_memory(), accelerator=self._machine["accelerator_free"])
-        on_accelerator, parameters = room.accelerator is not None, int(self._machine["parameters"])
-        auto = computing_dtype(asked.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
+        capacity = Capacity(host=available_memory(), accelerator=self._machine["accelerator_free"])
+        on_accelerator, parameters = capacity.accelerator is not None, int(self._machine["parameters"])
+        auto = computing_dtype(asked.dtype, stored, parameters, on_accelerator=on_accelerator, available=capacity.host)
         dtypes = dict.fromkeys([auto, *(CANDIDATE_DTYPES if asked.dtype == "auto" else ())])
         plans = {}
         for dtype in dtypes:
-            job = Job(
+            workload = Workload(
                 self.config,
                 prompt_tokens=asked.lengths[-1],
                 max_new_tokens=asked.decode_tokens + 1,
@@ -161,10 +161,10 @@ class Benchmark:
                 ),
                 prefill_chunk_size=asked.prefill_chunk_size,
             )
-            plans[dtype] = MemoryPlan.of(job, room)
-        fitting = {dtype: plan for dtype, plan in plans.items() if not plan.missing(room)}
+            plans[dtype] = MemoryPlan.of(workload, capacity)
+        fitting = {dtype: plan for dtype, plan in plans.items() if not plan.shortfalls(capacity)}
         if not fitting:
-            min(plans.values(), key=lambda plan: plan.needed).check(room)
+            min(plans.values(), key=lambda plan: plan.needed).check(capacity)
         for dtype in plans.keys() - fitting.keys():
             self.note(f"l4ctx in {dtype} is left out: it does not fit into memory")
         for text in dict.fromkeys(text for plan in fitting.values() for text in plan.notes):

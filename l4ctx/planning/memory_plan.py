@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
-from l4ctx.planning.workload import NO_LIMITS, Job, Room
+from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
 from model.costs import activation_bytes
 
 TOKEN_ID_BYTES = 4
@@ -41,7 +41,7 @@ class MemoryPlanError(Exception):
 class MemoryPlan:
     """Predicted bytes of one run by owner and tier, and what was chosen so that they fit."""
 
-    job: Job
+    workload: Workload
     layout: StoreLayout
     residency: Residency
     prefill_chunk_size: int
@@ -51,15 +51,15 @@ class MemoryPlan:
     notes: tuple[str, ...] = ()  # what a user should know, one line each
 
     @classmethod
-    def of(cls, job: Job, room: Room = NO_LIMITS) -> MemoryPlan:
-        """Chooses tiers, and the prefill chunk size if the user did not, for this room; `check` says if it fits.
+    def of(cls, workload: Workload, capacity: Capacity = NO_LIMITS) -> MemoryPlan:
+        """Chooses tiers, and the prefill chunk size if the user did not, for this capacity; `check` says if it fits.
 
         Weights that could be mapped are held in memory where there is plenty: they are quicker there.
         """
-        plan = cls._within(job, room)
-        if job.weights_are_mapped and room.host is not None and plan.weights < SPARE_SHARE * room.host:
-            held = cls._within(replace(job, weights_are_mapped=False), room)
-            if not held.missing(room) and (held.residency, held.prefill_chunk_size) == (
+        plan = cls._within(workload, capacity)
+        if workload.weights_are_mapped and capacity.host is not None and plan.weights < SPARE_SHARE * capacity.host:
+            held = cls._within(replace(workload, weights_are_mapped=False), capacity)
+            if not held.shortfalls(capacity) and (held.residency, held.prefill_chunk_size) == (
                 plan.residency,
                 plan.prefill_chunk_size,
             ):
@@ -67,97 +67,99 @@ class MemoryPlan:
         return plan
 
     @classmethod
-    def _within(cls, job: Job, room: Room) -> MemoryPlan:
+    def _within(cls, workload: Workload, capacity: Capacity) -> MemoryPlan:
         plans: list[MemoryPlan] = []
-        for size in (job.prefill_chunk_size,) if job.prefill_chunk_size else PREFILL_CHUNK_SIZES:
-            plans.append(cls._with(job, room, size))
-            if not plans[-1].missing(room):
+        for size in (workload.prefill_chunk_size,) if workload.prefill_chunk_size else PREFILL_CHUNK_SIZES:
+            plans.append(cls._with(workload, capacity, size))
+            if not plans[-1].shortfalls(capacity):
                 break
         else:
             plans.append(plans[0])  # to be refused, in the terms that a user knows
-        return replace(plans[-1], notes=tuple(plans[-1]._notes(room)))
+        return replace(plans[-1], notes=tuple(plans[-1]._notes(capacity)))
 
     @classmethod
-    def _with(cls, job: Job, room: Room, prefill_chunk_size: int) -> MemoryPlan:
-        layout, on_accelerator = job.layout, room.accelerator is not None
-        step, rows = min(prefill_chunk_size, job.read_tokens), layout.sealed_rows(job.length)
+    def _with(cls, workload: Workload, capacity: Capacity, prefill_chunk_size: int) -> MemoryPlan:
+        layout, on_accelerator = workload.layout, capacity.accelerator is not None
+        step, rows = min(prefill_chunk_size, workload.read_tokens), layout.sealed_rows(workload.length)
         nothing = KVBytes(0, 0, 0)
         plan = cls(
-            job,
+            workload,
             layout,
             Residency(on_accelerator=on_accelerator),
             prefill_chunk_size,
             nothing,
             nothing,
-            activation_bytes(job.config, step, KV_DTYPES[job.dtype]),
+            activation_bytes(workload.config, step, KV_DTYPES[workload.dtype]),
         )
         device_rows = 0
-        if room.accelerator is not None:
-            left = _least(room.kv_device, room.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
+        if capacity.accelerator is not None:
+            left = _least(capacity.kv_device, capacity.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
             device_rows = min(rows, layout.rows_within(left or 0, step, is_open_here=True, is_read_here=False))
         plan = plan._placed(Residency(None, device_rows, on_accelerator), step)
-        budget = plan.host_budget(room)
-        if room.has_disk and budget is not None and plan.host_keys_values > budget:
+        budget = plan.host_budget(capacity)
+        if capacity.has_disk and budget is not None and plan.host_keys_values > budget:
             fitting = layout.rows_within(budget, step, is_open_here=not on_accelerator, is_read_here=True)
             plan = plan._placed(Residency(fitting, device_rows, on_accelerator), step)
         return plan
 
     def _placed(self, residency: Residency, step: int) -> MemoryPlan:
-        job = self.job
-        end = self.layout.held(job.length, residency, all_on_disk=job.is_saved)
-        peak = self.layout.peak(job.length, step, residency, all_on_disk=job.is_saved)
+        workload = self.workload
+        end = self.layout.held(workload.length, residency, all_on_disk=workload.is_saved)
+        peak = self.layout.peak(workload.length, step, residency, all_on_disk=workload.is_saved)
         return replace(self, residency=residency, end=end, peak=peak)
 
     @property
     def weights(self) -> int:
         """Of the text model, and of the vision tower where there are images."""
-        return self.job.weights + self.job.tower_weights
+        return self.workload.weights + self.workload.tower_weights
 
     @property
     def weights_are_mapped(self) -> bool:
-        return self.job.weights_are_mapped
+        return self.workload.weights_are_mapped
 
     @property
     def held_weights(self) -> int:
         """Those that are no pages of files."""
-        job = self.job
-        if not job.weights_are_mapped:
+        workload = self.workload
+        if not workload.weights_are_mapped:
             return self.weights
-        return job.tower_weights if job.images and job.images.stored_dtype != job.dtype else 0
+        return workload.tower_weights if workload.images and workload.images.stored_dtype != workload.dtype else 0
 
     @property
     def images(self) -> int:
         """At the most: pixels of one image in host memory, and the vision tower's activations where it computes."""
-        return self.job.pixel_bytes + self.job.tower_activations
+        return self.workload.pixel_bytes + self.workload.tower_activations
 
     @property
     def token_ids(self) -> int:
-        return TOKEN_ID_BYTES * self.job.read_tokens
+        return TOKEN_ID_BYTES * self.workload.read_tokens
 
     @property
     def unbounded_cache(self) -> int:
         """Keys and values if every layer kept all of them."""
-        return unbounded_bytes(self.job.config, self.job.length, KV_DTYPES[self.job.dtype])
+        return unbounded_bytes(self.workload.config, self.workload.length, KV_DTYPES[self.workload.dtype])
 
     @property
     def host_keys_values(self) -> int:
         """Host memory for NoPE keys and values and the buffers that serve them, at the most."""
         return self.peak.nope_host + self.peak.buffers
 
-    def host_budget(self, room: Room) -> int | None:
+    def host_budget(self, capacity: Capacity) -> int | None:
         """Bytes that `host_keys_values` may be; None where nothing limits them."""
-        return _least(room.kv_host, None if room.host is None else room.host - self._beside_on_host - MARGIN_BYTES)
+        return _least(
+            capacity.kv_host, None if capacity.host is None else capacity.host - self._beside_on_host - MARGIN_BYTES
+        )
 
     @property
     def _beside_on_accelerator(self) -> int:
         """Bytes of an accelerator's memory beside NoPE keys and values."""
-        return self.weights + self.layout.window_bytes + self.activations + self.job.tower_activations
+        return self.weights + self.layout.window_bytes + self.activations + self.workload.tower_activations
 
     @property
     def _beside_on_host(self) -> int:
         """Bytes of host memory beside NoPE keys and values: everything but mapped weights."""
         if self.residency.on_accelerator:
-            return self.token_ids + self.job.pixel_bytes
+            return self.token_ids + self.workload.pixel_bytes
         return self.held_weights + self.layout.window_bytes + self.token_ids + self.activations + self.images
 
     @property
@@ -174,63 +176,63 @@ class MemoryPlan:
         """Bytes still to be written: sealed blocks with their files' headers, and what a saved context has beside."""
         layout = self.layout
         rows = self.end.nope_disk // layout.row_bytes if self.end.nope_disk else 0
-        tensors = self.job.config.num_nope_layers * layout.segments_per_block * (4 if layout.scale_bytes else 2)
+        tensors = self.workload.config.num_nope_layers * layout.segments_per_block * (4 if layout.scale_bytes else 2)
         total = self.end.nope_disk + rows * (FILE_BYTES + FILE_BYTES_A_TENSOR * tensors)
-        if self.job.is_saved:
+        if self.workload.is_saved:
             total += self.token_ids + layout.window_bytes + layout.open_bytes(layout.block_tokens)
-        return max(0, total - self.job.on_disk_already)
+        return max(0, total - self.workload.on_disk_already)
 
-    def missing(self, room: Room) -> dict[str, tuple[int, int]]:
+    def shortfalls(self, capacity: Capacity) -> dict[str, tuple[int, int]]:
         """The tiers that do not suffice, with bytes needed and bytes there."""
         found = {}
-        if room.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > room.accelerator:
-            found["accelerator memory"] = (self.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
-        if room.host is not None and self.needed + MARGIN_BYTES > room.host:
-            found["memory"] = (self.needed + MARGIN_BYTES, room.host)
-        if room.kv_host is not None and not room.has_disk and self.host_keys_values > room.kv_host:
-            found[KV_HOST_LIMIT] = (self.host_keys_values, room.kv_host)
-        if room.disk is not None and self.needed_on_disk > room.disk:
-            found[f"disk space in {room.disk_folder}"] = (self.needed_on_disk, room.disk)
+        if capacity.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > capacity.accelerator:
+            found["accelerator memory"] = (self.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+        if capacity.host is not None and self.needed + MARGIN_BYTES > capacity.host:
+            found["memory"] = (self.needed + MARGIN_BYTES, capacity.host)
+        if capacity.kv_host is not None and not capacity.has_disk and self.host_keys_values > capacity.kv_host:
+            found[KV_HOST_LIMIT] = (self.host_keys_values, capacity.kv_host)
+        if capacity.disk is not None and self.needed_on_disk > capacity.disk:
+            found[f"disk space in {capacity.disk_folder}"] = (self.needed_on_disk, capacity.disk)
         return found
 
-    def check(self, room: Room) -> None:
+    def check(self, capacity: Capacity) -> None:
         """Raises MemoryPlanError if the run cannot fit."""
-        missing = self.missing(room)
-        if not missing:
+        shortfalls = self.shortfalls(capacity)
+        if not shortfalls:
             return
         short = "; ".join(
             f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
             f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
-            for tier, (needed, there) in missing.items()
+            for tier, (needed, there) in shortfalls.items()
         )
-        what_helps = "; ".join(self.remedies(room)) or "nothing but a larger machine"
+        what_helps = "; ".join(self.remedies(capacity)) or "nothing but a larger machine"
         raise MemoryPlanError(
             f"this run needs {short} (keys and values {human_bytes(self.peak.rope_windows + self.peak.nope)}, weights "
             f"{human_bytes(self.held_weights)}, activations {human_bytes(self.activations)}"
             f"{f', images {human_bytes(self.images)}' if self.images else ''}); what helps: {what_helps}"
         )
 
-    def remedies(self, room: Room) -> list[str]:
+    def remedies(self, capacity: Capacity) -> list[str]:
         """What a user can do: first what is enough by itself, then the rest; the cheapest of each first."""
-        short, enough, partial = self._short(room), [], []
+        short, enough, partial = self._short(capacity), [], []
         if not short:
             return []
-        for option in _options(self, room):
-            left = MemoryPlan.of(option.job, option.room)._short(option.room)
+        for option in _options(self, capacity):
+            left = MemoryPlan.of(option.workload, option.capacity)._short(option.capacity)
             if left == 0:
                 enough.append(f"{option.action} makes it fit{option.detail}")
             elif left < WORTH_SAYING * short:
                 partial.append(f"{option.action} saves {human_bytes(short - left)}{option.detail}, not enough alone")
-        if len(partial) > 1 and not enough and (actions := _together(self, room)):
+        if len(partial) > 1 and not enough and (actions := _together(self, capacity)):
             enough.append(f"{' and '.join(actions)} make it fit")
-        return enough + partial + self._shorter(room)
+        return enough + partial + self._shorter(capacity)
 
-    def _shorter(self, room: Room) -> list[str]:
+    def _shorter(self, capacity: Capacity) -> list[str]:
         """Documents to leave out, and how many tokens would fit."""
-        total, fitting = self.job.prompt_tokens, tokens_that_fit(self.job, room)
+        total, fitting = self.workload.prompt_tokens, tokens_that_fit(self.workload, capacity)
         if not 0 < fitting < total:
             return []
-        found, documents = [], sorted(self.job.largest, key=lambda document: document[1])
+        found, documents = [], sorted(self.workload.largest, key=lambda document: document[1])
         left_out = next(([document] for document in documents if document[1] >= total - fitting), documents[:-4:-1])
         tokens = sum(tokens for _, tokens in left_out)
         share = f"{tokens / total:.0%}".replace("%", " %")
@@ -239,29 +241,29 @@ class MemoryPlan:
             found.append(f"leave out {' and '.join(name for name, _ in left_out)}, {share} of the tokens{hint}")
         return [*found, f"fewer tokens: {fitting:,} of these {total:,} fit"]
 
-    def _short(self, room: Room) -> int:
+    def _short(self, capacity: Capacity) -> int:
         """Bytes that are missing, of all tiers together; a limit within host memory is not one more tier."""
-        short = {tier: needed - there for tier, (needed, there) in self.missing(room).items()}
+        short = {tier: needed - there for tier, (needed, there) in self.shortfalls(capacity).items()}
         in_host_memory = max(short.pop("memory", 0), short.pop(KV_HOST_LIMIT, 0))
         return in_host_memory + sum(short.values())
 
-    def _notes(self, room: Room) -> Iterator[str]:
-        if room.kv_host is not None and room.has_disk and self.host_keys_values > room.kv_host:
+    def _notes(self, capacity: Capacity) -> Iterator[str]:
+        if capacity.kv_host is not None and capacity.has_disk and self.host_keys_values > capacity.kv_host:
             yield (
-                f"--kv-host-memory {human_bytes(room.kv_host)} is exceeded: open blocks and read buffers take "
+                f"--kv-host-memory {human_bytes(capacity.kv_host)} is exceeded: open blocks and read buffers take "
                 f"{human_bytes(self.host_keys_values)} in any case"
             )
-        if room.kv_device is not None and self.peak.nope_device > room.kv_device:
+        if capacity.kv_device is not None and self.peak.nope_device > capacity.kv_device:
             yield (
-                f"--kv-device-memory {human_bytes(room.kv_device)} is exceeded: open blocks take "
+                f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks take "
                 f"{human_bytes(self.peak.nope_device)} in any case"
             )
-        if self.weights_are_mapped and room.host is not None and self.weights > room.host:
+        if self.weights_are_mapped and capacity.host is not None and self.weights > capacity.host:
             yield (
                 f"the weights ({human_bytes(self.weights)}) are more than the memory that is free: the run reads "
                 "them from the checkpoint's files again and again, which no prediction of time takes into account"
             )
-        chosen = self.job.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
+        chosen = self.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
         if self.prefill_chunk_size < chosen:
             yield f"{self.prefill_chunk_size} tokens are read at a time, so that the activations fit"
 
@@ -283,16 +285,16 @@ class MemoryPlan:
                 "prefill_chunk_size",
             )
         }
-        device, host, _ = self.residency.split(layout.sealed_rows(self.job.length))
+        device, host, _ = self.residency.split(layout.sealed_rows(self.workload.length))
         return {
-            "tokens": self.job.length,
+            "tokens": self.workload.length,
             **numbers,
             "rope_windows": end.rope_windows,
             "nope_device": end.nope_device,
             "nope_host": end.nope_host,
             "nope_disk": end.nope_disk,
             "buffers": end.buffers,
-            "dtype": self.job.dtype,
+            "dtype": self.workload.dtype,
             "kv_dtype": layout.kv_dtype,
             "block_tokens": layout.block_tokens,
             "host_rows": host,
@@ -301,101 +303,103 @@ class MemoryPlan:
 
 
 class _Option(NamedTuple):
-    """Something that a user could do: how it is said, what more to say, and what job and room there are then."""
+    """Something that a user could do: how it is said, what more to say, and the workload and capacity then."""
 
     action: str
     detail: str
-    job: Job
-    room: Room
+    workload: Workload
+    capacity: Capacity
 
 
-def _options(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
+def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
     """From the cheapest, in effort and in loss of quality, to the dearest."""
-    job, on_accelerator = plan.job, room.accelerator is not None
-    if room.disk is not None and (lacking := plan.needed_on_disk - room.disk) > 0:
+    workload, on_accelerator = plan.workload, capacity.accelerator is not None
+    if capacity.disk is not None and (lacking := plan.needed_on_disk - capacity.disk) > 0:
         yield _Option(
-            f"{human_bytes(lacking)} more free in {room.disk_folder}, or a folder on a larger disk,",
+            f"{human_bytes(lacking)} more free in {capacity.disk_folder}, or a folder on a larger disk,",
             "",
-            job,
-            replace(room, disk=None),
+            workload,
+            replace(capacity, disk=None),
         )
-    if room.kv_host is not None:
-        unlimited = replace(room, kv_host=None)
-        without = MemoryPlan.of(job, unlimited)
-        if "memory" not in without.missing(unlimited):
-            yield _Option(f"--kv-host-memory {-(-without.host_keys_values // 2**20)}MiB", "", job, unlimited)
-    if not room.has_disk:
-        there = replace(room, disk_folder="DIR")
-        on_disk = human_bytes(MemoryPlan.of(job, there).needed_on_disk)
-        yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", job, there)
-    for size in PREFILL_CHUNK_SIZES if job.prefill_chunk_size and job.saved_layout is None else ():
-        smaller = replace(job, prefill_chunk_size=size)
+    if capacity.kv_host is not None:
+        unlimited = replace(capacity, kv_host=None)
+        without = MemoryPlan.of(workload, unlimited)
+        if "memory" not in without.shortfalls(unlimited):
+            yield _Option(f"--kv-host-memory {-(-without.host_keys_values // 2**20)}MiB", "", workload, unlimited)
+    if not capacity.has_disk:
+        there = replace(capacity, disk_folder="DIR")
+        on_disk = human_bytes(MemoryPlan.of(workload, there).needed_on_disk)
+        yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", workload, there)
+    for size in PREFILL_CHUNK_SIZES if workload.prefill_chunk_size and workload.saved_layout is None else ():
+        smaller = replace(workload, prefill_chunk_size=size)
         if size < plan.prefill_chunk_size and (
-            size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(smaller, room).missing(room)
+            size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(smaller, capacity).shortfalls(capacity)
         ):
-            yield _Option(f"--prefill-chunk-size {size}", "", smaller, room)
+            yield _Option(f"--prefill-chunk-size {size}", "", smaller, capacity)
             break
-    yield from _other_dtypes(plan, room)
-    if job.images is not None:
-        largest, pixels = job.images.largest, human_bytes(job.images.pixel_bytes)
+    yield from _other_dtypes(plan, capacity)
+    if workload.images is not None:
+        largest, pixels = workload.images.largest, human_bytes(workload.images.pixel_bytes)
         yield _Option(
             "--no-images",
             f" ({largest} takes {pixels} to decode; scaled down it takes less)",
-            job.without_images(),
-            room,
+            workload.without_images(),
+            capacity,
         )
     if on_accelerator:
         yield _Option(
             "--device cpu",
             "",
-            job.in_dtype(job.dtype, on_accelerator=False),
-            replace(room, accelerator=None, kv_device=None),
+            workload.in_dtype(workload.dtype, on_accelerator=False),
+            replace(capacity, accelerator=None, kv_device=None),
         )
 
 
-def _other_dtypes(plan: MemoryPlan, room: Room) -> Iterator[_Option]:
+def _other_dtypes(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
     """Of keys and values, and of everything. A saved context has settled both."""
-    job = plan.job
-    if job.saved_layout is not None:
+    workload = plan.workload
+    if workload.saved_layout is not None:
         return
     for dtype in ("bfloat16", "int8"):
-        other = replace(job, kv_dtype=dtype)
+        other = replace(workload, kv_dtype=dtype)
         factor = plan.layout.row_bytes / other.layout.row_bytes if plan.layout.row_bytes else 1.0
         if factor > 1:
-            yield _Option(f"--kv-dtype {dtype}", f" (keys and values {factor:.1f} times smaller)", other, room)
+            yield _Option(f"--kv-dtype {dtype}", f" (keys and values {factor:.1f} times smaller)", other, capacity)
         if dtype == "bfloat16":
-            for computed in dict.fromkeys(("bfloat16", job.stored_dtype)):
-                if computed is not None and computed != job.dtype:
+            for computed in dict.fromkeys(("bfloat16", workload.stored_dtype)):
+                if computed is not None and computed != workload.dtype:
                     yield _Option(
                         f"--dtype {computed}",
                         "",
-                        job.in_dtype(computed, on_accelerator=room.accelerator is not None),
-                        room,
+                        workload.in_dtype(computed, on_accelerator=capacity.accelerator is not None),
+                        capacity,
                     )
 
 
-def _together(plan: MemoryPlan, room: Room) -> list[str]:
+def _together(plan: MemoryPlan, capacity: Capacity) -> list[str]:
     """Options that are enough only if combined, the cheapest ones that help; none if they are not enough either."""
     actions: list[str] = []
-    while short := plan._short(room):
-        for action, _, job, there in _options(plan, room):
-            better = MemoryPlan.of(job, there)
+    while short := plan._short(capacity):
+        for action, _, workload, there in _options(plan, capacity):
+            better = MemoryPlan.of(workload, there)
             if better._short(there) < WORTH_SAYING * short:
                 actions.append(action)
-                plan, room = better, there
+                plan, capacity = better, there
                 break
         else:
             return []
     return actions
 
 
-def tokens_that_fit(job: Job, room: Room) -> int:
+def tokens_that_fit(workload: Workload, capacity: Capacity) -> int:
     """The longest prompt that fits, in tokens: 0 if none does, at most what the model has positions for."""
-    fitting, too_many = 0, job.config.max_position_embeddings - job.max_new_tokens + 1
+    fitting, too_many = 0, workload.config.max_position_embeddings - workload.max_new_tokens + 1
     while too_many - fitting > 1:
         tokens = (fitting + too_many) // 2
-        shorter = replace(job, prompt_tokens=tokens, new_tokens=job.new_tokens and min(tokens, job.new_tokens))
-        if MemoryPlan.of(shorter, room).missing(room):
+        shorter = replace(
+            workload, prompt_tokens=tokens, new_tokens=workload.new_tokens and min(tokens, workload.new_tokens)
+        )
+        if MemoryPlan.of(shorter, capacity).shortfalls(capacity):
             too_many = tokens
         else:
             fitting = tokens

@@ -1,4 +1,4 @@
-"""What a plan is made for: what is to be read and answered, and what there is room for. Imports no torch."""
+"""What a plan is made for: what is to be read and answered, and what capacity there is. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """Bytes that may be used. None: not known, or not limited by the user."""
 
     host: int | None = None  # free now
@@ -27,16 +27,16 @@ class Room:
         return self.disk_folder is not None
 
     @property
-    def without_disk(self) -> Room:
+    def without_disk(self) -> Capacity:
         return replace(self, disk=None, disk_folder=None)
 
 
-NO_LIMITS = Room()
+NO_LIMITS = Capacity()
 
 
 @dataclass(frozen=True)
-class ImageWork:
-    """What images among the documents add to a job. `largest` is the one that takes most memory to decode."""
+class ImageWorkload:
+    """What images among the documents add to a workload. `largest` is the one that takes most memory to decode."""
 
     vision: VisionConfig
     parameters: int  # of the vision tower
@@ -47,7 +47,7 @@ class ImageWork:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is to be read and answered, and with what. Sizes in tokens and bytes; dtypes by name."""
 
     config: TextConfig
@@ -64,7 +64,7 @@ class Job:
     new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
-    images: ImageWork | None = None  # None: no images are among the documents
+    images: ImageWorkload | None = None  # None: no images are among the documents
 
     @property
     def length(self) -> int:
@@ -95,13 +95,13 @@ class Job:
             return replace(self.saved_layout, length=self.length)
         return StoreLayout.of(self.config, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
 
-    def without_images(self) -> Job:
+    def without_images(self) -> Workload:
         tokens = self.images.tokens if self.images else 0
         new_tokens = None if self.new_tokens is None else max(0, self.new_tokens - tokens)
         return replace(self, images=None, prompt_tokens=self.prompt_tokens - tokens, new_tokens=new_tokens)
 
-    def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Job:
-        """The same job computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
+    def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Workload:
+        """The same workload computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
         itemsize, before = KV_DTYPES[dtype], KV_DTYPES[self.dtype]
         return replace(
             self,

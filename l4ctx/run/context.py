@@ -75,8 +75,8 @@ class ContextUse:
     def attention(self, dtype: str, *, on_accelerator: bool) -> str:
         """The backend for this computing dtype: the user's; the one that wrote a context that is gone on with; or the
         quickest here."""
-        made_with = self.recipe.attention if self.recipe and self.request.save_context else None
-        return self.request.attention or made_with or default_attention(dtype, on_accelerator=on_accelerator)
+        provenance = self.recipe.attention if self.recipe and self.request.save_context else None
+        return self.request.attention or provenance or default_attention(dtype, on_accelerator=on_accelerator)
 
     def _check_choices(self) -> None:
         """Options that a context fixes may be given, but not differ; an answer may be computed in another dtype."""
@@ -86,8 +86,8 @@ class ContextUse:
         given = {name: getattr(self.request, name) for name in fixed}
         self.recipe.check(self.folder, {name: value for name, value in given.items() if value not in (None, "auto")})
 
-    def check(self, made_with: dict[str, str], config: TextConfig) -> None:
-        """Raises ContextError for a context of another checkpoint; `made_with` is this one's `fingerprint`."""
+    def check(self, provenance: dict[str, str], config: TextConfig) -> None:
+        """Raises ContextError for a context of another checkpoint; `provenance` is this one's `fingerprint`."""
         if self.folder is None:
             return
         if config.rope_parameters.rope_type == "longrope":
@@ -96,7 +96,7 @@ class ContextUse:
                 "length of the whole run"
             )
         if self.recipe is not None:
-            self.recipe.check(self.folder, made_with, self._where_the_checkpoint_was(self.folder))
+            self.recipe.check(self.folder, provenance, self._where_the_checkpoint_was(self.folder))
 
     def _where_the_checkpoint_was(self, folder: Path) -> str:
         """In brackets, for a message; nothing where the context does not tell."""
@@ -117,7 +117,7 @@ class ContextUse:
         return saved.computed_in(dtype)
 
     def begin(
-        self, prompt: Prompt, made_with: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
+        self, prompt: Prompt, provenance: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
     ) -> None:
         """Finds what need not be read, and for writing, makes or opens the context.
 
@@ -127,7 +127,7 @@ class ContextUse:
             self._begin_reading(self.reader, prompt, layout)
         elif self.request.save_context is not None:
             recipe = self.recipe or Recipe(
-                **made_with,
+                **provenance,
                 dtype=layout.dtype,
                 kv_dtype=layout.kv_dtype,
                 attention=attention,
@@ -149,7 +149,7 @@ class ContextUse:
                     f"{reader.context.folder}"
                 )
             return
-        with self.naming_the_mend():
+        with self.with_repair_hint():
             reuse = reusable(
                 reader.context,
                 memoryview(prompt.ids)[: prompt.documents_stop],
@@ -184,7 +184,7 @@ class ContextUse:
         self.notes += writer.notes
         held = writer.kept
         ids = memoryview(prompt.ids)[: prompt.documents_stop]
-        with self.naming_the_mend():
+        with self.with_repair_hint():
             damage = writer.drop_damaged(verify=self.request.verify)
             self.notes += [f"{text}; it is read anew from there" for text in damage]
             if not self.request.replace:
@@ -228,25 +228,25 @@ class ContextUse:
     def documents(self) -> list[Span]:
         """Those of a context that is answered from without reading any. Raises ContextError."""
         assert self.reader is not None
-        with self.naming_the_mend():
+        with self.with_repair_hint():
             return self.reader.context.documents(self.reader.state)
 
     def images(self) -> list[ImageSpan]:
         """Those of a context that is answered from without reading any. Raises ContextError."""
         assert self.reader is not None
-        with self.naming_the_mend():
+        with self.with_repair_hint():
             return self.reader.context.images(self.reader.state)
 
     def restore(self, cache: HybridKVCache) -> None:
         """Fills an empty cache with what need not be read. Raises ContextError."""
-        with self.naming_the_mend():
+        with self.with_repair_hint():
             if self.reader is not None and self.reused:
                 self.reader.context.restore(self.reader.state, cache, self.reused)
             elif self.writer is not None and self.reused:
                 self.writer.restore(cache, self.reused)
 
     @contextmanager
-    def naming_the_mend(self) -> Iterator[None]:
+    def with_repair_hint(self) -> Iterator[None]:
         """Damage in a context's file ends as an error that says what can be done."""
         from cache.disk import DiskError, UnreadableError
 

@@ -21,7 +21,7 @@ from l4ctx.machine.device import available_on_gpu
 from l4ctx.machine.memory import available_disk, available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention
 from l4ctx.planning.memory_plan import MemoryPlan, tokens_that_fit
-from l4ctx.planning.workload import Job, Room
+from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.images import ImageUse
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, check_kv_device_memory, check_kv_dir
 from model.config import TextConfig
@@ -78,8 +78,8 @@ class PlanReport:
     """The plan, and what a person wants to know about it."""
 
     plan: MemoryPlan
-    room: Room
-    missing: dict[str, tuple[int, int]]  # bytes needed and there, by tier
+    capacity: Capacity
+    shortfalls: dict[str, tuple[int, int]]  # bytes needed and there, by tier
     documents: list[tuple[str, int]]  # with their tokens, wrapping included; none for a number of tokens
     skipped: list[Skipped]
     notes: list[str]
@@ -91,27 +91,27 @@ class PlanReport:
 
     @property
     def exceeds_positions(self) -> bool:
-        return self.plan.job.length > self.plan.job.config.max_position_embeddings
+        return self.plan.workload.length > self.plan.workload.config.max_position_embeddings
 
     @property
     def fits(self) -> bool:
-        return not self.missing and not self.exceeds_positions
+        return not self.shortfalls and not self.exceeds_positions
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for --json."""
-        job = self.plan.job
+        workload = self.plan.workload
         return {
             "fits": self.fits,
-            "prompt_tokens": job.prompt_tokens,
-            "max_new_tokens": job.max_new_tokens,
-            "max_position_embeddings": job.config.max_position_embeddings,
+            "prompt_tokens": workload.prompt_tokens,
+            "max_new_tokens": workload.max_new_tokens,
+            "max_position_embeddings": workload.config.max_position_embeddings,
             "exceeds_positions": self.exceeds_positions,
             "documents": [{"path": source, "tokens": tokens} for source, tokens in self.documents],
             "skipped": [{"path": entry.source, "reason": entry.reason} for entry in self.skipped],
             "plan": self.plan.as_dict(),
-            "room": asdict(self.room),
-            "missing": {tier: {"needed": needed, "there": there} for tier, (needed, there) in self.missing.items()},
-            "remedies": self.plan.remedies(self.room),
+            "room": asdict(self.capacity),
+            "missing": {tier: {"needed": needed, "there": there} for tier, (needed, there) in self.shortfalls.items()},
+            "remedies": self.plan.remedies(self.capacity),
             "notes": self.notes,
             "tokens_in_memory": self.tokens_in_memory,
             "tokens_with_disk": self.tokens_with_disk,
@@ -155,10 +155,10 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         read = _tokenized(request, config, noted)
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
-    room = _room(request)
-    on_accelerator = room.accelerator is not None
-    dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=room.host)
-    job = Job(
+    capacity = _capacity(request)
+    on_accelerator = capacity.accelerator is not None
+    dtype = computing_dtype(request.dtype, stored, parameters, on_accelerator=on_accelerator, available=capacity.host)
+    workload = Workload(
         config,
         prompt_tokens=read.tokens,
         max_new_tokens=_max_new_tokens(request, config, read.tokens),
@@ -171,7 +171,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         largest=read.documents,
         images=read.reading.work(read.images) if read.reading else None,
     )
-    plan = MemoryPlan.of(job, room)
+    plan = MemoryPlan.of(workload, capacity)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, on_accelerator)
@@ -180,13 +180,13 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         operations = read.reading.with_images(operations, read.images, 0, read.tokens)
     return PlanReport(
         plan,
-        room,
-        plan.missing(room),
+        capacity,
+        plan.shortfalls(capacity),
         read.documents,
         read.skipped,
         notes,
-        tokens_in_memory=tokens_that_fit(job, room.without_disk),
-        tokens_with_disk=tokens_that_fit(job, room) if room.has_disk else None,
+        tokens_in_memory=tokens_that_fit(workload, capacity.without_disk),
+        tokens_with_disk=tokens_that_fit(workload, capacity) if capacity.has_disk else None,
         speed=speed,
         seconds=speed and speed.seconds(operations),
         read_from_disk=_read_from_disk(plan),
@@ -278,13 +278,13 @@ def _tower(images: ImageUse, note: Note) -> dict[str, StoredTensor] | None:
         return None
 
 
-def _room(request: PlanRequest) -> Room:
+def _capacity(request: PlanRequest) -> Capacity:
     """What the machine has, within what the user allows."""
     accelerator = _accelerator(request.device, quick=request.tokens is not None)
     check_kv_device_memory(request.kv_device_memory, on_accelerator=accelerator is not None)
     folder = request.kv_dir
     check_kv_dir(folder)
-    return Room(
+    return Capacity(
         host=available_memory(),
         accelerator=accelerator,
         kv_device=request.kv_device_memory,
@@ -321,16 +321,16 @@ def _torch_may_use_gpus() -> bool:
 
 
 def _speed(request: PlanRequest, plan: MemoryPlan, on_accelerator: bool) -> Speed | None:
-    step = min(plan.prefill_chunk_size, plan.job.prompt_tokens)
+    step = min(plan.prefill_chunk_size, plan.workload.prompt_tokens)
     if request.rate is not None:
         if not 0 < request.rate < math.inf:
             raise RequestError(f"--rate: {request.rate} is not a positive number of tokens a second")
-        per_token = reading_operations(plan.job.config, 0, step).total / step
+        per_token = reading_operations(plan.workload.config, 0, step).total / step
         return Speed(request.rate * per_token, request.rate * per_token)
     if not request.measure:
         return None
     device = request.device if request.device != "auto" else "cuda" if on_accelerator else "cpu"
-    return measured_speed(plan.job.config, plan.job.dtype, device, step)
+    return measured_speed(plan.workload.config, plan.workload.dtype, device, step)
 
 
 def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> Speed:
@@ -383,9 +383,9 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
 
 def _read_from_disk(plan: MemoryPlan) -> int:
     """Bytes of blocks that are on disk alone, read in every step of the prefill again, but for the last layer."""
-    layout, step, config = plan.layout, min(plan.prefill_chunk_size, plan.job.prompt_tokens), plan.job.config
+    layout, step, config = plan.layout, min(plan.prefill_chunk_size, plan.workload.prompt_tokens), plan.workload.config
     if not plan.end.nope_disk:
         return 0
     reading = config.num_nope_layers - (not config.uses_rope(config.num_hidden_layers - 1))
-    sealed = (layout.sealed_rows(start) for start in range(0, plan.job.prompt_tokens, step))
+    sealed = (layout.sealed_rows(start) for start in range(0, plan.workload.prompt_tokens, step))
     return layout.row_bytes * reading // config.num_nope_layers * sum(plan.residency.split(rows)[2] for rows in sealed)

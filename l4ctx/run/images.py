@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.errors import RequestError
-from l4ctx.planning.workload import ImageWork
+from l4ctx.planning.workload import ImageWorkload
 from l4ctx.vision.prompter import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.vision.tiles import tiling_bytes
 from model.config import ConfigError, TextConfig
@@ -71,8 +71,8 @@ class ImageUse:
         vision = self._usable_vision()
         processing = ImageProcessing.from_folder(self._model, vision.image_size)
         tokens = ImageTokens.from_tokenizer(tokenizer, vision.tokens_per_tile, vision.image_token_index)
-        made_with = vision_fingerprint(vision, processing, stored) if with_digests and stored else ""
-        return ImageReading(self._model, self._config, vision, ImagePrompter(processing, tokens, made_with), stored)
+        provenance = vision_fingerprint(vision, processing, stored) if with_digests and stored else ""
+        return ImageReading(self._model, self._config, vision, ImagePrompter(processing, tokens, provenance), stored)
 
     def _usable_vision(self) -> VisionConfig:
         if isinstance(self._vision, ConfigError):
@@ -91,7 +91,7 @@ class ImageReading:
     prompter: ImagePrompter
     stored: Mapping[str, StoredTensor] | None
 
-    def work(self, images: Sequence[PlacedImage]) -> ImageWork | None:
+    def work(self, images: Sequence[PlacedImage]) -> ImageWorkload | None:
         """For a memory plan; None where there are no images."""
         if not images:
             return None
@@ -103,7 +103,7 @@ class ImageReading:
             parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
             dtypes = {tensor.dtype_name for tensor in stored.values()}
             dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return ImageWork(
+        return ImageWorkload(
             self.vision,
             parameters,
             dtype,

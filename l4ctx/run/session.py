@@ -22,7 +22,7 @@ from l4ctx.machine.device import free_on_accelerator, usable_device
 from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
-from l4ctx.planning.workload import Job, Room
+from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.context import ContextUse
 from l4ctx.run.images import ImageUse
 from l4ctx.run.report import MemoryReport, Timing
@@ -81,7 +81,7 @@ class Run:
     _features: ImageFeatures | None = field(init=False, default=None)
     _documents: DocumentSet = field(init=False)
     _stored: dict[str, StoredTensor] = field(init=False)
-    _made_with: dict[str, str] = field(init=False, default_factory=dict)
+    _provenance: dict[str, str] = field(init=False, default_factory=dict)
     _device: torch.device = field(init=False)
     _attention: str = field(init=False)
     _scratch: Scratch | None = field(init=False, default=None)
@@ -200,13 +200,13 @@ class Run:
         stored = stored_dtype(self._stored)
         parameters = stored_parameters(self._stored, self.config)
         self._before = process_memory()
-        room = self._room()
+        capacity = self._capacity()
         on_accelerator = self._device.type != "cpu"
         dtype = computing_dtype(
-            self.contexts.choice("dtype"), stored, parameters, available=room.host, on_accelerator=on_accelerator
+            self.contexts.choice("dtype"), stored, parameters, available=capacity.host, on_accelerator=on_accelerator
         )
         self._attention = self.contexts.attention(dtype, on_accelerator=on_accelerator)
-        job = Job(
+        workload = Workload(
             self.config,
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.max_new_tokens,
@@ -223,15 +223,15 @@ class Run:
             saved_layout=self.contexts.saved_layout(self.config, self.prompt_tokens + self.max_new_tokens, dtype),
             images=self._reading.work(self.prompt.images) if self._reading else None,
         )
-        self.plan = MemoryPlan.of(job, room)
+        self.plan = MemoryPlan.of(workload, capacity)
         if self.request.save_context is not None and self.request.save_context.exists():
-            room = replace(room, disk=None)  # much of it may be there already, and a full disk loses nothing
-        self.plan.check(room)
+            capacity = replace(capacity, disk=None)  # much of it may be there already, and a full disk loses nothing
+        self.plan.check(capacity)
         for text in self.plan.notes:
             self.note(text)
         self.tell(f"comparing with {self.contexts.folder}" if self.contexts.folder else "planning memory")
         self.contexts.begin(
-            self.prompt, self._made_with, self.plan.layout, self.plan.prefill_chunk_size, self._attention
+            self.prompt, self._provenance, self.plan.layout, self.plan.prefill_chunk_size, self._attention
         )
         for text in self.contexts.notes:
             self.note(text)
@@ -250,7 +250,7 @@ class Run:
         self.tell("loading weights")
         self.model = load_checkpoint(
             self.request.model,
-            dtype=self.plan.job.dtype,
+            dtype=self.plan.workload.dtype,
             device=self._device,
             attention=self._attention,
             is_mapped=self.plan.weights_are_mapped,
@@ -300,7 +300,7 @@ class Run:
         first = self.prompt_tokens - len(self.prompt.ids)  # position of the prompt's first own token
         ids = memoryview(self.prompt.ids)[self.cache.offset - first : stop - first]
         before = self.timings["prefill"]
-        with self.contexts.naming_the_mend(), self._telling_what_is_kept():
+        with self.contexts.with_repair_hint(), self._telling_what_is_kept():
             for step in prefill(
                 self.model, self.cache, ids, prefill_chunk_size=self.plan.prefill_chunk_size, features=self._features
             ):
@@ -342,7 +342,7 @@ class Run:
         )
         while True:
             try:
-                with self.contexts.naming_the_mend():
+                with self.contexts.with_repair_hint():
                     piece = decoder.push(next(tokens))
             except StopIteration as end:
                 self.stop_reason = end.value
@@ -413,8 +413,8 @@ class Run:
         if self.contexts.folder is not None:
             from l4ctx.checkpoint.fingerprint import fingerprint
 
-            self._made_with = fingerprint(self.request.model, self.config, self._stored)
-            self.contexts.check(self._made_with, self.config)
+            self._provenance = fingerprint(self.request.model, self.config, self._stored)
+            self.contexts.check(self._provenance, self.config)
 
     def _keep_what_is_asked(self) -> None:
         """Where the documents are in a context, the question alone; where nothing is asked, the documents alone."""
@@ -452,13 +452,13 @@ class Run:
         spans = sorted(self.prompt.spans, key=lambda span: span.start - span.stop)
         return [(span.source, span.stop - span.start) for span in spans]
 
-    def _room(self) -> Room:
+    def _capacity(self) -> Capacity:
         """What the machine has, within what the user allows; blocks of a context are on disk already."""
         asked = self.request
         check_kv_device_memory(asked.kv_device_memory, on_accelerator=self._device.type == "cuda")
         folder = asked.save_context or asked.kv_dir
         disk = None if folder is None else available_disk(folder)
-        return Room(
+        return Capacity(
             host=available_memory(),
             accelerator=free_on_accelerator(self._device),
             kv_device=asked.kv_device_memory,

@@ -35,18 +35,18 @@ class PlacedImage:
 
 @dataclass(frozen=True)
 class ImagePrompter:
-    """Puts images into prompts; `made_with` is the digest of preprocessing and vision tower, in hex."""
+    """Puts images into prompts; `provenance` is the digest of preprocessing and vision tower, in hex."""
 
     processing: ImageProcessing
     tokens: ImageTokens
-    made_with: str
+    provenance: str
 
     def encode(self, image: DocumentImage, into: array[int]) -> PlacedImage:
         """Appends the tokens that stand for `image`."""
         layout = tile_layout(image.width, image.height, self.processing)
         start = len(into)
         into.extend(self.tokens.ids(layout))
-        digest = hashlib.sha256(f"{self.made_with} {image.sha256}".encode("ascii")).hexdigest()
+        digest = hashlib.sha256(f"{self.provenance} {image.sha256}".encode("ascii")).hexdigest()
         return PlacedImage(image, layout, ImageSpan(start, len(into), digest))
 
 

@@ -21,7 +21,7 @@ import pytest
 from l4ctx import errors
 from l4ctx.cli import activity, exits
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.planning.workload import Job
+from l4ctx.planning.workload import Workload
 from l4ctx.run.report import MemoryReport
 from model.config import TextConfig
 from support.cli_runner import (
@@ -335,7 +335,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     assert list(told["timings"]) == ["load", "tokenize", "prefill", "decode"]
     assert all(list(timing) == ["seconds", "tokens_per_second"] for timing in told["timings"].values())
     assert list(told["memory"]) == list(MemoryReport.__dataclass_fields__)
-    job = Job(
+    workload = Workload(
         TextConfig.from_folder(TINY),
         prompt_tokens=told["prompt_tokens"],
         max_new_tokens=1024,
@@ -343,7 +343,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
         weights_are_mapped=False,
         dtype="float32",
     )
-    assert told["memory"]["predicted"] == MemoryPlan.of(job).as_dict()
+    assert told["memory"]["predicted"] == MemoryPlan.of(workload).as_dict()
     for owner in ("rope_windows", "nope_device", "nope_host", "nope_disk", "buffers", "token_ids"):
         assert told["memory"][owner] == told["memory"]["predicted"][owner], owner
 

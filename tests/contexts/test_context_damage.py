@@ -291,8 +291,8 @@ def test_what_was_made_otherwise_is_refused_and_left_alone(folder: Path, name: s
 def use_of(folder: Path, name: str, value: Any) -> None:
     """What `l4ctx prefill` compares before it touches anything."""
     use = ContextUse(Request(Path("model"), ["a.txt"], save_context=folder, **{name: value} if name in CHOICES else {}))
-    made_with = {field: value if field == name else getattr(Kind().recipe, field) for field in FIELDS}
-    use.check(made_with, CONFIG)
+    provenance = {field: value if field == name else getattr(Kind().recipe, field) for field in FIELDS}
+    use.check(provenance, CONFIG)
     use.saved_layout(CONFIG, 1000, "float32")
 
 

@@ -236,17 +236,17 @@ def test_a_newer_format_is_not_given_up(context: Callable[[str], Path]) -> None:
     assert exit_code(report) == 7 and "use the l4ctx that made it" in text and "nothing can be kept" not in text
 
 
-def forge(folder: Path, **made_with: Any) -> None:
+def forge(folder: Path, **provenance: Any) -> None:
     """A manifest that says something else, with the right checksum."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del content["sha256"]
-    content["made_with"] |= made_with
+    content["made_with"] |= provenance
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(content | {"sha256": digest}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "made_with",
+    "provenance",
     [
         {"dtype": "\x1b[2J\nfloat32\t\u202e"},
         {"weights": "\x1b[2J\ud800"},
@@ -258,9 +258,9 @@ def forge(folder: Path, **made_with: Any) -> None:
     ],
     ids=lambda made: str(made)[:40],
 )
-def test_a_forged_manifest_does_no_harm(context: Callable[[str], Path], made_with: dict[str, Any]) -> None:
+def test_a_forged_manifest_does_no_harm(context: Callable[[str], Path], provenance: dict[str, Any]) -> None:
     folder = context("interrupted")
-    forge(folder, **made_with)
+    forge(folder, **provenance)
     inspected(folder, verify=True)
 
 

@@ -35,7 +35,7 @@ from l4ctx.machine.memory import (
     process_memory,
 )
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.planning.workload import Job, Room
+from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.report import MemoryReport
 from model.config import TextConfig
 from model.costs import activation_bytes
@@ -391,9 +391,11 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(**changes: Any) -> MemoryReport:
-    job = Job(config(), prompt_tokens=150, max_new_tokens=21, weights=1000, weights_are_mapped=False, dtype="float32")
+    workload = Workload(
+        config(), prompt_tokens=150, max_new_tokens=21, weights=1000, weights_are_mapped=False, dtype="float32"
+    )
     fields = {
-        "predicted": MemoryPlan.of(job),
+        "predicted": MemoryPlan.of(workload),
         "weights": 1 * MIB,
         "rope_windows": 2 * MIB,
         "nope_device": 3 * MIB,
@@ -456,9 +458,11 @@ def test_the_table_shows_what_is_there() -> None:
 def test_the_table_shows_what_was_planned_for_disk() -> None:
     """Predicted at the end and at the most, then what is held."""
     of = config(num_hidden_layers=2, attention_chunk_size=8192, head_dim=128)
-    job = Job(of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32")
+    workload = Workload(
+        of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32"
+    )
     budget = (16 + 1 + 16 * store_layout.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
-    plan = MemoryPlan.of(job, Room(kv_host=budget, disk_folder="x"))
+    plan = MemoryPlan.of(workload, Capacity(kv_host=budget, disk_folder="x"))
     rows = table(
         report(
             predicted=plan,

@@ -24,7 +24,7 @@ from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
-from l4ctx.planning.workload import Job, Room
+from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
 from model.transformer import Transformer
@@ -63,8 +63,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_layout, "MIN_SEGMENT_TOKENS", 2 * CHUNK)
 
 
-def job(of: TextConfig | None = None, **changes: Any) -> Job:
-    return Job(
+def workload(of: TextConfig | None = None, **changes: Any) -> Workload:
+    return Workload(
         of or config(),
         **(
             {
@@ -87,7 +87,7 @@ def least_room(planned: MemoryPlan) -> int:
 
 def held_in_each_step(planned: MemoryPlan, folder: Path, is_durable: bool = False) -> list[KVBytes]:
     """What a run holds as planned after each step and, but for windows, before each is committed."""
-    of, layout = planned.job.config, planned.layout
+    of, layout = planned.workload.config, planned.layout
     rows = Scratch(folder)
     rows.is_durable = is_durable  # type: ignore[misc]
     dtype = getattr(torch, layout.dtype)
@@ -95,8 +95,8 @@ def held_in_each_step(planned: MemoryPlan, folder: Path, is_durable: bool = Fals
         of, length=layout.length, dtype=dtype, kv_dtype=layout.kv_dtype, rows=rows, residency=planned.residency
     )
     assert cache.layout == layout
-    grid = prefill_grid(0, planned.job.prompt_tokens, planned.prefill_chunk_size, CHUNK, layout.block_tokens)
-    steps, held = [*map(len, grid), *[1] * planned.job.max_new_tokens], []
+    grid = prefill_grid(0, planned.workload.prompt_tokens, planned.prefill_chunk_size, CHUNK, layout.block_tokens)
+    steps, held = [*map(len, grid), *[1] * planned.workload.max_new_tokens], []
     for step in steps:
         for layer in range(of.num_hidden_layers):
             cache.append(layer, *torch.randn(2, 1, of.num_key_value_heads, step, of.head_dim).to(dtype))
@@ -104,7 +104,7 @@ def held_in_each_step(planned: MemoryPlan, folder: Path, is_durable: bool = Fals
         held.append(replace(cache.held(), rope_windows=0))
         cache.advance(step)
         held.append(cache.held())
-    assert cache.offset == planned.job.length
+    assert cache.offset == planned.workload.length
     rows._file.close()
     return held
 
@@ -149,7 +149,7 @@ def test_a_run_holds_what_is_planned(
     tmp_path: Path, prompt_tokens: int, chunk_size: int, dtype: str, kv_dtype: str, tiers: str
 ) -> None:
     """To the byte at its end, and never more than the peak."""
-    asked = job(prompt_tokens=prompt_tokens, prefill_chunk_size=chunk_size, dtype=dtype, kv_dtype=kv_dtype)
+    asked = workload(prompt_tokens=prompt_tokens, prefill_chunk_size=chunk_size, dtype=dtype, kv_dtype=kv_dtype)
     planned = MemoryPlan.of(asked)._placed(TIERS[tiers], min(chunk_size, prompt_tokens))
     held = held_in_each_step(planned, tmp_path)
     assert held[-1] == planned.end
@@ -163,13 +163,13 @@ def test_a_run_holds_what_is_planned(
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_the_budget_decides_how_many_rows_stay(tmp_path: Path, kv_dtype: str) -> None:
     """Whatever --kv-host-memory allows beyond the least is used and kept to, all through the run."""
-    asked = job(prompt_tokens=200, kv_dtype=kv_dtype)
+    asked = workload(prompt_tokens=200, kv_dtype=kv_dtype)
     everything = MemoryPlan.of(asked).host_keys_values
     rows = []
     for budget in range(0, everything + 1500, 1500):
-        room = Room(host=GIB, kv_host=budget, disk_folder=str(tmp_path))
-        planned = MemoryPlan.of(asked, room)
-        assert not planned.missing(room)
+        capacity = Capacity(host=GIB, kv_host=budget, disk_folder=str(tmp_path))
+        planned = MemoryPlan.of(asked, capacity)
+        assert not planned.shortfalls(capacity)
         in_memory = [step.nope_host + step.buffers for step in held_in_each_step(planned, tmp_path)]
         assert max(in_memory) <= budget or (planned.residency.host_rows == 0 and "--kv-host-memory" in planned.notes[0])
         assert bool(planned.notes) == (planned.host_keys_values > budget)
@@ -179,40 +179,40 @@ def test_the_budget_decides_how_many_rows_stay(tmp_path: Path, kv_dtype: str) ->
             assert planned.end.nope_disk == (layout.sealed_rows(asked.length) - host) * layout.row_bytes > 0
         rows.append(layout.sealed_rows(asked.length) if host is None else host)
     assert rows == sorted(rows) and rows[0] == 0 and rows[-1] == 7 and len(set(rows)) >= 5
-    assert MemoryPlan.of(asked, Room(kv_host=everything, disk_folder="x")).residency == Residency(None)
+    assert MemoryPlan.of(asked, Capacity(kv_host=everything, disk_folder="x")).residency == Residency(None)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_what_is_free_is_a_budget_too(tmp_path: Path) -> None:
-    asked = job(prompt_tokens=200)
+    asked = workload(prompt_tokens=200)
     all_in_memory = MemoryPlan.of(asked)
     free = least_room(all_in_memory) - 1
-    assert all_in_memory.missing(Room(host=free)) == {"memory": (free + 1, free)}
-    room = Room(host=free, disk=GIB, disk_folder=str(tmp_path))
-    planned = MemoryPlan.of(asked, room)
-    assert not planned.missing(room) and planned.end.nope_disk > 0 == all_in_memory.end.nope_disk
+    assert all_in_memory.shortfalls(Capacity(host=free)) == {"memory": (free + 1, free)}
+    capacity = Capacity(host=free, disk=GIB, disk_folder=str(tmp_path))
+    planned = MemoryPlan.of(asked, capacity)
+    assert not planned.shortfalls(capacity) and planned.end.nope_disk > 0 == all_in_memory.end.nope_disk
     assert planned.end.nope_host < all_in_memory.end.nope_host
-    assert MemoryPlan.of(asked, Room(host=free + 1, disk=0, disk_folder="x")).end == all_in_memory.end
+    assert MemoryPlan.of(asked, Capacity(host=free + 1, disk=0, disk_folder="x")).end == all_in_memory.end
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_saved_context_has_every_sealed_block_on_disk(tmp_path: Path) -> None:
-    planned = MemoryPlan.of(job(is_saved=True))
+    planned = MemoryPlan.of(workload(is_saved=True))
     held = held_in_each_step(planned, tmp_path, is_durable=True)
     rows = 109 // (4 * CHUNK)
     assert held[-1] == planned.end and planned.end.nope_disk == rows * planned.layout.row_bytes
-    assert replace(held[-1], nope_disk=0, buffers=0) == MemoryPlan.of(job()).end
+    assert replace(held[-1], nope_disk=0, buffers=0) == MemoryPlan.of(workload()).end
     there = rows * planned.layout.row_bytes
-    going_on = MemoryPlan.of(job(is_saved=True, on_disk_already=there))
+    going_on = MemoryPlan.of(workload(is_saved=True, on_disk_already=there))
     assert going_on.needed_on_disk == planned.needed_on_disk - there > 0
-    assert MemoryPlan.of(job(is_saved=True, on_disk_already=GIB)).needed_on_disk == 0
+    assert MemoryPlan.of(workload(is_saved=True, on_disk_already=GIB)).needed_on_disk == 0
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("layers", [5, 40])
 def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers: int) -> None:
-    asked = job(config(num_hidden_layers=layers), prompt_tokens=300, max_new_tokens=0, kv_dtype=kv_dtype)
+    asked = workload(config(num_hidden_layers=layers), prompt_tokens=300, max_new_tokens=0, kv_dtype=kv_dtype)
     planned = MemoryPlan.of(asked)._placed(Residency(0), 2 * CHUNK)
     written = []
 
@@ -235,7 +235,7 @@ def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers
 
 def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 2 * CHUNK * store_layout.layer_bytes_per_token(config(), 4))
-    planned = MemoryPlan.of(job(kv_dtype="int8"))
+    planned = MemoryPlan.of(workload(kv_dtype="int8"))
     model = Transformer(config())
     cache = HybridKVCache(config(), length=109, kv_dtype="int8", residency=planned.residency)
     ids = array("i", [7] * 100)
@@ -247,89 +247,96 @@ def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_must_be_free() -> None:
-    loaded, mapped = MemoryPlan.of(job(weights=10**9)), MemoryPlan.of(job(weights=10**9, weights_are_mapped=True))
+    loaded, mapped = (
+        MemoryPlan.of(workload(weights=10**9)),
+        MemoryPlan.of(workload(weights=10**9, weights_are_mapped=True)),
+    )
     assert loaded.needed - mapped.needed == 10**9 == loaded.weights == mapped.weights
     windows = 3 * CHUNK * store_layout.layer_bytes_per_token(config(), 4)
     assert mapped.needed == windows + 2 * 109 * 160 + 400 + mapped.activations  # 160 bytes a layer and token
     assert mapped.activations == activation_bytes(config(), 2 * CHUNK, 4)
-    long = MemoryPlan.of(job(prefill_chunk_size=10**6))
+    long = MemoryPlan.of(workload(prefill_chunk_size=10**6))
     assert long.activations == activation_bytes(config(), 100, 4)  # never beyond the prompt
     assert mapped.unbounded_cache == 5 * 109 * 160
     assert mapped.needed_on_accelerator == mapped.needed_on_disk == 0
 
 
 def test_smaller_prefill_chunks_where_activations_do_not_fit() -> None:
-    asked = job(prompt_tokens=5000, prefill_chunk_size=None)
+    asked = workload(prompt_tokens=5000, prefill_chunk_size=None)
     needs = [least_room(MemoryPlan.of(replace(asked, prefill_chunk_size=size))) for size in PREFILL_CHUNK_SIZES]
     assert needs == sorted(needs, reverse=True) and needs[1] > needs[-1]
     for size, free in list(zip(PREFILL_CHUNK_SIZES, needs, strict=True))[1:]:
-        planned = MemoryPlan.of(asked, Room(host=free))
-        assert planned.prefill_chunk_size == size and not planned.missing(Room(host=free))
+        planned = MemoryPlan.of(asked, Capacity(host=free))
+        assert planned.prefill_chunk_size == size and not planned.shortfalls(Capacity(host=free))
         assert planned.notes == (f"{size} tokens are read at a time, so that the activations fit",)
-    refused = MemoryPlan.of(asked, Room(host=needs[-1] - 1))
-    assert refused.prefill_chunk_size == PREFILL_CHUNK_SIZES[0] and refused.missing(Room(host=needs[-1] - 1))
-    assert MemoryPlan.of(asked, Room(host=needs[0])).notes == ()
-    chosen = MemoryPlan.of(replace(asked, prefill_chunk_size=512), Room(host=0))
+    refused = MemoryPlan.of(asked, Capacity(host=needs[-1] - 1))
+    assert refused.prefill_chunk_size == PREFILL_CHUNK_SIZES[0] and refused.shortfalls(Capacity(host=needs[-1] - 1))
+    assert MemoryPlan.of(asked, Capacity(host=needs[0])).notes == ()
+    chosen = MemoryPlan.of(replace(asked, prefill_chunk_size=512), Capacity(host=0))
     assert chosen.prefill_chunk_size == 512
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() -> None:
-    asked = job(prompt_tokens=200, weights=3 * GIB)
-    planned = MemoryPlan.of(asked, Room(host=GIB, accelerator=8 * GIB))
+    asked = workload(prompt_tokens=200, weights=3 * GIB)
+    planned = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB))
     assert planned.residency == Residency(None, 7, on_accelerator=True) and planned.end.nope_host == 0
     assert planned.needed == planned.token_ids
     beside = 3 * GIB + planned.layout.window_bytes + planned.activations
     assert planned.needed_on_accelerator == beside + planned.peak.nope_device
     row = planned.layout.row_bytes
     for rows in (0, 1, 4):
-        room = Room(host=GIB, accelerator=beside + MARGIN_BYTES + (rows + 1) * row + 5)  # one block is open
-        some = MemoryPlan.of(asked, room)
-        assert some.residency == Residency(None, rows, on_accelerator=True) and not some.missing(room)
+        capacity = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + (rows + 1) * row + 5)  # one block is open
+        some = MemoryPlan.of(asked, capacity)
+        assert some.residency == Residency(None, rows, on_accelerator=True) and not some.shortfalls(capacity)
         assert some.end.nope_host == (7 - rows) * row == planned.end.nope_device - some.end.nope_device
         assert some.needed == some.token_ids + some.peak.nope_host
-        limited = MemoryPlan.of(asked, Room(host=GIB, accelerator=8 * GIB, kv_device=(rows + 1) * row + 5))
+        limited = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=(rows + 1) * row + 5))
         assert limited.residency == some.residency and limited.notes == ()
-    too_small = Room(host=GIB, accelerator=beside + MARGIN_BYTES + row - 1)
-    assert list(MemoryPlan.of(asked, too_small).missing(too_small)) == ["accelerator memory"]
-    none = MemoryPlan.of(asked, Room(host=GIB, accelerator=8 * GIB, kv_device=0))
+    too_small = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + row - 1)
+    assert list(MemoryPlan.of(asked, too_small).shortfalls(too_small)) == ["accelerator memory"]
+    none = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=0))
     assert none.residency.device_rows == 0 and "--kv-device-memory 0 B is exceeded" in none.notes[0]
     on_disk = MemoryPlan.of(
-        asked, Room(host=GIB, accelerator=8 * GIB, kv_device=3 * row, kv_host=3 * row, disk_folder="x")
+        asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=3 * row, kv_host=3 * row, disk_folder="x")
     )
     assert on_disk.residency.device_rows == 2 and 0 < (on_disk.residency.host_rows or 0) < 5
     assert on_disk.peak.nope_host + on_disk.peak.buffers <= 3 * row and on_disk.end.nope_disk > 0
 
 
 def test_without_known_limits_everything_fits() -> None:
-    planned = MemoryPlan.of(job(), Room())
-    assert planned.missing(Room()) == {} and planned.remedies(Room()) == [] and planned.host_budget(Room()) is None
-    planned.check(Room())
+    planned = MemoryPlan.of(workload(), Capacity())
+    assert (
+        planned.shortfalls(Capacity()) == {}
+        and planned.remedies(Capacity()) == []
+        and planned.host_budget(Capacity()) is None
+    )
+    planned.check(Capacity())
     assert planned.residency == Residency(None) and planned.prefill_chunk_size == 2 * CHUNK
-    assert tokens_that_fit(job(), Room()) == 4096 - 9
+    assert tokens_that_fit(workload(), Capacity()) == 4096 - 9
 
 
 def test_a_model_without_nope_layers_needs_no_store() -> None:
-    room = Room(host=GIB, accelerator=GIB, kv_host=0, disk_folder="x")
-    planned = MemoryPlan.of(job(config(no_rope_layers=[1] * 5), kv_dtype="int8"), room)
+    capacity = Capacity(host=GIB, accelerator=GIB, kv_host=0, disk_folder="x")
+    planned = MemoryPlan.of(workload(config(no_rope_layers=[1] * 5), kv_dtype="int8"), capacity)
     assert planned.end.nope == planned.end.nope_disk == planned.needed_on_disk == 0
     assert planned.as_dict()["device_rows"] == 0
 
 
 def test_a_saved_layout_decides() -> None:
     saved = StoreLayout.of(config(), length=1, dtype="bfloat16", kv_dtype="int8").computed_in("float32")
-    planned = MemoryPlan.of(job(saved_layout=saved))
+    planned = MemoryPlan.of(workload(saved_layout=saved))
     assert planned.layout == replace(saved, length=109) and planned.as_dict()["kv_dtype"] == "int8"
-    room = Room(host=0)
-    assert not any("dtype" in remedy for remedy in planned.remedies(room))
+    capacity = Capacity(host=0)
+    assert not any("dtype" in remedy for remedy in planned.remedies(capacity))
 
 
 SCOUT = TextConfig.from_dict({"model_type": "llama4_text", "max_position_embeddings": 10 * 2**20})
 DOCUMENTS = [("notes.md", 90_000), ("src/big file.txt", 610_000), ("a.txt", 300_000)]
 
 
-def scout(**changes: Any) -> Job:
-    return Job(
+def scout(**changes: Any) -> Workload:
+    return Workload(
         SCOUT,
         **(
             {
@@ -346,8 +353,8 @@ def scout(**changes: Any) -> Job:
     )
 
 
-def remedies(asked: Job, room: Room) -> list[str]:
-    return MemoryPlan.of(asked, room).remedies(room)
+def remedies(asked: Workload, capacity: Capacity) -> list[str]:
+    return MemoryPlan.of(asked, capacity).remedies(capacity)
 
 
 @pytest.mark.parametrize("tokens", [10**6, 10**7, 10 * 2**20])
@@ -356,9 +363,9 @@ def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
     assert plain["nope_host"] == tokens * 48 * KIB and plain["rope_windows"] == 1.125 * GIB
     assert plain["unbounded_cache"] == 4 * tokens * 48 * KIB
     assert MemoryPlan.of(scout(prompt_tokens=100)).as_dict()["rope_windows"] == 36 * 100 * 4 * KIB
-    at_most = Room(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch")
+    at_most = Capacity(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch")
     on_disk = MemoryPlan.of(scout(prompt_tokens=tokens), at_most)
-    assert not on_disk.missing(at_most) and on_disk.prefill_chunk_size == 8192
+    assert not on_disk.shortfalls(at_most) and on_disk.prefill_chunk_size == 8192
     assert on_disk.end.nope_host + on_disk.end.nope_disk == tokens * 48 * KIB
     assert on_disk.needed + MARGIN_BYTES <= 24 * GIB and on_disk.end.nope_host > 19 * GIB
     assert "more than the memory that is free" in on_disk.notes[0]
@@ -366,65 +373,65 @@ def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
 
 def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
     planned, needed = MemoryPlan.of(scout()), least_room(MemoryPlan.of(scout()))
-    planned.check(Room(host=needed))
+    planned.check(Capacity(host=needed))
     with pytest.raises(MemoryPlanError) as error:
-        planned.check(Room(host=needed - 1))
+        planned.check(Capacity(host=needed - 1))
     message = str(error.value)
     assert "needs 48.2 GiB of memory, and 48.2 GiB are free" in message  # one byte is missing
     assert "keys and values 46.9 GiB" in message and "weights 0 B" in message and "activations 1.1 GiB" in message
     assert "--kv-dir DIR makes it fit" in message and "\n" not in message
     with pytest.raises(MemoryPlanError, match="what helps: nothing but a larger machine"):
-        MemoryPlan.of(job(dtype="bfloat16", weights=GIB)).check(Room(host=0, kv_host=0, disk_folder="x"))
+        MemoryPlan.of(workload(dtype="bfloat16", weights=GIB)).check(Capacity(host=0, kv_host=0, disk_folder="x"))
     with pytest.raises(MemoryPlanError, match=r"needs 45\.8 GiB of --kv-host-memory, and 2\.0 GiB are allowed"):
-        planned.check(Room(host=64 * GIB, kv_host=2 * GIB))
+        planned.check(Capacity(host=64 * GIB, kv_host=2 * GIB))
 
 
 def test_remedies_for_memory() -> None:
     """What is enough comes first, the cheapest first; the documents are those that must go."""
-    found = remedies(scout(), Room(host=22 * GIB))
+    found = remedies(scout(), Capacity(host=22 * GIB))
     assert found == [
         "--kv-dir DIR makes it fit (27.0 GiB on disk)",
         "--kv-dtype int8 saves 21.6 GiB (keys and values 1.9 times smaller), not enough alone",
         "leave out src/big file.txt, 61 % of the tokens",
         "fewer tokens: 449,783 of these 1,000,000 fit",
     ]
-    assert remedies(scout(), Room(host=27 * GIB))[1:3] == [
+    assert remedies(scout(), Capacity(host=27 * GIB))[1:3] == [
         "--kv-dtype int8 makes it fit (keys and values 1.9 times smaller)",
         "leave out src/big file.txt, 61 % of the tokens",
     ]
-    assert remedies(scout(), Room(host=36 * GIB))[2] == "leave out a.txt, 30 % of the tokens"  # the least that does
-    some = remedies(scout(largest=DOCUMENTS[:2]), Room(host=6 * GIB))
+    assert remedies(scout(), Capacity(host=36 * GIB))[2] == "leave out a.txt, 30 % of the tokens"  # the least that does
+    some = remedies(scout(largest=DOCUMENTS[:2]), Capacity(host=6 * GIB))
     assert some[2] == "leave out src/big file.txt and notes.md, 70 % of the tokens, not enough alone"
-    assert not any("leave out" in remedy for remedy in remedies(scout(), Room(host=6 * GIB)))  # all of them
-    alone = remedies(scout(largest=[("all.txt", 999_990)]), Room(host=22 * GIB))
+    assert not any("leave out" in remedy for remedy in remedies(scout(), Capacity(host=6 * GIB)))  # all of them
+    alone = remedies(scout(largest=[("all.txt", 999_990)]), Capacity(host=22 * GIB))
     assert not any("leave out" in remedy for remedy in alone) and "fewer tokens" in alone[-1]
 
 
 def test_remedies_are_true() -> None:
     """Each dtype, size and number of tokens that is said to be enough is; the number of tokens is the most."""
-    room = Room(host=27 * GIB)
-    assert not MemoryPlan.of(scout(kv_dtype="int8"), room).missing(room)
-    fitting = tokens_that_fit(scout(), room)
-    assert f"fewer tokens: {fitting:,} of these 1,000,000 fit" in remedies(scout(), room)
-    assert not MemoryPlan.of(scout(prompt_tokens=fitting), room).missing(room)
-    assert MemoryPlan.of(scout(prompt_tokens=fitting + 1), room).missing(room)
+    capacity = Capacity(host=27 * GIB)
+    assert not MemoryPlan.of(scout(kv_dtype="int8"), capacity).shortfalls(capacity)
+    fitting = tokens_that_fit(scout(), capacity)
+    assert f"fewer tokens: {fitting:,} of these 1,000,000 fit" in remedies(scout(), capacity)
+    assert not MemoryPlan.of(scout(prompt_tokens=fitting), capacity).shortfalls(capacity)
+    assert MemoryPlan.of(scout(prompt_tokens=fitting + 1), capacity).shortfalls(capacity)
 
 
 def test_remedies_within_the_users_own_limits() -> None:
-    limited = Room(host=64 * GIB, kv_host=2 * GIB)
+    limited = Capacity(host=64 * GIB, kv_host=2 * GIB)
     found = remedies(scout(), limited)
     assert found[:2] == ["--kv-host-memory 46875MiB makes it fit", "--kv-dir DIR makes it fit (44.3 GiB on disk)"]
     enough = replace(limited, kv_host=parse_size("46875MiB"))
-    assert not MemoryPlan.of(scout(), enough).missing(enough)
+    assert not MemoryPlan.of(scout(), enough).shortfalls(enough)
     assert not any("--kv-host-memory" in remedy for remedy in remedies(scout(), replace(limited, host=20 * GIB)))
     chunks = scout(prompt_tokens=10_000, largest=(), prefill_chunk_size=8192)
-    assert remedies(chunks, Room(host=int(2.4 * GIB)))[0] == "--prefill-chunk-size 4096 makes it fit"
-    none_is_enough = remedies(chunks, Room(host=int(1.6 * GIB)))
+    assert remedies(chunks, Capacity(host=int(2.4 * GIB)))[0] == "--prefill-chunk-size 4096 makes it fit"
+    none_is_enough = remedies(chunks, Capacity(host=int(1.6 * GIB)))
     assert any(remedy.startswith("--prefill-chunk-size 256 saves 1.0 GiB") for remedy in none_is_enough)
 
 
 def test_remedies_for_disk_space() -> None:
-    found = remedies(scout(), Room(host=22 * GIB, disk=15 * GIB, disk_folder="/scratch"))
+    found = remedies(scout(), Capacity(host=22 * GIB, disk=15 * GIB, disk_folder="/scratch"))
     assert found[:2] == [
         "12.0 GiB more free in /scratch, or a folder on a larger disk, makes it fit",
         "--kv-dtype int8 makes it fit (keys and values 1.9 times smaller)",
@@ -435,10 +442,10 @@ def test_remedies_for_disk_space() -> None:
 def test_remedies_for_float32() -> None:
     """Weights that are converted need memory; those in the checkpoint's own dtype are mapped."""
     asked = scout(prompt_tokens=10_000, dtype="float32", weights=4 * parameter_count(SCOUT), weights_are_mapped=False)
-    assert remedies(asked, Room(host=64 * GIB)) == ["--dtype bfloat16 makes it fit"]
+    assert remedies(asked, Capacity(host=64 * GIB)) == ["--dtype bfloat16 makes it fit"]
     stored_so = replace(asked, stored_dtype="float32", weights_are_mapped=True)  # in bfloat16 they would not be mapped
-    assert "--dtype" not in " ".join(remedies(stored_so, Room(host=3 * GIB)))
-    cheap = remedies(scout(dtype="float32", stored_dtype="float32"), Room(host=56 * GIB))
+    assert "--dtype" not in " ".join(remedies(stored_so, Capacity(host=3 * GIB)))
+    cheap = remedies(scout(dtype="float32", stored_dtype="float32"), Capacity(host=56 * GIB))
     assert cheap[1:3] == [
         "--kv-dtype bfloat16 makes it fit (keys and values 2.0 times smaller)",
         "--kv-dtype int8 makes it fit (keys and values 3.8 times smaller)",
@@ -447,16 +454,16 @@ def test_remedies_for_float32() -> None:
 
 def test_remedies_for_an_accelerator() -> None:
     asked = scout(prompt_tokens=10_000, weights_are_mapped=False)
-    assert remedies(asked, Room(host=64 * GIB, accelerator=80 * GIB)) == ["--device cpu makes it fit"]
+    assert remedies(asked, Capacity(host=64 * GIB, accelerator=80 * GIB)) == ["--device cpu makes it fit"]
     unknown = replace(asked, stored_dtype=None)  # so the weights may have to be converted, and take memory
-    assert remedies(unknown, Room(host=64 * GIB, accelerator=80 * GIB)) == []
-    both = remedies(replace(asked, prompt_tokens=2 * 10**6), Room(host=64 * GIB, accelerator=80 * GIB))
+    assert remedies(unknown, Capacity(host=64 * GIB, accelerator=80 * GIB)) == []
+    both = remedies(replace(asked, prompt_tokens=2 * 10**6), Capacity(host=64 * GIB, accelerator=80 * GIB))
     assert both[0] == "--kv-dir DIR and --device cpu make it fit"
     assert both[1] == "--kv-dir DIR saves 27.8 GiB (28.1 GiB on disk), not enough alone"
 
 
 def test_the_plan_becomes_plain_numbers() -> None:
-    planned = MemoryPlan.of(scout(), Room(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch"))
+    planned = MemoryPlan.of(scout(), Capacity(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch"))
     plain = json.loads(json.dumps(planned.as_dict()))
     assert set(plain) == {
         "weights",
@@ -488,25 +495,25 @@ def test_the_plan_becomes_plain_numbers() -> None:
 
 def test_tokens_that_fit() -> None:
     answer = scout(max_new_tokens=1000)
-    assert tokens_that_fit(scout(), Room(host=MARGIN_BYTES)) == 0
-    assert tokens_that_fit(answer, Room()) == 10 * 2**20 - 1000
-    in_memory = tokens_that_fit(scout(), Room(host=30 * GIB))
-    on_disk = tokens_that_fit(scout(), Room(host=30 * GIB, disk=100 * GIB, disk_folder="x"))
+    assert tokens_that_fit(scout(), Capacity(host=MARGIN_BYTES)) == 0
+    assert tokens_that_fit(answer, Capacity()) == 10 * 2**20 - 1000
+    in_memory = tokens_that_fit(scout(), Capacity(host=30 * GIB))
+    on_disk = tokens_that_fit(scout(), Capacity(host=30 * GIB, disk=100 * GIB, disk_folder="x"))
     assert 610_000 < in_memory < 630_000 and on_disk - in_memory == pytest.approx(100 * GIB / (48 * KIB), rel=0.02)
-    assert in_memory - tokens_that_fit(answer, Room(host=30 * GIB)) == pytest.approx(1000, abs=50)
+    assert in_memory - tokens_that_fit(answer, Capacity(host=30 * GIB)) == pytest.approx(1000, abs=50)
 
 
 def test_weights_are_held_in_memory_where_it_is_plenty() -> None:
     """And where nothing else changes by it: neither the prefill chunk size nor what lies on disk."""
-    mapped = job(weights=10 * MIB, weights_are_mapped=True)
+    mapped = workload(weights=10 * MIB, weights_are_mapped=True)
     needed = MemoryPlan.of(mapped).needed + MARGIN_BYTES
     for host, is_mapped in ((None, True), (39 * MIB, True), (2**40, False), (needed, True)):
-        plan = MemoryPlan.of(mapped, Room(host=host))
+        plan = MemoryPlan.of(mapped, Capacity(host=host))
         assert plan.weights_are_mapped == is_mapped, host
         assert plan.needed == MemoryPlan.of(mapped).needed + (0 if is_mapped else 10 * MIB)
     for changes in ({"prefill_chunk_size": None, "config": SCOUT}, {"prompt_tokens": 10**6, "config": SCOUT}):
         long = replace(mapped, weights=4 * GIB, **changes)
-        tight = Room(host=MemoryPlan.of(long).needed + MARGIN_BYTES, disk=2**50, disk_folder="x")
+        tight = Capacity(host=MemoryPlan.of(long).needed + MARGIN_BYTES, disk=2**50, disk_folder="x")
         assert MemoryPlan.of(long, tight).weights_are_mapped
         assert not MemoryPlan.of(long, replace(tight, host=2**45)).weights_are_mapped
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
-from l4ctx.planning.workload import ImageWork, Job, Room
+from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from model.config import TextConfig
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 from support.toy_checkpoints import BASE
@@ -33,11 +33,13 @@ VISION = VisionConfig.from_dict(
     }
 )
 assert VISION is not None
-IMAGES = ImageWork(VISION, parameters=10**8, stored_dtype="bfloat16", tokens=500, pixel_bytes=GIB, largest="chart.png")
+IMAGES = ImageWorkload(
+    VISION, parameters=10**8, stored_dtype="bfloat16", tokens=500, pixel_bytes=GIB, largest="chart.png"
+)
 
 
-def job(**changes: Any) -> Job:
-    return Job(
+def workload(**changes: Any) -> Workload:
+    return Workload(
         TEXT,
         **(
             {
@@ -54,34 +56,36 @@ def job(**changes: Any) -> Job:
 
 
 def test_what_images_add_in_host_memory() -> None:
-    room = Room(host=3 * GIB)  # the tower's weights are more than a quarter of it would be
-    alone, seeing = MemoryPlan.of(job(), Room()), MemoryPlan.of(job(images=IMAGES), Room())
+    capacity = Capacity(host=3 * GIB)  # the tower's weights are more than a quarter of it would be
+    alone, seeing = MemoryPlan.of(workload(), Capacity()), MemoryPlan.of(workload(images=IMAGES), Capacity())
     activations = vision_activation_bytes(IMAGES.vision, TILES_AT_A_TIME, 2)
     assert alone.images == 0 and seeing.images == GIB + activations
     assert seeing.weights == alone.weights + 2 * 10**8
     assert seeing.needed == alone.needed + seeing.images  # weights are pages of files
-    held = MemoryPlan.of(job(images=IMAGES, weights_are_mapped=False), Room())
+    held = MemoryPlan.of(workload(images=IMAGES, weights_are_mapped=False), Capacity())
     assert held.needed == seeing.needed + held.weights
-    assert MemoryPlan.of(job(images=IMAGES), room).missing(room) == {}
+    assert MemoryPlan.of(workload(images=IMAGES), capacity).shortfalls(capacity) == {}
 
 
 def test_a_tower_that_is_converted_is_held() -> None:
     """Though the text model's weights are mapped."""
-    odd = MemoryPlan.of(job(images=replace(IMAGES, stored_dtype="float32")), Room())
+    odd = MemoryPlan.of(workload(images=replace(IMAGES, stored_dtype="float32")), Capacity())
     assert odd.weights_are_mapped and odd.held_weights == 2 * 10**8
-    assert odd.needed == MemoryPlan.of(job(images=IMAGES), Room()).needed + 2 * 10**8
+    assert odd.needed == MemoryPlan.of(workload(images=IMAGES), Capacity()).needed + 2 * 10**8
 
 
 def test_on_an_accelerator_the_tower_is_there_and_the_pixels_are_not() -> None:
-    room = Room(host=8 * GIB, accelerator=8 * GIB)
-    alone, seeing = (MemoryPlan.of(job(images=images, weights_are_mapped=False), room) for images in (None, IMAGES))
+    capacity = Capacity(host=8 * GIB, accelerator=8 * GIB)
+    alone, seeing = (
+        MemoryPlan.of(workload(images=images, weights_are_mapped=False), capacity) for images in (None, IMAGES)
+    )
     activations = vision_activation_bytes(IMAGES.vision, TILES_AT_A_TIME, 2)
     assert seeing.needed == alone.needed + GIB
     assert seeing.needed_on_accelerator == alone.needed_on_accelerator + 2 * 10**8 + activations
 
 
 def test_another_dtype_changes_the_tower_too() -> None:
-    wide = job(images=IMAGES, dtype="float32", weights=2 * 10**6)
+    wide = workload(images=IMAGES, dtype="float32", weights=2 * 10**6)
     narrow = wide.in_dtype("bfloat16", on_accelerator=False)
     assert (wide.tower_weights, narrow.tower_weights) == (4 * 10**8, 2 * 10**8)
     assert narrow.tower_activations == vision_activation_bytes(IMAGES.vision, TILES_AT_A_TIME, 2)
@@ -89,12 +93,14 @@ def test_another_dtype_changes_the_tower_too() -> None:
 
 
 def test_leaving_images_out_is_a_remedy() -> None:
-    room = Room(host=MARGIN_BYTES + GIB)
-    plan = MemoryPlan.of(job(images=IMAGES), room)
-    remedies = plan.remedies(room)
+    capacity = Capacity(host=MARGIN_BYTES + GIB)
+    plan = MemoryPlan.of(workload(images=IMAGES), capacity)
+    remedies = plan.remedies(capacity)
     assert "--no-images makes it fit (chart.png takes 1.0 GiB to decode; scaled down it takes less)" in remedies
     with pytest.raises(MemoryPlanError, match=r"images 1\.\d GiB\); what helps: "):
-        plan.check(room)
-    without = job(images=IMAGES, new_tokens=700).without_images()
+        plan.check(capacity)
+    without = workload(images=IMAGES, new_tokens=700).without_images()
     assert (without.images, without.prompt_tokens, without.read_tokens) == (None, 1500, 200)
-    assert not any("--no-images" in remedy for remedy in MemoryPlan.of(job(weights=GIB), room).remedies(room))
+    assert not any(
+        "--no-images" in remedy for remedy in MemoryPlan.of(workload(weights=GIB), capacity).remedies(capacity)
+    )

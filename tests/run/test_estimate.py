@@ -93,23 +93,23 @@ def test_a_number_of_tokens_needs_neither_torch_nor_shards(scout: Path, tokens: 
 
 def test_what_fits(scout: Path, tmp_path: Path) -> None:
     report = planned(scout, tokens=10**6)
-    assert not report.fits and list(report.missing) == ["memory"] and report.tokens_with_disk is None
+    assert not report.fits and list(report.shortfalls) == ["memory"] and report.tokens_with_disk is None
     assert 480_000 < report.tokens_in_memory < 500_000 and report.as_dict()["remedies"][0].startswith("--kv-dir DIR")
     shorter = planned(scout, tokens=report.tokens_in_memory)
-    assert shorter.fits and shorter.missing == {} and shorter.as_dict()["remedies"] == []
+    assert shorter.fits and shorter.shortfalls == {} and shorter.as_dict()["remedies"] == []
     on_disk = planned(scout, tokens=10**6, kv_dir=tmp_path)
     assert on_disk.fits and on_disk.tokens_in_memory == report.tokens_in_memory
     assert on_disk.tokens_with_disk is not None
     more = on_disk.tokens_with_disk - on_disk.tokens_in_memory
     assert more == pytest.approx(100 * GIB / (48 * KIB), rel=0.02)
-    assert on_disk.room.disk_folder == str(tmp_path)
+    assert on_disk.capacity.disk_folder == str(tmp_path)
 
 
 def test_more_tokens_than_positions(scout: Path) -> None:
     report = planned(scout, tokens=10485760, max_new_tokens=1)
     assert report.exceeds_positions and not report.fits
     assert not planned(scout, tokens=10485760).exceeds_positions
-    assert planned(scout, tokens=100, max_new_tokens=20).plan.job.length == 120
+    assert planned(scout, tokens=100, max_new_tokens=20).plan.workload.length == 120
 
 
 @pytest.mark.parametrize(
@@ -144,22 +144,22 @@ def test_the_dtype(scout: Path) -> None:
     assert planned(scout, tokens=9, dtype="float32").plan.weights == 4 * parameter_count(TextConfig.from_folder(scout))
     (scout / "config.json").write_text(json.dumps(SCOUT | {"torch_dtype": None}))
     report = planned(scout, tokens=9)
-    assert report.plan.job.dtype == "bfloat16" and "config.json says no dtype; bfloat16" in report.notes[0]
+    assert report.plan.workload.dtype == "bfloat16" and "config.json says no dtype; bfloat16" in report.notes[0]
     (scout / "config.json").write_text(json.dumps(SCOUT | {"torch_dtype": "float64"}))
     assert "'float64'" in planned(scout, tokens=9).notes[0]
 
 
 def test_small_models_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planned(TINY, tokens=9).plan.job.dtype == "float32"
+    assert planned(TINY, tokens=9).plan.workload.dtype == "float32"
     monkeypatch.setattr(estimate, "available_memory", lambda: 40 * MIB)
-    assert planned(TINY, tokens=9).plan.job.dtype == json.loads((TINY / "config.json").read_text())["torch_dtype"]
+    assert planned(TINY, tokens=9).plan.workload.dtype == json.loads((TINY / "config.json").read_text())["torch_dtype"]
 
 
 @pytest.mark.parametrize(("device", "accelerator"), [("auto", 300), ("cuda", 300), ("cuda:1", 400), ("cpu", None)])
 def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, accelerator: int | None) -> None:
     gpus(monkeypatch, 300 * GIB, 400 * GIB)
     report = planned(scout, tokens=10**6, device=device)
-    assert report.room.accelerator == (None if accelerator is None else accelerator * GIB)
+    assert report.capacity.accelerator == (None if accelerator is None else accelerator * GIB)
     assert report.plan.weights_are_mapped == (accelerator is None)
     if accelerator is not None:
         assert report.fits and report.plan.end.nope_device == 10**6 * 48 * KIB and report.plan.end.nope_host == 0
@@ -170,7 +170,7 @@ def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, ac
 def test_a_build_of_torch_without_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path) -> None:
     gpus(monkeypatch, 300 * GIB)
     monkeypatch.setattr(estimate, "_torch_may_use_gpus", lambda: False)
-    assert planned(scout, tokens=9).room.accelerator is None
+    assert planned(scout, tokens=9).capacity.accelerator is None
 
 
 @pytest.mark.parametrize(("found", "expected"), [("2.13.0", True), ("2.13.0+cu130", True), ("2.13.0+cpu", False)])
@@ -246,14 +246,14 @@ def test_documents_are_tokenized_as_ask_does_it(documents: list[str]) -> None:
     )
     assert report.documents == [(span.source, span.stop - span.start) for span in prompt.spans]
     assert [source for source, _ in report.documents] == ["docs/a.txt", "docs/b.md", "docs/c [red].md"]
-    assert report.plan.job.prompt_tokens == len(prompt.ids) > sum(tokens for _, tokens in report.documents)
-    assert report.plan.job.max_new_tokens == 1024 and report.plan.job.largest == report.documents
+    assert report.plan.workload.prompt_tokens == len(prompt.ids) > sum(tokens for _, tokens in report.documents)
+    assert report.plan.workload.max_new_tokens == 1024 and report.plan.workload.largest == report.documents
     assert [entry.source for entry in report.skipped] == ["docs/image.png"]
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain["documents"][1] == {"path": "docs/b.md", "tokens": report.documents[1][1]}
     assert plain["skipped"] == [{"path": "docs/image.png", "reason": report.skipped[0].reason}]
     piped = planned(TINY, paths=["-"], stdin=io.BytesIO(b"Some text."), max_new_tokens=3)
-    assert piped.documents[0][0] == "stdin" and piped.plan.job.max_new_tokens == 3
+    assert piped.documents[0][0] == "stdin" and piped.plan.workload.max_new_tokens == 3
     with pytest.raises(DocumentError):
         planned(TINY, paths=[documents[0] + "/image.png"])
 
@@ -309,7 +309,7 @@ def test_bytes_read_from_disk_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch
     from model.transformer import Transformer
 
     rows = Scratch(tmp_path)
-    config = report.plan.job.config
+    config = report.plan.workload.config
     cache = HybridKVCache(config, length=101, residency=report.plan.residency, rows=rows)
     with torch.inference_mode():
         for _ in prefill(Transformer(config), cache, [1] * 101, prefill_chunk_size=chunk):
@@ -349,7 +349,7 @@ def test_the_table_of_documents(documents: list[str]) -> None:
     """Names are shown as they are, and the smallest ones together if there are many."""
     report = planned(TINY, paths=documents)
     lines = shown(report)
-    total = report.plan.job.prompt_tokens
+    total = report.plan.workload.prompt_tokens
     assert lines[0] == "documents" and lines[1] == "tokens share"
     assert lines[4] == f"docs/c [red].md {report.documents[2][1]:,} {report.documents[2][1] / total:.0%}"
     many = [Path(documents[0], f"{n}.txt") for n in range(30)]
@@ -367,5 +367,5 @@ def test_long_times_are_told_in_days(scout: Path) -> None:
 
 def test_the_plan_is_the_one_that_ask_makes(scout: Path) -> None:
     report = planned(scout, tokens=10**5, kv_host_memory=3 * GIB, kv_dtype="int8")
-    assert report.plan == MemoryPlan.of(report.plan.job, report.room)
+    assert report.plan == MemoryPlan.of(report.plan.workload, report.capacity)
     assert report.plan.needed + MARGIN_BYTES <= 24 * GIB

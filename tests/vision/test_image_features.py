@@ -206,7 +206,7 @@ def test_digests_follow_from_pixels_and_from_what_sees_them() -> None:
     first, second = (PROMPTER.encode(image((28, 28), seed), array("i")) for seed in (1, 2))
     assert first.span.sha256 != second.span.sha256
     assert first.span == PROMPTER.encode(image((28, 28), 1), array("i")).span
-    other = dataclasses.replace(PROMPTER, made_with="made with that")
+    other = dataclasses.replace(PROMPTER, provenance="made with that")
     assert other.encode(image((28, 28), 1), array("i")).span.sha256 != first.span.sha256
 
 

@@ -21,18 +21,26 @@ def plan_table(report: PlanReport) -> RenderableType:
 
     from l4ctx.formatting import without_controls
 
-    plan, end, most, room, job = report.plan, report.plan.end, report.plan.peak, report.room, report.plan.job
+    plan, end, most, capacity, workload = (
+        report.plan,
+        report.plan.end,
+        report.plan.peak,
+        report.capacity,
+        report.plan.workload,
+    )
 
     parts: list[RenderableType] = []
     if report.documents:
         documents = FigureTable("documents", ("tokens", "share"))
         shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
         for source, tokens in [document for document in report.documents if document in shown]:
-            documents.add_row(without_controls(source), f"{tokens:,}", f"{tokens / job.prompt_tokens:.0%}")
+            documents.add_row(without_controls(source), f"{tokens:,}", f"{tokens / workload.prompt_tokens:.0%}")
         if len(shown) < len(report.documents):
             rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
             documents.add_row(
-                f"{len(report.documents) - len(shown)} smaller ones", f"{rest:,}", f"{rest / job.prompt_tokens:.0%}"
+                f"{len(report.documents) - len(shown)} smaller ones",
+                f"{rest:,}",
+                f"{rest / workload.prompt_tokens:.0%}",
             )
         parts.append(documents)
 
@@ -51,19 +59,19 @@ def plan_table(report: PlanReport) -> RenderableType:
     row("token ids", plan.token_ids)
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)
-    if room.accelerator is not None:
-        row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, room.accelerator)
-    row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, room.host)
-    if room.has_disk:
-        row("disk in all", None, plan.needed_on_disk, room.disk)
+    if capacity.accelerator is not None:
+        row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+    row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, capacity.host)
+    if capacity.has_disk:
+        row("disk in all", None, plan.needed_on_disk, capacity.disk)
     row("  an unbounded cache would take", plan.unbounded_cache)
     parts.append(memory)
 
     facts = TextTable("run")
-    answer = f" and {job.max_new_tokens:,} of the answer" if job.max_new_tokens else ""
-    positions = f"the model has {job.config.max_position_embeddings:,} positions"
-    facts.add_row("tokens", f"{job.prompt_tokens:,}{answer}; {positions}")
-    facts.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {job.dtype}")
+    answer = f" and {workload.max_new_tokens:,} of the answer" if workload.max_new_tokens else ""
+    positions = f"the model has {workload.config.max_position_embeddings:,} positions"
+    facts.add_row("tokens", f"{workload.prompt_tokens:,}{answer}; {positions}")
+    facts.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {workload.dtype}")
     facts.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
     disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
     facts.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
@@ -72,11 +80,11 @@ def plan_table(report: PlanReport) -> RenderableType:
     if report.seconds is not None:
         facts.add_row("reading takes", f"about {_human_time(report.seconds)}")
     facts.add_row("fits here", "yes" if report.fits else "no")
-    for tier, (needed, there) in report.missing.items():
+    for tier, (needed, there) in report.shortfalls.items():
         facts.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
     if report.exceeds_positions:
-        facts.add_row("", f"more tokens than the model has positions: {job.length:,}")
-    for number, remedy in enumerate(plan.remedies(room)):
+        facts.add_row("", f"more tokens than the model has positions: {workload.length:,}")
+    for number, remedy in enumerate(plan.remedies(capacity)):
         facts.add_row("what helps" if number == 0 else "", without_controls(remedy))
     return Group(*(part for each in parts for part in (each, "")), facts)
 
@@ -89,7 +97,7 @@ def _human_time(seconds: float) -> str:
 
 def _tiers(plan: MemoryPlan) -> str:
     """Blocks of the NoPE layers by tier, the newest first."""
-    split = plan.residency.split(plan.layout.sealed_rows(plan.job.length))
+    split = plan.residency.split(plan.layout.sealed_rows(plan.workload.length))
     names = ("on the accelerator", "in host memory", "on disk")
     tokens = [rows * plan.layout.block_tokens for rows in split]
     parts = [f"{count:,} tokens {name}" for count, name in zip(tokens, names, strict=True) if count]
