@@ -17,7 +17,7 @@ from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.machine import timing
 from l4ctx.machine.timing import Work, growing, growing_rate
-from l4ctx.run.estimate import measured_speed
+from l4ctx.planning.speed import measured_speed
 from model.config import TextConfig
 from support.cli_runner import check_refused, run_here, text_file
 

@@ -26,9 +26,10 @@ from l4ctx.engine.prefill import prefill
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate
-from l4ctx.run.estimate import PlanReport, PlanRequest, make_plan, measured_speed
+from l4ctx.run.estimate import PlanReport, PlanRequest, make_plan
 from model.config import ConfigError, TextConfig
 from model.costs import parameter_count, reading_operations
 from model.weights.loading import load_checkpoint
@@ -192,7 +193,7 @@ def test_the_time_has_a_quadratic_term(scout: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"moe_layers": []}, {"num_attention_heads": 2}])
 def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], dtype: str) -> None:
-    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.001)
+    monkeypatch.setattr("l4ctx.planning.speed.MEASURED_SECONDS", 0.001)
     config = TextConfig.from_dict(
         {
             "model_type": "llama4_text",
@@ -214,14 +215,14 @@ def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 def test_speed_is_measured_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measured(*arguments: Any) -> estimate.Speed:
+    def measured(*arguments: Any) -> Speed:
         asked.append(arguments[1:])
-        return estimate.Speed(1e9, 2e9)
+        return Speed(1e9, 2e9)
 
     monkeypatch.setattr(estimate, "measured_speed", measured)
     report = planned(TINY, tokens=10**4, measure=True)
     operations = reading_operations(TextConfig.from_folder(TINY), 0, 10**4)
-    assert report.seconds == estimate.Speed(1e9, 2e9).seconds(operations)
+    assert report.seconds == Speed(1e9, 2e9).seconds(operations)
     assert report.as_dict()["operations_per_second"] == {"linear": 1e9, "attention": 2e9}
     gpus(monkeypatch, GIB)
     planned(TINY, tokens=10, measure=True, dtype="bfloat16")
