@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache.errors import DiskError, DiskFullError, UnreadableError
 from model.weights.read_ahead import as_bytes, read_exactly
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -57,18 +58,6 @@ PASSING = frozenset(
 
 Units = Mapping[str, Sequence[tuple[str, Tensor]]]
 """Tensors by name in each unit, in the order in which they lie in the file."""
-
-
-class DiskError(Exception):
-    """A file of ours that is missing, damaged or cannot be read; the message names it and what is wrong."""
-
-
-class UnreadableError(DiskError):
-    """A file of ours that the system did not let us read this time; nothing is known of what is in it."""
-
-
-class DiskFullError(Exception):
-    """A write for which there is no room, or that failed; the message names the folder."""
 
 
 @dataclass(frozen=True)

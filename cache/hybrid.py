@@ -134,7 +134,7 @@ class HybridKVCache:
 
         What is behind them comes from `tail`, by layer: keys and values of the open block's tokens of a NoPE layer and
         of the current chunk's tokens of a RoPE layer, (B, H_kv, at least as many, D); or, at a multiple of the
-        attention chunk, from the first tokens of the block in `partial`. Raises cache.disk.DiskError.
+        attention chunk, from the first tokens of the block in `partial`. Raises DiskError.
         """
         assert self.offset == 0 and len(files) == offset // self.layout.block_tokens, (self.offset, len(files), offset)
         size, start = self.layout.segment_tokens, len(files) * self.layout.block_tokens

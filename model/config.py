@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.errors import ConfigError
+
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
 BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
 """Ways to compute attention; model/kernels/registry.py has them."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-class ConfigError(Exception):
-    """A configuration that cannot be used; the message names the field and what would be accepted."""
 
 
 @dataclass(frozen=True)

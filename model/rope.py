@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeParameters, TextConfig
-
-
-class LengthError(Exception):
-    """More tokens than the model's positions allow."""
+from model.errors import LengthError
 
 
 def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:

@@ -79,7 +79,7 @@ class Transformer(nn.Module):
 
         Without a cache the sequence starts at position 0. With one, the new tokens follow its `offset` and are
         committed at the end; a forward that fails leaves the cache as it was. Of the last layer, queries and
-        feed-forward are computed only where logits are wanted. Raises model.rope.LengthError.
+        feed-forward are computed only where logits are wanted. Raises LengthError.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         start = cache.offset if cache is not None else 0

@@ -21,11 +21,13 @@ PACKAGES = (  # from the top down: each may import those in rows below its own
     {"l4ctx.documents", "l4ctx.planning"},
     {"l4ctx.contexts"},
     {"l4ctx.checkpoint", "l4ctx.machine", "cache"},
-    {"l4ctx.errors", "l4ctx.formatting", "l4ctx.spans", "model", "l4ctx"},
+    {"l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"},
+    {"model", "l4ctx"},
 )
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # modules in no package
 MODEL_LAYERS = (  # from the ground up: each module may import those in rows above its own
-    {"config", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
+    {"errors", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
+    {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
     {"kernels.attend", "vision.tower"},
     {"kernels.eager", "kernels.sdpa", "kernels.flex"},
@@ -37,7 +39,7 @@ MODEL_LAYERS = (  # from the ground up: each module may import those in rows abo
     {"weights.loading"},
 )
 CACHE_LAYERS = (
-    {"layout", "grid"},
+    {"errors", "layout", "grid"},
     {"blocks", "disk"},
     {"packing"},
     {"tiers"},
@@ -46,6 +48,9 @@ CACHE_LAYERS = (
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
+    "model.errors",
+    "cache.errors",
+    "l4ctx.errors",
     "model.config",
     "model.costs",
     "model.vision.config",

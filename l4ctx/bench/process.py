@@ -6,7 +6,6 @@ on.
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import subprocess
@@ -17,29 +16,36 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 from l4ctx.bench.jobs import WorkerJob
-from l4ctx.errors import CODE_OF_ERROR
+from l4ctx.errors import CODES_OF_ERRORS, ModelFailureError
 from l4ctx.machine.memory import ProcessMemory, process_memory
 from l4ctx.machine.processor import without_sharing
+from model.errors import UserError
 
 WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench.worker import main; main()")
 SAMPLING_SECONDS = 0.02
 
 
-class WorkerError(Exception):
+class ReportedError(UserError):
+    """What a user can cause, as a worker reported it: its message and its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class WorkerError(ModelFailureError):
     """A process of the benchmark that failed; the message says how, in one line."""
 
-    def __init__(self, message: str, known: str | None = None) -> None:
+    def __init__(self, message: str, known: int | None = None) -> None:
         super().__init__(message)
         self.known = known
-        """Name of the error's class, if it is one that a user can cause (l4ctx.errors.CODE_OF_ERROR)."""
+        """Exit code of what the worker raised, if a user can cause it."""
 
     def raise_as_known(self, doing: str = "") -> NoReturn:
-        """Raises what the worker raised, if that has an exit code of its own; otherwise one like itself that says at
-        what it failed."""
+        """Raises ReportedError for what a user can cause; otherwise one like itself that says at what it failed."""
         if self.known is None:
             raise WorkerError(f"{doing}: {self}" if doing else str(self)) from None
-        module, _, name = self.known.rpartition(".")
-        raise getattr(importlib.import_module(module), name)(str(self)) from None
+        raise ReportedError(str(self), self.known) from None
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ def run_worker(job: WorkerJob) -> dict[str, Any]:
     except (IndexError, ValueError, AssertionError):
         raise WorkerError(f"no result ({last_line(done.stderr)})") from None
     if (message := result.get("error")) is not None:
-        known = result.get("class")
-        raise WorkerError(str(message), known if known in CODE_OF_ERROR else None)
+        code = result.get("exit_code")
+        raise WorkerError(str(message), code if code in CODES_OF_ERRORS else None)
     return result
 
 

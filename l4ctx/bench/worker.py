@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_DECODE, Measurement, TimedRun, WorkerJob
-from l4ctx.errors import name_of_known, one_line
+from l4ctx.errors import exit_code_of, one_line
 from l4ctx.machine.memory import PeakSampler, process_memory
 from model.config import TextConfig
 
 
 def main() -> None:
-    """Entry point of a worker. What a user can cause is reported by class and message, the rest by its traceback."""
+    """Entry point of a worker. What a user can cause is reported as message and exit code, the rest as a traceback."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
     job = WorkerJob.from_json(sys.stdin.read())
     try:
         result = TASKS[job.task](job)
     except Exception as error:  # to look at; what is not a user's doing goes on as it was
-        name = name_of_known(error)
-        if name is None:
+        code = exit_code_of(error)
+        if code is None:
             raise
-        result = {"error": one_line(error), "class": name}
+        result = {"error": one_line(error), "exit_code": code}
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_json, special_tokens
+from l4ctx.errors import UnusableCheckpointError
 
 
-class PromptError(Exception):
+class PromptError(UnusableCheckpointError):
     """A prompt that cannot be made, by the template's or the input's fault: one line."""
 
 

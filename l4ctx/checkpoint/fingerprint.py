@@ -95,7 +95,7 @@ def _of_weights(stored: Mapping[str, StoredTensor]) -> str:
 
 def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
     """One digest for each of some tensors of one shard. Raises CheckpointError."""
-    from model.weights.shards import CheckpointError
+    from model.errors import CheckpointError
 
     digests = []
     try:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l4ctx.errors import UnusableCheckpointError
 
-class GenerationConfigError(Exception):
+
+class GenerationConfigError(UnusableCheckpointError):
     """A generation_config.json that cannot be used; the message names the file and the field."""
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigError, FieldReader, read_config, shown
+from l4ctx.errors import UnusableCheckpointError
+from model.config import FieldReader, read_config, shown
+from model.errors import ConfigError
 
 MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
 _LEAST, _MOST = 1e-6, 1e6  # divisors and factors beyond make numbers that overflow or vanish somewhere in the model
 
 
-class ImageProcessingError(Exception):
+class ImageProcessingError(UnusableCheckpointError):
     """A checkpoint's image processing that cannot be followed: the file, the field, and what is accepted."""
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import tokenizers
 
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
+from l4ctx.errors import UnusableCheckpointError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 
@@ -45,7 +46,7 @@ _SAFE_CUT = re.compile(r"(?<=[\r\n])[^\s/]|(?<=\S) |(?<=[A-Za-z0-9])[!-&(-/:-@\[
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-class TokenizerError(Exception):
+class TokenizerError(UnusableCheckpointError):
     """A tokenizer that is missing, broken or unfit, or a text it cannot encode: one line."""
 
 

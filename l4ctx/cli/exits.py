@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 from l4ctx.errors import (
     CHECKPOINT,
     CLOSED,
-    CODE_OF_ERROR,
     CONTEXT,
     INPUT,
     INTERRUPTED,
@@ -26,7 +25,7 @@ from l4ctx.errors import (
     TOO_LONG,
     OutputError,
     UsageError,
-    name_of_known,
+    exit_code_of,
     one_line,
 )
 
@@ -73,10 +72,10 @@ def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
     except BrokenPipeError:
         leave(CLOSED)
     except Exception as error:  # to look at; what is not a user's doing goes on as it was
-        name = name_of_known(error)
-        if name is None:
+        code = exit_code_of(error)
+        if code is None:
             raise
-        fail(one_line(error), CODE_OF_ERROR[name], json=json)
+        fail(one_line(error), code, json=json)
 
 
 def fail(message: str, code: int, *, json: bool) -> NoReturn:

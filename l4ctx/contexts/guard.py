@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cache.disk import DiskError
+from cache.errors import DiskError
 from l4ctx.contexts.reader import Context
 from l4ctx.contexts.reuse import common_prefix
 from l4ctx.contexts.states import State

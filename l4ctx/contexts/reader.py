@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache.blocks import Block
-from cache.disk import DiskError, UnitFile, UnreadableError
+from cache.disk import UnitFile
+from cache.errors import DiskError, UnreadableError
 from cache.layout import StoreLayout
 from l4ctx.contexts.folder import BLOCKS, HEAD, JOURNAL
 from l4ctx.contexts.journal import Journal, JournalError

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache.disk import DiskError
+from cache.errors import DiskError
 from cache.grid import grid_period
 from cache.layout import StoreLayout
 from l4ctx.contexts.difference import first_difference

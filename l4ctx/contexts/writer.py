@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cache.disk import NO_SPACE, DiskFullError, UnitFile, Units, write_units
+from cache.disk import NO_SPACE, UnitFile, Units, write_units
+from cache.errors import DiskFullError
 from cache.grid import grid_period
 from cache.layout import StoreLayout
 from l4ctx.contexts.folder import BLOCKS, FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l4ctx.documents.tiff import ORIENTATION, TIFF_PREFIXES, TILE_LENGTH, TILE_WIDTH, TiffDirectory
+from l4ctx.errors import MEMORY, InputError
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.files import read_regular_file
 from l4ctx.machine.memory import available_memory
@@ -53,12 +54,14 @@ _MOST_REASON = 100  # characters of Pillow's own words
 _warnings_lock = threading.Lock()
 
 
-class ImageError(Exception):
+class ImageError(InputError):
     """An image that cannot be used; the message is the reason in one line."""
 
 
 class ImageMemoryError(ImageError):
     """An image that there is not enough memory to decode."""
+
+    exit_code = MEMORY
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from l4ctx.documents.payload import Payload, without_payload
 from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
 from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
 from l4ctx.documents.text import UndecodableError, decode, is_text
+from l4ctx.errors import MEMORY, InputError
 from l4ctx.formatting import human_bytes, printable
 from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
 from l4ctx.machine.memory import available_memory
@@ -33,12 +34,14 @@ from l4ctx.machine.memory import available_memory
 Content = str | tuple[str | DocumentImage, ...]
 
 
-class DocumentError(Exception):
+class DocumentError(InputError):
     """What the user asked to read cannot be read: one line that says what, where and how to mend it."""
 
 
 class DocumentMemoryError(DocumentError):
     """A document that there is not enough memory to read."""
+
+    exit_code = MEMORY
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.loop_guard import LoopGuard
 from l4ctx.engine.prefill import as_batch
+from l4ctx.errors import ModelFailureError
 from model.transformer import Transformer
 
 StopReason = Literal["stop", "length", "repetition"]
 
 
-class GenerationError(Exception):
+class GenerationError(ModelFailureError):
     """Decoding that cannot go on."""
 
 

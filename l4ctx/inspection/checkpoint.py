@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.inspection.report import CONFIG, INDEX, Report, add_damage, attempt
-from model.config import ConfigError, TextConfig
+from model.config import TextConfig
 from model.costs import parameter_count
+from model.errors import ConfigError
 from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def _header(shard: Path) -> list[StoredTensor]:
     """A shard's tensors, in the order in which they lie in it. Raises CheckpointError and SafetensorError."""
     from safetensors import safe_open
 
-    from model.weights.shards import CheckpointError, read_header
+    from model.errors import CheckpointError
+    from model.weights.shards import read_header
 
     if not shard.is_file():
         raise CheckpointError(f"{shard}: missing shard; download it again")

@@ -105,7 +105,7 @@ def _state(report: Report, context: Context, state: State, bad: set[str]) -> Rep
 
 def _documents(context: Context, state: State) -> list[Span]:
     """Raises DiskError, also where token ids and documents are not those of the state."""
-    from cache.disk import DiskError
+    from cache.errors import DiskError
 
     file = context.file(state.ids)
     ids = file.units.get("ids")
@@ -119,7 +119,7 @@ def _documents(context: Context, state: State) -> list[Span]:
 
 def _images(context: Context, state: State) -> list[ImageSpan]:
     """Raises DiskError, also where an image is not among the tokens of the state."""
-    from cache.disk import DiskError
+    from cache.errors import DiskError
 
     images = context.images(state)
     if any(not 0 <= image.start <= image.stop <= state.tokens for image in images):

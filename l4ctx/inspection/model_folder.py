@@ -16,7 +16,7 @@ from typing import Any
 
 from l4ctx.contexts.folder import FILE as MANIFEST
 from l4ctx.machine.suggestions import did_you_mean
-from model.config import ConfigError
+from model.errors import ConfigError
 
 CONFIG = "config.json"
 MAX_NAMES, MAX_JSON_BYTES = 5000, 2**20

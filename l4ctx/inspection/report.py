@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from l4ctx.errors import name_of_known
+from l4ctx.errors import exit_code_of
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -24,7 +24,7 @@ def attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **k
     try:
         return work(*args, **kwargs)
     except Exception as error:  # the readers' own errors, and whatever else a broken file makes them raise
-        if name_of_known(error) and str(error):
+        if exit_code_of(error) is not None and str(error):
             report["damage"].append({"file": str(file), "what": str(error)})
         else:
             add_damage(report, file, f"cannot be used ({type(error).__name__}: {error})")

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
+from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
 from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
 from model.costs import activation_bytes
+from model.errors import UserError
 
 TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20
@@ -33,8 +35,10 @@ WORTH_SAYING = 0.98
 KV_HOST_LIMIT = "--kv-host-memory"
 
 
-class MemoryPlanError(Exception):
+class MemoryPlanError(UserError):
     """A run that cannot fit; the message says what it needs, what is free, and what would help."""
+
+    exit_code = MEMORY
 
 
 @dataclass(frozen=True)

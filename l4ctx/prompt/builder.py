@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
+from l4ctx.errors import TOO_LONG
 from l4ctx.spans import Span
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from l4ctx.documents.images import DocumentImage
@@ -31,8 +33,10 @@ _NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 DOCUMENT_END = "\n</document>\n\n"
 
 
-class PromptLengthError(Exception):
+class PromptLengthError(UserError):
     """A prompt that has more tokens than the model has positions: one line that names the largest documents."""
+
+    exit_code = TOO_LONG
 
 
 @dataclass(frozen=True)

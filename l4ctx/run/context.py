@@ -121,7 +121,7 @@ class ContextUse:
     ) -> None:
         """Finds what need not be read, and for writing, makes or opens the context.
 
-        Raises ContextError and cache.disk.DiskFullError.
+        Raises ContextError and DiskFullError.
         """
         if self.reader is not None:
             self._begin_reading(self.reader, prompt, layout)
@@ -248,7 +248,7 @@ class ContextUse:
     @contextmanager
     def with_repair_hint(self) -> Iterator[None]:
         """Damage in a context's file ends as an error that says what can be done."""
-        from cache.disk import DiskError, UnreadableError
+        from cache.errors import DiskError, UnreadableError
 
         try:
             yield

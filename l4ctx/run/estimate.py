@@ -205,8 +205,9 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
     Without shards by config.json.
     """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    from model.errors import CheckpointError
     from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
-    from model.weights.shards import CheckpointError, stored_dtype, unused_weights
+    from model.weights.shards import stored_dtype, unused_weights
 
     try:
         stored = checked_tensors(request.model, config)
@@ -257,7 +258,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
 
 def _tower(images: ImageUse, note: Note) -> dict[str, StoredTensor] | None:
     """The vision tower's tensors; None where they have to be counted by config.json."""
-    from model.weights.shards import CheckpointError
+    from model.errors import CheckpointError
 
     try:
         return images.stored_tensors()

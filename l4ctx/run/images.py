@@ -15,8 +15,9 @@ from l4ctx.errors import RequestError
 from l4ctx.planning.workload import ImageWorkload
 from l4ctx.vision.prompter import ImagePrompter, PlacedImage, count_image_tokens
 from l4ctx.vision.tiles import tiling_bytes
-from model.config import ConfigError, TextConfig
+from model.config import TextConfig
 from model.costs import Operations
+from model.errors import ConfigError
 from model.vision.config import VisionConfig, vision_operations, vision_parameter_count
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ class Run:
     def plan_memory(self) -> None:
         """Predicts every owner's bytes, and opens a context that is written to.
 
-        Raises MemoryPlanError when they are more than is free, ContextError, and cache.disk.DiskFullError.
+        Raises MemoryPlanError when they are more than is free, ContextError, and DiskFullError.
         """
         from model.weights.loading import can_be_mapped, stored_parameters
         from model.weights.shards import stored_dtype
@@ -240,7 +240,7 @@ class Run:
     def load_model(self) -> None:
         """Maps or converts the weights, and makes a cache with what need not be read.
 
-        Raises CheckpointError, ContextError and cache.disk.DiskFullError.
+        Raises CheckpointError, ContextError and DiskFullError.
         """
         from cache.disk import Scratch
         from cache.hybrid import HybridKVCache
@@ -279,7 +279,7 @@ class Run:
     def prefill(self) -> Iterator[PrefillProgress]:
         """Reads all of the prompt that is not there yet but its last token; keeps the documents, if that is asked for.
 
-        Raises ContextError and cache.disk.DiskFullError.
+        Raises ContextError and DiskFullError.
         """
         if self.contexts.writer is not None:
             yield from self._read(self.prompt.documents_stop)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import MAX_LAYERS, ConfigError, FieldReader, no_config, read_config
+from model.config import MAX_LAYERS, FieldReader, no_config, read_config
+from model.errors import ConfigError
 
 TILES_AT_A_TIME = 4
 """Image tiles that the vision tower sees in one forward."""

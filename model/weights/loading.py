@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.errors import CheckpointError
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 from model.weights.linearized import ExpertPart, empty_fused, expert_parts, missing_part, surplus_part
-from model.weights.shards import DTYPES, EMBEDDINGS, CheckpointError, StoredTensor, text_tensors, vision_tensors
+from model.weights.shards import DTYPES, EMBEDDINGS, StoredTensor, text_tensors, vision_tensors
 
 
 def load_checkpoint(
@@ -37,7 +38,7 @@ def load_checkpoint(
     `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
     stored in that dtype stay in the files' mapped pages, unless `is_mapped` is false; experts that are stored one by
     one are joined in memory. Raises CheckpointError and
-    model.config.ConfigError.
+    ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)

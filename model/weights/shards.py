@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from model.errors import CheckpointError
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
@@ -21,10 +23,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
 """Never read: such a file can run any program."""
 MAX_HEADER_BYTES = 100_000_000
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be loaded; the message names the file or tensor and what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 from l4ctx.bench import process
 from l4ctx.bench.jobs import Candidate, Measurement, WorkerJob
 from l4ctx.bench.peers.llama_cpp import measure
-from l4ctx.bench.process import WorkerError, last_line, run_apart, run_worker
+from l4ctx.bench.process import ReportedError, WorkerError, last_line, run_apart, run_worker
 from l4ctx.bench.report import BenchReport, BenchRun, best_candidate, figures_of, median_of
 from l4ctx.bench.roofline import (
     decode_bytes,
@@ -29,7 +29,7 @@ from l4ctx.bench.roofline import (
 )
 from l4ctx.cli.console import rendered
 from l4ctx.cli.tables.bench import bench_table
-from l4ctx.errors import RequestError
+from l4ctx.errors import INPUT
 from model.config import TextConfig
 from model.costs import reading_operations
 from support.cli_runner import COMMAND, TINY, check_refused, run_here, run_process, text_file
@@ -176,14 +176,15 @@ def test_a_worker_that_fails_says_how(code: str, message: str, monkeypatch: pyte
         caught.value.raise_as_known("doing this")
 
 
-def test_what_a_user_can_cause_keeps_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = '{"error": "no such device", "class": "l4ctx.errors.RequestError"}'
+def test_what_a_user_can_cause_keeps_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = '{"error": "no such device", "exit_code": 2}'
     monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}''')"))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))
-    with pytest.raises(RequestError, match=r"^no such device$"):
+    with pytest.raises(ReportedError, match=r"^no such device$") as reported:
         caught.value.raise_as_known("doing this")
-    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}'''.replace('l4ctx', 'os'))"))
+    assert reported.value.exit_code == INPUT
+    monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", f"print('''{line}'''.replace('2', '1000'))"))
     with pytest.raises(WorkerError) as caught:
         run_worker(WorkerJob("machine"))
     assert caught.value.known is None

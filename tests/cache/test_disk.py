@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from cache import disk
-from cache.disk import DiskError, DiskFullError, Scratch, UnitFile
+from cache.disk import Scratch, UnitFile
+from cache.errors import DiskError, DiskFullError
 from model.weights.read_ahead import as_bytes
 from support.disk_files import again, content, path_of, read, read_into, tensors, write
 

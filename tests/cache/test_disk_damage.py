@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from cache.disk import MAX_HEADER_BYTES, DiskError, Scratch, UnitFile
+from cache.disk import MAX_HEADER_BYTES, Scratch, UnitFile
+from cache.errors import DiskError
 from support.disk_files import again, content, path_of, read, read_into, tensors, write
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from cache.blocks import Block
-from cache.disk import DiskError, UnitFile
+from cache.disk import UnitFile
+from cache.errors import DiskError
 from cache.hybrid import HybridKVCache
 from cache.layout import READ_BUFFERS, Residency
 from model.weights.read_ahead import ahead, as_bytes

@@ -14,7 +14,8 @@ import torch
 
 from cache import layout as store_layout
 from cache.blocks import Block, empty_block
-from cache.disk import DiskFullError, Scratch, UnitFile, Units
+from cache.disk import Scratch, UnitFile, Units
+from cache.errors import DiskFullError
 from cache.grid import prefill_grid
 from cache.layout import Residency
 from cache.packing import pack, unpack

@@ -22,7 +22,8 @@ from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
 from l4ctx.checkpoint.fingerprint import FIELDS, differing, fingerprint
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from model.config import RopeParameters, TextConfig
-from model.weights.shards import CheckpointError, read_header, text_tensors
+from model.errors import CheckpointError
+from model.weights.shards import read_header, text_tensors
 from support.places import TINY
 from support.tokenizer_fixtures import toy_tokenizer_folder
 

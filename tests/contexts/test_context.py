@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cache.disk
-from cache.disk import DiskFullError
+from cache.errors import DiskFullError
 from cache.hybrid import HybridKVCache
 from cache.layout import KV_DTYPES, Residency
 from l4ctx.contexts.journal import Journal

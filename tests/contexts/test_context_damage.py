@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cache.disk import DiskError, DiskFullError, UnitFile, write_units
+from cache.disk import UnitFile, write_units
+from cache.errors import DiskError, DiskFullError
 from l4ctx.checkpoint.fingerprint import FIELDS
 from l4ctx.contexts.manifest import read_manifest, saved_recipe
 from l4ctx.contexts.reader import Context, ContextReader

@@ -113,7 +113,7 @@ def test_other_images_give_other_answers() -> None:
 
 
 def test_a_damaged_list_of_images_is_named(tmp_path: Path) -> None:
-    from cache.disk import DiskError
+    from cache.errors import DiskError
 
     keep(tmp_path / "c", IMAGES)
     file = next((tmp_path / "c").glob("tokens-*.safetensors"))

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cache.disk import DiskFullError, UnitFile
+from cache.disk import UnitFile
+from cache.errors import DiskFullError
 from l4ctx.contexts.folder import HEAD
 from l4ctx.contexts.reader import Context
 from l4ctx.errors import ContextError

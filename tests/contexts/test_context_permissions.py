@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from cache.disk import DiskFullError, Scratch, UnreadableError
+from cache.disk import Scratch
+from cache.errors import DiskFullError, UnreadableError
 from l4ctx.cli.tables.inspection import listing
 from l4ctx.contexts.folder import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK
 from l4ctx.contexts.manifest import saved_recipe

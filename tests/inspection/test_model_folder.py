@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from l4ctx.inspection.model_folder import check_model_folder, what_it_is
-from model.config import ConfigError
+from model.errors import ConfigError
 from support.cli_runner import run_here
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import ConfigError, TextConfig
+from model.config import TextConfig
+from model.errors import CheckpointError, ConfigError
 from model.weights.loading import load_checkpoint
-from model.weights.shards import CheckpointError, read_header, text_tensors
+from model.weights.shards import read_header, text_tensors
 from support.error_budget import difference
 from support.places import ROOT
 from support.toy_checkpoints import Toys

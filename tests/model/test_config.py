@@ -15,8 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Llama4Config
 
-from model.config import ConfigError, RopeParameters, TextConfig
+from model.config import RopeParameters, TextConfig
 from model.costs import parameter_count, reading_operations
+from model.errors import ConfigError
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.places import ROOT

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from l4ctx.checkpoint.fingerprint import fingerprint
 from model.config import TextConfig
 from model.costs import parameter_count
+from model.errors import CheckpointError
 from model.weights.loading import can_be_mapped, checked_tensors, load_checkpoint, stored_parameters
-from model.weights.shards import CheckpointError, unused_weights
+from model.weights.shards import unused_weights
 from support.places import ROOT
 from support.toy_checkpoints import Toys
 

@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding, apply_rotary_emb
 
 from model.config import RopeParameters, TextConfig
-from model.rope import LengthError, phases, rotary_frequencies, rotate
+from model.errors import LengthError
+from model.rope import phases, rotary_frequencies, rotate
 from support.toy_checkpoints import BASE, KINDS
 
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache.hybrid import HybridKVCache
+from model.errors import CheckpointError
 from model.transformer import Transformer
 from model.vision import tower as tower_module
 from model.vision.config import (
@@ -30,7 +31,7 @@ from model.vision.config import (
 )
 from model.vision.tower import VisionTower
 from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
-from model.weights.shards import CheckpointError, text_tensors
+from model.weights.shards import text_tensors
 from support.error_budget import difference, in_float64, limit
 from support.places import SHARED
 from support.toy_checkpoints import BASE, CHUNK, IMAGE_TOKEN, SCOUT, VOCABULARY, Kind, Toy, Toys, write_kind

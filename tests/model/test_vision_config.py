@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.vision.config import VisionConfig, vision_activation_bytes, vision_operations, vision_parameter_count
 from support.places import SHARED
 

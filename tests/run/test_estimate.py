@@ -30,8 +30,9 @@ from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate
 from l4ctx.run.estimate import PlanReport, PlanRequest, make_plan
-from model.config import ConfigError, TextConfig
+from model.config import TextConfig
 from model.costs import parameter_count, reading_operations
+from model.errors import ConfigError
 from model.weights.loading import load_checkpoint
 from support.places import ROOT, TINY
 

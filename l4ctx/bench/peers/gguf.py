@@ -132,7 +132,7 @@ def gguf_bytes(config: TextConfig, kind: str) -> int:
 def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
     """Writes the checkpoint in `folder` to `file`, in "f32", "f16" or "bf16"; holds one tensor at a time.
 
-    Raises GGUFError, and model.weights.shards.CheckpointError for a checkpoint that is not whole.
+    Raises GGUFError, and CheckpointError for a checkpoint that is not whole.
     """
     import gguf
     from safetensors import safe_open

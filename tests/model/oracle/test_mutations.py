@@ -15,8 +15,8 @@ from torch import Tensor
 
 import model.rope
 import model.transformer
+from model.errors import CheckpointError
 from model.moe import MLP, Experts
-from model.weights.shards import CheckpointError
 from support.mutations import (
     Mutation,
     config_with,

@@ -1,0 +1,115 @@
+"""Every error of the packages is either one that a user can cause, with an exit code, or known to be caught inside."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from l4ctx.errors import (
+    CHECKPOINT,
+    CODES_OF_ERRORS,
+    CONTEXT,
+    INPUT,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    TOO_LONG,
+    UsageError,
+    exit_code_of,
+)
+from model.errors import UserError
+from support.places import ROOT
+from test_architecture import MODULES
+
+CODES = {
+    "l4ctx.errors.OutputError": OUTPUT,
+    "l4ctx.errors.InputError": INPUT,
+    "l4ctx.errors.UsageError": INPUT,
+    "l4ctx.errors.RequestError": INPUT,
+    "l4ctx.documents.images.ImageError": INPUT,
+    "l4ctx.documents.images.ImageMemoryError": MEMORY,
+    "l4ctx.documents.reader.DocumentError": INPUT,
+    "l4ctx.documents.reader.DocumentMemoryError": MEMORY,
+    "model.errors.ConfigError": CHECKPOINT,
+    "model.errors.CheckpointError": CHECKPOINT,
+    "l4ctx.errors.UnusableCheckpointError": CHECKPOINT,
+    "l4ctx.checkpoint.image_processor.ImageProcessingError": CHECKPOINT,
+    "l4ctx.checkpoint.tokenizer.TokenizerError": CHECKPOINT,
+    "l4ctx.checkpoint.chat_template.PromptError": CHECKPOINT,
+    "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
+    "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
+    "model.errors.LengthError": TOO_LONG,
+    "l4ctx.errors.ContextError": CONTEXT,
+    "cache.errors.DiskError": CONTEXT,
+    "cache.errors.UnreadableError": CONTEXT,
+    "cache.errors.DiskFullError": MEMORY,
+    "l4ctx.planning.memory_plan.MemoryPlanError": MEMORY,
+    "l4ctx.errors.ModelFailureError": MODEL,
+    "l4ctx.engine.generate.GenerationError": MODEL,
+    "l4ctx.bench.process.WorkerError": MODEL,
+}
+WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError"}  # the root; has its worker's
+INTERNAL = {  # each caught by the package that raises it, which says what it means there
+    "l4ctx.bench.peers.gguf.GGUFError",
+    "l4ctx.contexts.journal.JournalError",
+    "l4ctx.documents.exclusion.git.GitError",
+    "l4ctx.documents.exclusion.git.GitSlowError",
+    "l4ctx.documents.exclusion.gitignore.PatternFileError",
+    "l4ctx.documents.pdf.PdfError",
+    "l4ctx.documents.pdf.PdfSupportMissing",
+    "l4ctx.documents.pdf_process.LibraryMissingError",
+    "l4ctx.documents.pdf_process.NoWorkerError",
+    "l4ctx.documents.pdf_process.PdfiumError",
+    "l4ctx.documents.pdf_process.RefusedError",
+    "l4ctx.documents.pdf_worker._DocumentError",
+    "l4ctx.documents.pdf_worker._PageError",
+    "l4ctx.documents.reader._LeftOutError",
+    "l4ctx.documents.text.UndecodableError",
+}
+
+
+def errors() -> dict[str, type[BaseException]]:
+    """Every exception class that a module of the packages defines, by its dotted name."""
+    found = {}
+    for name in MODULES.keys() - {"l4ctx.__main__"}:
+        for value in vars(importlib.import_module(name)).values():
+            if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == name:
+                found[f"{name}.{value.__qualname__}"] = value
+    return found
+
+
+def test_every_error_has_an_exit_code_or_is_internal() -> None:
+    found = errors()
+    users = {name: error for name, error in found.items() if issubclass(error, UserError)}
+    assert found.keys() - users.keys() == INTERNAL
+    assert users.keys() - WITHOUT_OWN_CODE == CODES.keys()
+    assert {name: error.exit_code for name, error in users.items() if name not in WITHOUT_OWN_CODE} == CODES
+    assert {error.exit_code for name, error in users.items() if name not in WITHOUT_OWN_CODE} == CODES_OF_ERRORS
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("--a goes without --b"), INPUT),
+        (MemoryError(), MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+        (RuntimeError("a bug"), None),
+        (OSError(5, "Input/output error"), None),
+    ],
+)
+def test_what_a_user_can_cause_has_an_exit_code(error: Exception, code: int | None) -> None:
+    assert exit_code_of(error) == code
+
+
+def test_an_exit_code_needs_no_torch() -> None:
+    code = """
+import sys
+from l4ctx.errors import exit_code_of
+print(exit_code_of(MemoryError()), exit_code_of(ValueError()), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(MEMORY), "None", "False"]
