@@ -109,16 +109,6 @@ def unpack(packed: Packed, layout: StoreLayout, into: Block) -> Block:
     return into
 
 
-def empty_packed(layout: StoreLayout, device: torch.device, pinned: bool = False) -> Packed:
-    """Uninitialised."""
-    return Packed(
-        **{
-            name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
-            for name, dtype, shape in shapes(layout)
-        }
-    )
-
-
 def packed_from_bytes(buffer: Tensor, layout: StoreLayout) -> Packed:
     """Views of a segment's bytes at the beginning of `buffer`: uint8, one-dimensional, contiguous."""
     assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous(), (buffer.dtype, buffer.shape)

@@ -15,7 +15,7 @@ from cache import layout as store_layout
 from cache import packing
 from cache.blocks import Block, empty_block
 from cache.layout import StoreLayout
-from cache.packing import TORCH_DTYPES, Packed, empty_packed, pack, packed_from_bytes, shapes, unpack
+from cache.packing import TORCH_DTYPES, Packed, pack, packed_from_bytes, shapes, unpack
 from model.config import TextConfig
 
 HEADS, HEAD_DIM, SEGMENT = 2, 10, 70  # two groups of 35 tokens
@@ -62,6 +62,10 @@ def random_block(layout: StoreLayout) -> Block:
         return x.to(TORCH_DTYPES[layout.dtype])[:, :, 3:-2]
 
     return Block(draw(), draw())
+
+
+def empty_packed(layout: StoreLayout) -> Packed:
+    return Packed(**{name: torch.empty(shape, dtype=dtype) for name, dtype, shape in shapes(layout)})
 
 
 def filled_block(layout: StoreLayout, value: float) -> Block:
@@ -118,7 +122,7 @@ def steps(codes: Tensor) -> Tensor:
 def test_shapes_and_bytes_are_the_layouts(dtype: str, kv_dtype: str, segment: int, batch_size: int) -> None:
     layout = layout_of(dtype, kv_dtype, segment=segment, batch_size=batch_size)
     packed = pack(random_block(layout), layout)
-    empty = empty_packed(layout, CPU)
+    empty = empty_packed(layout)
     expected = shapes(layout)
     for tensors in (packed.tensors, empty.tensors):
         assert [(name, x.dtype, tuple(x.shape)) for name, x in tensors] == expected
@@ -212,7 +216,7 @@ def test_int8_rounds_half_to_even() -> None:
 @pytest.mark.parametrize("dtype", COMPUTE)
 def test_every_fp8_code_is_read_as_torch_reads_it(dtype: str) -> None:
     layout = layout_of(dtype, "fp8")
-    packed = empty_packed(layout, CPU)
+    packed = empty_packed(layout)
     numbers = torch.arange(packed.keys.numel(), dtype=torch.int32) % 256
     numbers[(numbers == 0x7F) | (numbers == 0xFF)] = 0  # NaN
     for codes in (packed.keys, packed.values):
@@ -395,7 +399,7 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AssertionError):
         pack(random_block(shorter), layout)
     with pytest.raises(AssertionError):
-        unpack(empty_packed(layout, CPU), layout, filled_block(shorter, 0))
+        unpack(empty_packed(layout), layout, filled_block(shorter, 0))
 
 
 class Allocations(TorchDispatchMode):
