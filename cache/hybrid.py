@@ -15,8 +15,9 @@ from torch import Tensor
 from cache.blocks import Block, empty_block
 from cache.chunked import ChunkedKVCache
 from cache.disk import UnitFile
-from cache.layout import KVBytes, Residency, StoreLayout
+from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
+from cache.residency import KVBytes, Residency
 from cache.tiers import RowStore, SealedBlock, Tiers, unit_name
 from model.config import TextConfig
 from model.kernels.attend import KVSegment
@@ -113,10 +114,6 @@ class HybridKVCache:
             nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
             buffers=self.tiers.buffer_bytes,
         )
-
-    def predicted(self, tokens: int) -> int:
-        """Bytes of memory that will be allocated after `tokens` tokens, in closed form."""
-        return self.layout.held(tokens, self.residency, all_on_disk=self._is_saved).total
 
     @property
     def stores(self) -> list[OffloadedKVCache]:

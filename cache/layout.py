@@ -1,6 +1,4 @@
-"""Closed-form bytes of keys and values by layer kind and tier. Imports no torch, so that plans are quick.
-
-What is computed here is what `HybridKVCache` holds, to the byte; a test compares the two.
+"""Shapes and bytes of the pieces that keys and values are kept in, in closed form.
 
 A NoPE layer's store is cut twice: into blocks, which are sealed, moved and written as one, and into segments, which
 attention visits one at a time. Both are cut at multiples of the attention chunk and depend on the model and the dtype
@@ -21,55 +19,12 @@ MIN_BLOCK_BYTES = 16 * 2**20
 MIN_SEGMENT_BYTES, MIN_SEGMENT_TOKENS = 4 * 2**20, 8192
 """A segment is not smaller (but for a whole block): fewer, larger reads, and fewer partial results to merge."""
 
-READ_BUFFERS = 3
-"""Segments in flight from disk: one in use, the next two on their way."""
-
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 """Storage types of sealed blocks, with bytes an element."""
 
 QUANTIZED = ("fp8", "int8")
 MAX_GROUP_TOKENS = 64
 SCALE_BYTES = 4
-
-
-@dataclass(frozen=True)
-class KVBytes:
-    """Bytes of keys and values: RoPE windows, NoPE blocks by the tier they are held in, and what serves the reading."""
-
-    rope_windows: int
-    nope_device: int
-    nope_host: int
-    nope_disk: int = 0  # in files, whether or not a copy is in memory
-    buffers: int = 0  # host memory through which blocks on disk, and packed ones, reach attention
-
-    @property
-    def nope(self) -> int:
-        """Of the NoPE layers, in memory."""
-        return self.nope_device + self.nope_host
-
-    @property
-    def total(self) -> int:
-        """In memory, of every tier and owner."""
-        return self.rope_windows + self.nope + self.buffers
-
-
-@dataclass(frozen=True)
-class Residency:
-    """How many of the newest sealed blocks of each NoPE layer each tier of memory keeps; older ones move down.
-
-    `device_rows` are kept on an accelerator, `host_rows` older ones in host memory (None: all of them), the rest on
-    disk. A row is one block of every NoPE layer. Without an accelerator there are no device rows.
-    """
-
-    host_rows: int | None = None
-    device_rows: int = 0
-    on_accelerator: bool = False
-
-    def split(self, sealed: int) -> tuple[int, int, int]:
-        """Of `sealed` rows, how many are on the device, in host memory, and on disk alone."""
-        device = min(sealed, self.device_rows)
-        host = sealed - device if self.host_rows is None else min(sealed - device, self.host_rows)
-        return device, host, sealed - device - host
 
 
 @dataclass(frozen=True)
@@ -165,61 +120,6 @@ class StoreLayout:
 
     def sealed_rows(self, tokens: int) -> int:
         return tokens // self.block_tokens
-
-    def buffer_bytes(self, disk_rows: int, sealed_rows: int) -> int:
-        """Read buffers if anything is on disk alone, and one segment to unpack into if blocks are packed."""
-        read = READ_BUFFERS * self.sealed_segment_bytes if disk_rows else 0
-        return read + (self.segment_bytes if self.is_packed and sealed_rows else 0)
-
-    def held(self, tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False) -> KVBytes:
-        """Bytes after `tokens` committed tokens. `all_on_disk`: every sealed block is written, as saved contexts do."""
-        rows = self.sealed_rows(tokens)
-        device, host, disk = residency.split(rows)
-        open_tokens = tokens - rows * self.block_tokens
-        last = self.length - rows * self.block_tokens  # the last segment is not larger than the run
-        open_bytes = min(self.open_bytes(open_tokens), self.config.num_nope_layers * last * self.token_bytes)
-        on_device = device * self.row_bytes + (open_bytes if residency.on_accelerator else 0)
-        on_host = host * self.row_bytes + (0 if residency.on_accelerator else open_bytes)
-        return KVBytes(
-            self.window_bytes,
-            on_device,
-            on_host,
-            nope_disk=(rows if all_on_disk else disk) * self.row_bytes,
-            buffers=self.buffer_bytes(rows if all_on_disk else disk, rows),
-        )
-
-    def peak(
-        self, tokens: int, step_tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False
-    ) -> KVBytes:
-        """The most that a run of `tokens` in the driver's steps of up to `step_tokens` holds: before its last block is
-        sealed, or at the end. One layer's packed block, while it is made, is not counted."""
-        end = self.held(tokens, residency, all_on_disk=all_on_disk)
-        rows = self.sealed_rows(tokens)
-        if rows == 0:
-            return end
-        stepped = min(rows, max(1, -(-step_tokens // self.block_tokens)))  # open before the last step's are sealed
-        sealed_before = (rows - stepped) * self.block_tokens
-        before = self.held(sealed_before, residency)
-        behind = tokens % self.block_tokens if step_tokens > self.block_tokens else 0
-        full = min(
-            self.open_bytes(stepped * self.block_tokens + behind),
-            self.config.num_nope_layers * (self.length - sealed_before) * self.token_bytes,
-        )
-        device, host = (full, 0) if residency.on_accelerator else (0, full)
-        return KVBytes(
-            end.rope_windows,
-            max(end.nope_device, before.nope_device + device),
-            max(end.nope_host, before.nope_host + host),
-            end.nope_disk,
-            end.buffers,
-        )
-
-    def rows_within(self, budget: int, step_tokens: int, *, is_open_here: bool, is_read_here: bool) -> int:
-        """Sealed rows that fit into `budget` bytes of one tier beside its open blocks and its read buffers."""
-        blocks = max(1, -(-step_tokens // self.block_tokens)) + (step_tokens > self.block_tokens)
-        taken = self.open_bytes(min(self.length, blocks * self.block_tokens)) if is_open_here else 0
-        taken += self.buffer_bytes(1, 1) if is_read_here else 0
-        return max(0, (budget - taken) // self.row_bytes) if self.row_bytes else 0
 
 
 def layer_bytes_per_token(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from cache.blocks import Block, empty_block
-from cache.layout import Residency
+from cache.residency import Residency
 from cache.tiers import SealedBlock, Tiers
 from model.kernels.attend import KVSegment
 

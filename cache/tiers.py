@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.disk import UnitFile, Units
-from cache.layout import READ_BUFFERS, Residency, StoreLayout
+from cache.layout import StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
+from cache.residency import READ_BUFFERS, Residency
 from model.weights.read_ahead import ahead, as_bytes
 
 MAX_TRAVELLING_QUERIES = 16

@@ -39,8 +39,13 @@ MODEL_LAYERS = (  # from the ground up: each module may import those in rows abo
     {"weights.loading"},
 )
 CACHE_LAYERS = (
+<<<<<<< HEAD
     {"errors", "layout", "grid"},
     {"blocks", "disk"},
+=======
+    {"layout", "grid"},
+    {"residency", "blocks", "disk"},
+>>>>>>> fa74762 (Take residency and byte totals out of the store's layout)
     {"packing"},
     {"tiers"},
     {"offloaded", "chunked"},
@@ -55,6 +60,7 @@ WITHOUT_TORCH = (
     "model.costs",
     "model.vision.config",
     "cache.layout",
+    "cache.residency",
     "l4ctx.planning.workload",
     "l4ctx.contexts.journal",
     "l4ctx.contexts.manifest",

@@ -18,7 +18,7 @@ from l4ctx.machine.memory import process_memory
 from l4ctx.planning.cost_model import CostModel, Rates, Work
 
 if TYPE_CHECKING:
-    from cache.layout import KVBytes
+    from cache.residency import KVBytes
     from l4ctx.cli.activity import Activity
     from l4ctx.engine.prefill import PrefillProgress
     from l4ctx.run.session import Run

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.layout import KVBytes
+from cache.residency import KVBytes
 from l4ctx.machine.memory import give_back_free_memory
 from model.transformer import Transformer
 

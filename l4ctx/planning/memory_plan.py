@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from cache.layout import KV_DTYPES, KVBytes, Residency, StoreLayout, unbounded_bytes
+from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
+from cache.residency import KVBytes, Residency, held_bytes, peak_bytes, rows_within
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
@@ -98,18 +99,18 @@ class MemoryPlan:
         device_rows = 0
         if capacity.accelerator is not None:
             left = _least(capacity.kv_device, capacity.accelerator - plan._beside_on_accelerator - MARGIN_BYTES)
-            device_rows = min(rows, layout.rows_within(left or 0, step, is_open_here=True, is_read_here=False))
+            device_rows = min(rows, rows_within(layout, left or 0, step, is_open_here=True, is_read_here=False))
         plan = plan._placed(Residency(None, device_rows, on_accelerator), step)
         budget = plan.host_budget(capacity)
         if capacity.has_disk and budget is not None and plan.host_keys_values > budget:
-            fitting = layout.rows_within(budget, step, is_open_here=not on_accelerator, is_read_here=True)
+            fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
             plan = plan._placed(Residency(fitting, device_rows, on_accelerator), step)
         return plan
 
     def _placed(self, residency: Residency, step: int) -> MemoryPlan:
         workload = self.workload
-        end = self.layout.held(workload.length, residency, all_on_disk=workload.is_saved)
-        peak = self.layout.peak(workload.length, step, residency, all_on_disk=workload.is_saved)
+        end = held_bytes(self.layout, workload.length, residency, all_on_disk=workload.is_saved)
+        peak = peak_bytes(self.layout, workload.length, step, residency, all_on_disk=workload.is_saved)
         return replace(self, residency=residency, end=end, peak=peak)
 
     @property

@@ -23,6 +23,7 @@ import torch
 
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
+from cache.residency import peak_bytes
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import PeakSampler, give_back_free_memory, process_memory
@@ -70,7 +71,7 @@ def run(tokens: int, threads: int) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": seconds,
         "peak_above": sampler.peak.anonymous - before.anonymous,
-        "closed_form": StoreLayout.of(CONFIG, length=tokens, dtype="bfloat16").peak(tokens, CHUNK).total,
+        "closed_form": peak_bytes(StoreLayout.of(CONFIG, length=tokens, dtype="bfloat16"), tokens, CHUNK).total,
         "operations": reading_operations(CONFIG, 0, tokens).total,
     }
 

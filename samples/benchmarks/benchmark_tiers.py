@@ -24,7 +24,8 @@ import torch
 
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency, StoreLayout
+from cache.layout import StoreLayout
+from cache.residency import Residency, rows_within
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import PeakSampler, process_memory
@@ -73,7 +74,7 @@ def run(tokens: int, share: int, folder: Path) -> dict[str, Any]:
     budget = all_bytes // share if share else 0
     residency = Residency()
     if share:
-        residency = Residency(layout.rows_within(budget, CHUNK, is_open_here=True, is_read_here=True))
+        residency = Residency(rows_within(layout, budget, CHUNK, is_open_here=True, is_read_here=True))
     list(prefill(model, HybridKVCache(CONFIG, length=2 * CHUNK, dtype=torch.bfloat16), row[: 2 * CHUNK]))  # warm-up
     before = process_memory()
     with PeakSampler() as sampler:

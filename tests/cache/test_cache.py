@@ -13,8 +13,9 @@ from cache import layout as store_layout
 from cache.blocks import empty_block
 from cache.chunked import ChunkedKVCache
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency, StoreLayout
+from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
+from cache.residency import Residency, held_bytes, peak_bytes, rows_within
 from cache.tiers import Tiers
 from model.config import TextConfig
 from support.cache_toys import (
@@ -66,8 +67,10 @@ def test_segments_equal_a_naive_store(seed: int, block_chunks: int, segment_chun
         assert held.rope_windows == ROPE_LAYERS * CHUNK * per_token
         filled = min(-(-cache.offset // segment) * segment, length)
         assert held.nope_host == held.nope == NOPE_LAYERS * filled * per_token
-        assert held.total == cache.predicted(cache.offset) == storage_bytes(cache)
-        assert held == cache.layout.held(cache.offset) and held.nope_disk == held.buffers == held.nope_device == 0
+        assert held.total == held_bytes(cache.layout, cache.offset).total == storage_bytes(cache)
+        assert (
+            held == held_bytes(cache.layout, cache.offset) and held.nope_disk == held.buffers == held.nope_device == 0
+        )
     assert cache.offset == length
 
 
@@ -76,10 +79,10 @@ def test_nothing_is_allocated_beyond_the_length(length: int) -> None:
     cache = make(block_chunks=2, segment_chunks=2, length=length)
     naive = Naive.of(cache)
     per_token = 2 * HEADS * HEAD_DIM * 4
-    assert cache.held().total == cache.predicted(0) == ROPE_LAYERS * min(CHUNK, length) * per_token
+    assert cache.held().total == held_bytes(cache.layout, 0).total == ROPE_LAYERS * min(CHUNK, length) * per_token
     for tokens in pieces(length, length):
         step(cache, naive, tokens)
-        assert cache.held().total == cache.predicted(cache.offset) == storage_bytes(cache)
+        assert cache.held().total == held_bytes(cache.layout, cache.offset).total == storage_bytes(cache)
     assert cache.held().nope == NOPE_LAYERS * length * per_token
     with pytest.raises(AssertionError, match=f"{length} \\+ 1 tokens in a cache made for {length}"):
         cache.append(0, *random_keys_values(cache, 1))
@@ -112,7 +115,7 @@ def test_the_appended_tensors_are_not_kept(tokens: int) -> None:
         assert not any(reference() is not None for reference in alive)
     cache.advance(tokens)
     assert [reference() for reference in alive] == [None] * 10
-    assert storage_bytes(cache) == cache.predicted(3 + tokens)
+    assert storage_bytes(cache) == held_bytes(cache.layout, 3 + tokens).total
 
 
 def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older() -> None:
@@ -186,7 +189,7 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
     assert [run.offset for run, _ in runs] == [first + 60, first + 63, first + 63]
     blocks = [[store.sealed[: first // (2 * CHUNK)] for store in run.stores] for run, _ in runs]
     assert blocks[0] == blocks[1] == blocks[2]
-    assert all(run.held().total == run.predicted(run.offset) for run, _ in runs)
+    assert all(run.held().total == held_bytes(run.layout, run.offset).total for run, _ in runs)
 
 
 def sealed(cache: HybridKVCache) -> list[object]:
@@ -224,9 +227,9 @@ def test_an_unfinished_step_leaves_nothing_behind(seed: int, stopped_after: int)
         step(fork, fork_naive, tokens)
         step(cache, naive, tokens)
         assert cache.offset == fork.offset
-        assert fork.held().total == fork.predicted(fork.offset)
+        assert fork.held().total == held_bytes(fork.layout, fork.offset).total
     step(cache, naive, 120 - cache.offset)
-    assert cache.held().total == cache.predicted(120) == storage_bytes(cache)
+    assert cache.held().total == held_bytes(cache.layout, 120).total == storage_bytes(cache)
 
 
 def test_queries_that_are_only_the_last_ones() -> None:
@@ -253,7 +256,7 @@ def test_scout_in_bfloat16() -> None:
     assert store_layout.bytes_per_token(scout, 2) == 48 * 1024
     assert store_layout.unbounded_bytes(scout, 2**20, 2) == 192 * 2**30
     layout = StoreLayout.of(scout, length=2**20, dtype="bfloat16")
-    assert layout.window_bytes == 1.125 * 2**30 and layout.held(2**20).total == (48 + 1.125) * 2**30
+    assert layout.window_bytes == 1.125 * 2**30 and held_bytes(layout, 2**20).total == (48 + 1.125) * 2**30
     assert StoreLayout.of(scout, length=4096, dtype="bfloat16").window_bytes == 1.125 * 2**29
     assert (layout.block_tokens, layout.segment_tokens, layout.row_bytes) == (8192, 8192, 12 * 32 * 2**20)
     held = HybridKVCache(scout, dtype=torch.bfloat16, device="meta").held()
@@ -315,14 +318,14 @@ def test_what_fits_into_a_budget(kv_dtype: str) -> None:
         )
         used = chance.randint(30 * CHUNK, 60 * CHUNK)
         prefill_chunk_size = chance.choice((1, 5, CHUNK, 2 * CHUNK, 3 * CHUNK, 8 * CHUNK))
-        budget = chance.randint(0, layout.held(used).nope)
-        rows = layout.rows_within(budget, prefill_chunk_size, is_open_here=True, is_read_here=True)
-        peak = layout.peak(used, prefill_chunk_size, Residency(rows))
+        budget = chance.randint(0, held_bytes(layout, used).nope)
+        rows = rows_within(layout, budget, prefill_chunk_size, is_open_here=True, is_read_here=True)
+        peak = peak_bytes(layout, used, prefill_chunk_size, Residency(rows))
         assert rows == 0 or peak.nope_host + peak.buffers <= budget
-        more = layout.peak(used, prefill_chunk_size, Residency(rows + 1))
+        more = peak_bytes(layout, used, prefill_chunk_size, Residency(rows + 1))
         if more.nope_disk:  # or everything fits
             assert more.nope_host + more.buffers + layout.open_bytes(layout.block_tokens) > budget
-        assert layout.rows_within(budget, 1, is_open_here=False, is_read_here=False) == budget // layout.row_bytes
+        assert rows_within(layout, budget, 1, is_open_here=False, is_read_here=False) == budget // layout.row_bytes
 
 
 def test_one_layer_alone() -> None:

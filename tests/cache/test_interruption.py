@@ -13,8 +13,8 @@ import torch
 from cache.chunked import ChunkedKVCache
 from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
+from cache.residency import Residency, held_bytes
 from cache.tiers import SealedBlock, Tiers
 from model.weights.loading import load_checkpoint
 from support.cache_toys import CHUNK, LAYERS, make, random_keys_values
@@ -163,7 +163,7 @@ def test_a_cache_on_disk_goes_on(
                 assert all(map(same, seen, expected))
         assert interrupted == 1 or number > 1
         assert same(shown(other, 1, range(1)), shown(straight, 1, range(1)))
-        held, closed_form = other.held(), other.layout.held(other.offset, other.residency)
+        held, closed_form = other.held(), held_bytes(other.layout, other.offset, other.residency)
         assert (held.nope, held.buffers, held.rope_windows) == (
             closed_form.nope,
             closed_form.buffers,
@@ -191,7 +191,7 @@ def test_ctrl_c_after_ctrl_c(monkeypatch: pytest.MonkeyPatch, rows: Scratch) -> 
         assert all(map(same, seen, expected))
     forward(cache, BLOCK)
     assert interrupted >= 4
-    assert cache.held() == cache.layout.held(cache.offset, cache.residency)
+    assert cache.held() == held_bytes(cache.layout, cache.offset, cache.residency)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -217,7 +217,7 @@ def test_ctrl_c_between_the_layers_of_a_row(monkeypatch: pytest.MonkeyPatch, row
             interrupted += 1
             continue
         assert all(map(same, seen, expected))
-    assert interrupted == 1 and cache.held() == cache.layout.held(cache.offset, cache.residency)
+    assert interrupted == 1 and cache.held() == held_bytes(cache.layout, cache.offset, cache.residency)
 
 
 @pytest.mark.parametrize("number", range(1, 2 * len(LAYERS) + 1))

@@ -18,7 +18,7 @@ from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError
 from cache.hybrid import HybridKVCache
-from cache.layout import READ_BUFFERS, Residency
+from cache.residency import READ_BUFFERS, Residency, buffer_bytes, held_bytes
 from model.weights.read_ahead import ahead, as_bytes
 from support.cache_toys import CONFIG, LAYERS, make, random_keys_values, storage_bytes
 from support.tier_toys import BLOCK, filled, restored, same, shown, together
@@ -103,7 +103,7 @@ def test_the_next_segments_are_read_while_one_is_used(caches: tuple[HybridKVCach
         assert right(caches)
         together([caches[0].fork(), caches[1].fork()], 1)
     assert len(set(disk.buffers)) == READ_BUFFERS  # for every layer and fork
-    assert caches[1].held().buffers == caches[1].layout.buffer_bytes(1, 1)
+    assert caches[1].held().buffers == buffer_bytes(caches[1].layout, 1, 1)
     assert storage_bytes(caches[1]) == caches[1].held().total
 
 
@@ -168,7 +168,7 @@ def test_a_block_that_was_promoted_in_part_is_dropped_whole(
         other.append(layer, *random_keys_values(other, BLOCK))  # nothing attends, as in the last layer of a prefill
     other.advance(BLOCK)
     assert not block.is_in_memory
-    assert other.held().nope == other.layout.held(other.offset, Residency(1)).nope
+    assert other.held().nope == held_bytes(other.layout, other.offset, Residency(1)).nope
 
 
 @pytest.mark.parametrize("number", [0, 4, len(UNITS) - 1])

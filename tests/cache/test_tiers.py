@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache import layout as store_layout
 from cache.blocks import Block, empty_block
 from cache.disk import Scratch, UnitFile, Units
 from cache.errors import DiskFullError
 from cache.grid import prefill_grid
-from cache.layout import Residency
 from cache.packing import pack, unpack
+from cache.residency import READ_BUFFERS, Residency, buffer_bytes, held_bytes, peak_bytes
 from cache.tiers import MAX_TRAVELLING_QUERIES, SealedBlock, Tiers
 from support.cache_toys import CHUNK, LAYERS, Naive, make, pieces, random_keys_values, step, storage_bytes
 from support.cached_paths import SavedRows, scratch
@@ -72,8 +71,9 @@ def test_the_tier_changes_no_bit(dtype: str, kv_dtype: str, size: int, rows: Scr
         together(caches, len(positions))
         for cache in caches:
             saves_all = isinstance(cache.rows, SavedRows)
-            assert cache.held() == cache.layout.held(cache.offset, cache.residency, all_on_disk=saves_all)
-            assert cache.held().total == cache.predicted(cache.offset) == storage_bytes(cache)
+            expected = held_bytes(cache.layout, cache.offset, cache.residency, all_on_disk=saves_all)
+            assert cache.held() == expected
+            assert cache.held().total == expected.total == storage_bytes(cache)
     assert [cache.held().nope_disk // cache.layout.row_bytes for cache in caches] == [0, 5, 4, 3, 5]
     together(caches, 1)
 
@@ -92,7 +92,7 @@ def test_no_step_holds_more_than_the_peak(kv_dtype: str, size: int, segment_chun
                 residency=Residency(host_rows),
                 rows=rows,
             )
-            peak, most = cache.layout.peak(length, size, cache.residency), 0
+            peak, most = peak_bytes(cache.layout, length, size, cache.residency), 0
             for positions in prefill_grid(0, length, size, CHUNK, BLOCK):
                 for layer in LAYERS:
                     cache.append(layer, *random_keys_values(cache, len(positions)))
@@ -158,14 +158,14 @@ def test_a_restored_cache_goes_on_as_the_one_that_was_saved(
     cache, saved = filled(offset, tmp_path, kv_dtype=kv_dtype, length=150, batch_size=2)
     caches = [cache, *(restored(cache, saved, count, rows=rows) for count in (None, 0, 1, 2))]
     for other in caches[1:]:  # the buffers are there before a read needs them
-        assert other.held().buffers == other.layout.held(offset, other.residency, all_on_disk=True).buffers
+        assert other.held().buffers == held_bytes(other.layout, offset, other.residency, all_on_disk=True).buffers
         assert other.held().nope == other.layout.open_bytes(offset % BLOCK)
     for tokens in pieces(offset, 90):
         together(caches, tokens)
     for other in caches[1:]:
-        there = other.layout.held(other.offset, other.residency).nope_disk // other.layout.row_bytes
+        there = held_bytes(other.layout, other.offset, other.residency).nope_disk // other.layout.row_bytes
         assert other.held().nope_disk // other.layout.row_bytes == max(there, offset // BLOCK)
-        assert other.held().nope == other.layout.held(other.offset, other.residency).nope
+        assert other.held().nope == held_bytes(other.layout, other.offset, other.residency).nope
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
@@ -198,7 +198,7 @@ def test_blocks_that_fit_into_memory_stay_when_read_again(tmp_path: Path, read: 
         together([cache, other], 1)
         assert sorted(read) == sorted(everything * times)
         assert other.held().nope == (other.layout.open_bytes(4) if times == 1 else cache.held().nope)
-        assert other.held().buffers == other.layout.buffer_bytes(4, 4)
+        assert other.held().buffers == buffer_bytes(other.layout, 4, 4)
     assert storage_bytes(other) == storage_bytes(cache) == cache.held().total
 
 
@@ -219,7 +219,7 @@ def test_promoted_blocks_go_when_they_are_older(tmp_path: Path, read: list[str],
         in_memory = [[block.is_in_memory for block in store.sealed] for store in other.stores]
         sealed = other.offset // BLOCK
         assert in_memory == [[False] * (sealed - host_rows) + [True] * host_rows] * 2
-        assert other.held().nope_host == other.layout.held(other.offset, Residency(host_rows)).nope_host
+        assert other.held().nope_host == held_bytes(other.layout, other.offset, Residency(host_rows)).nope_host
         assert storage_bytes(other) == other.held().total
 
 
@@ -251,7 +251,7 @@ def test_durable_stores_get_each_row_once_in_order(tmp_path: Path) -> None:
     together([fork], 4 * BLOCK)
     together([fork.fork()], BLOCK)
     assert saved.written == [0, 1, 2] and fork.rows is None
-    assert fork.held().nope == fork.layout.held(fork.offset).nope  # nowhere else to put them
+    assert fork.held().nope == held_bytes(fork.layout, fork.offset).nope  # nowhere else to put them
     other = restored(cache, saved, 1, rows=saved)
     for tokens in pieces(3, 100):
         together([other], tokens)
@@ -297,7 +297,7 @@ def test_no_room_for_a_row(tmp_path: Path, number: int, times: int, is_durable: 
     assert failures == times
     sealed = cache.offset // BLOCK
     assert saved.written == list(range(sealed if is_durable else sealed - 1))
-    assert cache.held().nope == cache.layout.held(cache.offset, Residency(1)).nope
+    assert cache.held().nope == held_bytes(cache.layout, cache.offset, Residency(1)).nope
 
 
 def test_without_a_disk_nothing_is_lost() -> None:
@@ -322,7 +322,7 @@ def test_a_run_that_seals_nothing_needs_no_buffers(rows: Scratch) -> None:
     together([cache], BLOCK - 1)
     assert cache.held().buffers == cache.held().nope_disk == 0
     together([cache], 1)
-    expected = store_layout.READ_BUFFERS * cache.layout.sealed_segment_bytes + cache.layout.segment_bytes
+    expected = READ_BUFFERS * cache.layout.sealed_segment_bytes + cache.layout.segment_bytes
     assert cache.held().buffers == expected and cache.held().nope == 0
 
 

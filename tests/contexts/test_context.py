@@ -20,7 +20,8 @@ import torch
 import cache.disk
 from cache.errors import DiskFullError
 from cache.hybrid import HybridKVCache
-from cache.layout import KV_DTYPES, Residency
+from cache.layout import KV_DTYPES
+from cache.residency import Residency
 from l4ctx.contexts.journal import Journal
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.reuse import common_prefix

@@ -19,8 +19,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cache import layout as store_layout
 from cache.hybrid import HybridKVCache
+from cache.residency import READ_BUFFERS
 from l4ctx.cli.tables.memory import memory_table
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import human_bytes
@@ -461,7 +461,7 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
     workload = Workload(
         of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32"
     )
-    budget = (16 + 1 + 16 * store_layout.READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
+    budget = (16 + 1 + 16 * READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
     plan = MemoryPlan.of(workload, Capacity(kv_host=budget, disk_folder="x"))
     rows = table(
         report(
@@ -474,5 +474,5 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
     )
     assert rows["NoPE keys and values, host memory"] == ["21.2 MiB", "32.0 MiB", "21.2 MiB"]
     assert rows["NoPE keys and values, disk"] == ["96.0 MiB", "96.0 MiB", "96.0 MiB"]
-    assert rows["read buffers"] == [human_bytes(16 * store_layout.READ_BUFFERS * MIB)] * 3
+    assert rows["read buffers"] == [human_bytes(16 * READ_BUFFERS * MIB)] * 3
     assert "weights, mapped from the checkpoint" in rows

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from cache.layout import KVBytes
+from cache.residency import KVBytes
 from l4ctx.cli.console import shortened
 from l4ctx.cli.progress import Reading, _rate
 from l4ctx.cli.wrapping import cells

@@ -18,7 +18,8 @@ from cache import layout as store_layout
 from cache.disk import Scratch
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.layout import KVBytes, Residency, StoreLayout
+from cache.layout import StoreLayout
+from cache.residency import KVBytes, Residency
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor

@@ -23,7 +23,8 @@ from cache import layout as store_layout
 from cache.disk import Scratch, UnitFile, Units, write_units
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency, StoreLayout
+from cache.layout import StoreLayout
+from cache.residency import Residency
 from model.config import TextConfig
 from model.transformer import Transformer
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency, StoreLayout
+from cache.layout import StoreLayout
+from cache.residency import Residency
 from l4ctx.contexts.folder import BLOCKS, JOURNAL
 from l4ctx.contexts.journal import Journal
 from l4ctx.contexts.manifest import Recipe

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
-from cache.layout import Residency
+from cache.residency import Residency
 from support.cache_toys import CHUNK, CONFIG, LAYERS, make, pieces, random_keys_values
 from support.cached_paths import SavedRows
 

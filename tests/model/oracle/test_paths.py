@@ -12,8 +12,8 @@ from torch import Tensor
 from cache import layout as store_layout
 from cache.disk import UnitFile
 from cache.grid import grid_period
-from cache.layout import Residency
 from cache.offloaded import OffloadedKVCache
+from cache.residency import Residency
 from l4ctx.engine.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint

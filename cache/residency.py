@@ -1,0 +1,119 @@
+"""Which tier holds the sealed blocks, and closed-form bytes of keys and values by layer kind and tier.
+
+What is computed here is what `HybridKVCache` holds, to the byte; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache.layout import StoreLayout
+
+READ_BUFFERS = 3
+"""Segments in flight from disk: one in use, the next two being read."""
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of keys and values: RoPE windows, NoPE blocks by tier, and the buffers that blocks are read through."""
+
+    rope_windows: int
+    nope_device: int
+    nope_host: int
+    nope_disk: int = 0  # in files, whether or not a copy is in memory
+    buffers: int = 0  # host memory through which blocks on disk, and packed ones, reach attention
+
+    @property
+    def nope(self) -> int:
+        """NoPE layers, in memory."""
+        return self.nope_device + self.nope_host
+
+    @property
+    def total(self) -> int:
+        """Everything in memory, on the device and on the host."""
+        return self.rope_windows + self.nope + self.buffers
+
+
+@dataclass(frozen=True)
+class Residency:
+    """How many of the newest sealed blocks of each NoPE layer each memory tier holds; older ones move down.
+
+    The newest `device_rows` stay on the accelerator, the `host_rows` before them in host memory (None: all of them),
+    the rest on disk. A row is one block of every NoPE layer. Without an accelerator there are no device rows.
+    """
+
+    host_rows: int | None = None
+    device_rows: int = 0
+    on_accelerator: bool = False
+
+    def split(self, sealed: int) -> tuple[int, int, int]:
+        """How many of `sealed` rows are on the device, in host memory, and on disk alone."""
+        device = min(sealed, self.device_rows)
+        host = sealed - device if self.host_rows is None else min(sealed - device, self.host_rows)
+        return device, host, sealed - device - host
+
+
+def buffer_bytes(layout: StoreLayout, disk_rows: int, sealed_rows: int) -> int:
+    """Read buffers if any row is on disk alone, and one segment to unpack into if blocks are packed."""
+    read = READ_BUFFERS * layout.sealed_segment_bytes if disk_rows else 0
+    return read + (layout.segment_bytes if layout.is_packed and sealed_rows else 0)
+
+
+def held_bytes(
+    layout: StoreLayout, tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False
+) -> KVBytes:
+    """Bytes after `tokens` committed tokens. `all_on_disk`: every sealed block is written, as in a saved context."""
+    rows = layout.sealed_rows(tokens)
+    device, host, disk = residency.split(rows)
+    open_tokens = tokens - rows * layout.block_tokens
+    last = layout.length - rows * layout.block_tokens  # the last segment is no longer than the run
+    open_bytes = min(layout.open_bytes(open_tokens), layout.config.num_nope_layers * last * layout.token_bytes)
+    on_device = device * layout.row_bytes + (open_bytes if residency.on_accelerator else 0)
+    on_host = host * layout.row_bytes + (0 if residency.on_accelerator else open_bytes)
+    return KVBytes(
+        layout.window_bytes,
+        on_device,
+        on_host,
+        nope_disk=(rows if all_on_disk else disk) * layout.row_bytes,
+        buffers=buffer_bytes(layout, rows if all_on_disk else disk, rows),
+    )
+
+
+def peak_bytes(
+    layout: StoreLayout,
+    tokens: int,
+    step_tokens: int,
+    residency: Residency = Residency(),
+    *,
+    all_on_disk: bool = False,
+) -> KVBytes:
+    """The most that a run of `tokens` holds when the driver steps up to `step_tokens` at a time: before its last block
+    is sealed, or at the end. One layer's packed block, while it is made, is not counted."""
+    end = held_bytes(layout, tokens, residency, all_on_disk=all_on_disk)
+    rows = layout.sealed_rows(tokens)
+    if rows == 0:
+        return end
+    stepped = min(rows, max(1, -(-step_tokens // layout.block_tokens)))  # open until the last step's are sealed
+    sealed_before = (rows - stepped) * layout.block_tokens
+    before = held_bytes(layout, sealed_before, residency)
+    behind = tokens % layout.block_tokens if step_tokens > layout.block_tokens else 0
+    full = min(
+        layout.open_bytes(stepped * layout.block_tokens + behind),
+        layout.config.num_nope_layers * (layout.length - sealed_before) * layout.token_bytes,
+    )
+    device, host = (full, 0) if residency.on_accelerator else (0, full)
+    return KVBytes(
+        end.rope_windows,
+        max(end.nope_device, before.nope_device + device),
+        max(end.nope_host, before.nope_host + host),
+        end.nope_disk,
+        end.buffers,
+    )
+
+
+def rows_within(layout: StoreLayout, budget: int, step_tokens: int, *, is_open_here: bool, is_read_here: bool) -> int:
+    """Sealed rows that fit into `budget` bytes of one tier beside its open blocks and its read buffers."""
+    blocks = max(1, -(-step_tokens // layout.block_tokens)) + (step_tokens > layout.block_tokens)
+    taken = layout.open_bytes(min(layout.length, blocks * layout.block_tokens)) if is_open_here else 0
+    taken += buffer_bytes(layout, 1, 1) if is_read_here else 0
+    return max(0, (budget - taken) // layout.row_bytes) if layout.row_bytes else 0
