@@ -39,13 +39,8 @@ MODEL_LAYERS = (  # from the ground up: each module may import those in rows abo
     {"weights.loading"},
 )
 CACHE_LAYERS = (
-<<<<<<< HEAD
     {"errors", "layout", "grid"},
-    {"blocks", "disk"},
-=======
-    {"layout", "grid"},
     {"residency", "blocks", "disk"},
->>>>>>> fa74762 (Take residency and byte totals out of the store's layout)
     {"packing"},
     {"tiers"},
     {"offloaded", "chunked"},
