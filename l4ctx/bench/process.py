@@ -21,7 +21,7 @@ from l4ctx.machine.memory import ProcessMemory, process_memory
 from l4ctx.machine.processor import without_sharing
 from model.errors import UserError
 
-WORKER = (sys.executable, "-P", "-c", "from l4ctx.bench.worker import main; main()")
+WORKER = (sys.executable, "-P", "-m", "l4ctx.bench.worker")  # -P: not from the current folder
 SAMPLING_SECONDS = 0.02
 
 

@@ -200,3 +200,7 @@ TASKS = {
     "checkpoint": write_checkpoint,
     "gguf": write_gguf,
 }
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ LEAST_MEMORY = 1 << 30  # the same where hardly any memory is free: below it, so
 MOST_LEFT = 64 << 20  # bytes that it may still hold after a request, beside a document that it keeps; else it is ended
 MOST_TEXT = 2**27  # bytes of text in UTF-8: more than any model reads
 
-_COMMAND = (sys.executable, "-P", "-c", "from l4ctx.documents.pdf_worker import main; main()")
+_COMMAND = (sys.executable, "-P", "-m", "l4ctx.documents.pdf_worker")  # -P: not from the current folder
 
 
 class NoWorkerError(Exception):

@@ -395,3 +395,7 @@ def _pixels(pdfium: ModuleType, page: Any, width: int, height: int) -> bytearray
         pdfium.FPDFBitmap_Destroy(bitmap)
     pixels[0::3], pixels[2::3] = pixels[2::3], pixels[0::3]
     return pixels
+
+
+if __name__ == "__main__":
+    main()

@@ -190,6 +190,13 @@ def test_what_a_user_can_cause_keeps_its_exit_code(monkeypatch: pytest.MonkeyPat
     assert caught.value.known is None
 
 
+def test_nothing_in_the_current_folder_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("l4ctx", "model", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    assert run_worker(WorkerJob("machine", config=TOY, device="cpu"))["device"] == "cpu"
+
+
 def test_a_process_is_watched_and_told_what_to_do() -> None:
     done = run_apart(
         [
