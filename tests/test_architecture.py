@@ -66,6 +66,7 @@ WITHOUT_TORCH = (
     "l4ctx.documents.pdf_worker",
     "l4ctx.documents.images",
     "l4ctx.planning.memory_plan",
+    "l4ctx.planning.remedies",
     "l4ctx.planning.cost_model",
     "l4ctx.run.request",
     "l4ctx.contexts.states",

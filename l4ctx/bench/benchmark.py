@@ -28,6 +28,7 @@ from l4ctx.formatting import human_bytes
 from l4ctx.inspection.model_folder import check_model_folder
 from l4ctx.machine.memory import available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention, processor_name
+from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
@@ -164,7 +165,7 @@ class Benchmark:
             plans[dtype] = MemoryPlan.of(workload, capacity)
         fitting = {dtype: plan for dtype, plan in plans.items() if not plan.shortfalls(capacity)}
         if not fitting:
-            min(plans.values(), key=lambda plan: plan.needed).check(capacity)
+            remedies.check(min(plans.values(), key=lambda plan: plan.needed), capacity)
         for dtype in plans.keys() - fitting.keys():
             self.note(f"l4ctx in {dtype} is left out: it does not fit into memory")
         for text in dict.fromkeys(text for plan in fitting.values() for text in plan.notes):

@@ -1,4 +1,4 @@
-"""What a plan is made for: what is to be read and answered, and what capacity there is. Imports no torch."""
+"""What a plan is made for: the tokens to read and to generate, and the capacity of the machine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes that may be used. None: not known, or not limited by the user."""
+    """Bytes that may be used. None: unknown, or not limited by the user."""
 
     host: int | None = None  # free now
-    accelerator: int | None = None  # free now, on the one that computes; None without one
+    accelerator: int | None = None  # free now; None without an accelerator
     kv_device: int | None = None  # --kv-device-memory
     kv_host: int | None = None  # --kv-host-memory
     disk: int | None = None  # free where sealed blocks can be written
-    disk_folder: str | None = None  # None: there is no such place
+    disk_folder: str | None = None  # None: no disk is used
 
     @property
     def has_disk(self) -> bool:
@@ -36,35 +36,35 @@ NO_LIMITS = Capacity()
 
 @dataclass(frozen=True)
 class ImageWorkload:
-    """What images among the documents add to a workload. `largest` is the one that takes most memory to decode."""
+    """What images among the documents add to a workload. `largest` takes the most memory to decode."""
 
     vision: VisionConfig
     parameters: int  # of the vision tower
-    stored_dtype: str | None  # of its weights; None: not known, or not one
-    tokens: int  # of the prompt
-    pixel_bytes: int  # host memory to decode the largest and to cut it into tiles
+    stored_dtype: str | None  # of its weights; None: unknown, or mixed
+    tokens: int  # of the images in the prompt
+    pixel_bytes: int  # host memory to decode the largest image and cut it into tiles
     largest: str
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be read and answered, and with what. Sizes in tokens and bytes; dtypes by name."""
+    """What is read and generated, and with which model and dtypes. Sizes in tokens and bytes; dtypes by name."""
 
     config: TextConfig
     prompt_tokens: int
     max_new_tokens: int
     weights: int  # of the text model
-    weights_are_mapped: bool  # or may be: pages of the checkpoint's own files, which the system can drop and read again
+    weights_are_mapped: bool  # or could be: pages of the checkpoint's files, which the system can drop and read again
     dtype: str
     kv_dtype: str = "auto"
-    stored_dtype: str | None = None  # the checkpoint's own, whose weights a CPU can map; None: not known
+    stored_dtype: str | None = None  # the checkpoint's, in which a CPU can map weights; None: unknown
     prefill_chunk_size: int | None = None  # None: the largest of PREFILL_CHUNK_SIZES that fits
     is_saved: bool = False  # every sealed block is written to disk
-    on_disk_already: int = 0  # bytes of them that a saved context has
-    new_tokens: int | None = None  # those that are read in this run, where a saved context has the others
+    on_disk_already: int = 0  # bytes of those blocks that a saved context already has
+    new_tokens: int | None = None  # read in this run; a saved context has the others. None: all
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
-    saved_layout: StoreLayout | None = None  # of a saved context, which then decides instead of the dtypes
-    images: ImageWorkload | None = None  # None: no images are among the documents
+    saved_layout: StoreLayout | None = None  # of a saved context; overrides the dtypes
+    images: ImageWorkload | None = None  # None: the documents have no images
 
     @property
     def length(self) -> int:
@@ -79,8 +79,15 @@ class Workload:
         return self.images.parameters * KV_DTYPES[self.dtype] if self.images else 0
 
     @property
+    def held_weights(self) -> int:
+        """Bytes of weights that the process allocates: those that are not pages of mapped files."""
+        if not self.weights_are_mapped:
+            return self.weights + self.tower_weights
+        return self.tower_weights if self.images and self.images.stored_dtype != self.dtype else 0
+
+    @property
     def tower_activations(self) -> int:
-        """Bytes that the vision tower holds in a forward, beside its weights."""
+        """Bytes that a forward pass of the vision tower needs beside its weights."""
         if self.images is None:
             return 0
         return vision_activation_bytes(self.images.vision, TILES_AT_A_TIME, KV_DTYPES[self.dtype])
@@ -101,7 +108,7 @@ class Workload:
         return replace(self, images=None, prompt_tokens=self.prompt_tokens - tokens, new_tokens=new_tokens)
 
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Workload:
-        """The same workload computed in another dtype. Weights that need no conversion stay mapped, on a CPU."""
+        """The same workload in another dtype. On a CPU, weights that need no conversion stay mapped."""
         itemsize, before = KV_DTYPES[dtype], KV_DTYPES[self.dtype]
         return replace(
             self,

@@ -19,7 +19,8 @@ from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on_gpu
 from l4ctx.machine.memory import available_disk, available_memory
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.planning.memory_plan import MemoryPlan, tokens_that_fit
+from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.images import ImageUse
@@ -99,7 +100,7 @@ class PlanReport:
             "plan": self.plan.as_dict(),
             "room": asdict(self.capacity),
             "missing": {tier: {"needed": needed, "there": there} for tier, (needed, there) in self.shortfalls.items()},
-            "remedies": self.plan.remedies(self.capacity),
+            "remedies": remedies(self.plan, self.capacity),
             "notes": self.notes,
             "tokens_in_memory": self.tokens_in_memory,
             "tokens_with_disk": self.tokens_with_disk,

@@ -21,6 +21,7 @@ from l4ctx.formatting import counted
 from l4ctx.machine.device import free_on_accelerator, usable_device
 from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
+from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.context import ContextUse
@@ -226,7 +227,7 @@ class Run:
         self.plan = MemoryPlan.of(workload, capacity)
         if self.request.save_context is not None and self.request.save_context.exists():
             capacity = replace(capacity, disk=None)  # much of it may be there already, and a full disk loses nothing
-        self.plan.check(capacity)
+        remedies.check(self.plan, capacity)
         for text in self.plan.notes:
             self.note(text)
         self.tell(f"comparing with {self.contexts.folder}" if self.contexts.folder else "planning memory")

@@ -24,7 +24,9 @@ from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, tokens_that_fit
+from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, host_budget
+from l4ctx.planning.remedies import check, tokens_that_fit
+from l4ctx.planning.remedies import remedies as remedies_of
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
@@ -151,7 +153,7 @@ def test_a_run_holds_what_is_planned(
 ) -> None:
     """To the byte at its end, and never more than the peak."""
     asked = workload(prompt_tokens=prompt_tokens, prefill_chunk_size=chunk_size, dtype=dtype, kv_dtype=kv_dtype)
-    planned = MemoryPlan.of(asked)._placed(TIERS[tiers], min(chunk_size, prompt_tokens))
+    planned = MemoryPlan.of(asked).placed(TIERS[tiers], min(chunk_size, prompt_tokens))
     held = held_in_each_step(planned, tmp_path)
     assert held[-1] == planned.end
     for name in KVBytes.__dataclass_fields__:
@@ -176,7 +178,7 @@ def test_the_budget_decides_how_many_rows_stay(tmp_path: Path, kv_dtype: str) ->
         assert bool(planned.notes) == (planned.host_keys_values > budget)
         host, layout = planned.residency.host_rows, planned.layout
         if host is not None:
-            assert planned._placed(Residency(host + 1), 2 * CHUNK).host_keys_values > budget  # no more would fit
+            assert planned.placed(Residency(host + 1), 2 * CHUNK).host_keys_values > budget  # no more would fit
             assert planned.end.nope_disk == (layout.sealed_rows(asked.length) - host) * layout.row_bytes > 0
         rows.append(layout.sealed_rows(asked.length) if host is None else host)
     assert rows == sorted(rows) and rows[0] == 0 and rows[-1] == 7 and len(set(rows)) >= 5
@@ -214,7 +216,7 @@ def test_a_saved_context_has_every_sealed_block_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [5, 40])
 def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers: int) -> None:
     asked = workload(config(num_hidden_layers=layers), prompt_tokens=300, max_new_tokens=0, kv_dtype=kv_dtype)
-    planned = MemoryPlan.of(asked)._placed(Residency(0), 2 * CHUNK)
+    planned = MemoryPlan.of(asked).placed(Residency(0), 2 * CHUNK)
     written = []
 
     class Seen(Scratch):
@@ -309,10 +311,10 @@ def test_without_known_limits_everything_fits() -> None:
     planned = MemoryPlan.of(workload(), Capacity())
     assert (
         planned.shortfalls(Capacity()) == {}
-        and planned.remedies(Capacity()) == []
-        and planned.host_budget(Capacity()) is None
+        and remedies_of(planned, Capacity()) == []
+        and host_budget(planned, Capacity()) is None
     )
-    planned.check(Capacity())
+    check(planned, Capacity())
     assert planned.residency == Residency(None) and planned.prefill_chunk_size == 2 * CHUNK
     assert tokens_that_fit(workload(), Capacity()) == 4096 - 9
 
@@ -329,7 +331,7 @@ def test_a_saved_layout_decides() -> None:
     planned = MemoryPlan.of(workload(saved_layout=saved))
     assert planned.layout == replace(saved, length=109) and planned.as_dict()["kv_dtype"] == "int8"
     capacity = Capacity(host=0)
-    assert not any("dtype" in remedy for remedy in planned.remedies(capacity))
+    assert not any("dtype" in remedy for remedy in remedies_of(planned, capacity))
 
 
 SCOUT = TextConfig.from_dict({"model_type": "llama4_text", "max_position_embeddings": 10 * 2**20})
@@ -355,7 +357,7 @@ def scout(**changes: Any) -> Workload:
 
 
 def remedies(asked: Workload, capacity: Capacity) -> list[str]:
-    return MemoryPlan.of(asked, capacity).remedies(capacity)
+    return remedies_of(MemoryPlan.of(asked, capacity), capacity)
 
 
 @pytest.mark.parametrize("tokens", [10**6, 10**7, 10 * 2**20])
@@ -374,17 +376,17 @@ def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
 
 def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
     planned, needed = MemoryPlan.of(scout()), least_room(MemoryPlan.of(scout()))
-    planned.check(Capacity(host=needed))
+    check(planned, Capacity(host=needed))
     with pytest.raises(MemoryPlanError) as error:
-        planned.check(Capacity(host=needed - 1))
+        check(planned, Capacity(host=needed - 1))
     message = str(error.value)
     assert "needs 48.2 GiB of memory, and 48.2 GiB are free" in message  # one byte is missing
     assert "keys and values 46.9 GiB" in message and "weights 0 B" in message and "activations 1.1 GiB" in message
     assert "--kv-dir DIR makes it fit" in message and "\n" not in message
     with pytest.raises(MemoryPlanError, match="what helps: nothing but a larger machine"):
-        MemoryPlan.of(workload(dtype="bfloat16", weights=GIB)).check(Capacity(host=0, kv_host=0, disk_folder="x"))
+        check(MemoryPlan.of(workload(dtype="bfloat16", weights=GIB)), Capacity(host=0, kv_host=0, disk_folder="x"))
     with pytest.raises(MemoryPlanError, match=r"needs 45\.8 GiB of --kv-host-memory, and 2\.0 GiB are allowed"):
-        planned.check(Capacity(host=64 * GIB, kv_host=2 * GIB))
+        check(planned, Capacity(host=64 * GIB, kv_host=2 * GIB))
 
 
 def test_remedies_for_memory() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.remedies import remedies
 from l4ctx.run.estimate import PlanReport
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def plan_table(report: PlanReport) -> RenderableType:
         facts.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
     if report.exceeds_positions:
         facts.add_row("", f"more tokens than the model has positions: {workload.length:,}")
-    for number, remedy in enumerate(plan.remedies(capacity)):
+    for number, remedy in enumerate(remedies(plan, capacity)):
         facts.add_row("what helps" if number == 0 else "", without_controls(remedy))
     return Group(*(part for each in parts for part in (each, "")), facts)
 

@@ -1,0 +1,174 @@
+"""What a user can do about a run that does not fit, and the refusal that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from l4ctx.formatting import human_bytes
+from l4ctx.planning.memory_plan import KV_HOST_LIMIT, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.workload import Capacity, Workload
+
+WORTH_SAYING = 0.98
+"""An option that leaves more than this share of the shortfall helps neither alone nor with others: it is not named."""
+
+
+def check(plan: MemoryPlan, capacity: Capacity) -> None:
+    """Raises MemoryPlanError if the run cannot fit."""
+    shortfalls = plan.shortfalls(capacity)
+    if not shortfalls:
+        return
+    short = "; ".join(
+        f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
+        f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
+        for tier, (needed, there) in shortfalls.items()
+    )
+    what_helps = "; ".join(remedies(plan, capacity)) or "nothing but a larger machine"
+    raise MemoryPlanError(
+        f"this run needs {short} (keys and values {human_bytes(plan.peak.rope_windows + plan.peak.nope)}, weights "
+        f"{human_bytes(plan.workload.held_weights)}, activations {human_bytes(plan.activations)}"
+        f"{f', images {human_bytes(plan.images)}' if plan.images else ''}); what helps: {what_helps}"
+    )
+
+
+def remedies(plan: MemoryPlan, capacity: Capacity) -> list[str]:
+    """What a user can do, one line each: options that suffice alone first, then the others, each from the cheapest."""
+    short, enough, partial = _shortfall(plan, capacity), [], []
+    if not short:
+        return []
+    for option in _options(plan, capacity):
+        left = _shortfall(MemoryPlan.of(option.workload, option.capacity), option.capacity)
+        if left == 0:
+            enough.append(f"{option.action} makes it fit{option.detail}")
+        elif left < WORTH_SAYING * short:
+            partial.append(f"{option.action} saves {human_bytes(short - left)}{option.detail}, not enough alone")
+    if len(partial) > 1 and not enough and (actions := _together(plan, capacity)):
+        enough.append(f"{' and '.join(actions)} make it fit")
+    return enough + partial + _shorter(plan.workload, capacity)
+
+
+def _shorter(workload: Workload, capacity: Capacity) -> list[str]:
+    """Which documents to leave out, and how many tokens would fit."""
+    total, fitting = workload.prompt_tokens, tokens_that_fit(workload, capacity)
+    if not 0 < fitting < total:
+        return []
+    found, documents = [], sorted(workload.largest, key=lambda document: document[1])
+    left_out = next(([document] for document in documents if document[1] >= total - fitting), documents[:-4:-1])
+    tokens = sum(tokens for _, tokens in left_out)
+    share = f"{tokens / total:.0%}".replace("%", " %")
+    if share not in ("0 %", "100 %"):
+        hint = "" if tokens >= total - fitting else ", not enough alone"
+        found.append(f"leave out {' and '.join(name for name, _ in left_out)}, {share} of the tokens{hint}")
+    return [*found, f"fewer tokens: {fitting:,} of these {total:,} fit"]
+
+
+def _shortfall(plan: MemoryPlan, capacity: Capacity) -> int:
+    """The shortfalls of all tiers in bytes. --kv-host-memory is a limit within host memory, not a tier of its own."""
+    short = {tier: needed - there for tier, (needed, there) in plan.shortfalls(capacity).items()}
+    in_host_memory = max(short.pop("memory", 0), short.pop(KV_HOST_LIMIT, 0))
+    return in_host_memory + sum(short.values())
+
+
+class _Option(NamedTuple):
+    """Something a user could do: its wording, a detail to add, and the workload and capacity that would result."""
+
+    action: str
+    detail: str
+    workload: Workload
+    capacity: Capacity
+
+
+def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
+    """From the cheapest to the most expensive, in effort and in loss of quality."""
+    workload, on_accelerator = plan.workload, capacity.accelerator is not None
+    if capacity.disk is not None and (lacking := plan.needed_on_disk - capacity.disk) > 0:
+        yield _Option(
+            f"{human_bytes(lacking)} more free in {capacity.disk_folder}, or a folder on a larger disk,",
+            "",
+            workload,
+            replace(capacity, disk=None),
+        )
+    if capacity.kv_host is not None:
+        unlimited = replace(capacity, kv_host=None)
+        without = MemoryPlan.of(workload, unlimited)
+        if "memory" not in without.shortfalls(unlimited):
+            yield _Option(f"--kv-host-memory {-(-without.host_keys_values // 2**20)}MiB", "", workload, unlimited)
+    if not capacity.has_disk:
+        there = replace(capacity, disk_folder="DIR")
+        on_disk = human_bytes(MemoryPlan.of(workload, there).needed_on_disk)
+        yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", workload, there)
+    for size in PREFILL_CHUNK_SIZES if workload.prefill_chunk_size and workload.saved_layout is None else ():
+        smaller = replace(workload, prefill_chunk_size=size)
+        if size < plan.prefill_chunk_size and (
+            size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(smaller, capacity).shortfalls(capacity)
+        ):
+            yield _Option(f"--prefill-chunk-size {size}", "", smaller, capacity)
+            break
+    yield from _other_dtypes(plan, capacity)
+    if workload.images is not None:
+        largest, pixels = workload.images.largest, human_bytes(workload.images.pixel_bytes)
+        yield _Option(
+            "--no-images",
+            f" ({largest} takes {pixels} to decode; scaled down it takes less)",
+            workload.without_images(),
+            capacity,
+        )
+    if on_accelerator:
+        yield _Option(
+            "--device cpu",
+            "",
+            workload.in_dtype(workload.dtype, on_accelerator=False),
+            replace(capacity, accelerator=None, kv_device=None),
+        )
+
+
+def _other_dtypes(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
+    """For keys and values alone, and for the whole computation. A saved context fixes both."""
+    workload = plan.workload
+    if workload.saved_layout is not None:
+        return
+    for dtype in ("bfloat16", "int8"):
+        other = replace(workload, kv_dtype=dtype)
+        factor = plan.layout.row_bytes / other.layout.row_bytes if plan.layout.row_bytes else 1.0
+        if factor > 1:
+            yield _Option(f"--kv-dtype {dtype}", f" (keys and values {factor:.1f} times smaller)", other, capacity)
+        if dtype == "bfloat16":
+            for computed in dict.fromkeys(("bfloat16", workload.stored_dtype)):
+                if computed is not None and computed != workload.dtype:
+                    yield _Option(
+                        f"--dtype {computed}",
+                        "",
+                        workload.in_dtype(computed, on_accelerator=capacity.accelerator is not None),
+                        capacity,
+                    )
+
+
+def _together(plan: MemoryPlan, capacity: Capacity) -> list[str]:
+    """Options that suffice only when combined, the cheapest that help; empty if all together are not enough."""
+    actions: list[str] = []
+    while short := _shortfall(plan, capacity):
+        for action, _, workload, there in _options(plan, capacity):
+            better = MemoryPlan.of(workload, there)
+            if _shortfall(better, there) < WORTH_SAYING * short:
+                actions.append(action)
+                plan, capacity = better, there
+                break
+        else:
+            return []
+    return actions
+
+
+def tokens_that_fit(workload: Workload, capacity: Capacity) -> int:
+    """The longest prompt that fits, in tokens: 0 if none does, and never more than the model has positions for."""
+    fitting, too_many = 0, workload.config.max_position_embeddings - workload.max_new_tokens + 1
+    while too_many - fitting > 1:
+        tokens = (fitting + too_many) // 2
+        shorter = replace(
+            workload, prompt_tokens=tokens, new_tokens=workload.new_tokens and min(tokens, workload.new_tokens)
+        )
+        if MemoryPlan.of(shorter, capacity).shortfalls(capacity):
+            too_many = tokens
+        else:
+            fitting = tokens
+    return fitting
