@@ -32,8 +32,8 @@ CODES = {
     "l4ctx.errors.RequestError": INPUT,
     "l4ctx.documents.images.ImageError": INPUT,
     "l4ctx.documents.images.ImageMemoryError": MEMORY,
-    "l4ctx.documents.reader.DocumentError": INPUT,
-    "l4ctx.documents.reader.DocumentMemoryError": MEMORY,
+    "l4ctx.documents.document.DocumentError": INPUT,
+    "l4ctx.documents.document.DocumentMemoryError": MEMORY,
     "model.errors.ConfigError": CHECKPOINT,
     "model.errors.CheckpointError": CHECKPOINT,
     "l4ctx.errors.UnusableCheckpointError": CHECKPOINT,
@@ -56,6 +56,7 @@ WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError
 INTERNAL = {  # each caught by the package that raises it, which says what it means there
     "l4ctx.bench.peers.gguf.GGUFError",
     "l4ctx.contexts.journal.JournalError",
+    "l4ctx.documents.content.LeftOutError",
     "l4ctx.documents.exclusion.git.GitError",
     "l4ctx.documents.exclusion.git.GitSlowError",
     "l4ctx.documents.exclusion.gitignore.PatternFileError",
@@ -67,7 +68,6 @@ INTERNAL = {  # each caught by the package that raises it, which says what it me
     "l4ctx.documents.pdf_process.RefusedError",
     "l4ctx.documents.pdf_worker._DocumentError",
     "l4ctx.documents.pdf_worker._PageError",
-    "l4ctx.documents.reader._LeftOutError",
     "l4ctx.documents.text.UndecodableError",
 }
 

@@ -15,8 +15,8 @@ import torch
 from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.document import Document
 from l4ctx.documents.images import read_image
-from l4ctx.documents.reader import Document
 from l4ctx.engine.prefill import as_batch
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.vision.tiles import image_tiles, normalized

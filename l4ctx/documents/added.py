@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from l4ctx.documents.reader import Document, Skipped
+from l4ctx.documents.document import Document, Skipped
 
 
 def added_documents(documents: Iterable[Document], held: Mapping[str, str]) -> tuple[list[Document], list[Skipped]]:

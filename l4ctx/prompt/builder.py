@@ -20,8 +20,8 @@ from l4ctx.spans import Span
 from model.errors import UserError
 
 if TYPE_CHECKING:
+    from l4ctx.documents.document import Document
     from l4ctx.documents.images import DocumentImage
-    from l4ctx.documents.reader import Document
     from l4ctx.spans import ImageSpan
     from l4ctx.vision.prompter import ImagePrompter, PlacedImage
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.layout import StoreLayout
 from l4ctx.contexts.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
-from l4ctx.documents.reader import folder_source
+from l4ctx.documents.folder import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
 from l4ctx.run.request import Request

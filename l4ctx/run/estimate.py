@@ -29,7 +29,7 @@ from model.config import TextConfig
 from model.costs import parameter_count, reading_operations
 
 if TYPE_CHECKING:
-    from l4ctx.documents.reader import Skipped
+    from l4ctx.documents.document import Skipped
     from l4ctx.run.images import ImageReading
     from l4ctx.vision.prompter import PlacedImage
     from model.weights.shards import StoredTensor

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
-from l4ctx.documents.reader import DocumentSet, Skipped, read_documents
+from l4ctx.documents.document import DocumentSet, Skipped
+from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
 from l4ctx.machine.device import free_on_accelerator, usable_device

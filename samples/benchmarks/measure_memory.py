@@ -20,7 +20,7 @@ import torch
 from cache.layout import bytes_per_token
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
-from l4ctx.documents.reader import Document
+from l4ctx.documents.document import Document
 from l4ctx.planning.memory_plan import TOKEN_ID_BYTES
 from l4ctx.prompt.builder import build_prompt
 from model.config import TextConfig

@@ -30,8 +30,8 @@ from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.document import Document
 from l4ctx.documents.images import read_image
-from l4ctx.documents.reader import Document
 from l4ctx.engine.prefill import prefill
 from l4ctx.prompt.builder import Prompt, build_prompt
 from l4ctx.run.images import ImageReading, ImageUse

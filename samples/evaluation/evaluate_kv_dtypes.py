@@ -20,7 +20,7 @@ from cache.layout import KV_DTYPES
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
-from l4ctx.documents.reader import Document
+from l4ctx.documents.document import Document
 from l4ctx.engine.prefill import as_batch, prefill
 from l4ctx.prompt.builder import build_prompt
 from model.weights.loading import load_checkpoint

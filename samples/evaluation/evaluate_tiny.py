@@ -27,7 +27,7 @@ from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
-from l4ctx.documents.reader import Document
+from l4ctx.documents.document import Document
 from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
 from l4ctx.prompt.builder import build_prompt

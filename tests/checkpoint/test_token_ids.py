@@ -10,7 +10,7 @@ import tokenizers
 from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
 from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
-from l4ctx.documents.reader import Document
+from l4ctx.documents.document import Document
 from l4ctx.prompt.builder import build_prompt
 from support.tokenizer_fixtures import CHAT_TEMPLATE, toy_tokenizer_folder
 

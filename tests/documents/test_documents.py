@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from l4ctx.documents.reader import DocumentError, DocumentSet, read_documents
+from l4ctx.documents.document import DocumentError, DocumentSet
+from l4ctx.documents.reader import read_documents
 from support.places import ROOT
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")

@@ -13,8 +13,9 @@ import pytest
 
 import l4ctx.documents.exclusion.git
 import l4ctx.documents.exclusion.rules
+from l4ctx.documents.document import DocumentError, DocumentSet
 from l4ctx.documents.exclusion.git_config import core_settings
-from l4ctx.documents.reader import DocumentError, DocumentSet, read_documents
+from l4ctx.documents.reader import read_documents
 from support.ignore_rules import random_name, random_rules
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from l4ctx.documents import reader
+from l4ctx.documents import content
+from l4ctx.documents.document import DocumentMemoryError
 from l4ctx.documents.pdf import is_pdf
-from l4ctx.documents.reader import DocumentMemoryError, read_documents
+from l4ctx.documents.reader import read_documents
 from l4ctx.documents.recognition import binary_kind
 from support.pdf_toys import assembled, stream, text
 
@@ -160,7 +161,7 @@ def test_running_out_of_memory_names_the_file(tmp_path: Path, monkeypatch: pytes
     def no_memory(*_: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(reader, "decode", no_memory)
+    monkeypatch.setattr(content, "decode", no_memory)
     with pytest.raises(DocumentMemoryError, match=r"a\.log: there is not enough memory to read it"):
         read_documents([tmp_path], stdin=None)
 

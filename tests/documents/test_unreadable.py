@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from l4ctx.documents import reader
-from l4ctx.documents.reader import DocumentError, read_documents
+from l4ctx.documents.document import DocumentError
+from l4ctx.documents.reader import read_documents
 from support.cli_runner import TINY
 from support.places import ROOT
 

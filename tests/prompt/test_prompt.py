@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from l4ctx.checkpoint import tokenizer as tokenizer_module
 from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
-from l4ctx.documents.reader import Document
+from l4ctx.documents.document import Document
 from l4ctx.prompt.builder import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
 from l4ctx.spans import Span
 from support.tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, toy_tokenizer_folder

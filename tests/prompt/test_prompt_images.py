@@ -10,8 +10,8 @@ from PIL.Image import Image
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer
+from l4ctx.documents.document import Document
 from l4ctx.documents.images import DocumentImage
-from l4ctx.documents.reader import Document
 from l4ctx.prompt.builder import Prompt, build_prompt
 from l4ctx.vision.prompter import ImagePrompter
 from l4ctx.vision.tokens import ImageTokens

@@ -21,7 +21,8 @@ from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.cli.tables.plan import plan_table
-from l4ctx.documents.reader import DocumentError, read_documents
+from l4ctx.documents.document import DocumentError
+from l4ctx.documents.reader import read_documents
 from l4ctx.engine.prefill import prefill
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes

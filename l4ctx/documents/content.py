@@ -1,0 +1,105 @@
+"""The content of one file: what kind it is, whether it is wanted, and its text and images.
+
+The formats have modules of their own, which this one chooses among.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from l4ctx.documents.document import Content, DocumentMemoryError
+from l4ctx.documents.images import ImageError, image_format, read_image
+from l4ctx.documents.payload import Payload, without_payload
+from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
+from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
+from l4ctx.documents.text import UndecodableError, decode, is_text
+from l4ctx.formatting import human_bytes, printable
+from l4ctx.machine.files import SAMPLE_BYTES
+from l4ctx.machine.memory import available_memory
+
+_SURELY_FREE = 2**24  # bytes; for less nobody is asked what is free
+
+
+class LeftOutError(Exception):
+    """A document that is not read, with the reason."""
+
+
+NOT_READ = (LeftOutError, ImageError, PdfError, UndecodableError)
+"""Raised for what is not read and, unlike a missing file, does not stop the reading."""
+
+
+@dataclass(frozen=True)
+class ContentReader:
+    """How files are read; the arguments are those of `l4ctx.documents.reader.read_documents`."""
+
+    pdf: str = "text"
+    no_images: str | None = None
+    encoding: str | None = None
+    keep_payload: bool = False
+
+    def check(self, path: str | None, sample: bytes, size: int | None) -> None:
+        """Raises NOT_READ for a file that is not wanted, by its first bytes, and DocumentMemoryError.
+
+        `size` in bytes; None where nobody knows it, as of a pipe.
+        """
+        if is_pdf(sample):
+            check_support()
+        elif not is_text(sample, self.encoding):
+            image_kind = image_format(sample)
+            if image_kind is None:
+                raise LeftOutError(_named(binary_kind(sample), path))
+            if self.no_images is not None:
+                raise LeftOutError(f"a {image_kind} image; {self.no_images}")
+        elif is_rtf(sample):
+            raise LeftOutError(_named(RTF, path))
+        if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
+            raise DocumentMemoryError(
+                f"{human_bytes(size)}, but {human_bytes(free)} of memory are free; split it, or leave it out"
+            )
+
+    def read(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
+        """What a document shows, what was left out of its text, and notes. Raises NOT_READ."""
+        if is_pdf(raw):
+            parts, notes = read_pdf(source, raw, path, mode=self.pdf)
+            return tuple(parts), None, notes
+        if not self.is_text(raw):
+            image, notes = read_image(source, raw, path)
+            return (image,), None, notes
+        text, notes = decode(raw, self.encoding)
+        if not text or text.isspace():
+            raise LeftOutError("empty" if not raw else "nothing but white space")
+        text, payload = (text, None) if self.keep_payload else without_payload(text)
+        if not text:
+            raise LeftOutError("a notebook without cells")
+        return text, payload, notes
+
+    def is_text(self, raw: bytes) -> bool:
+        return is_text(raw[:SAMPLE_BYTES], self.encoding)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Says of which document the memory is not enough."""
+    try:
+        yield
+    except DocumentMemoryError as error:
+        raise DocumentMemoryError(f"{name}: {error}") from None
+    except MemoryError:
+        raise DocumentMemoryError(f"{name}: there is not enough memory to read it; split it, or leave it out") from None
+
+
+def _free_memory(unknown: int) -> int:
+    """Bytes; `unknown` where the system does not tell."""
+    free = available_memory()
+    return unknown if free is None else free
+
+
+def _named(found: Kind | None, path: str | None) -> str:
+    """What a file is that is left out, and what to do."""
+    if found is None:
+        return "binary"
+    file = "FILE" if path is None else shlex.quote(printable(path))
+    return found.name + (f"; {found.remedy.replace('{file}', file)}" if found.remedy else "")
