@@ -7,7 +7,6 @@ still shown. Prints nothing and exits nowhere.
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 from l4ctx.contexts.folder import FILE as MANIFEST
@@ -16,6 +15,7 @@ from l4ctx.inspection.checkpoint import inspect_model
 from l4ctx.inspection.context import inspect_context
 from l4ctx.inspection.model_folder import what_it_is
 from l4ctx.inspection.report import CONFIG, INDEX, SHARD, Report, add_damage
+from l4ctx.machine.device import expect_no_numpy
 
 READ_WHOLE = (
     CONFIG,
@@ -55,7 +55,7 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     for name in READ_WHOLE:
         if (folder / name).exists() and not (folder / name).is_file():
             add_damage(report, folder / name, "not a regular file")
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    expect_no_numpy()
     if not report["damage"]:
         (inspect_model if is_model else inspect_context)(folder, report, verify)
     report["damage"] = list({entry["what"]: entry for entry in report["damage"]}.values())

@@ -1,7 +1,10 @@
-"""Of --device: the one to compute on, and what is free there."""
+"""Of --device: the one to compute on, and what is free there. Imports torch only where it is needed."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import warnings
 from typing import TYPE_CHECKING
 
 from l4ctx.errors import RequestError
@@ -9,8 +12,10 @@ from l4ctx.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-import ctypes
-import os
+
+def expect_no_numpy() -> None:
+    """Keeps torch from warning, when it is first used, that there is no NumPy: we do without it."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def usable_device(name: str) -> torch.device:

@@ -7,7 +7,6 @@ tokenized as `ask` does it. Plans themselves are made in `l4ctx.planning.memory_
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
-from l4ctx.machine.device import available_on_gpu
+from l4ctx.machine.device import available_on_gpu, expect_no_numpy
 from l4ctx.machine.memory import available_disk, available_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning.memory_plan import MemoryPlan
@@ -205,7 +204,7 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> tup
 
     Without shards by config.json.
     """
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+    expect_no_numpy()
     from model.errors import CheckpointError
     from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
     from model.weights.shards import stored_dtype, unused_weights

@@ -7,7 +7,6 @@ imported, shards before text is tokenized, memory before weights are loaded. Pri
 from __future__ import annotations
 
 import time
-import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from l4ctx.documents.document import DocumentSet, Skipped
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.machine.device import free_on_accelerator, usable_device
+from l4ctx.machine.device import expect_no_numpy, free_on_accelerator, usable_device
 from l4ctx.machine.memory import PeakSampler, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
@@ -400,7 +399,7 @@ class Run:
 
     def _check_checkpoint(self) -> None:
         """What can be refused before any text is tokenized: device, shards, generation settings."""
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, which we use without
+        expect_no_numpy()
         from l4ctx.checkpoint.generation_config import GenerationConfig
         from model.weights.loading import checked_tensors
         from model.weights.shards import unused_weights
