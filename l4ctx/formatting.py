@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_STEERING = "\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # controls, line ends, and what turns the direction of text
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # of bytes that are not UTF-8
+_CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f{_STEERING}]")
+_UNPRINTABLE = re.compile(f"[\x00-\x1f{_STEERING}\ud800-\udfff]")
+_NOT_IN_AN_ATTRIBUTE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def without_controls(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
-    return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
 
 
 def human_seconds(seconds: float) -> str:
@@ -84,6 +81,34 @@ def parse_tokens(text: str) -> int:
     return int(count)
 
 
+def without_controls(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
+
+
+def as_one_line(text: str) -> str:
+    """The same of a text that may have several lines, with a space for each line end."""
+    return without_controls(" ".join(text.splitlines()))
+
+
 def printable(path: str) -> str:
     """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
+
+
+def only_printable(text: str, instead: str) -> str:
+    """Another library's words: whatever `str.isprintable` does not know becomes `instead`, line ends too."""
+    return "".join(character if character.isprintable() else instead for character in text)
+
+
+def as_attribute(path: str) -> str:
+    """`path` as an attribute's value in a prompt: on one line of valid Unicode, without the quote that would end it.
+
+    Token ids of saved contexts follow from this.
+    """
+    return _NOT_IN_AN_ATTRIBUTE.sub("\ufffd", path).replace('"', "'")
+
+
+def without_surrogates(text: str) -> str:
+    """Valid Unicode, with U+FFFD for what is not. Token ids of saved contexts follow from this."""
+    return text if text.isascii() else _LONE_SURROGATES.sub("\ufffd", text)

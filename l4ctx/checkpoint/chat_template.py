@@ -11,6 +11,7 @@ from typing import Any
 
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_json, special_tokens
 from l4ctx.errors import UnusableCheckpointError
+from l4ctx.formatting import only_printable
 
 
 class PromptError(UnusableCheckpointError):
@@ -113,5 +114,4 @@ def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]],
 
 
 def _one_line(error: BaseException) -> str:
-    visible = "".join(character if character.isprintable() else " " for character in str(error))
-    return " ".join(visible.split()) or type(error).__name__
+    return " ".join(only_printable(str(error), " ").split()) or type(error).__name__

@@ -23,6 +23,7 @@ import tokenizers
 
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 from l4ctx.errors import UnusableCheckpointError
+from l4ctx.formatting import without_surrogates
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 
@@ -43,7 +44,6 @@ _LLAMA4_PATTERNS = frozenset(_LETTERS + digits + _OTHERS for digits in (r"\p{N}{
 # the same on either side): before what follows a line end, except white space and "/"; before a space that
 # follows something visible; before ASCII punctuation, except "'", that follows an ASCII letter or digit.
 _SAFE_CUT = re.compile(r"(?<=[\r\n])[^\s/]|(?<=\S) |(?<=[A-Za-z0-9])[!-&(-/:-@\[-`{-~]")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class TokenizerError(UnusableCheckpointError):
@@ -139,7 +139,7 @@ class Tokenizer:
     def encode_control(self, text: str) -> list[int]:
         """Ids of template text: added tokens are recognised; nothing is added before or after."""
         with _as_tokenizer_error("the template's text cannot be encoded"):
-            ids: list[int] = self._control.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False).ids
+            ids: list[int] = self._control.encode(without_surrogates(text), add_special_tokens=False).ids
         self.check_ids(ids, "the chat template")
         return ids
 
@@ -181,7 +181,7 @@ class Tokenizer:
         return Encoded(ids, tuple(forced))
 
     def _encode_batch(self, pieces: list[str], ids: array[int], user: str) -> None:
-        clean = [piece if piece.isascii() else _SURROGATES.sub("\ufffd", piece) for piece in pieces]
+        clean = [without_surrogates(piece) for piece in pieces]
         with _as_tokenizer_error("a text cannot be encoded"):
             encodings = self._data.encode_batch_fast(clean, add_special_tokens=False)
         for encoding in encodings:

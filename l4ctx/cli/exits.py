@@ -89,9 +89,9 @@ def fail(message: str, code: int, *, json: bool) -> NoReturn:
 
 def tell(message: str) -> str:
     """One line on stderr, which is returned as it was written."""
-    from l4ctx.formatting import without_controls
+    from l4ctx.formatting import as_one_line
 
-    line = without_controls(" ".join(message.splitlines()))
+    line = as_one_line(message)
     with suppress(OSError):
         sys.stderr.write(f"l4ctx: {line}\n")
         sys.stderr.flush()

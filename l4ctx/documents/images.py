@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.documents.tiff import ORIENTATION, TIFF_PREFIXES, TILE_LENGTH, TILE_WIDTH, TiffDirectory
 from l4ctx.errors import MEMORY, InputError
-from l4ctx.formatting import human_bytes
+from l4ctx.formatting import human_bytes, only_printable
 from l4ctx.machine.files import read_regular_file
 from l4ctx.machine.memory import available_memory
 
@@ -258,8 +258,7 @@ def _reason(name: str, error: Exception) -> str:
         return f"damaged, or a kind of {name} that cannot be read"
     if "truncated" in text.lower() or isinstance(error, EOFError):
         return f"damaged: the {name} file is cut short"
-    shown = "".join(character if character.isprintable() else "?" for character in text)
-    return f"damaged, or a kind of {name} that cannot be read ({shown[:_MOST_REASON]})"
+    return f"damaged, or a kind of {name} that cannot be read ({only_printable(text, '?')[:_MOST_REASON]})"
 
 
 def _check_size(width: int, height: int) -> None:

@@ -7,7 +7,6 @@ question and system prompt are data. Reading documents is left to `l4ctx.documen
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
 from l4ctx.errors import TOO_LONG
+from l4ctx.formatting import as_attribute
 from l4ctx.spans import Span
 from model.errors import UserError
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from l4ctx.vision.prompter import ImagePrompter, PlacedImage
 
 Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
-
-_NOT_IN_A_PATH = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
 
 DOCUMENT_END = "\n</document>\n\n"
 
@@ -124,7 +121,7 @@ def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: i
     if over <= 0:
         return
     largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
-    names = ", ".join(f"{_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
+    names = ", ".join(f"{as_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
     remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
     answer = f" and the answer may have {max_new_tokens:,}" if max_new_tokens > 1 else ""
     raise PromptLengthError(
@@ -168,12 +165,12 @@ def _add_document(
                 progress(done + characters, len(prompt.ids))
 
         encoded = tokenizer.encode_data(
-            text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report, user=_attribute(document.source)
+            text, prefix=prefix, suffix=suffix, into=prompt.ids, progress=report, user=as_attribute(document.source)
         )
         cuts.extend(done + offset for offset in encoded.forced_cuts)
         done += len(text)
 
-    opening = f'<document index="{prompt.first_index + len(prompt.spans)}" path="{_attribute(document.source)}">\n'
+    opening = f'<document index="{prompt.first_index + len(prompt.spans)}" path="{as_attribute(document.source)}">\n'
     closing = DOCUMENT_END
     for before, image in _texts_before_images(document.parts):
         if image is None:
@@ -210,14 +207,9 @@ def _offset_by(done: int, progress: Progress) -> Progress:
     return lambda characters, tokens: progress(done + characters, tokens)
 
 
-def _attribute(source: str) -> str:
-    """A path as an attribute's value: on one line, without the quote that would end it."""
-    return _NOT_IN_A_PATH.sub("\ufffd", source).replace('"', "'")
-
-
 def _forced_cuts_note(source: str, offsets: tuple[int, ...]) -> str:
     times = "once" if len(offsets) == 1 else f"{len(offsets)} times"
     return (
-        f"{_attribute(source)}: an unbroken run of over {LONGEST_PIECE:,} characters was cut {times}, "
+        f"{as_attribute(source)}: an unbroken run of over {LONGEST_PIECE:,} characters was cut {times}, "
         f"first at character {offsets[0]:,}; a few tokens there may differ"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from l4ctx.cli.tables.layout import INDENT, NARROWEST_TEXT
 from l4ctx.cli.wrapping import cells, wrapped
-from l4ctx.formatting import counted, human_bytes, without_controls
+from l4ctx.formatting import as_one_line, counted, human_bytes
 from l4ctx.inspection.report import Report
 
 SHOWN_LINES = 20
@@ -36,7 +36,7 @@ def _narrow(label: str, value: str, width: int) -> Iterator[str]:
 
 
 def _clean(line: str) -> str:
-    return without_controls(" ".join(line.splitlines())).replace("\t", " ").rstrip()
+    return as_one_line(line).replace("\t", " ").rstrip()
 
 
 Line = tuple[str, str]
