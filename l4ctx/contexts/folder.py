@@ -1,4 +1,17 @@
-"""What lies in the folder of a saved context, by name."""
+"""The folder of a saved context: what a model has read, once, kept to be asked many times.
+
+    manifest.json               what it was made with (l4ctx.contexts.manifest); never changed
+    journal                     what is sealed, and which documents; append-only (l4ctx.contexts.journal, .states)
+    head.json                   the newest complete state (l4ctx.contexts.head): tells a journal that was cut short
+    tokens-*.safetensors        token ids and documents of a state, written once
+    blocks/*.safetensors        a sealed block of every NoPE layer each
+    tail-*.safetensors          the tokens behind the last sealed block, with the RoPE layers' windows
+    writer.lock, readers.lock   one writer at a time; old blocks are deleted only while nobody reads
+
+Data files have random names and are never written again, and a file counts once the journal names it. So a reader,
+which goes by the journal as it was when it came, is not disturbed, and what a crash leaves behind is either whole or
+not part of the context.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +23,6 @@ from l4ctx.machine.files import read_small
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
 JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
-"""The names of what lies beside it in the folder; l4ctx.contexts.reader says what each is."""
 
 
 def is_context(folder: str | Path) -> bool:

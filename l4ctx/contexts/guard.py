@@ -1,6 +1,6 @@
 """Whether reading documents into a context would throw away what was read of others: then it is not done unasked.
 
-Reads what the context lists, and changes nothing. What can be reused of it is left to `l4ctx.contexts.reader`.
+Reads what the context lists, and changes nothing. What can be reused of it: `l4ctx.contexts.reuse`.
 """
 
 from __future__ import annotations

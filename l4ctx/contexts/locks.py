@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from l4ctx.contexts.folder import BLOCKS, READERS_LOCK, WRITER_LOCK
@@ -74,6 +75,12 @@ def readers_lock(folder: Path, waiting: Callable[[str], None] | None = None) -> 
         ) from None
     except OSError:
         return None
+
+
+def make_readers_lock(folder: Path) -> None:
+    """Makes the file that readers lock. Raises OSError."""
+    with suppress(FileExistsError):  # opened before, or made by a process that got no further
+        os.close(open_private(folder / READERS_LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
 
 def deletion_lock(folder: Path) -> Lock | None:

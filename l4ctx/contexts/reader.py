@@ -1,15 +1,6 @@
-"""Saved contexts: a folder that keeps what a model has read, once, to be asked many times.
+"""Reading a saved context: what its journal names, its documents, and the cache that they were read into.
 
-    manifest.json               what it was made with (l4ctx.contexts.manifest); never changed journal
-    what is sealed, and which documents; append-only (l4ctx.contexts.journal, l4ctx.contexts.states) head.json
-    the newest complete state, so that a journal that was cut short is noticed tokens-*.safetensors        token ids and
-    documents of a state, written once blocks/*.safetensors        a sealed block of every NoPE layer each
-    tail-*.safetensors          the tokens behind the last sealed block, with the RoPE layers' windows writer.lock,
-    readers.lock   one writer at a time; old blocks go only while nobody reads
-
-Files are named at random and never written again, and a file counts once the journal names it. So a reader, which goes
-by the journal as it was when it came, is not disturbed, and what a crash leaves behind is either whole or unknown.
-Reading is here, and what can be reused; writing is in `l4ctx.contexts.writer`.
+A reader goes by the journal as it was when the reader came. `l4ctx.contexts.folder` lists the files.
 """
 
 from __future__ import annotations
@@ -26,13 +17,13 @@ from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError, UnreadableError
 from cache.layout import StoreLayout
-from l4ctx.contexts.folder import BLOCKS, HEAD, JOURNAL
+from l4ctx.contexts.folder import BLOCKS, JOURNAL
+from l4ctx.contexts.head import check_head, read_head
 from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
 from l4ctx.contexts.manifest import Recipe, read_manifest
-from l4ctx.contexts.states import State, Stored, digest, replay
+from l4ctx.contexts.states import State, Stored, replay
 from l4ctx.errors import ContextError
-from l4ctx.machine.files import read_small
 from l4ctx.spans import ImageSpan, Span
 from model.weights.read_ahead import as_bytes
 
@@ -50,7 +41,7 @@ class Context:
         if (folder / BLOCKS).is_symlink():
             raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
         self.states = replay(folder / JOURNAL, records, recipe.block_tokens)
-        _check_head(folder, head, records)
+        check_head(folder, head, records)
         tip = self.states[-1:]
         self.usable = tip + [state for state in (self.complete,) if state is not None and state not in tip]
         """The newest state, and the newest that is complete: those whose files are kept."""
@@ -245,34 +236,3 @@ def _answerable(context: Context, is_being_written: bool) -> State:
     raise ContextError(
         f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) goes on from there"
     )
-
-
-def read_head(folder: Path) -> tuple[int, str] | None:
-    """The number of the record that ends the newest complete state, and its digest. Raises ContextError."""
-    file = folder / HEAD
-    try:
-        head = json.loads(read_small(file))
-        return int(head["records"]), str(head["end"])
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); make the context anew") from None
-
-
-def _check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[str, Any]]) -> None:
-    """Raises ContextError where the journal lacks the end of the newest complete state."""
-    if head is None:
-        if any(record.get("type") == "end" for record in records[:-1]):
-            raise ContextError(
-                f"{folder / HEAD}: missing, so that it cannot be told whether the journal is whole; "
-                "make the context anew"
-            )
-        return
-    number, expected = head
-    if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
-        raise ContextError(
-            f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
-            f"records, and number {number} should be the end of the newest state; make the context anew"
-        )

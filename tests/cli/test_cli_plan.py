@@ -473,7 +473,7 @@ def test_a_full_disk_of_a_scratch_file(place: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir() == ["docs"]
 
 
-WRITE = "l4ctx.contexts.writer.write_units"
+WRITE = "l4ctx.contexts.files.write_units"
 FULL: list[tuple[str, int, int]] = [  # what fails, after how many calls; tokens that are kept then
     (WRITE, 0, 0),
     (WRITE, 1, 0),
