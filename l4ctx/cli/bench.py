@@ -18,7 +18,7 @@ from l4ctx.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from l4ctx.bench.benchmark import BenchRequest
+    from l4ctx.bench.request import BenchRequest
 
 DEFAULT_LENGTHS = "4096,16384"
 PEERS = "transformers, llama.cpp, or llama.cpp=/path/to/llama-bench"
@@ -91,7 +91,7 @@ def bench(
     """
 
     def request() -> BenchRequest:
-        from l4ctx.bench.benchmark import BenchRequest
+        from l4ctx.bench.request import BenchRequest
 
         check_stdout("to")
         check_choices(dtype, "auto", attention, "text")
@@ -129,12 +129,12 @@ def bench(
 
 def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
     """Measures; prints the report."""
-    from l4ctx.bench.benchmark import Benchmark
+    from l4ctx.bench.benchmark import run_benchmark
     from l4ctx.cli.console import notes, rendered, stderr_console
 
     console = stderr_console()
     with _status(console, quiet=quiet) as working:
-        report = Benchmark(request, notes(console, quiet=quiet), working).run()
+        report = run_benchmark(request, notes(console, quiet=quiet), working)
     if json:
         write_json(report.as_dict())
         return

@@ -109,7 +109,7 @@ def test_what_the_machine_lacks_is_refused() -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l4ctx.bench.benchmark.available_memory", lambda: 2**20)
+    monkeypatch.setattr("l4ctx.bench.candidates.available_memory", lambda: 2**20)
     monkeypatch.setattr(
         "l4ctx.bench.benchmark.run_worker",
         lambda job: {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from l4ctx.bench import benchmark, ceilings
+from l4ctx.bench import benchmark, candidates, ceilings
 from l4ctx.bench.jobs import WorkerJob
 from l4ctx.bench.process import WorkerError
 from l4ctx.machine import timing
@@ -158,8 +158,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 
         monkeypatch.setattr(benchmark, "run_worker", worker)
         monkeypatch.setattr(benchmark, "find_spec", lambda name: object())
-        monkeypatch.setattr(benchmark, "write_checkpoint", lambda *_: Path("/nowhere"))
-        monkeypatch.setattr(benchmark, "folder_for_transformers", lambda *_: Path("/nowhere"))
+        monkeypatch.setattr(candidates, "write_checkpoint", lambda *_: Path("/nowhere"))
+        monkeypatch.setattr(candidates, "folder_for_transformers", lambda *_: Path("/nowhere"))
         return jobs
 
     return install
