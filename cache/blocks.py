@@ -1,4 +1,4 @@
-"""Keys and values of consecutive tokens in one layer. Knows nothing of tiers, storage types or positions."""
+"""Keys and values of consecutive tokens in one layer, in the dtype that the model computes in."""
 
 from __future__ import annotations
 

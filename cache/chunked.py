@@ -1,7 +1,7 @@
 """The cache of one RoPE layer: keys and values of the current attention chunk, and nothing older.
 
-At a multiple of the attention chunk the window is empty. Knows nothing of other layers. The committed offset, which the
-caller gives, is the only truth: what a forward that failed has left behind is told apart by it and dropped.
+At a multiple of the attention chunk the window is empty. The committed offset, which the caller passes, is the only
+truth: it tells which tokens a failed forward has left behind, and those are dropped.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from model.kernels.attend import KVSegment
 
 
 class ChunkedKVCache:
-    """`window` has room for one attention chunk, or for the whole run if that is shorter."""
+    """`window` holds one attention chunk, or the whole run if that is shorter."""
 
     def __init__(self, window: Block, chunk_size: int) -> None:
         self.window = window
         self.chunk_size = chunk_size
-        self._new: Block | None = None  # tokens of the current forward, when they do not fit into the window
-        self._tail: tuple[int, Block] | None = None  # the last chunk's share of them and its start, not yet committed
-        self._first = self._stop = 0  # positions of the first visible token and behind the last
+        self._new: Block | None = None  # the current forward's tokens, where they do not fit into the window
+        self._tail: tuple[int, Block] | None = None  # start and tokens of their last chunk, not committed yet
+        self._first = self._stop = 0  # position of the first visible token, and one past the last
 
     def append(self, offset: int, keys: Tensor, values: Tensor) -> None:
-        """Tokens (B, H_kv, T, D) at `offset`. Within the current chunk they go straight into the window."""
+        """Appends tokens (B, H_kv, T, D) at `offset`. Those within the current chunk go straight into the window."""
         self._new = None
         self.settle(offset)
         used = offset % self.chunk_size
@@ -48,9 +48,9 @@ class ChunkedKVCache:
         yield KVSegment(*self._new, offset)
 
     def finish(self) -> None:
-        """This layer's attention is over: of a long forward's tokens only those of the last chunk are kept.
+        """Called when this layer's attention is done: of a long forward's tokens only the last chunk's are kept.
 
-        They wait beside the window while that still holds tokens which a repetition of the forward would need.
+        They stay beside the window while that holds tokens which a repetition of the forward would need.
         """
         if self._new is None:
             return
@@ -65,7 +65,7 @@ class ChunkedKVCache:
             self._tail = self._stop - rest, Block(*(x.clone() for x in tail))
 
     def settle(self, offset: int) -> None:
-        """Puts the tail of the last forward into the window if it was committed, and drops it if it was not."""
+        """Moves the tail of the last forward into the window if it was committed, else drops it."""
         self.finish()
         if self._tail is not None:
             start, tail = self._tail

@@ -1,8 +1,8 @@
-"""Tensors in files: written once, read by positioned reads into reused buffers, verified the first time.
+"""Tensors in files: written once, read by positioned reads into reused buffers, verified on the first read.
 
-A file is in safetensors form. Its tensors are grouped into units, the tensors of one read: consecutive bytes with one
-CRC-32, kept in the header's metadata together with the unit's place. Files are never mapped: a mapped file that is cut
-short kills the process. Knows nothing of layers, blocks or contexts.
+Files are in safetensors format. Their tensors are grouped into units, the tensors of one read: consecutive bytes with
+one CRC-32, kept in the header's metadata together with the unit's offset and length. Files are never mapped: a process
+that touches a mapped file which was truncated is killed.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ PASSING = frozenset(
         errno.EHOSTDOWN,
     }
 )
-"""What the system says of a file that may well be whole."""
+"""Errors that say nothing about the file's content: permissions, limits, a device or a network that may recover."""
 
 Units = Mapping[str, Sequence[tuple[str, Tensor]]]
-"""Tensors by name in each unit, in the order in which they lie in the file."""
+"""The named tensors of each unit, in file order."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Where a unit lies: bytes from the end of the header, its length, its CRC-32."""
+    """Where a unit lies: its offset from the end of the header and its length, in bytes, and its CRC-32."""
 
     offset: int
     nbytes: int
@@ -72,7 +72,7 @@ class Unit:
 def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base: int = 0) -> tuple[str, int]:
     """Writes a safetensors file at `base` of an open file; returns the header's SHA-256 (hex) and the bytes written.
 
-    Raises OSError. What was there before is not read again: a torn write is told by the header's digest.
+    Raises OSError. Nothing is read back: a torn write shows in the header's digest or in a unit's CRC-32.
     """
     header: dict[str, Any] = {}
     places: dict[str, list[int]] = {}
@@ -81,7 +81,11 @@ def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base
     for unit, tensors in units.items():
         begin, crc = offset, 0
         for name, tensor in tensors:
-            assert tensor.is_contiguous(), (unit, name, tensor.stride())  # a copy would have to outlive the writing
+            assert tensor.is_contiguous(), (
+                unit,
+                name,
+                tensor.stride(),
+            )  # a contiguous copy would be freed before it is written
             content = as_bytes(tensor)
             header[f"{unit}.{name}"] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
@@ -107,7 +111,7 @@ def write_units(descriptor: int, units: Units, metadata: Mapping[str, str], base
 class UnitFile:
     """A file of units, by path or, for a scratch file, by an open descriptor and the place in it.
 
-    With `header_sha256` the header must be the one that was written. Safe to use from several threads.
+    With `header_sha256` the header must be the one that was written. Safe to use from several threads at once.
     """
 
     def __init__(self, source: Path | int, *, header_sha256: str | None, base: int = 0) -> None:
@@ -120,7 +124,7 @@ class UnitFile:
 
     @property
     def units(self) -> dict[str, Unit]:
-        """Raises DiskError when the header is missing, damaged or another one."""
+        """Raises DiskError when the header is missing, damaged or not the expected one."""
         if self._units is None:
             with self._opened() as descriptor:
                 self._read_header(descriptor)
@@ -129,12 +133,12 @@ class UnitFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What `write_units` was given. Raises DiskError."""
+        """The metadata that `write_units` was given. Raises DiskError."""
         assert self.units is not None
         return self._metadata
 
     def read(self, name: str, into: memoryview) -> None:
-        """Fills `into`, which is as long as the unit; the first time its checksum is compared. Raises DiskError."""
+        """Fills `into`, which is as long as the unit, and verifies the checksum the first time. Raises DiskError."""
         with self._opened() as descriptor:
             if self._units is None:
                 self._read_header(descriptor)
@@ -145,7 +149,7 @@ class UnitFile:
                 raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
             try:
                 done = read_exactly(descriptor, into, self._data + unit.offset)
-            except OverflowError as error:  # an offset beyond what a file can have
+            except OverflowError as error:  # an offset past what a file can have
                 raise DiskError(f"{self.source}: cannot be read: {error}") from None
             except OSError as error:
                 raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
@@ -157,7 +161,7 @@ class UnitFile:
             self._verified.add(name)
 
     def check_size(self) -> None:
-        """Raises DiskError unless header and length are as written: a check that reads no unit."""
+        """Checks the header and the length of the file without reading a unit. Raises DiskError."""
         units = self.units.values()
         with self._opened() as descriptor:
             try:
@@ -172,7 +176,7 @@ class UnitFile:
             )
 
     def verify(self) -> int:
-        """Reads everything; returns the number of bytes. Raises DiskError at the first damage."""
+        """Reads and verifies every unit; returns the number of bytes. Raises DiskError at the first damage."""
         self.check_size()
         buffer = bytearray(max((unit.nbytes for unit in self.units.values()), default=0))
         for name, unit in self.units.items():
@@ -215,7 +219,7 @@ class UnitFile:
             if any(unit.offset < 0 or unit.nbytes < 0 for unit in units.values()):
                 raise ValueError("a negative length")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise DiskError(f"{self.source}: not a file of ours ({type(error).__name__}: {error})") from None
+            raise DiskError(f"{self.source}: not a file that l4ctx wrote ({type(error).__name__}: {error})") from None
         self._data = self._base + 8 + size
         self._metadata, self._units = metadata, units
 
@@ -225,21 +229,21 @@ def _unread(message: str, error: OSError) -> DiskError:
 
 
 class Scratch:
-    """Rows of blocks in a file without a name in `folder`, which is gone when the process ends, however it ends."""
+    """Rows of blocks in an unnamed file in `folder`, which is gone when the process ends, however it ends."""
 
     is_durable = False  # rows are written when memory is needed, not when they are sealed
 
     def __init__(self, folder: Path) -> None:
-        """Raises DiskFullError when no file can be made there."""
+        """Raises DiskFullError when no file can be created there."""
         self.folder = folder
         try:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="l4ctx-")  # noqa: SIM115 (lives as long as the run)
         except OSError as error:
-            raise DiskFullError(f"{folder}: no file can be made there: {error.strerror}") from None
+            raise DiskFullError(f"{folder}: cannot create a file there: {error.strerror}") from None
         self._end = 0
 
     def close(self) -> None:
-        """Gives the space back at once; nothing that was written can be read any more."""
+        """Frees the space at once; nothing that was written can be read afterwards."""
         self._file.close()
 
     def write(self, row: int, units: Units) -> UnitFile:

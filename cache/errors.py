@@ -6,16 +6,16 @@ from model.errors import UserError
 
 
 class DiskError(UserError):
-    """A file of ours that is missing, damaged or cannot be read; the message names it and what is wrong."""
+    """A file of keys and values that is missing, damaged or unreadable; the message names it and the reason."""
 
     exit_code = 7
 
 
 class UnreadableError(DiskError):
-    """A file of ours that the system did not let us read this time; nothing is known of what is in it."""
+    """A file that the system would not let us read this time; its content may well be intact."""
 
 
 class DiskFullError(UserError):
-    """A write for which there is no room, or that failed; the message names the folder."""
+    """A write that failed, for lack of space or otherwise; the message names the folder."""
 
     exit_code = 5

@@ -1,4 +1,4 @@
-"""The positions at which a reading is cut into prefill chunks: absolute, so that every run cuts at the same ones."""
+"""Where tokens are cut into prefill chunks: at absolute positions, so that every run cuts at the same ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def prefill_grid(
 ) -> Iterator[range]:
     """Positions start .. stop - 1 cut on an absolute grid, so that any run over the same tokens takes the same steps.
 
-    Prefill chunks at least as long as an attention chunk are whole numbers of those; shorter ones are counted from each
-    attention chunk's start and none crosses a boundary. At multiples of `grid_period` there is always a cut.
+    A prefill chunk at least as long as an attention chunk is a whole number of those; shorter ones start over at each
+    attention chunk, and none crosses its end. Every multiple of `grid_period` is a cut.
     """
     assert prefill_chunk_size > 0
     period = grid_period(prefill_chunk_size, attention_chunk_size, block_tokens)
@@ -26,8 +26,8 @@ def prefill_grid(
 
 
 def grid_period(prefill_chunk_size: int, attention_chunk_size: int, block_tokens: int | None = None) -> int:
-    """Tokens after which the grid repeats: with blocks (of whole attention chunks) their boundaries are cuts of it, but
-    for prefill chunks that are longer, which are whole blocks; so a run can go on where its blocks end."""
+    """Tokens after which the grid repeats. With blocks (of whole attention chunks) every block boundary is a cut, and a
+    prefill chunk longer than a block is a whole number of blocks; so a run can resume where its blocks end."""
     if prefill_chunk_size < attention_chunk_size:
         return attention_chunk_size
     if block_tokens is None or prefill_chunk_size >= block_tokens:

@@ -1,7 +1,7 @@
 """The cache of a whole model: a bounded window for each RoPE layer, a growing store for each NoPE layer.
 
-It is the `KVCache` of model/attention.py. Knows nothing of what is computed with the keys and values, nor of what a
-saved context is: it writes rows of sealed blocks into the store that it is given.
+It is the `KVCache` of model/attention.py. Rows of sealed blocks that must be on disk are written to the `RowStore` that
+it is given: a scratch file, or a saved context.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HybridKVCache:
     """Keys and values of a run of at most `length` tokens (default: max_position_embeddings) in `batch_size` rows.
 
     `dtype` and `device` are those the model computes in; sealed NoPE blocks are stored in `kv_dtype` (one of
-    cache.layout.KV_DTYPES) and lie where `residency` says. What memory does not hold is written to `rows`.
+    cache.layout.KV_DTYPES) and lie where `residency` says. Rows that memory does not hold are written to `rows`.
     """
 
     def __init__(
@@ -58,34 +58,34 @@ class HybridKVCache:
         self.rows = rows
         self.tiers = Tiers(self.layout, self.device)
         self._is_saved = rows is not None and rows.is_durable  # every sealed block has a file
-        self._placed = 0  # sealed rows of which each lies where it should
+        self._placed = 0  # sealed rows that lie where they should
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
             self._new_layer(layer) for layer in range(config.num_hidden_layers)
         ]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values (B, H_kv, T, D) of new tokens at `offset`; `segments` shows them at once."""
+        """Stores keys and values (B, H_kv, T, D) of new tokens at `offset`; `segments` yields them at once."""
         tokens = keys.shape[2]
         expected = (self.batch_size, self.config.num_key_value_heads, tokens, self.config.head_dim)
         assert keys.shape == values.shape == expected, (keys.shape, values.shape, expected)
         assert self.offset + tokens <= self.length, f"{self.offset} + {tokens} tokens in a cache made for {self.length}"
         before = self.layers[layer - 1]
         if isinstance(before, ChunkedKVCache):
-            before.finish()  # layers come in turn, so that at most one holds a whole forward's tokens
+            before.finish()  # layers run in order, so that at most one holds a whole forward's tokens
         self.layers[layer].append(self.offset, keys, values)
 
     def segments(self, layer: int, queries: range) -> Iterator[KVSegment]:
-        """Keys and values that queries at these positions may see, oldest first; each valid until the next is asked."""
+        """Keys and values that queries at these positions may see, oldest first; each is valid until the next one."""
         cache = self.layers[layer]
         if isinstance(cache, ChunkedKVCache):
             return cache.segments()
         return cache.segments(len(queries) * self.batch_size, self.residency)
 
     def advance(self, num_tokens: int) -> None:
-        """Commits the new tokens of all layers: by the offset alone, so that an interruption finds all or nothing.
+        """Commits the new tokens of all layers by changing the offset alone, so that an interrupt finds all or none.
 
-        Then sealed rows move to their tiers. Raises what `rows` raises when a row cannot be written; the tokens are
-        committed then, and the next call tries again.
+        Sealed rows then move to their tiers. Raises what `rows` raises when a row cannot be written: the tokens are
+        committed, and the next call writes it again.
         """
         self.offset += num_tokens
         for cache in self.layers:
@@ -104,7 +104,7 @@ class HybridKVCache:
         return forked
 
     def held(self) -> KVBytes:
-        """Bytes that are allocated now. The host tier of a model that computes on the CPU is its only one."""
+        """Bytes that are allocated now. On a CPU everything in memory is in the host tier."""
         windows = [cache for cache in self.layers if isinstance(cache, ChunkedKVCache)]
         on_disk = sum(1 for store in self.stores for block in store.sealed if block.file is not None)
         return KVBytes(
@@ -127,11 +127,11 @@ class HybridKVCache:
         tail: Mapping[int, Block] | None = None,
         partial: UnitFile | None = None,
     ) -> None:
-        """Starts with `offset` tokens whose sealed blocks are in `files`, a row each.
+        """Starts with `offset` tokens whose sealed blocks are in `files`, one row per file.
 
-        What is behind them comes from `tail`, by layer: keys and values of the open block's tokens of a NoPE layer and
-        of the current chunk's tokens of a RoPE layer, (B, H_kv, at least as many, D); or, at a multiple of the
-        attention chunk, from the first tokens of the block in `partial`. Raises DiskError.
+        The tokens behind them come from `tail`, by layer: of a NoPE layer those of the open block, of a RoPE layer
+        those of the current chunk, (B, H_kv, at least as many, D). At a multiple of the attention chunk they may come
+        from `partial` instead, from the first tokens of the block in that file. Raises DiskError.
         """
         assert self.offset == 0 and len(files) == offset // self.layout.block_tokens, (self.offset, len(files), offset)
         size, start = self.layout.segment_tokens, len(files) * self.layout.block_tokens
@@ -159,7 +159,7 @@ class HybridKVCache:
         self._place()
 
     def tail(self) -> dict[int, Block]:
-        """What `restore` needs beside the sealed blocks: per layer the tokens behind them, on the host, contiguous."""
+        """What `restore` needs beside the sealed blocks: each layer's tokens behind them, contiguous, on the host."""
         tails = {}
         for layer, cache in enumerate(self.layers):
             cache.settle(self.offset)
@@ -174,7 +174,7 @@ class HybridKVCache:
         return tails
 
     def _place(self) -> None:
-        """Puts every sealed row into its tier; can be interrupted anywhere and repeated."""
+        """Moves every sealed row to its tier; can be interrupted anywhere and repeated."""
         stores = self.stores
         sealed = min((len(store.sealed) for store in stores), default=0)
         if sealed == self._placed:
@@ -196,7 +196,7 @@ class HybridKVCache:
         self._placed = sealed
 
     def _write(self, row: int) -> None:
-        """Gives a row a place on disk if it has none, and if there is a disk."""
+        """Writes a row to disk unless it is there, or there is no row store."""
         blocks = [store.sealed[row] for store in self.stores]
         if self.rows is None or all(block.file is not None for block in blocks):
             return

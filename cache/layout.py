@@ -1,8 +1,8 @@
 """Shapes and bytes of the pieces that keys and values are kept in, in closed form.
 
 A NoPE layer's store is cut twice: into blocks, which are sealed, moved and written as one, and into segments, which
-attention visits one at a time. Both are cut at multiples of the attention chunk and depend on the model and the dtype
-alone, never on budgets, so that results do not depend on where a block lies.
+attention visits one at a time. Both are cut at multiples of the attention chunk. Their sizes follow from the model and
+the dtype alone, never from memory budgets, so that results do not depend on where a block lies.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import cached_property
 from model.config import TextConfig
 
 MIN_BLOCK_BYTES = 16 * 2**20
-"""A NoPE layer's block is not smaller, so that short attention chunks do not make thousands of files."""
+"""The least size of a NoPE layer's block, so that short attention chunks do not make thousands of files."""
 
 MIN_SEGMENT_BYTES, MIN_SEGMENT_TOKENS = 4 * 2**20, 8192
-"""A segment is not smaller (but for a whole block): fewer, larger reads, and fewer partial results to merge."""
+"""The least size of a segment, unless a block is smaller: fewer, larger reads, and fewer partial results to merge."""
 
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
-"""Storage types of sealed blocks, with bytes an element."""
+"""Storage types of sealed blocks, and their bytes per element."""
 
 QUANTIZED = ("fp8", "int8")
 MAX_GROUP_TOKENS = 64
@@ -29,8 +29,11 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Shapes and bytes of a run's keys and values. `dtype` is what the model computes in, `kv_dtype` what sealed blocks
-    are stored in; both by name. Windows and the open block are always in `dtype`. Sizes in tokens, B rows."""
+    """Shapes and bytes of a run's keys and values.
+
+    `dtype` is what the model computes in, `kv_dtype` what sealed blocks are stored in, both by name; windows and the
+    open block are always in `dtype`. Lengths are in tokens; `batch_size` is B.
+    """
 
     config: TextConfig
     length: int
@@ -44,7 +47,7 @@ class StoreLayout:
     def of(
         cls, config: TextConfig, *, length: int, dtype: str, kv_dtype: str = "auto", batch_size: int = 1
     ) -> StoreLayout:
-        """The layout of a run of at most `length` tokens; kv_dtype "auto" is `dtype`."""
+        """The layout for a run of at most `length` tokens; kv_dtype "auto" means `dtype`."""
         assert dtype in KV_DTYPES and dtype not in QUANTIZED, dtype
         kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
         assert kv_dtype in KV_DTYPES, kv_dtype
@@ -65,7 +68,7 @@ class StoreLayout:
 
     @property
     def is_packed(self) -> bool:
-        """Whether sealed blocks are stored otherwise than computed with, so that each is unpacked when it is read."""
+        """Whether sealed blocks are stored in another dtype, so that each segment is unpacked when it is read."""
         return self.kv_dtype != self.dtype
 
     @cached_property
@@ -89,7 +92,7 @@ class StoreLayout:
 
     @property
     def scale_bytes(self) -> int:
-        """Scales of one layer's sealed segment: for keys one a channel and token group, for values one a token."""
+        """Scales of one layer's sealed segment: for keys one per channel and token group, for values one per token."""
         if self.kv_dtype not in QUANTIZED:
             return 0
         groups = self.segment_tokens // self.group_tokens
@@ -98,7 +101,7 @@ class StoreLayout:
 
     @property
     def sealed_segment_bytes(self) -> int:
-        """One layer's segment as it is stored once sealed."""
+        """One layer's segment as stored once sealed."""
         elements = layer_bytes_per_token(self.config, 1, self.batch_size) * self.segment_tokens
         return elements * KV_DTYPES[self.kv_dtype] + self.scale_bytes
 
@@ -109,7 +112,7 @@ class StoreLayout:
 
     @property
     def window_bytes(self) -> int:
-        """The RoPE layers' windows: never more than one attention chunk each."""
+        """The RoPE layers' windows: at most one attention chunk each."""
         window = min(self.config.attention_chunk_size, self.length)
         return self.config.num_rope_layers * window * self.token_bytes
 
@@ -123,12 +126,12 @@ class StoreLayout:
 
 
 def layer_bytes_per_token(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
-    """Keys and values of one token in one layer; `itemsize` in bytes an element."""
+    """Keys and values of one token in one layer; `itemsize` in bytes per element."""
     return 2 * batch_size * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def bytes_per_token(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
-    """What each further token adds for good: keys and values of the NoPE layers."""
+    """What each further token adds permanently: keys and values of the NoPE layers."""
     return config.num_nope_layers * layer_bytes_per_token(config, itemsize, batch_size)
 
 
@@ -139,7 +142,7 @@ def block_tokens(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
 
 
 def segment_tokens(config: TextConfig, itemsize: int, batch_size: int = 1) -> int:
-    """Tokens in a segment: the least whole share of a block, in attention chunks, that is not too small."""
+    """Tokens in a segment: the smallest number of attention chunks that divides a block and is large enough."""
     block = block_tokens(config, itemsize, batch_size)
     least = max(MIN_SEGMENT_TOKENS, math.ceil(MIN_SEGMENT_BYTES / layer_bytes_per_token(config, itemsize, batch_size)))
     chunks = block // config.attention_chunk_size
@@ -148,5 +151,5 @@ def segment_tokens(config: TextConfig, itemsize: int, batch_size: int = 1) -> in
 
 
 def unbounded_bytes(config: TextConfig, tokens: int, itemsize: int, batch_size: int = 1) -> int:
-    """What a cache that keeps every layer's keys and values would take."""
+    """Bytes of a cache that keeps all keys and values of every layer."""
     return tokens * config.num_hidden_layers * layer_bytes_per_token(config, itemsize, batch_size)

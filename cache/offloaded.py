@@ -1,8 +1,8 @@
 """The cache of one NoPE layer: all keys and values, in segments of fixed size that are never copied as it grows.
 
 The last segments are open and lie where the model computes. A block of them that is full of committed tokens is sealed:
-immutable, shared by forks, free to move between tiers. Knows nothing of other layers. The committed offset, which the
-caller gives, is the only truth.
+immutable, shared by forks, free to move between tiers. The committed offset, which the caller passes, is the only
+truth.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class OffloadedKVCache:
     def __init__(self, layer: int, tiers: Tiers, length: int) -> None:
         self.layer, self.tiers, self.length = layer, tiers, length
         self.sealed: list[SealedBlock] = []
-        self.open: dict[int, Block] = {}  # by number of the segment
-        self._stop = 0  # position behind the last token, new ones included
+        self.open: dict[int, Block] = {}  # by segment number
+        self._stop = 0  # one past the last token, new ones included
 
     def append(self, offset: int, keys: Tensor, values: Tensor) -> None:
-        """Tokens (B, H_kv, T, D) at `offset`, into the open segment and as many further ones as they need."""
+        """Appends tokens (B, H_kv, T, D) at `offset` to the open segment and to as many new ones as they need."""
         self.settle(offset)
         size = self.tiers.layout.segment_tokens
         stop = offset + keys.shape[2]
@@ -44,12 +44,12 @@ class OffloadedKVCache:
         self._stop = stop
 
     def segments(self, num_queries: int, residency: Residency) -> Iterator[KVSegment]:
-        """All that was appended, oldest first; each segment is valid until the next is asked for."""
+        """All keys and values, oldest first; each segment is valid until the next is requested."""
         size, start = self.tiers.layout.segment_tokens, 0
         for block in self.tiers.stream(self.sealed, residency, num_queries):
             yield KVSegment(*block, start)
             start += size
-        while start < self._stop:  # segments behind that are left over from a forward that did not finish
+        while start < self._stop:  # any segment past it was left by a forward that did not finish
             yield KVSegment(*self.open[start // size].first(self._stop - start), start)
             start += size
 
@@ -63,12 +63,12 @@ class OffloadedKVCache:
             del self.open[number]
 
     def restore(self, offset: int, sealed: list[SealedBlock]) -> None:
-        """Starts with `offset` tokens: these sealed blocks, and open segments that the caller fills."""
+        """Starts with `offset` tokens: these sealed blocks, and open segments that the caller fills afterwards."""
         assert not self.sealed and not self.open, "not empty"
         self.sealed, self._stop = sealed, offset
 
     def fork(self, offset: int) -> OffloadedKVCache:
-        """A copy that has committed `offset` tokens: shares the sealed blocks and copies what is open."""
+        """A copy that has committed `offset` tokens: shares the sealed blocks and copies the open segments."""
         self.settle(offset)
         forked = OffloadedKVCache(self.layer, self.tiers, self.length)
         forked.sealed = list(self.sealed)
@@ -85,7 +85,7 @@ class OffloadedKVCache:
         return opened + sum(block.nbytes(on_host=on_host) for block in self.sealed)
 
     def segment(self, number: int) -> Block:
-        """The open segment of this number, made if need be; not larger than what is left of the run."""
+        """The open segment of this number, created on first use; no longer than the rest of the run."""
         if number not in self.open:
             size = self.tiers.layout.segment_tokens
             self.open[number] = empty_block(

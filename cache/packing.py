@@ -1,14 +1,14 @@
 """How sealed segments of keys and values are stored: in the compute dtype, in another float type, or quantized.
 
-A quantized element is a code, int8 or float8_e4m3fn, times a float32 scale: of keys one a channel and token group, of
-values one a token. In `samples/tiny` int8 keys put an error of 1.7e-3 into the attention output (3.0e-3 with a scale a
-token), int8 values one of 3.8e-3 (3.5e-3 with a scale a channel and group). Values have theirs by token all the same:
-with half of the attention on a sink, a token with values near zero, scales that its neighbours share made it 0.27
-instead of 0.006 in a simulation. See also https://arxiv.org/abs/2402.02750. fp8 takes the same bytes, and its error is
-2e-2 by any scales.
+A quantized element is a code, int8 or float8_e4m3fn, times a float32 scale. Keys have one scale per channel and token
+group, values one per token. In `samples/tiny` int8 keys add an error of 1.7e-3 to the attention output (3.0e-3 with a
+scale per token), int8 values one of 3.8e-3 (3.5e-3 with a scale per channel and group). Values are scaled per token all
+the same: in a simulation with half of the attention on a sink, a token with values near zero, scales shared with its
+neighbours made the error 0.27 instead of 0.006. See also https://arxiv.org/abs/2402.02750. fp8 takes the same bytes,
+and its error is 2e-2 with any scales.
 
-What is not finite spoils, visibly, all that shares its scale; float types clamp infinities and keep NaN. Knows nothing
-of tiers, files, or where a segment lies.
+An element that is not finite visibly spoils everything that shares its scale. Float types clamp infinities and keep
+NaN.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ KEY_SCALES_SHARED_OVER, VALUE_SCALES_SHARED_OVER = 3, 4
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of groups of zeros, too
 PIECE_BYTES = 2**20
-"""What each thread of a CPU computes at once, in float32: it stays in the processor's cache, and in the same memory."""
+"""What each CPU thread converts at a time, in float32: it stays in cache, and temporary memory stays bounded."""
 
 
 class Packed(NamedTuple):
-    """One layer's segment as it is stored: keys and values (B, H_kv, S, D) in the storage type; of quantized types also
-    scales, float32, of keys (B, H_kv, S / group_tokens, D) and of values (B, H_kv, S, 1)."""
+    """One layer's segment as stored: keys and values (B, H_kv, S, D) in the storage type. Quantized types have float32
+    scales too: of keys (B, H_kv, S / group_tokens, D), of values (B, H_kv, S, 1)."""
 
     keys: Tensor
     values: Tensor
@@ -50,7 +50,7 @@ class Packed(NamedTuple):
     value_scales: Tensor | None = None
 
     def to(self, place: Callable[[Tensor], Tensor]) -> Packed:
-        """Each tensor placed elsewhere."""
+        """Each tensor as `place` returns it."""
         return Packed(**{name: place(tensor) for name, tensor in self.tensors})
 
     @property
@@ -84,7 +84,8 @@ def shapes(layout: StoreLayout) -> list[tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def pack(block: Block, layout: StoreLayout) -> Packed:
-    """A segment in the compute dtype as it is stored: its own tensors if that is the same, else new contiguous ones."""
+    """Converts a segment from the compute dtype to the stored form: the same tensors if the two are equal, else new
+    contiguous ones."""
     assert block.keys.shape == block.values.shape == _segment_shape(layout), (block.keys.shape, block.values.shape)
     if not layout.is_packed:
         return Packed(*block)
@@ -96,7 +97,7 @@ def pack(block: Block, layout: StoreLayout) -> Packed:
 
 
 def unpack(packed: Packed, layout: StoreLayout, into: Block) -> Block:
-    """The segment in the compute dtype: written to `into`, on the same device, or as it is if it was not converted."""
+    """The segment in the compute dtype: written to `into`, on the same device, or the same tensors if not converted."""
     if not layout.is_packed:
         return Block(packed.keys, packed.values)
     assert into.keys.shape == into.values.shape == packed.keys.shape, (into.keys.shape, packed.keys.shape)
@@ -128,7 +129,7 @@ def _segment_shape(layout: StoreLayout) -> tuple[int, int, int, int]:
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another float type, clamped to what is finite both there and once converted back."""
+    """x in another float type, clamped to values that are finite there and when converted back."""
     largest = torch.tensor(min(torch.finfo(x.dtype).max, torch.finfo(dtype).max), dtype=dtype)
     if largest.to(x.dtype).isinf():  # rounded up: 65504 in bfloat16
         largest = torch.nextafter(largest, largest.new_zeros(()))
@@ -138,7 +139,7 @@ def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _quantized(x: Tensor, layout: StoreLayout, shared_over: int) -> tuple[Tensor, Tensor]:
     """Codes (B, H_kv, S, D), and scales (B, H_kv, groups, group_tokens, D) with 1 for the dimension that shares them.
 
-    The scale is absmax times 1 / largest code: divided by it, the largest float32 would come back as infinity.
+    The scale is absmax times 1 / largest code: with a division the largest float32 would come back as infinity.
     """
     dtype = TORCH_DTYPES[layout.kv_dtype]
     largest = LARGEST_CODE[dtype]
@@ -170,16 +171,16 @@ def _dequantize(codes: Tensor, scales: Tensor, layout: StoreLayout, into: Tensor
 
 
 def _fp8_as_float16(codes: Tensor) -> Tensor:
-    """The numbers / 256, exactly: their exponent and mantissa in a type whose exponent's bias is 8 more.
+    """The codes / 256, exactly: the same exponent and mantissa bits in a type whose exponent bias is larger by 8.
 
-    A cast is ten times as slow on a CPU. Codes of NaN become finite; their scales are not.
+    A cast is ten times as slow on a CPU. NaN codes become finite, but their scales are not.
     """
     signs_twice = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
     return signs_twice.bitwise_and_(~0x4000).view(torch.float16)
 
 
 def _pieces(layout: StoreLayout, device: torch.device) -> Iterator[slice]:
-    """Token groups that are computed at once: all of them on an accelerator."""
+    """Slices of the token groups, each converted at once: all of them on an accelerator."""
     b, h, s, d = _segment_shape(layout)
     groups = s // layout.group_tokens
     step = groups

@@ -1,8 +1,8 @@
 """Where a NoPE layer's sealed blocks lie, device, host memory or disk, and how they reach attention.
 
-The newest are kept nearest: `Residency` says how many. Segments on disk are read ahead on a background thread into
-reused buffers; to an accelerator each next one travels while the last is in use. Results do not depend on the tier.
-Knows nothing of offsets or of which layers a model has. What needs an accelerator has not been run on one yet.
+The newest are kept nearest: `Residency` says how many. Segments on disk are read ahead by background threads into
+reused buffers; the next one is copied to an accelerator while the current one is in use. Results do not depend on the
+tier. What needs an accelerator has not been run on one yet.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from cache.residency import READ_BUFFERS, Residency
 from model.weights.read_ahead import ahead, as_bytes
 
 MAX_TRAVELLING_QUERIES = 16
-"""With at most so many queries they go to a host block, and attention is computed there: fewer bytes travel."""
+"""Up to so many queries are copied to a host block and attended there: fewer bytes than its keys and values."""
 
 
 class RowStore(Protocol):
     """Where rows of sealed blocks are written: a scratch file, or a saved context."""
 
     is_durable: bool
-    """Whether every row is to be written as soon as it is sealed."""
+    """Whether every row must be written as soon as it is sealed."""
 
     def write(self, row: int, units: Units) -> UnitFile:
-        """Writes a row, a unit for each segment of each layer, named by `unit_name`."""
+        """Writes a row: a unit for each segment of each layer, named by `unit_name`."""
         ...
 
 
@@ -47,14 +47,14 @@ class SealedBlock:
         self.layer = layer
         self.segments = list(segments)
         self.file = file
-        self.was_read = False  # from the file, by a whole stream: what is read again is worth its place in memory
+        self.was_read = False  # all of it, from the file: what is read a second time is worth keeping in memory
 
     @property
     def is_in_memory(self) -> bool:
         return any(segment is not None for segment in self.segments)
 
     def nbytes(self, *, on_host: bool) -> int:
-        """Bytes in host memory, or on an accelerator."""
+        """Bytes in host memory, or else on an accelerator."""
         return sum(
             packed.nbytes
             for packed in self.segments
@@ -72,7 +72,7 @@ class SealedBlock:
 
 
 class Loan(NamedTuple):
-    """A sealed segment to be fetched, and whether it is to stay in memory once it is there."""
+    """A sealed segment to fetch, and whether it stays in memory once it is there."""
 
     block: SealedBlock
     number: int
@@ -91,7 +91,7 @@ class Tiers:
         self._pending: list[Future[Packed]] = []
 
     def seal(self, layer: int, segments: Iterable[Block]) -> SealedBlock:
-        """Packs the open segments of a full block, where they are."""
+        """Packs the open segments of a full block, on their device."""
         return SealedBlock(layer, [pack(segment, self.layout) for segment in segments])
 
     def to_host(self, packed: Packed) -> Packed:
@@ -101,7 +101,7 @@ class Tiers:
         return packed.to(lambda x: torch.empty_like(x, device="cpu", pin_memory=self._pins).copy_(x))
 
     def prepare(self, *, reads: bool, has_sealed: bool) -> None:
-        """Allocates the buffers that the layout's closed form counts, before they are needed."""
+        """Allocates the buffers that the closed form counts, before they are needed."""
         if reads and not self._read_buffers:
             size = self.layout.sealed_segment_bytes
             self._read_buffers = [
@@ -115,9 +115,9 @@ class Tiers:
         return sum(x.nbytes for x in self._read_buffers) + sum(block.nbytes for block in self._unpacked.values())
 
     def stream(self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int) -> Iterator[Block]:
-        """The blocks' segments, oldest first, in the compute dtype, where they are to be attended; each is valid until
-        the next is asked for. Blocks that memory is meant to hold stay there when they are read again: the first answer
-        does not wait for memory to be filled."""
+        """The blocks' segments, oldest first, in the compute dtype, where they are attended. Each is valid
+        until the next one. A block that `residency` places in memory stays there from its second read on, so
+        that the first answer does not wait for memory to fill."""
         _, _, on_disk = residency.split(len(blocks))
         loans = (
             Loan(block, number, row >= on_disk and block.was_read)
@@ -136,7 +136,7 @@ class Tiers:
             )
 
     def load(self, block: SealedBlock, number: int) -> Block:
-        """One segment in the compute dtype, in memory of its own."""
+        """One segment in the compute dtype, in its own memory."""
         packed = block.segments[number]
         if packed is None:
             packed = self._read(block, number, self._room())
@@ -145,8 +145,8 @@ class Tiers:
         return unpack(packed, self.layout, self._segment(packed.keys.device))
 
     def _fetched(self, loans: Iterable[Loan]) -> Iterator[Packed]:
-        """Packed segments in memory; those on disk are read ahead, in the background. One stream at a time."""
-        wait(self._pending)  # of a stream that was given up: its reads write into the buffers
+        """Packed segments in memory; those on disk are read ahead in the background. One stream at a time."""
+        wait(self._pending)  # an abandoned stream's reads still write into the buffers
         self._pending.clear()
         reads = 0
 
@@ -165,7 +165,7 @@ class Tiers:
         for begun in ahead(loans, begin, READ_BUFFERS - 1):
             if isinstance(begun, Future):
                 packed = begun.result()
-                self._pending.remove(begun)  # not before: an interrupt leaves it to be waited for
+                self._pending.remove(begun)  # not earlier: after an interrupt it must be waited for
                 yield packed
             else:
                 yield begun
@@ -195,7 +195,7 @@ class Tiers:
         return packed
 
     def _room(self) -> Tensor:
-        """Memory for a packed segment that stays."""
+        """Memory for a packed segment that is kept."""
         return torch.empty(self.layout.sealed_segment_bytes, dtype=torch.uint8, pin_memory=self._pins)
 
     def _segment(self, device: torch.device) -> Block:
@@ -207,19 +207,19 @@ class Tiers:
         return self._unpacked[device]
 
     def _on_device(self, fetched: Iterator[Packed]) -> Iterator[Packed]:
-        """The segments on the accelerator: each next one is on its way while attention reads the last."""
+        """The segments on the accelerator: the next one is copied while attention reads the current one."""
         stream = torch.cuda.Stream(self.device)
 
         def send(packed: Packed) -> tuple[Packed, torch.cuda.Event]:
             with torch.cuda.stream(stream):
                 copies = packed.to(lambda x: x.to(self.device, non_blocking=True))
             arrived = stream.record_event()
-            arrived.synchronize()  # the buffer that it came from is read into next
+            arrived.synchronize()  # its host buffer is read into next
             return copies, arrived
 
         for copies, arrived in ahead(fetched, send):
             current = torch.cuda.current_stream(self.device)
             current.wait_event(arrived)
             for _, x in copies.tensors:
-                x.record_stream(current)  # its memory is not given away while attention still reads it
+                x.record_stream(current)  # else its memory could be reused while attention reads it
             yield copies

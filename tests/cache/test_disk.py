@@ -164,7 +164,7 @@ def test_no_room_for_scratch(tmp_path: Path, code: int, monkeypatch: pytest.Monk
 def test_no_folder_for_scratch(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "missing", tmp_path / "file"):
-        with pytest.raises(DiskFullError, match=rf"{folder.name}: no file can be made there: "):
+        with pytest.raises(DiskFullError, match=rf"{folder.name}: cannot create a file there: "):
             Scratch(folder)
 
 

@@ -44,7 +44,7 @@ def test_a_file_that_is_cut_short(file: UnitFile, known: bool) -> None:
     for length in lengths(raw):
         path_of(file).write_bytes(raw[:length])
         for check in (UnitFile.check_size, UnitFile.verify):
-            with pytest.raises(DiskError, match=r"a file: .*(cut short|damaged|not a file of ours)"):
+            with pytest.raises(DiskError, match=r"a file: .*(cut short|damaged|not a file that l4ctx wrote)"):
                 check(UnitFile(path_of(file), header_sha256=file._header_sha256 if known else None))
         head = 8 + int.from_bytes(raw[:8], "little")
         for name, unit in file.units.items():
@@ -151,7 +151,7 @@ HEADERS: dict[str, object] = {
 def test_headers_that_are_not_ours(tmp_path: Path, name: str) -> None:
     file = raw_file(tmp_path / "a file", HEADERS[name])
     for check in (file.check_size, file.verify, lambda: file.units, lambda: file.read("u", memoryview(bytearray(4)))):
-        with pytest.raises(DiskError, match=r"a file: not a file of ours \(\w+"):
+        with pytest.raises(DiskError, match=r"a file: not a file that l4ctx wrote \(\w+"):
             check()
 
 
