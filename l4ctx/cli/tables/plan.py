@@ -1,11 +1,11 @@
-"""What `l4ctx plan` found out, as tables for people. Finds out nothing itself."""
+"""The report of `l4ctx plan` as tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable, TextTable
-from l4ctx.formatting import human_bytes
+from l4ctx.formatting import human_bytes, without_controls
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.remedies import remedies
 from l4ctx.run.estimate import PlanReport
@@ -17,39 +17,38 @@ SHOWN_DOCUMENTS = 20
 
 
 def plan_table(report: PlanReport) -> RenderableType:
-    """The report for people: documents with their tokens, bytes by owner and tier, and what follows from them."""
+    """Documents with their tokens, bytes by owner and tier, and what follows from them."""
     from rich.console import Group
 
-    from l4ctx.formatting import without_controls
+    documents = (_documents(report), "") if report.documents else ()
+    return Group(*documents, _memory(report), "", _facts(report))
 
-    plan, end, most, capacity, workload = (
-        report.plan,
-        report.plan.end,
-        report.plan.peak,
-        report.capacity,
-        report.plan.workload,
-    )
 
-    parts: list[RenderableType] = []
-    if report.documents:
-        documents = FigureTable("documents", ("tokens", "share"))
-        shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
-        for source, tokens in [document for document in report.documents if document in shown]:
-            documents.add_row(without_controls(source), f"{tokens:,}", f"{tokens / workload.prompt_tokens:.0%}")
-        if len(shown) < len(report.documents):
-            rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
-            documents.add_row(
-                f"{len(report.documents) - len(shown)} smaller ones",
-                f"{rest:,}",
-                f"{rest / workload.prompt_tokens:.0%}",
-            )
-        parts.append(documents)
+def _documents(report: PlanReport) -> FigureTable:
+    """The largest documents, in the order in which they are read, and the rest as one row."""
+    table, prompt_tokens = FigureTable("documents", ("tokens", "share")), report.plan.workload.prompt_tokens
 
-    memory = FigureTable("memory", ("at the end", "at most", "free"))
+    def row(name: str, tokens: int) -> None:
+        table.add_row(name, f"{tokens:,}", f"{tokens / prompt_tokens:.0%}")
+
+    shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
+    for source, tokens in report.documents:
+        if (source, tokens) in shown:
+            row(without_controls(source), tokens)
+    if len(shown) < len(report.documents):
+        rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
+        row(f"{len(report.documents) - len(shown)} smaller ones", rest)
+    return table
+
+
+def _memory(report: PlanReport) -> FigureTable:
+    """Bytes by owner and tier, at the end of the run and at its peak, beside what is free."""
+    plan, end, most, capacity = report.plan, report.plan.end, report.plan.peak, report.capacity
+    table = FigureTable("memory", ("at the end", "at most", "free"))
 
     def row(name: str, *values: int | None) -> None:
         if any(values):
-            memory.add_row(name, *("" if value is None else human_bytes(value) for value in values))
+            table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
 
     row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights)
     row("RoPE windows", end.rope_windows, most.rope_windows)
@@ -66,28 +65,32 @@ def plan_table(report: PlanReport) -> RenderableType:
     if capacity.has_disk:
         row("disk in all", None, plan.needed_on_disk, capacity.disk)
     row("  an unbounded cache would take", plan.unbounded_cache)
-    parts.append(memory)
+    return table
 
-    facts = TextTable("run")
+
+def _facts(report: PlanReport) -> TextTable:
+    """What will be done, whether it fits, how long it takes, and what would help."""
+    plan, workload = report.plan, report.plan.workload
+    table = TextTable("run")
     answer = f" and {workload.max_new_tokens:,} of the answer" if workload.max_new_tokens else ""
     positions = f"the model has {workload.config.max_position_embeddings:,} positions"
-    facts.add_row("tokens", f"{workload.prompt_tokens:,}{answer}; {positions}")
-    facts.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {workload.dtype}")
-    facts.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
+    table.add_row("tokens", f"{workload.prompt_tokens:,}{answer}; {positions}")
+    table.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {workload.dtype}")
+    table.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
     disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
-    facts.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
+    table.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
     if report.read_from_disk:
-        facts.add_row("reads from disk", f"{human_bytes(report.read_from_disk)} in all steps together")
+        table.add_row("reads from disk", f"{human_bytes(report.read_from_disk)} in all steps together")
     if report.seconds is not None:
-        facts.add_row("reading takes", f"about {_human_time(report.seconds)}")
-    facts.add_row("fits here", "yes" if report.fits else "no")
+        table.add_row("reading takes", f"about {_human_time(report.seconds)}")
+    table.add_row("fits here", "yes" if report.fits else "no")
     for tier, (needed, there) in report.shortfalls.items():
-        facts.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
+        table.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
     if report.exceeds_positions:
-        facts.add_row("", f"more tokens than the model has positions: {workload.length:,}")
-    for number, remedy in enumerate(remedies(plan, capacity)):
-        facts.add_row("what helps" if number == 0 else "", without_controls(remedy))
-    return Group(*(part for each in parts for part in (each, "")), facts)
+        table.add_row("", f"more tokens than the model has positions: {workload.length:,}")
+    for number, remedy in enumerate(remedies(plan, report.capacity)):
+        table.add_row("what helps" if number == 0 else "", without_controls(remedy))
+    return table
 
 
 def _human_time(seconds: float) -> str:
