@@ -61,12 +61,6 @@ def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored
     return _digest(_json(fields), _of_weights(stored).encode("ascii"))
 
 
-def differing(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of what differs or is missing in either: FIELDS in their order, then unknown ones sorted."""
-    names = [*FIELDS, *sorted((saved.keys() | now.keys()) - set(FIELDS))]
-    return [name for name in names if name not in saved or name not in now or saved[name] != now[name]]
-
-
 def _of_config(config: TextConfig) -> str:
     fields = dataclasses.asdict(config)
     del fields["torch_dtype"]

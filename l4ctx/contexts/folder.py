@@ -15,8 +15,10 @@ not part of the context.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from l4ctx.machine.files import read_small
 
@@ -25,9 +27,22 @@ FILE = "manifest.json"
 JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
 
 
+def read_json(file: Path) -> Any:
+    """What a small file of a context says. Raises OSError, ValueError and RecursionError.
+
+    Links are not followed, and nothing is waited for: what belongs to a context lies in its folder.
+    """
+    return json.loads(read_small(file))
+
+
+def digest(record: dict[str, Any]) -> str:
+    """The SHA-256, in hex, of what a manifest or a journal's record says, in whatever order."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def is_context(folder: str | Path) -> bool:
     """Whether a folder is a saved context, or one that is being made: not a document, nor a folder of them."""
     try:
-        return json.loads(read_small(Path(folder) / FILE))["format"] == FORMAT
+        return read_json(Path(folder) / FILE)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -10,17 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from l4ctx.contexts.folder import HEAD, JOURNAL
-from l4ctx.contexts.states import digest
+from l4ctx.contexts.folder import HEAD, JOURNAL, digest, read_json
 from l4ctx.errors import ContextError
-from l4ctx.machine.files import read_small, write_atomically
+from l4ctx.machine.files import write_atomically
 
 
 def read_head(folder: Path) -> tuple[int, str] | None:
     """The number of the record that ends the newest complete state, and its digest. Raises ContextError."""
     file = folder / HEAD
     try:
-        head = json.loads(read_small(file))
+        head = read_json(file)
         return int(head["records"]), str(head["end"])
     except FileNotFoundError:
         return None

@@ -6,7 +6,6 @@ Knows nothing of what the context holds. Imports no torch.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import stat
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import KV_DTYPES, QUANTIZED
-from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, VERSION, WRITER_LOCK
+from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, VERSION, WRITER_LOCK, digest, read_json
 from l4ctx.errors import ContextError
-from l4ctx.machine.files import read_small, write_atomically
+from l4ctx.machine.files import write_atomically
 from model.config import BACKEND_NAMES
 
 _WHAT = {
@@ -94,7 +93,7 @@ def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None)
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "made_with": asdict(recipe)}
     if checkpoint is not None:
         content["checkpoint"] = str(checkpoint.absolute())
-    write_atomically(folder / FILE, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
+    write_atomically(folder / FILE, json.dumps({**content, "sha256": digest(content)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Recipe:
@@ -113,7 +112,22 @@ def saved_checkpoint(folder: Path) -> Path | None:
 def _read(folder: Path) -> tuple[Recipe, Path | None]:
     file = folder / FILE
     try:
-        text = read_small(file)
+        content = read_json(file)
+        said = content.pop("sha256")
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        if content["version"] != VERSION:
+            raise ContextError(
+                f"{file}: version {content['version']!r} of the format is not known here; "
+                f"{VERSION} is: use the l4ctx that made it, or make it anew"
+            )
+        if digest(content) != said:
+            raise ValueError("its checksum does not match")
+        made = content["made_with"]
+        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
+        said_path = content.get("checkpoint")
+        if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
+            raise ValueError(f"checkpoint {said_path!r}")
     except FileNotFoundError:
         from l4ctx.machine.suggestions import did_you_mean
 
@@ -125,23 +139,6 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
     except OSError as error:
         raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        content = json.loads(text)
-        said = content.pop("sha256")
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        if content["version"] != VERSION:
-            raise ContextError(
-                f"{file}: version {content['version']!r} of the format is not known here; "
-                f"{VERSION} is: use the l4ctx that made it, or make it anew"
-            )
-        if _digest(content) != said:
-            raise ValueError("its checksum does not match")
-        made = content["made_with"]
-        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
-        said_path = content.get("checkpoint")
-        if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
-            raise ValueError(f"checkpoint {said_path!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ContextError(
             f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
@@ -184,7 +181,3 @@ def _typed(value: Any, kind: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, expected):
         raise TypeError(f"{value!r} is not of type {expected.__name__}")
     return value
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

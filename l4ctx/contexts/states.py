@@ -6,8 +6,6 @@ tokens behind the last sealed block. Reads the records; opens no other file. Imp
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -88,10 +86,6 @@ def block_record(index: int, stored: Stored) -> dict[str, Any]:
 
 def end_record(tail: Stored | None, ids: Stored) -> dict[str, Any]:
     return {"type": "end", "tail": None if tail is None else tail.as_dict(), "ids": ids.name}
-
-
-def digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]:

@@ -10,7 +10,7 @@ import random
 import shutil
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
-from l4ctx.checkpoint.fingerprint import FIELDS, differing, fingerprint
+from l4ctx.checkpoint.fingerprint import FIELDS, fingerprint
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from model.config import RopeParameters, TextConfig
 from model.errors import CheckpointError
@@ -73,6 +73,12 @@ def write_shards(folder: Path, shards: dict[str, Tensors]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for shard, tensors in shards.items():
         write_shard(folder / shard, tensors)
+
+
+def differing(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of what differs or is missing in either: FIELDS in their order, then unknown ones sorted."""
+    names = [*FIELDS, *sorted((saved.keys() | now.keys()) - set(FIELDS))]
+    return [name for name in names if name not in saved or name not in now or saved[name] != now[name]]
 
 
 def of(folder: Path, config: TextConfig = CONFIG) -> dict[str, str]:

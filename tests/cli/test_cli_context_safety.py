@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from l4ctx.contexts.manifest import _digest, read_manifest, saved_checkpoint
+from l4ctx.contexts.folder import digest
+from l4ctx.contexts.manifest import read_manifest, saved_checkpoint
 from support.cli_runner import (
     FACTS,
     answer,
@@ -270,7 +271,7 @@ def rewrite_manifest(change: Callable[[dict[str, object]], object]) -> None:
     content = json.loads(Path("c/manifest.json").read_text(encoding="utf-8"))
     del content["sha256"]
     change(content)
-    Path("c/manifest.json").write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
+    Path("c/manifest.json").write_text(json.dumps({**content, "sha256": digest(content)}), encoding="utf-8")
 
 
 def test_a_context_that_does_not_tell_its_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
