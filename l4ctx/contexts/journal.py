@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from l4ctx.machine.private import open_private, temporary_of
+from l4ctx.machine.files import replace_file, sync_folder
+from l4ctx.machine.private import open_private
 
 _DIGITS = 16
 _START = b"0" * _DIGITS
@@ -76,7 +77,7 @@ class Journal:
             raise
         try:
             if not data:  # it is new, or was made by a process that got no further
-                _sync_folder(file.parent)
+                sync_folder(file.parent, is_required=True)
             elif journal._end[0] < len(data):
                 journal._cut_off()
         except BaseException:
@@ -134,23 +135,12 @@ class Journal:
             raise OSError(errno.ESTALE, f"{self._file.name} was replaced by another file meanwhile")
         if mine.st_nlink < 2:
             return False
-        temporary = temporary_of(self._file)
-        descriptor = open_private(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-        try:
-            with open(self._descriptor, "rb", closefd=False) as stream:
-                stream.seek(0)
-                content = stream.read(self._end[0])
-            with open(descriptor, "wb", closefd=False) as stream:
-                stream.write(content)
-            os.fsync(descriptor)
-            os.replace(temporary, self._file)
-        except BaseException:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
-            raise
-        shared, self._descriptor = self._descriptor, descriptor
+        with open(self._descriptor, "rb", closefd=False) as stream:
+            stream.seek(0)
+            content = stream.read(self._end[0])
+        shared, self._descriptor = self._descriptor, replace_file(self._file, content, os.O_RDWR | os.O_APPEND)
         os.close(shared)
-        _sync_folder(self._file.parent)
+        sync_folder(self._file.parent, is_required=True)
         return True
 
 
@@ -200,13 +190,3 @@ def _parsed(text: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise TypeError(f"it is a {type(record).__name__}")
     return record
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last, where a system lets one (Windows does not)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

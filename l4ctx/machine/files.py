@@ -1,4 +1,4 @@
-"""Bytes of a file as it is now, without ever waiting for a pipe; and names that are safe to show.
+"""Bytes of a file as it is now, without ever waiting for a pipe; files that are on the disk once they are written.
 
 What the bytes are is left to others.
 """
@@ -59,16 +59,27 @@ def write_atomically(file: Path, text: str) -> None:
 
     Raises OSError.
     """
-    temporary = temporary_of(file)
-    try:
-        with open(open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    os.close(replace_file(file, text.encode("utf-8"), os.O_WRONLY))
     sync_folder(file.parent)
+
+
+def replace_file(file: Path, content: bytes, flags: int) -> int:
+    """Puts a new file, for its owner alone, in place of the one of its name; returns its descriptor, opened by `flags`.
+
+    The content is on the disk, the name only after `sync_folder`. Raises OSError, and has then changed nothing.
+    """
+    temporary = temporary_of(file)
+    descriptor = open_private(temporary, flags | os.O_CREAT | os.O_EXCL)
+    try:
+        with open(descriptor, "wb", closefd=False) as stream:
+            stream.write(content)
+        os.fsync(descriptor)
+        os.replace(temporary, file)
+    except BaseException:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+        raise
+    return descriptor
 
 
 def read_small(file: Path) -> bytes:
@@ -80,12 +91,18 @@ def read_small(file: Path) -> bytes:
         return stream.read(MAX_BYTES)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names of new files in a folder durable, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path, *, is_required: bool = False) -> None:
+    """Makes the names of new files in a folder durable, where the system lets one (Windows does not).
+
+    Raises OSError where the folder cannot be opened, and with `is_required` where the system says that it failed.
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError:
-        pass
+        if is_required:
+            raise
     finally:
         os.close(descriptor)
