@@ -13,19 +13,19 @@ from l4ctx.errors import OutputError
 from l4ctx.formatting import counted, without_controls
 
 if TYPE_CHECKING:
-    from l4ctx.run.session import Run
+    from l4ctx.run.session import Session
 
 
-def show_answer(run: Run, note: Callable[[str], None], interruption: Interruption, *, json: bool) -> None:
+def show_answer(session: Session, note: Callable[[str], None], interruption: Interruption, *, json: bool) -> None:
     """Generates the answer; writes it to standard output, unless `json` is to show it whole.
 
-    Raises OutputError and what `Run.decode` raises; the line that was begun is ended before.
+    Raises OutputError and what `Session.decode` raises; the line that was begun is ended before.
     """
-    interruption.when = lambda: _after_tokens(run)
-    interruption.kept = lambda: _kept(run)
+    interruption.when = lambda: _after_tokens(session)
+    interruption.kept = lambda: _kept(session)
     shown = _Answer()
     try:
-        for piece in run.decode():
+        for piece in session.decode():
             if not json:
                 shown.write(without_controls(piece))
         if not json:
@@ -34,29 +34,30 @@ def show_answer(run: Run, note: Callable[[str], None], interruption: Interruptio
         with suppress(OSError, OutputError):  # of a stream that has failed already
             shown.end_line()
         raise
-    if run.loop is not None:
-        period = "token" if run.loop.period == 1 else f"{run.loop.period} tokens"
+    answer = session.answer
+    if answer.loop is not None:
+        period = "token" if answer.loop.period == 1 else f"{answer.loop.period} tokens"
         note(
-            f"the answer repeats itself (the same {period}, {run.loop.times} times in a row) and was ended there; "
+            f"the answer repeats itself (the same {period}, {answer.loop.times} times in a row) and was ended there; "
             "--no-loop-guard lets it go on"
         )
-    elif run.stop_reason == "length":
-        note(f"the answer was cut at {run.max_new_tokens} tokens; --max-new-tokens allows more")
-    elif not run.answer.strip():
+    elif answer.stop_reason == "length":
+        note(f"the answer was cut at {session.sized.inputs.max_new_tokens} tokens; --max-new-tokens allows more")
+    elif not answer.text.strip():
         note("the model ended its answer at once")
 
 
-def _after_tokens(run: Run) -> str:
-    tokens = run.generated_tokens
+def _after_tokens(session: Session) -> str:
+    tokens = session.answer.tokens
     return f" after {counted(tokens, 'token')} of the answer" if tokens else ""
 
 
-def _kept(run: Run) -> str:
+def _kept(session: Session) -> str:
     """Of what was read for the answer."""
-    folder, request = run.contexts.folder, run.request
-    if not run.generated_tokens or folder is None or (request.context is not None and request.paths):
-        return run.kept()
-    return f"the context {folder} holds what was read"
+    context, paths = session.request.context, session.request.sources.paths
+    if not session.answer.tokens or context.folder is None or (context.answer_from is not None and paths):
+        return session.monitor.kept()
+    return f"the context {context.folder} holds what was read"
 
 
 class _Answer:

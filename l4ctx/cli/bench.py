@@ -12,8 +12,8 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, write, write_json
-from l4ctx.cli.stdin import check_choices
 from l4ctx.errors import UsageError
+from l4ctx.run.request import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def bench(
         typer.Option("--ceilings/--no-ceilings", help="Measure what the machine does at best, and the share reached."),
     ] = True,
     dtype: Annotated[
-        str,
+        Dtype,
         typer.Option(
             metavar="auto|float32|bfloat16|float16",
             help="Type to compute in, of every engine. auto: each one's fastest.",
@@ -94,7 +94,6 @@ def bench(
         from l4ctx.bench.request import BenchRequest
 
         check_stdout("to")
-        check_choices(dtype, "auto", attention, "text")
         if config is None and model is None:
             raise UsageError(
                 "nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "

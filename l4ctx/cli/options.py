@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from l4ctx.run import request
 
 
 def token_count(minimum: int) -> Callable[[str], int]:
@@ -15,15 +17,40 @@ def token_count(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         from l4ctx.formatting import parse_tokens
 
-        try:
-            count = parse_tokens(str(text))  # a default is a number
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+        count = _parsed(parse_tokens, str(text))  # a default is a number
         if count < minimum:
             raise typer.BadParameter(f"{text} is less than {minimum}")
         return count
 
     return parse
+
+
+def _size(text: str) -> int:
+    """Bytes."""
+    from l4ctx.formatting import parse_size
+
+    return _parsed(parse_size, text)
+
+
+def _encoding(name: str) -> str:
+    """Python's own name of an encoding of text."""
+    from l4ctx.documents.text import check_encoding
+
+    return _parsed(check_encoding, name)
+
+
+def context_folder(name: str) -> Path:
+    """The folder of that name; an empty one, as an unset shell variable gives it, would be the current folder."""
+    if not name:
+        raise typer.BadParameter("the name of the folder is empty (is a shell variable unset?)")
+    return Path(name)
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 Model = Annotated[
@@ -42,60 +69,65 @@ Paths = Annotated[
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave image files out.")]
 SkipUnreadable = Annotated[
     bool,
-    typer.Option(
-        "--skip-unreadable", help="Leave out what cannot be read in a folder, instead of ending with exit code 2."
-    ),
+    typer.Option("--skip-unreadable", help="Skip what cannot be read in a folder instead of ending with exit code 2."),
 ]
 Pdf = Annotated[
-    str,
+    request.PdfMode,
     typer.Option(
-        metavar="text|pages|both", help="Of PDF files, read the text, the pages as images, or both (needs l4ctx[pdf])."
+        metavar="text|pages|both", help="Read the text of PDF files, their pages as images, or both (needs l4ctx[pdf])."
     ),
 ]
-Replace = Annotated[bool, typer.Option("--replace", help="Let a context go of other documents that it holds.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Allow dropping other documents that the context holds.")]
 Encoding = Annotated[
     str | None,
     typer.Option(
+        parser=_encoding,
         metavar="NAME",
         help="Encoding of texts that are not UTF-8 and have no byte order mark, such as gbk or "
-        "windows-1252; unless told, it is detected.",
+        "windows-1252 (default: detected).",
         show_default=False,
     ),
 ]
 KeepPayload = Annotated[
     bool,
-    typer.Option("--keep-payload", help="Keep outputs of notebooks and the content of data: URIs, which are left out."),
+    typer.Option(
+        "--keep-payload", help="Keep notebook outputs and the content of data: URIs, which are left out by default."
+    ),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[
-    str,
+    request.Dtype,
     typer.Option(
         metavar="auto|float32|bfloat16|float16",
-        help="Type to compute in. auto: the checkpoint's own; on a CPU "
-        "that is slower with it float32, if those weights take less than a quarter of the free memory.",
+        help="Type to compute in. auto: the checkpoint's own; float32 on a "
+        "CPU that is slower with it, if the weights then take less than a quarter of the free memory.",
     ),
 ]
 KVDtype = Annotated[
-    str,
+    request.KVDtype,
     typer.Option(
         "--kv-dtype",
         metavar="auto|float32|bfloat16|float16|fp8|int8",
-        help="Type to store keys and values of older text "
-        "in. auto: the type computed in; int8 takes about half of bfloat16.",
+        help="Type to store the keys and values of older "
+        "text in. auto: the type computed in; int8 takes about half of bfloat16.",
     ),
 ]
 KVDeviceMemory = Annotated[
-    str | None,
+    int | None,
     typer.Option(
         "--kv-device-memory",
+        parser=_size,
         metavar="SIZE",
-        help="GPU memory for keys and values of the NoPE layers, such as 8GiB; what is free unless told.",
+        help="GPU memory for keys and values of the NoPE layers, such as 8GiB (default: what is free).",
     ),
 ]
 KVHostMemory = Annotated[
-    str | None,
+    int | None,
     typer.Option(
-        "--kv-host-memory", metavar="SIZE", help="Host memory for them, such as 8GiB; what is free unless told."
+        "--kv-host-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="Host memory for them, such as 8GiB (default: what is free).",
     ),
 ]
 KVDir = Annotated[
@@ -106,11 +138,11 @@ KVDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Attention = Annotated[
-    str | None,
+    request.AttentionBackend | None,
     typer.Option(
         metavar="sdpa|matmul|flex|eager",
         help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "
-        "flex_attention, or the slow reference. Unless told, what is the quickest here.",
+        "flex_attention, or the slow reference (default: the fastest here).",
         show_default=False,
     ),
 ]
@@ -119,7 +151,8 @@ PrefillChunkSize = Annotated[
     typer.Option(
         parser=token_count(1),
         metavar="N",
-        help="Tokens read at a time; fewer need less memory for activations. 8192, or fewer if those do not fit.",
+        help="Tokens per prefill step; fewer need less memory for activations (default: 8192, or fewer if those "
+        "do not fit).",
         show_default=False,
     ),
 ]

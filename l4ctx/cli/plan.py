@@ -8,18 +8,11 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, leave, write, write_json
-from l4ctx.cli.stdin import (
-    check_choices,
-    checkpoint_folder,
-    encoding_named,
-    paths_or_pipe,
-    size,
-    standard_input,
-)
+from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
 from l4ctx.errors import MEMORY, TOO_LONG, UsageError
 
 if TYPE_CHECKING:
-    from l4ctx.run.estimate import PlanRequest
+    from l4ctx.run.request import PlanRequest
 
 
 def plan(
@@ -29,7 +22,7 @@ def plan(
         typer.Option(
             parser=options.token_count(1),
             metavar="N",
-            help="Plan for so many tokens, without any document: 128k is 128,000, 10M is 10,000,000, 128Ki is 131,072.",
+            help="Plan for this many tokens, without documents: 128k is 128,000, 10M is 10,000,000, 128Ki is 131,072.",
             show_default=False,
         ),
     ] = None,
@@ -42,7 +35,7 @@ def plan(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            parser=options.token_count(0), metavar="N", help="Length of an answer, in tokens.", show_default=False
+            parser=options.token_count(0), metavar="N", help="Length of the answer in tokens.", show_default=False
         ),
     ] = None,
     rate: Annotated[
@@ -50,11 +43,11 @@ def plan(
         typer.Option(
             min=0.001,
             metavar="TOKENS/S",
-            help="Reading speed at the beginning of a text, to predict the time by.",
+            help="Prefill speed at the start of a text, to predict the time from.",
             show_default=False,
         ),
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast this machine is instead.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speed instead.")] = False,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
@@ -75,35 +68,31 @@ def plan(
     """
 
     def request() -> PlanRequest:
-        from l4ctx.run.estimate import PlanRequest
+        from l4ctx.run.request import ComputeOptions, KVOptions, PlanRequest, SourceOptions
 
         check_stdout("to")
-        check_choices(dtype, kv_dtype, None, pdf)
         documents = paths_or_pipe(paths or [], quiet=quiet, reads_pipe=tokens is None)
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
         return PlanRequest(
-            model=checkpoint_folder(model),
-            paths=documents,
-            stdin=standard_input(),
-            tokens=tokens,
-            no_images=no_images,
-            skip_unreadable=skip_unreadable,
-            pdf=pdf,
-            encoding=encoding_named(encoding),
-            keep_payload=keep_payload,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            device=device,
-            kv_device_memory=size("--kv-device-memory", kv_device_memory),
-            kv_host_memory=size("--kv-host-memory", kv_host_memory),
-            kv_dir=kv_dir,
-            prefill_chunk_size=prefill_chunk_size,
-            max_new_tokens=max_new_tokens,
-            rate=rate,
-            measure=measure,
+            checkpoint_folder(model),
+            SourceOptions(
+                paths=documents,
+                stdin=standard_input(),
+                pdf=pdf,
+                encoding=encoding,
+                no_images=no_images,
+                keep_payload=keep_payload,
+                skip_unreadable=skip_unreadable,
+            ),
+            tokens,
+            max_new_tokens,
+            ComputeOptions(device=device, dtype=dtype, prefill_chunk_size=prefill_chunk_size),
+            KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            rate,
+            measure,
         )
 
     with errors_as_exit_codes(json=json):

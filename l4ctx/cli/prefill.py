@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,15 +10,7 @@ import typer
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import carry_out
-from l4ctx.cli.stdin import (
-    check_choices,
-    checkpoint_folder,
-    context_folder,
-    encoding_named,
-    paths_or_pipe,
-    size,
-    standard_input,
-)
+from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
 from l4ctx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,12 +20,13 @@ if TYPE_CHECKING:
 def prefill(
     paths: options.Paths = None,
     output: Annotated[
-        str | None,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
+            parser=options.context_folder,
             metavar="CONTEXT",
-            help="Folder to keep what is read in; made, or gone on with. Only you can read it.",
+            help="Folder to keep what is read in; created, or resumed. Only you can read it.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +39,8 @@ def prefill(
     system: options.System = None,
     replace: options.Replace = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte that CONTEXT holds, and read anew from the first damage.")
+        bool,
+        typer.Option("--verify", help="Check every byte that CONTEXT holds, and read again from the first damage on."),
     ] = False,
     dtype: options.Dtype = "auto",
     kv_dtype: options.KVDtype = "auto",
@@ -58,45 +53,40 @@ def prefill(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read documents once and keep what was read, to be asked many times.
+    """Read documents once and keep what was read, to ask about it many times.
 
     l4ctx prefill docs/ report.md -o CONTEXT --model DIR
 
-    Interrupted, the same command goes on where it was. After documents changed, it reads from the first change on.
+    After an interruption the same command resumes. After documents changed, it reads from the first change on.
     """
 
     def request() -> Request:
-        from l4ctx.run.request import Request
+        from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request, SourceOptions
 
-        check_choices(dtype, kv_dtype, attention, pdf)
         if json:
             check_stdout("to")
-        folder = context_folder("-o", output)
-        if folder is None:
+        if output is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
         documents = paths_or_pipe(paths or [], quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
         return Request(
-            model=checkpoint_folder(model, folder, may_be_new=True),
-            paths=documents,
-            stdin=standard_input(),
+            checkpoint_folder(model, output, may_be_new=True),
+            SourceOptions(
+                paths=documents,
+                stdin=standard_input(),
+                pdf=pdf,
+                encoding=encoding,
+                no_images=no_images,
+                keep_payload=keep_payload,
+                skip_unreadable=skip_unreadable,
+            ),
             system=system,
-            save_context=folder,
-            replace=replace,
-            no_images=no_images,
-            skip_unreadable=skip_unreadable,
-            pdf=pdf,
-            encoding=encoding_named(encoding),
-            keep_payload=keep_payload,
-            verify=verify,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            kv_device_memory=size("--kv-device-memory", kv_device_memory),
-            kv_host_memory=size("--kv-host-memory", kv_host_memory),
-            device=device,
-            attention=attention,
-            prefill_chunk_size=prefill_chunk_size,
+            context=ContextOptions(save_to=output, replace=replace, verify=verify),
+            compute=ComputeOptions(
+                device=device, dtype=dtype, attention=attention, prefill_chunk_size=prefill_chunk_size
+            ),
+            kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
         )
 
     with errors_as_exit_codes(json=json) as interruption:

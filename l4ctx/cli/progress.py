@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cache.residency import KVBytes
     from l4ctx.cli.activity import Activity
     from l4ctx.engine.prefill import PrefillProgress
-    from l4ctx.run.session import Run
+    from l4ctx.run.session import Session
     from l4ctx.spans import Span
 
 SHORTEST_NAME = 12
@@ -110,27 +110,28 @@ class Reading:
         return self._documents[number].source
 
 
-def read_shown(run: Run, activity: Activity) -> None:
-    """Reads what a prompt has beyond what a context holds. Raises what `Run.prefill` raises."""
-    start, stop = run.contexts.reused, run.reading_stop
-    reading = Reading(run.work, start, stop, run.prompt.spans) if start < stop else None
+def read_shown(session: Session, activity: Activity) -> None:
+    """Reads what a prompt has beyond what a context holds. Raises what `Session.prefill` raises."""
+    sized = session.sized
+    start, stop = sized.reused, sized.inputs.reading_stop
+    reading = Reading(sized.operations, start, stop, sized.inputs.prompt.spans) if start < stop else None
     if reading is not None:
         activity.show(reading)
-    for step in run.prefill():
+    for step in session.prefill():
         if reading is not None:
             reading.observe(step)
             activity.beat()
 
 
-def reading_summary(run: Run) -> str | None:
+def reading_summary(session: Session) -> str | None:
     """What reading documents took; None where nothing of them had to be read."""
-    if not run.prompt.spans or run.prompt.documents_stop <= run.contexts.reused:
+    prompt, kept = session.sized.inputs.prompt, session.sized.kept
+    if not prompt.spans or prompt.documents_stop <= session.sized.reused:
         return None
-    timing = run.timings["prefill"]
+    timing = session.monitor.timings["prefill"]
     rate = f" ({_rate(timing.tokens / timing.seconds)} tokens/s)" if timing.seconds else ""
-    disk = run.contexts.bytes_on_disk()
-    kept = f"; {human_bytes(disk)} on disk" if disk is not None else ""
-    return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{kept}"
+    on_disk = f"; {human_bytes(kept.bytes_on_disk())} on disk" if kept is not None else ""
+    return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{on_disk}"
 
 
 def _tiers(held: KVBytes | None) -> dict[str, int]:

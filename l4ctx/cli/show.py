@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.exits import Interruption, write_json
-from l4ctx.cli.stdin import (
-    warn_of_forgotten_pipe,
-)
+from l4ctx.cli.stdin import warn_of_forgotten_pipe
 
 if TYPE_CHECKING:
     from l4ctx.run.request import Request
@@ -22,33 +20,34 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     from l4ctx.cli.console import notes, stderr_console
     from l4ctx.cli.progress import read_shown, reading_summary
     from l4ctx.cli.tables.memory import memory_table
+    from l4ctx.run.inputs import make_inputs, read_request
+    from l4ctx.run.monitor import Monitor
     from l4ctx.run.report import run_report
-    from l4ctx.run.session import Run
+    from l4ctx.run.session import load
+    from l4ctx.run.sizing import size
 
     console = stderr_console()
     note = notes(console, quiet=quiet)
     activity = Activity(console, is_shown=not quiet)
-    run = Run(request, note, activity.tell)
-    interruption.kept = run.kept
-    with run.sampling_memory(), closing(run):
-        with nullcontext() if "-" in request.paths else activity:  # "-" may be typed in
-            run.read_documents()
+    with Monitor(note, activity.tell) as monitor:
+        interruption.kept = lambda: monitor.kept()
+        with nullcontext() if "-" in request.sources.paths else activity:  # "-" may be typed in
+            choices, sources = read_request(request, monitor)
         with activity:
-            run.make_prompt()
-            run.plan_memory()
-            run.load_model()
+            session = load(size(make_inputs(choices, sources, monitor), monitor), monitor)
             warn_of_forgotten_pipe(request, note)
-            read_shown(run, activity)
-            if (summary := reading_summary(run)) is not None:
+            read_shown(session, activity)
+            if (summary := reading_summary(session)) is not None:
                 note(summary)
         if request.question is not None:
-            show_answer(run, note, interruption, json=json)
+            show_answer(session, note, interruption, json=json)
         elif not json:
+            folder = request.context.save_to
             note(
-                f"{run.prompt_tokens:,} tokens are kept in {request.save_context}; ask with: l4ctx ask QUESTION "
-                f"--context {shlex.quote(str(request.save_context))}"
+                f"{session.sized.inputs.prompt_tokens:,} tokens are kept in {folder}; ask with: l4ctx ask QUESTION "
+                f"--context {shlex.quote(str(folder))}"
             )
         if json:
-            write_json(run_report(run))
+            write_json(run_report(session))
     if memory_report:
-        console.print(memory_table(run.memory_report()))
+        console.print(memory_table(session.memory_report()))

@@ -96,9 +96,10 @@ def is_piped(descriptor: int) -> bool:
 
 def warn_of_forgotten_pipe(request: Request, note: Callable[[str], None]) -> None:
     """With paths or a context, standard input is read only where - stands; data that waits was probably meant."""
-    if "-" in request.paths or request.stdin is None or not (request.paths or request.context):
+    sources = request.sources
+    if "-" in sources.paths or sources.stdin is None or not (sources.paths or request.context.answer_from):
         return
-    if holds_data(request.stdin):
+    if holds_data(sources.stdin):
         note("standard input holds data that is not read; add - to the paths to read it")
 
 
@@ -119,34 +120,6 @@ def _pipe_bytes(descriptor: int) -> int:
     except ImportError:
         return 0
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
-def encoding_named(name: str | None) -> str | None:
-    """Python's own name of what --encoding says. Raises UsageError for what is no encoding of text."""
-    from l4ctx.documents.text import check_encoding
-
-    if name is None:
-        return None
-    try:
-        return check_encoding(name)
-    except ValueError as error:
-        raise UsageError(f"--encoding: {error}") from None
-
-
-def check_choices(dtype: str, kv_dtype: str, attention: str | None, pdf: str) -> None:
-    """Raises UsageError for a value that --dtype, --kv-dtype, --attention or --pdf does not have."""
-    from l4ctx.documents.pdf import PDF_MODES
-    from model.config import BACKEND_NAMES
-
-    _choice("--dtype", dtype, "auto", "float32", "bfloat16", "float16")
-    _choice("--kv-dtype", kv_dtype, "auto", "float32", "bfloat16", "float16", "fp8", "int8")
-    _choice("--attention", attention or "sdpa", *BACKEND_NAMES)
-    _choice("--pdf", pdf, *PDF_MODES)
-
-
-def _choice(option: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")
 
 
 def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be_new: bool = False) -> Path:
@@ -171,20 +144,3 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
             "give the checkpoint with --model DIR"
         )
     return known
-
-
-def size(option: str, text: str | None) -> int | None:
-    """Bytes; None where the option is not given. Raises UsageError."""
-    from l4ctx.formatting import parse_size
-
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
-
-
-def context_folder(option: str, name: str | None) -> Path | None:
-    """The folder of that name; an empty one, as an unset shell variable gives it, would be the current folder."""
-    if name == "":
-        raise UsageError(f"{option}: the name of the folder is empty (is a shell variable unset?)")
-    return None if name is None else Path(name)

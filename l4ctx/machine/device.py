@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from l4ctx.errors import RequestError
@@ -71,3 +72,32 @@ def available_on_gpu(index: int = 0) -> int | None:
     except (OSError, AttributeError):
         return None
     return int(memory.free) if known else None
+
+
+def available_on(device: str, *, quick: bool) -> int | None:
+    """Bytes free on the GPU that a --device would use; None for the CPU.
+
+    `quick`: without torch, if that can be known. Raises RequestError.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise RequestError(f"--device {device}: no such device; auto, cpu and cuda are")
+    if kind == "cpu":
+        return None
+    if quick and (kind == "auto" or available_on_gpu(int(index or 0)) is not None):
+        return available_on_gpu(int(index or 0)) if _torch_may_use_gpus() else None
+    import torch
+
+    if torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count():
+        return torch.cuda.mem_get_info(int(index or 0))[0]
+    if kind == "cuda":
+        raise RequestError(f"--device {device}: cannot be used here (torch finds no such GPU)")
+    return None
+
+
+def _torch_may_use_gpus() -> bool:
+    """Builds of torch that cannot say so in their version."""
+    try:
+        return not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False

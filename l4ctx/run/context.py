@@ -1,7 +1,7 @@
 """What one run does with saved contexts: nothing, answer from one, or keep in one what it reads.
 
 Compares what they were made with, and finds what need not be read again. What is in a context's folder is left to
-`l4ctx.contexts.reader`.
+`l4ctx.contexts`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cache.layout import StoreLayout
 from l4ctx.contexts.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
 from l4ctx.documents.folder import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
-from l4ctx.run.request import Request
+from l4ctx.run.request import ComputeOptions, KVDtype, Request
 from model.config import TextConfig
 
 if TYPE_CHECKING:
@@ -32,63 +33,54 @@ if TYPE_CHECKING:
 CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
 
 
-class ContextUse:
-    """Made before documents are read, so that what cannot be used is refused at once."""
+@dataclass(frozen=True)
+class ContextChoices:
+    """The request's options where a saved context has settled some: given ones may agree with it, but not differ."""
 
-    def __init__(self, request: Request) -> None:
-        """Raises ContextError."""
-        self.request = request
-        self.recipe: Recipe | None = None  # of the context that is there
-        self.reader: ContextReader | None = None
-        self.writer: ContextWriter | None = None
-        self.reused = 0  # tokens that need not be read
-        self.notes: list[str] = []
-        if request.context is not None:
-            self.recipe = read_manifest(request.context)
-        elif request.save_context is not None:
-            self.recipe = saved_recipe(request.save_context)
-        self._check_choices()
+    request: Request
+    recipe: Recipe | None  # of the context that is there
 
-    def open_reader(self, note: Callable[[str], None]) -> None:
-        """Opens the context that is to be answered from. Raises ContextError."""
-        if self.request.context is not None:
-            from l4ctx.contexts.reader import ContextReader
-
-            self.reader = ContextReader(self.request.context, waiting=note)
-            if text := self.reader.note(alone=not self.request.paths):
-                self.notes.append(text)
-
-    @property
-    def folder(self) -> Path | None:
-        return self.request.context or self.request.save_context
+    @classmethod
+    def of(cls, request: Request) -> ContextChoices:
+        """Raises ContextError, at once, for a context that cannot be used with these options."""
+        context = request.context
+        recipe = None
+        if context.answer_from is not None:
+            recipe = read_manifest(context.answer_from)
+        elif context.save_to is not None:
+            recipe = saved_recipe(context.save_to)
+        choices = cls(request, recipe)
+        if recipe is not None and context.folder is not None:
+            fixed = CHOICES if context.save_to else ("kv_dtype",)  # an answer may be computed in another dtype
+            given = {name: choices._given(name) for name in fixed}
+            recipe.check(context.folder, {name: value for name, value in given.items() if value not in (None, "auto")})
+        return choices
 
     @property
     def date(self) -> datetime.datetime:
         """What the chat template is told: the day of the first reading, so that what follows matches it."""
         return self.recipe.pinned_date if self.recipe else datetime.datetime.now().replace(microsecond=0)
 
-    def choice(self, name: str) -> Any:
-        """An option as the user gave it, else as the context has it; None or "auto" where neither says."""
-        given = getattr(self.request, name)
-        return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
+    @property
+    def compute(self) -> ComputeOptions:
+        return replace(
+            self.request.compute, dtype=self._choice("dtype"), prefill_chunk_size=self._choice("prefill_chunk_size")
+        )
+
+    @property
+    def kv_dtype(self) -> KVDtype:
+        return cast(KVDtype, self._choice("kv_dtype"))
 
     def attention(self, dtype: str, *, on_accelerator: bool) -> str:
-        """The backend for this computing dtype: the user's; the one that wrote a context that is gone on with; or the
+        """The backend for this computing dtype: the user's; the one that wrote a context that is resumed; or the
         quickest here."""
-        provenance = self.recipe.attention if self.recipe and self.request.save_context else None
-        return self.request.attention or provenance or default_attention(dtype, on_accelerator=on_accelerator)
-
-    def _check_choices(self) -> None:
-        """Options that a context fixes may be given, but not differ; an answer may be computed in another dtype."""
-        if self.recipe is None or self.folder is None:
-            return
-        fixed = CHOICES if self.request.save_context else ("kv_dtype",)
-        given = {name: getattr(self.request, name) for name in fixed}
-        self.recipe.check(self.folder, {name: value for name, value in given.items() if value not in (None, "auto")})
+        written_with = self.recipe.attention if self.recipe and self.request.context.save_to else None
+        return self.request.compute.attention or written_with or default_attention(dtype, on_accelerator=on_accelerator)
 
     def check(self, provenance: dict[str, str], config: TextConfig) -> None:
         """Raises ContextError for a context of another checkpoint; `provenance` is this one's `fingerprint`."""
-        if self.folder is None:
+        folder = self.request.context.folder
+        if folder is None:
             return
         if config.rope_parameters.rope_type == "longrope":
             raise RequestError(
@@ -96,194 +88,230 @@ class ContextUse:
                 "length of the whole run"
             )
         if self.recipe is not None:
-            self.recipe.check(self.folder, provenance, self._where_the_checkpoint_was(self.folder))
-
-    def _where_the_checkpoint_was(self, folder: Path) -> str:
-        """In brackets, for a message; nothing where the context does not tell."""
-        known = saved_checkpoint(folder)
-        if known is None:
-            return ""
-        is_this = known == self.request.model.absolute() or (
-            known.exists() and self.request.model.exists() and known.samefile(self.request.model)
-        )
-        return f" ({known}{', which has changed since' if is_this else '' if known.is_dir() else ', not there now'})"
+            self.recipe.check(folder, provenance, self._where_the_checkpoint_was(folder))
 
     def saved_layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout | None:
         """The store's layout as the context that is there has it, whatever is computed in. Raises ContextError."""
-        if self.recipe is None or self.folder is None:
+        folder = self.request.context.folder
+        if self.recipe is None or folder is None:
             return None
         saved = StoreLayout.of(config, length=length, dtype=self.recipe.dtype, kv_dtype=self.recipe.kv_dtype)
-        self.recipe.check(self.folder, {"block_tokens": saved.block_tokens, "segment_tokens": saved.segment_tokens})
+        self.recipe.check(folder, {"block_tokens": saved.block_tokens, "segment_tokens": saved.segment_tokens})
         return saved.computed_in(dtype)
 
-    def begin(
-        self, prompt: Prompt, provenance: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
-    ) -> None:
-        """Finds what need not be read, and for writing, makes or opens the context.
+    def recipe_for(
+        self, provenance: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
+    ) -> Recipe:
+        """Of the context that is there, or of the one that is to be made."""
+        return self.recipe or Recipe(
+            **provenance,
+            dtype=layout.dtype,
+            kv_dtype=layout.kv_dtype,
+            attention=attention,
+            prefill_chunk_size=prefill_chunk_size,
+            block_tokens=layout.block_tokens,
+            segment_tokens=layout.segment_tokens,
+            date=self.date.isoformat(),
+        )
 
-        Raises ContextError and DiskFullError.
-        """
-        if self.reader is not None:
-            self._begin_reading(self.reader, prompt, layout)
-        elif self.request.save_context is not None:
-            recipe = self.recipe or Recipe(
-                **provenance,
-                dtype=layout.dtype,
-                kv_dtype=layout.kv_dtype,
-                attention=attention,
-                prefill_chunk_size=prefill_chunk_size,
-                block_tokens=layout.block_tokens,
-                segment_tokens=layout.segment_tokens,
-                date=self.date.isoformat(),
-            )
-            self._begin_writing(self.request.save_context, recipe, prompt, layout)
+    def kept(self) -> str:
+        """What an interruption leaves before anything is written."""
+        return "nothing is kept" if self.recipe is None else f"{self.request.context.folder} is as it was"
 
-    def _begin_reading(self, reader: ContextReader, prompt: Prompt, layout: StoreLayout) -> None:
-        from l4ctx.contexts.reuse import reusable
+    def _given(self, name: str) -> Any:
+        return self.request.kv.dtype if name == "kv_dtype" else getattr(self.request.compute, name)
 
-        if self.request.answers_from_all:
-            self.reused = reader.tokens
-            if self.request.added:
-                self.notes.append(
-                    f"{self.reused:,} of {self.reused + len(prompt.ids):,} tokens are taken from "
-                    f"{reader.context.folder}"
-                )
-            return
-        with self.with_repair_hint():
-            reuse = reusable(
-                reader.context,
-                memoryview(prompt.ids)[: prompt.documents_stop],
-                layout,
-                [reader.state],
-                prompt.image_spans,
-            )
-            if not reuse.tokens:
-                self._check_beginning(reader, prompt)
-        self.reused = reuse.tokens
-        self.notes.append(f"{reuse.tokens:,} of {len(prompt.ids):,} tokens are taken from {reader.context.folder}")
+    def _choice(self, name: str) -> Any:
+        """An option as the user gave it, else as the context has it; None or "auto" where neither says."""
+        given = self._given(name)
+        return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
 
-    def _check_beginning(self, reader: ContextReader, prompt: Prompt) -> None:
-        """Raises RequestError where documents have nothing to do with the context beside which they are asked about."""
-        from l4ctx.contexts.reuse import common_prefix
+    def _where_the_checkpoint_was(self, folder: Path) -> str:
+        """In brackets, for a message; nothing where the context does not tell."""
+        known, model = saved_checkpoint(folder), self.request.model
+        if known is None:
+            return ""
+        is_this = known == model.absolute() or (known.exists() and model.exists() and known.samefile(model))
+        return f" ({known}{', which has changed since' if is_this else '' if known.is_dir() else ', not there now'})"
 
-        first = next(iter(reader.context.documents(reader.state)), None)
-        common = common_prefix(reader.context.ids(reader.state), memoryview(prompt.ids)[: prompt.documents_stop])
-        if first is not None and common < min(first.stop, reader.tokens):
-            add = " ".join(f"--add {shlex.quote(path)}" for path in self.request.paths[:3])
-            raise RequestError(
-                f"these documents begin otherwise than those of {reader.context.folder}, so that "
-                f"nothing would be taken from it: {add} adds them to what it holds; without --context "
-                "the answer is from them alone"
-            )
 
-    def _begin_writing(self, folder: Path, recipe: Recipe, prompt: Prompt, layout: StoreLayout) -> None:
-        from l4ctx.contexts.reuse import why_unusable
-        from l4ctx.contexts.writer import ContextWriter
+class Reuse(NamedTuple):
+    """The prompt's first `tokens` need not be read; `notes` are what a user should know of that."""
 
-        writer = self.writer = ContextWriter(folder, recipe, self.request.model)
-        self.notes += writer.notes
-        held = writer.kept
-        ids = memoryview(prompt.ids)[: prompt.documents_stop]
-        with self.with_repair_hint():
-            damage = writer.drop_damaged(verify=self.request.verify)
-            self.notes += [f"{text}; it is read anew from there" for text in damage]
-            if not self.request.replace:
-                self._check_loss(writer, prompt, layout)
-            why = (
-                why_unusable(writer.context, writer.tip, ids, prompt.spans, layout.config.attention_chunk_size)
-                if held
-                else ""
-            )
-            self.reused = writer.begin(
-                ids, prompt.spans, layout, system=bool((self.request.system or "").strip()), images=prompt.image_spans
-            )
-        if self.reused:
-            self.notes.append(f"{self.reused:,} of {prompt.documents_stop:,} tokens are in {folder} already")
-        elif held:
-            self.notes.append(f"none of the {held:,} tokens in {folder} can be used: {why}")
+    tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class AnsweredContext:
+    """A context that is answered from, and never changed. To be closed."""
+
+    def __init__(self, request: Request, note: Callable[[str], None]) -> None:
+        """`note` is told when somebody keeps readers out. Raises ContextError."""
+        from l4ctx.contexts.reader import ContextReader
+
+        assert request.context.answer_from is not None
+        self.folder = request.context.answer_from
+        self._request = request
+        self.reader: ContextReader = ContextReader(self.folder, waiting=note)
+        text = self.reader.note(alone=not request.sources.paths)
+        self._notes = (text,) if text else ()
+
+    @property
+    def tokens(self) -> int:
+        """Those that are there: of a context that is still being read, the first ones."""
+        return self.reader.tokens
 
     @property
     def ends_amid_a_document(self) -> bool:
         """Whether the context is still being read, and what is there of it ends within one. Raises ContextError."""
-        assert self.reader is not None
-        tokens = self.reader.tokens
-        return not self.reader.state.is_complete and any(span.start < tokens < span.stop for span in self.documents())
-
-    def _check_loss(self, writer: ContextWriter, prompt: Prompt, layout: StoreLayout) -> None:
-        """Raises ContextError where the context would lose documents that nobody said it may lose."""
-        from l4ctx.contexts.guard import Reading, check_loss
-
-        folders = [folder_source(path) for path in self.request.paths if os.path.isdir(path)]
-        check_loss(
-            writer.context,
-            Reading(
-                memoryview(prompt.ids)[: prompt.documents_stop],
-                prompt.spans,
-                folders,
-                bool((self.request.system or "").strip()),
-                layout.config.attention_chunk_size,
-            ),
+        return not self.reader.state.is_complete and any(
+            span.start < self.tokens < span.stop for span in self.documents()
         )
 
     def documents(self) -> list[Span]:
-        """Those of a context that is answered from without reading any. Raises ContextError."""
-        assert self.reader is not None
-        with self.with_repair_hint():
+        """All that it will hold, also of what is still being read. Raises ContextError."""
+        with with_repair_hint(self.folder):
             return self.reader.context.documents(self.reader.state)
 
     def images(self) -> list[ImageSpan]:
-        """Those of a context that is answered from without reading any. Raises ContextError."""
-        assert self.reader is not None
-        with self.with_repair_hint():
+        """Raises ContextError."""
+        with with_repair_hint(self.folder):
             return self.reader.context.images(self.reader.state)
 
-    def restore(self, cache: HybridKVCache) -> None:
-        """Fills an empty cache with what need not be read. Raises ContextError."""
-        with self.with_repair_hint():
-            if self.reader is not None and self.reused:
-                self.reader.context.restore(self.reader.state, cache, self.reused)
-            elif self.writer is not None and self.reused:
-                self.writer.restore(cache, self.reused)
+    def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
+        """Raises ContextError, and RequestError for documents that have nothing to do with it."""
+        from l4ctx.contexts.reuse import reusable
 
-    @contextmanager
-    def with_repair_hint(self) -> Iterator[None]:
-        """Damage in a context's file ends as an error that says what can be done."""
-        from cache.errors import DiskError, UnreadableError
+        total = len(prompt.ids)
+        if self._request.answers_from_all:
+            tokens = self.tokens
+            if not self._request.context.is_added_to:
+                return Reuse(tokens, self._notes)
+            total += tokens
+        else:
+            reader, ids = self.reader, memoryview(prompt.ids)[: prompt.documents_stop]
+            with with_repair_hint(self.folder):
+                tokens = reusable(reader.context, ids, layout, [reader.state], prompt.image_spans).tokens
+                if not tokens:
+                    self._check_beginning(ids)
+        return Reuse(tokens, (*self._notes, f"{tokens:,} of {total:,} tokens are taken from {self.folder}"))
 
-        try:
-            yield
-        except UnreadableError as error:
-            raise ContextError(
-                f"{error}; {self.folder} is left as it is: see to that and run the same command again, "
-                "or let l4ctx prefill with the same documents, the same -o and --verify read it "
-                "anew"
-            ) from None
-        except DiskError as error:
-            raise ContextError(
-                f"{error}; l4ctx inspect {self.folder} --verify lists the damage, and l4ctx prefill "
-                "with the same documents, the same -o and --verify keeps what is before it"
-            ) from None
+    def restore(self, cache: HybridKVCache, tokens: int) -> None:
+        """Fills an empty cache with its first `tokens` tokens. Raises ContextError."""
+        with with_repair_hint(self.folder):
+            self.reader.context.restore(self.reader.state, cache, tokens)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def _check_beginning(self, ids: memoryview) -> None:
+        from l4ctx.contexts.reuse import common_prefix
+
+        context, state = self.reader.context, self.reader.state
+        first = next(iter(context.documents(state)), None)
+        if first is not None and common_prefix(context.ids(state), ids) < min(first.stop, self.tokens):
+            add = " ".join(f"--add {shlex.quote(path)}" for path in self._request.sources.paths[:3])
+            raise RequestError(
+                f"these documents begin otherwise than those of {self.folder}, so that "
+                f"nothing would be taken from it: {add} adds them to what it holds; without --context "
+                "the answer is from them alone"
+            )
+
+
+class KeptContext:
+    """A context that is written to: what is read is kept in it. To be closed."""
+
+    def __init__(self, choices: ContextChoices, recipe: Recipe) -> None:
+        """Makes or opens it. Raises ContextError and DiskFullError."""
+        from l4ctx.contexts.writer import ContextWriter
+
+        request = choices.request
+        assert request.context.save_to is not None
+        self.folder = request.context.save_to
+        self._choices = choices
+        self.writer: ContextWriter = ContextWriter(self.folder, recipe, request.model)
+
+    def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
+        """Begins the reading: what is damaged or changed is dropped. Raises ContextError and DiskFullError."""
+        from l4ctx.contexts.reuse import why_unusable
+
+        request, writer = self._choices.request, self.writer
+        notes, held = list(writer.notes), writer.kept
+        ids, has_system_prompt = memoryview(prompt.ids)[: prompt.documents_stop], bool((request.system or "").strip())
+        with with_repair_hint(self.folder):
+            damage = writer.drop_damaged(verify=request.context.verify)
+            notes += [f"{text}; it is read anew from there" for text in damage]
+            if not request.context.replace:
+                self._check_loss(prompt, layout, has_system_prompt)
+            why = ""
+            if held:
+                chunk = layout.config.attention_chunk_size
+                why = why_unusable(writer.context, writer.tip, ids, prompt.spans, chunk)
+            tokens = writer.begin(ids, prompt.spans, layout, system=has_system_prompt, images=prompt.image_spans)
+        if tokens:
+            notes.append(f"{tokens:,} of {prompt.documents_stop:,} tokens are in {self.folder} already")
+        elif held:
+            notes.append(f"none of the {held:,} tokens in {self.folder} can be used: {why}")
+        return Reuse(tokens, tuple(notes))
+
+    def restore(self, cache: HybridKVCache, tokens: int) -> None:
+        """Fills an empty cache with its first `tokens` tokens. Raises ContextError."""
+        with with_repair_hint(self.folder):
+            self.writer.restore(cache, tokens)
+
+    def finish(self, cache: HybridKVCache) -> None:
+        """Keeps what lies behind the last sealed block, too: the reading has come to its end."""
+        if not self.writer.tip.is_complete:
+            self.writer.finish(cache)
 
     def kept(self) -> str:
         """What an interruption leaves."""
-        if self.writer is None or not self.writer.context.states:
-            return "nothing is kept" if self.recipe is None else f"{self.folder} is as it was"
+        if not self.writer.context.states:
+            return self._choices.kept()
         self.writer.close()  # what is on its way to the disk counts, too
         tip = self.writer.tip
         if tip.is_complete:
-            return f"all {tip.tokens:,} tokens of the documents are kept in {self.writer.folder}"
+            return f"all {tip.tokens:,} tokens of the documents are kept in {self.folder}"
         return (
-            f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.writer.folder}; the same command "
+            f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.folder}; the same command "
             "goes on from there"
         )
 
-    def bytes_on_disk(self) -> int | None:
-        """Of the context that is written to; None without one."""
-        if self.writer is None:
-            return None
-        return sum(path.lstat().st_size for path in self.writer.folder.rglob("*") if path.is_file())
+    def bytes_on_disk(self) -> int:
+        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def close(self) -> None:
-        for used in (self.reader, self.writer):
-            if used is not None:
-                used.close()
+        self.writer.close()
+
+    def _check_loss(self, prompt: Prompt, layout: StoreLayout, has_system_prompt: bool) -> None:
+        """Raises ContextError where the context would lose documents that nobody said it may lose."""
+        from l4ctx.contexts.guard import Reading, check_loss
+
+        paths = self._choices.request.sources.paths
+        reading = Reading(
+            memoryview(prompt.ids)[: prompt.documents_stop],
+            prompt.spans,
+            [folder_source(path) for path in paths if os.path.isdir(path)],
+            has_system_prompt,
+            layout.config.attention_chunk_size,
+        )
+        check_loss(self.writer.context, reading)
+
+
+@contextmanager
+def with_repair_hint(folder: Path | None) -> Iterator[None]:
+    """Damage in a context's file ends as an error that says what can be done."""
+    from cache.errors import DiskError, UnreadableError
+
+    try:
+        yield
+    except UnreadableError as error:
+        raise ContextError(
+            f"{error}; {folder} is left as it is: see to that and run the same command again, "
+            "or let l4ctx prefill with the same documents, the same -o and --verify read it anew"
+        ) from None
+    except DiskError as error:
+        raise ContextError(
+            f"{error}; l4ctx inspect {folder} --verify lists the damage, and l4ctx prefill "
+            "with the same documents, the same -o and --verify keeps what is before it"
+        ) from None

@@ -92,7 +92,7 @@ class ImageReading:
     prompter: ImagePrompter
     stored: Mapping[str, StoredTensor] | None
 
-    def work(self, images: Sequence[PlacedImage]) -> ImageWorkload | None:
+    def workload(self, images: Sequence[PlacedImage]) -> ImageWorkload | None:
         """For a memory plan; None where there are no images."""
         if not images:
             return None

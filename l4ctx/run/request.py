@@ -1,67 +1,124 @@
-"""What the user asks for: everything that the command line says, before anything is read. Imports no torch."""
+"""What the user asks for: everything that the command line says, before anything is read.
+
+The groups of options are shared by all requests. None, where it is allowed, means the default that only the checkpoint,
+a saved context or the machine can tell.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from l4ctx.errors import RequestError
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
+PdfMode = Literal["text", "pages", "both"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
+AttentionBackend = Literal["sdpa", "matmul", "flex", "eager"]
+
 
 @dataclass(frozen=True)
-class Request:
-    """None, where it is allowed, means the default that only the checkpoint, or a saved context, can tell."""
+class SourceOptions:
+    """What is to be read, and how."""
 
-    model: Path
-    paths: list[str]
-    question: str | None = None  # None: nothing is asked, documents are read and kept
+    paths: Sequence[str] = ()  # - stands for `stdin`
     stdin: BinaryIO | None = None
-    system: str | None = None
-    context: Path | None = None  # to answer from
-    save_context: Path | None = None  # to keep what is read in
+    pdf: PdfMode = "text"
+    encoding: str | None = None  # of texts that do not declare theirs; None: detected
     no_images: bool = False
-    skip_unreadable: bool = False  # leave out what cannot be read in a folder
-    pdf: str = "text"  # of l4ctx.documents.pdf.PDF_MODES
-    replace: bool = False  # what a context holds of other documents may go
-    added: bool = False  # the paths are read behind what the context to answer from holds
-    encoding: str | None = None  # of texts that do not say theirs; None: detected
     keep_payload: bool = False
-    verify: bool = False  # read all of a context that is gone on with
+    skip_unreadable: bool = False  # in a folder, leave out what cannot be read
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    attention: AttentionBackend | None = None
+    prefill_chunk_size: int | None = None  # tokens
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """Storage of keys and values; sizes in bytes."""
+
+    dtype: KVDtype = "auto"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    folder: Path | None = None  # --kv-dir
+
+    def check_folder(self) -> None:
+        """Raises RequestError for a --kv-dir that is not there."""
+        if self.folder is not None and not self.folder.is_dir():
+            raise RequestError(f"--kv-dir {self.folder}: no such folder; make it, or name another one")
+
+    def check_device_memory(self, *, on_accelerator: bool) -> None:
+        """Raises RequestError for a --kv-device-memory where there is no such memory."""
+        if self.device_memory is not None and not on_accelerator:
+            raise RequestError(
+                "--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
+                "--kv-host-memory limits that"
+            )
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
     max_new_tokens: int | None = None
+    sample: bool = False  # as the checkpoint's authors recommend
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    sample: bool = False
-    loop_guard: bool = True  # ends an answer that repeats itself for good
-    dtype: str = "auto"
-    kv_dtype: str = "auto"
-    kv_device_memory: int | None = None  # bytes
-    kv_host_memory: int | None = None
-    kv_dir: Path | None = None
-    device: str = "auto"
-    attention: str | None = None
-    prefill_chunk_size: int | None = None
+    loop_guard: bool = True  # ends an answer that only repeats itself
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """Saved contexts: at most one of the two folders is given."""
+
+    answer_from: Path | None = None  # --context
+    save_to: Path | None = None  # --save-context, prefill's --output
+    is_added_to: bool = False  # the paths are read behind what the context to answer from holds
+    replace: bool = False  # other documents that the context holds may be dropped
+    verify: bool = False  # read all of a context that is resumed
+
+    @property
+    def folder(self) -> Path | None:
+        return self.answer_from or self.save_to
+
+
+@dataclass(frozen=True)
+class Request:
+    """Documents to read, and perhaps a question about them."""
+
+    model: Path
+    sources: SourceOptions = field(default_factory=SourceOptions)
+    question: str | None = None  # None: documents are read and kept
+    system: str | None = None
+    context: ContextOptions = field(default_factory=ContextOptions)
+    answer: AnswerOptions = field(default_factory=AnswerOptions)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    kv: KVOptions = field(default_factory=KVOptions)
 
     @property
     def answers_from_all(self) -> bool:
         """Whether all that a context holds is part of the prompt, and only what follows it is read."""
-        return self.context is not None and (self.added or not self.paths)
+        return self.context.answer_from is not None and (self.context.is_added_to or not self.sources.paths)
 
 
-def check_kv_dir(folder: Path | None) -> None:
-    """Raises RequestError for a --kv-dir that is not there."""
-    if folder is not None and not folder.is_dir():
-        raise RequestError(f"--kv-dir {folder}: no such folder; make it, or name another one")
+@dataclass(frozen=True)
+class PlanRequest:
+    """Documents to read, or a number of tokens."""
 
-
-def check_kv_device_memory(amount: int | None, *, on_accelerator: bool) -> None:
-    """Raises RequestError for a --kv-device-memory where there is no such memory."""
-    if amount is not None and not on_accelerator:
-        raise RequestError(
-            "--kv-device-memory: the model computes on the CPU, whose memory is the host's: "
-            "--kv-host-memory limits that"
-        )
+    model: Path
+    sources: SourceOptions = field(default_factory=SourceOptions)
+    tokens: int | None = None
+    max_new_tokens: int | None = None
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    kv: KVOptions = field(default_factory=KVOptions)
+    rate: float | None = None  # tokens per second at the start of a reading
+    measure: bool = False  # find out how fast this machine is

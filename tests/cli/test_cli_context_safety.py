@@ -146,20 +146,23 @@ def test_replace_is_for_what_is_kept(place: Path) -> None:
 
 def ids_of(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], dict[str, object]]:
     """All ids that an answer follows from, those in the context included, and the report."""
-    from l4ctx.run.session import Run
+    from l4ctx.run import session
+    from l4ctx.run.monitor import Monitor
+    from l4ctx.run.sizing import Sized
 
     seen: list[int] = []
-    load = Run.load_model
+    load = session.load
 
-    def spy(run: Run) -> None:
-        reader = run.contexts.reader
-        if reader is not None and run.request.answers_from_all:
+    def spy(sized: Sized, monitor: Monitor) -> session.Session:
+        inputs = sized.inputs
+        if inputs.context is not None and inputs.request.answers_from_all:
+            reader = inputs.context.reader
             seen.extend(reader.context.ids(reader.state))
-        seen.extend(run.prompt.ids)
-        load(run)
+        seen.extend(inputs.prompt.ids)
+        return load(sized, monitor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "load_model", spy)
+        patch.setattr(session, "load", spy)
         result = run_here("ask", f"What is the access code for the {FACTS['d'][0]}?", *arguments, "--json", "--quiet")
     assert result.code == 0, result
     return seen, json.loads(result.stdout)

@@ -269,7 +269,7 @@ def test_what_does_not_go_together_is_refused(place: Path) -> None:
 
 
 def test_refusals_import_no_torch(place: Path) -> None:
-    """As l4ctx.run.session says: arguments, contexts and documents are looked at before that."""
+    """As l4ctx.run.inputs says: arguments, contexts and documents are looked at before that."""
     lines = [
         [*ASK[:3], "new"],
         [*ASK[:3], "docs"],

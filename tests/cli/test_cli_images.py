@@ -233,18 +233,18 @@ def test_a_context_tells_its_images() -> None:
 
 def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what is kept; the same command goes on from there."""
-    import l4ctx.run.session
+    from l4ctx.run import session
 
     text_file(Path("docs/a.md"), f"{DOCUMENT}{'word ' * 9000}\n")
     image().save("docs/b.png")
 
-    def change_then(self: l4ctx.run.session.Run) -> None:
+    def change_then(*given: Any) -> session.Session:
         image(seed=9).save("docs/b.png")
-        load(self)
+        return load(*given)
 
-    load = l4ctx.run.session.Run.load_model
+    load = session.load
     with monkeypatch.context() as patch:
-        patch.setattr(l4ctx.run.session.Run, "load_model", change_then)
+        patch.setattr(session, "load", change_then)
         refused = run_here("prefill", "docs", "-o", "c", "--prefill-chunk-size", "2048", "--quiet")
         check_refused(
             refused,
@@ -308,8 +308,7 @@ def test_images_are_in_the_plan_and_a_remedy_names_them(monkeypatch: pytest.Monk
     ]
     assert plans[0]["images"] == 0 and plans[1]["images"] >= 16 * 3000 * 2000
     assert plans[1]["needed"] - plans[0]["needed"] >= plans[1]["images"]
-    for module in ("planning", "ask"):
-        monkeypatch.setattr(f"l4ctx.{module}.available_memory", lambda: plans[0]["needed"] + (280 << 20))
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: plans[0]["needed"] + (280 << 20))
     planned = run_here("plan", "a.md", "large.png", "--json")
     assert planned.code == 5
     assert any(

@@ -25,8 +25,9 @@ import pytest
 
 from cache import layout as store_layout
 from l4ctx.formatting import human_bytes
+from l4ctx.machine import device
 from l4ctx.planning.memory_plan import MARGIN_BYTES
-from l4ctx.run import estimate
+from l4ctx.run import sizing
 from support.cli_runner import (
     CONTROLS,
     TINY,
@@ -78,9 +79,9 @@ def place(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 GiB of memory, 100 GiB on disk, no GPU."""
-    monkeypatch.setattr(estimate, "available_memory", lambda: 24 * GIB)
-    monkeypatch.setattr(estimate, "available_disk", lambda folder: 100 * GIB)
-    monkeypatch.setattr(estimate, "available_on_gpu", lambda index: None)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(sizing, "available_disk", lambda folder: 100 * GIB)
+    monkeypatch.setattr(device, "available_on_gpu", lambda index: None)
 
 
 def planned(*arguments: str, code: int = 0) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def test_what_a_number_of_tokens_takes(place: Path, arguments: list[str], code: 
 
 
 def test_what_does_not_fit_into_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 2**20)
     report = planned("docs", "--dtype", "float32", code=5)
     assert report["missing"]["memory"]["there"] == 2**20 and not report["fits"]
     assert any(remedy.startswith("--dtype bfloat16 saves ") for remedy in report["remedies"])
@@ -303,9 +304,9 @@ def needed(*arguments: str) -> tuple[int, int]:
 def test_too_little_memory_for_keys_and_values(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--dtype", "float32", "--prefill-chunk-size", "256", "--quiet")
     free = needed("docs", *options)[0]
-    monkeypatch.setattr("l4ctx.run.session.available_memory", lambda: free)
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: free)
     assert ask("b", "docs", *options).stdout == answer("b")
-    monkeypatch.setattr("l4ctx.run.session.available_memory", lambda: free - 2 * MIB)
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: free - 2 * MIB)
     check_refused(
         ask("b", "docs", *options),
         5,
@@ -326,7 +327,7 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
     options = ("--dtype", "float32", "--prefill-chunk-size", "8192", "--quiet")
     text_file(Path("longer.txt"), fact_document("c", lines=110))
     free, tokens = needed("docs", *options)
-    monkeypatch.setattr("l4ctx.run.session.available_memory", lambda: free)
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: free)
     check_refused(
         ask("a", "docs", "longer.txt", *options),
         5,
@@ -341,7 +342,7 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
     by_itself = ask("c", "docs", "longer.txt", *options[:2])
     assert by_itself.stdout == answer("c")
     assert "4096 tokens are read at a time, so that the activations fit\n" in by_itself.stderr
-    monkeypatch.setattr("l4ctx.run.session.available_memory", lambda: MIB)
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: MIB)
     tried = ask("a", "docs", *options)
     check_refused(tried, 5, "1.0 MiB are free", "--dtype bfloat16 saves ", ", not enough alone")
     assert "makes it fit" not in tried.stderr and "leave out" not in tried.stderr and tokens > 6000
@@ -350,7 +351,7 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
 def test_prefill_that_does_not_fit_makes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(place)
     with monkeypatch.context() as patch:
-        patch.setattr("l4ctx.run.session.available_memory", lambda: MIB)
+        patch.setattr("l4ctx.run.sizing.available_memory", lambda: MIB)
         check_refused(prefill("-q", "--dtype", "float32"), 5, "1.0 MiB are free", "--dtype bfloat16 saves ")
         assert "--kv-dir" not in prefill("-q").stderr  # a context is on disk anyway
     with monkeypatch.context() as patch:

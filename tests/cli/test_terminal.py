@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -24,6 +25,7 @@ from l4ctx.cli.tables.inspection import listing
 from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.cli.wrapping import cells
 from l4ctx.engine.loop_guard import LONGEST_PERIOD, Loop
+from l4ctx.run.session import Answer
 from support.cli_runner import ANSWER, QUESTION, TINY, closed_pipe, run_here, run_process, text_file
 
 COLOURS = (
@@ -260,25 +262,26 @@ def test_a_listing_is_broken_at_words() -> None:
 # Answers
 
 
-class Run:
-    """As much of a run as an answer needs."""
+class Generating:
+    """As much of a session as showing an answer needs."""
 
     def __init__(self, pieces: list[str], stop: Any = "stop", loop: Loop | None = None) -> None:
         self.pieces, self.stop, self.loop = pieces, stop, loop
-        self.answer, self.generated_tokens, self.stop_reason, self.max_new_tokens = "", 0, None, 9
+        self.answer = Answer()
+        self.sized = SimpleNamespace(inputs=SimpleNamespace(max_new_tokens=9))
 
     def decode(self) -> Any:
         for piece in self.pieces:
-            self.generated_tokens += 1
-            self.answer += piece
+            self.answer.tokens += 1
+            self.answer.text += piece
             yield piece
         if isinstance(self.stop, BaseException):
             raise self.stop
-        self.stop_reason = self.stop
+        self.answer.stop_reason, self.answer.loop = self.stop, self.loop
 
 
 def answered(
-    run: Any, monkeypatch: pytest.MonkeyPatch, columns: int | None = None
+    session: Any, monkeypatch: pytest.MonkeyPatch, columns: int | None = None
 ) -> tuple[str, list[str], Interruption]:
     stream: IO[str] = io.StringIO()
     if columns is not None:
@@ -289,7 +292,7 @@ def answered(
     notes: list[str] = []
     interruption = Interruption()
     try:
-        answer.show_answer(run, notes.append, interruption, json=False)
+        answer.show_answer(session, notes.append, interruption, json=False)
     except (KeyboardInterrupt, ValueError):
         notes.append("ended")
     return stream.getvalue(), notes, interruption
@@ -309,9 +312,9 @@ PIECES = ["The", " access", " code", " of the am", "ber falcon is", " 48213", ".
 def test_an_answer_is_broken_at_words_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, columns: int | None, shown: str
 ) -> None:
-    assert answered(Run(PIECES), monkeypatch, columns)[:2] == (shown, [])
-    assert answered(Run([*PIECES, "\n"]), monkeypatch, columns)[0] == shown
-    assert answered(Run([]), monkeypatch, columns)[:2] == ("\n", ["the model ended its answer at once"])
+    assert answered(Generating(PIECES), monkeypatch, columns)[:2] == (shown, [])
+    assert answered(Generating([*PIECES, "\n"]), monkeypatch, columns)[0] == shown
+    assert answered(Generating([]), monkeypatch, columns)[:2] == ("\n", ["the model ended its answer at once"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("logits")])
@@ -323,7 +326,7 @@ def test_an_answer_is_broken_at_words_on_a_terminal_alone(
 def test_an_answer_that_is_cut_off_ends_its_line(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, columns: int | None, pieces: list[str], shown: str
 ) -> None:
-    text, notes, interruption = answered(Run(pieces, error), monkeypatch, columns)
+    text, notes, interruption = answered(Generating(pieces, error), monkeypatch, columns)
     assert (text, notes) == (shown, ["ended"])
     count = len(pieces)
     assert interruption.when() == (f" after {count} token{'s' * (count != 1)} of the answer" if count else "")
@@ -331,7 +334,7 @@ def test_an_answer_that_is_cut_off_ends_its_line(
 
 def test_a_loop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for loop, told in ((Loop(1, 304), "the same token, 304 times"), (Loop(5, 64), "the same 5 tokens, 64 times")):
-        _, notes, _ = answered(Run(["x"], "repetition", loop), monkeypatch)
+        _, notes, _ = answered(Generating(["x"], "repetition", loop), monkeypatch)
         assert len(notes) == 1 and told in notes[0] and "--no-loop-guard" in notes[0]
 
 

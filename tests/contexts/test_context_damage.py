@@ -24,8 +24,7 @@ from l4ctx.contexts.manifest import read_manifest, saved_recipe
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.writer import ContextWriter
 from l4ctx.errors import ContextError
-from l4ctx.run.context import CHOICES, ContextUse
-from l4ctx.run.request import Request
+from l4ctx.run.context import CHOICES, ContextChoices
 from support.context_toys import (
     BLOCK,
     CHUNK,
@@ -39,6 +38,7 @@ from support.context_toys import (
     keep,
     tokens,
 )
+from support.requests import prefill_request
 
 IDS = tokens(4 * BLOCK + CHUNK + 7)
 LATER = changed(IDS, 3 * BLOCK + CHUNK + 5)  # goes on in the middle of a block
@@ -291,7 +291,8 @@ def test_what_was_made_otherwise_is_refused_and_left_alone(folder: Path, name: s
 
 def use_of(folder: Path, name: str, value: Any) -> None:
     """What `l4ctx prefill` compares before it touches anything."""
-    use = ContextUse(Request(Path("model"), ["a.txt"], save_context=folder, **{name: value} if name in CHOICES else {}))
+    given = {name: value} if name in CHOICES else {}
+    use = ContextChoices.of(prefill_request(Path("model"), ["a.txt"], folder, **given))
     provenance = {field: value if field == name else getattr(Kind().recipe, field) for field in FIELDS}
     use.check(provenance, CONFIG)
     use.saved_layout(CONFIG, 1000, "float32")

@@ -36,7 +36,7 @@ from l4ctx.machine.memory import (
 )
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Capacity, Workload
-from l4ctx.run.report import MemoryReport
+from l4ctx.run.memory_report import MemoryReport
 from model.config import TextConfig
 from model.costs import activation_bytes
 from model.transformer import Transformer

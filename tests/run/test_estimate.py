@@ -26,16 +26,18 @@ from l4ctx.documents.reader import read_documents
 from l4ctx.engine.prefill import prefill
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
+from l4ctx.machine import device as device_module
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
-from l4ctx.run import estimate
-from l4ctx.run.estimate import PlanReport, PlanRequest, make_plan
+from l4ctx.run import estimate, sizing
+from l4ctx.run.estimate import PlanReport, make_plan
 from model.config import TextConfig
 from model.costs import parameter_count, reading_operations
 from model.errors import ConfigError
 from model.weights.loading import load_checkpoint
 from support.places import ROOT, TINY
+from support.requests import plan_request
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -59,19 +61,19 @@ def scout(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 GiB of memory, 100 GiB on disk, no GPU."""
-    monkeypatch.setattr(estimate, "available_memory", lambda: 24 * GIB)
-    monkeypatch.setattr(estimate, "available_disk", lambda folder: 100 * GIB)
-    monkeypatch.setattr(estimate, "available_on_gpu", lambda index: None)
-    monkeypatch.setattr(estimate, "_torch_may_use_gpus", lambda: True)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(sizing, "available_disk", lambda folder: 100 * GIB)
+    monkeypatch.setattr(device_module, "available_on_gpu", lambda index: None)
+    monkeypatch.setattr(device_module, "_torch_may_use_gpus", lambda: True)
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
-    monkeypatch.setattr(estimate, "available_on_gpu", lambda index: dict(enumerate(free)).get(index))
+    monkeypatch.setattr(device_module, "available_on_gpu", lambda index: dict(enumerate(free)).get(index))
 
 
 def planned(model: Path, **options: Any) -> PlanReport:
     notes: list[str] = []
-    report = make_plan(PlanRequest(model, **options), notes.append)
+    report = make_plan(plan_request(model, **options), notes.append)
     assert report.notes == notes
     return report
 
@@ -79,8 +81,10 @@ def planned(model: Path, **options: Any) -> PlanReport:
 @pytest.mark.parametrize("tokens", [10**6, 10**7])
 def test_a_number_of_tokens_needs_neither_torch_nor_shards(scout: Path, tokens: int) -> None:
     code = (
-        "import json, pathlib, sys; from l4ctx.run.estimate import PlanRequest, make_plan; "
-        f"report = make_plan(PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, device='cpu'), str); "
+        "import json, pathlib, sys; from l4ctx.run.estimate import make_plan; "
+        "from l4ctx.run.request import ComputeOptions, PlanRequest; "
+        f"request = PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, compute=ComputeOptions('cpu')); "
+        "report = make_plan(request, str); "
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'rich', 'jinja2'} & set(sys.modules); "
         "print(json.dumps([sorted(heavy), report.as_dict()]))"
     )
@@ -154,7 +158,7 @@ def test_the_dtype(scout: Path) -> None:
 
 def test_small_models_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(TINY, tokens=9).plan.workload.dtype == "float32"
-    monkeypatch.setattr(estimate, "available_memory", lambda: 40 * MIB)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 40 * MIB)
     assert planned(TINY, tokens=9).plan.workload.dtype == json.loads((TINY / "config.json").read_text())["torch_dtype"]
 
 
@@ -172,15 +176,15 @@ def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, ac
 
 def test_a_build_of_torch_without_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path) -> None:
     gpus(monkeypatch, 300 * GIB)
-    monkeypatch.setattr(estimate, "_torch_may_use_gpus", lambda: False)
+    monkeypatch.setattr(device_module, "_torch_may_use_gpus", lambda: False)
     assert planned(scout, tokens=9).capacity.accelerator is None
 
 
 @pytest.mark.parametrize(("found", "expected"), [("2.13.0", True), ("2.13.0+cu130", True), ("2.13.0+cpu", False)])
 def test_builds_of_torch(monkeypatch: pytest.MonkeyPatch, found: str, expected: bool) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(estimate, "version", lambda name: found)
-    assert estimate._torch_may_use_gpus() is expected
+    monkeypatch.setattr(device_module, "version", lambda name: found)
+    assert device_module._torch_may_use_gpus() is expected
 
 
 def test_the_time_has_a_quadratic_term(scout: Path) -> None:

@@ -8,7 +8,7 @@ from l4ctx.cli.tables.layout import FigureTable
 from l4ctx.formatting import human_bytes
 
 if TYPE_CHECKING:
-    from l4ctx.run.report import MemoryReport
+    from l4ctx.run.memory_report import MemoryReport
 
 
 def memory_table(report: MemoryReport) -> FigureTable:

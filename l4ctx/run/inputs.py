@@ -1,0 +1,314 @@
+"""The first stage of a run: what the request names is read and becomes a prompt.
+
+Ordered so that what can be refused is refused early: arguments, contexts and documents before torch is imported, shards
+before text is tokenized.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l4ctx.documents.document import DocumentSet, Skipped
+from l4ctx.documents.reader import read_documents
+from l4ctx.errors import RequestError
+from l4ctx.formatting import counted
+from l4ctx.machine.device import expect_no_numpy, usable_device
+from l4ctx.run.context import AnsweredContext, ContextChoices
+from l4ctx.run.images import ImageUse
+from l4ctx.run.monitor import Monitor, Timing
+from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions, Request, SourceOptions
+from model.config import TextConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.prompt.builder import Prompt
+    from l4ctx.run.images import ImageReading
+    from model.weights.shards import StoredTensor
+
+SKIPPED_LINES = 12
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What was read, before any of it is tokenized."""
+
+    config: TextConfig
+    images: ImageUse
+    documents: DocumentSet
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The text model's, as they are stored."""
+
+    parameters: int
+    dtype: str
+    can_be_mapped: bool
+
+    @classmethod
+    def of(cls, tensors: dict[str, StoredTensor], config: TextConfig) -> Weights:
+        from model.weights.loading import can_be_mapped, stored_parameters
+        from model.weights.shards import stored_dtype
+
+        return cls(stored_parameters(tensors, config), stored_dtype(tensors), can_be_mapped(tensors))
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checkpoint says beside its tokenizer, and the device to compute on: all that can be refused early."""
+
+    weights: Weights
+    generation: GenerationConfig
+    sampling: Sampling
+    device: torch.device
+    provenance: dict[str, str]  # the fingerprint that saved contexts are compared by; empty where there is none
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prompt, and all that its plan depends on."""
+
+    request: Request
+    config: TextConfig
+    choices: ContextChoices
+    checked: Checked
+    context: AnsweredContext | None
+    tokenizer: Tokenizer
+    prompt: Prompt  # of what a context holds already, nothing
+    images: ImageReading | None  # where images are among the documents
+    skipped: Sequence[Skipped]
+    prompt_tokens: int  # with those that a context holds
+    max_new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Positions that prompt and answer may take."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def reading_stop(self) -> int:
+        """The position up to which the prompt is read."""
+        return self.prompt.documents_stop if self.request.question is None else self.prompt_tokens - 1
+
+
+def read_sources(
+    model: Path, config: TextConfig, options: SourceOptions, progress: Callable[[int], None] | None = None
+) -> Sources:
+    """Raises DocumentError, and RequestError for images that are asked for and cannot be read."""
+    images = ImageUse(model, config, no_images=options.no_images, pdf=options.pdf)
+    documents = read_documents(
+        options.paths,
+        stdin=options.stdin,
+        pdf=options.pdf,
+        encoding=options.encoding,
+        keep_payload=options.keep_payload,
+        no_images=images.why_not,
+        progress=progress,
+        skip_unreadable=options.skip_unreadable,
+    )
+    return Sources(config, images, documents)
+
+
+def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, Sources]:
+    """Reads the configuration, what a saved context was made with, and the documents.
+
+    Raises ConfigError, ContextError, DocumentError and RequestError.
+    """
+    monitor.tell("reading files")
+    config = TextConfig.from_folder(request.model)
+    choices = ContextChoices.of(request)
+    monitor.kept = choices.kept
+    request.kv.check_folder()
+    sources = read_sources(
+        request.model,
+        config,
+        request.sources,
+        lambda count: monitor.tell(f"reading files: {counted(count, 'document')}"),
+    )
+    skipped, paths = sources.documents.skipped, request.sources.paths
+    if list(paths) == ["-"] and skipped:
+        or_alone = "" if request.question is None else "; --no-documents asks the model alone"
+        raise RequestError(
+            f"no documents: standard input has nothing to read: {skipped[0].reason} (name a file or folder{or_alone})"
+        )
+    if paths:
+        sources.documents.require_any(paths)
+    for entry in skipped[:SKIPPED_LINES]:
+        monitor.note(f"skipped {entry.source}: {entry.reason}")
+    if len(skipped) > SKIPPED_LINES:
+        monitor.note(f"skipped {len(skipped) - SKIPPED_LINES} more (--json lists them all)")
+    for text in sources.documents.notes:
+        monitor.note(text)
+    return choices, sources
+
+
+def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> Inputs:
+    """Checks the shards, then tokenizes.
+
+    Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError, ContextError and
+    GenerationConfigError.
+    """
+    from l4ctx.checkpoint.chat_template import ChatTemplate
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.prompt.builder import build_prompt, check_length
+
+    request, config = choices.request, sources.config
+    with monitor.loading():
+        monitor.tell("checking the checkpoint")
+        checked = _check_checkpoint(choices, config, monitor.note)
+        context = _opened(request, monitor)
+        tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
+        template = ChatTemplate.from_folder(request.model, date=choices.date)
+    if template is None:
+        monitor.note("the checkpoint has no chat template: documents and question are given to it as plain text")
+    began = time.perf_counter()
+    monitor.tell("tokenizing")
+    reading = None
+    if sources.documents.has_images:
+        has_context = request.context.folder is not None
+        reading = sources.images.prepare(tokenizer, sources.images.stored_tensors(), with_digests=has_context)
+    held = _leave_out_what_is_held(request, context, sources.documents, monitor.note)
+    prompt = build_prompt(
+        tokenizer,
+        template,
+        sources.documents.take(),
+        request.question or "",
+        images=reading.prompter if reading else None,
+        system=request.system,
+        first_index=held + 1,
+        progress=_tokenizing(monitor.tell, sources.documents.characters),
+    )
+    prompt_tokens = _keep_what_is_asked(request, context, prompt, tokenizer)
+    monitor.timings["tokenize"] = Timing(time.perf_counter() - began, len(prompt.ids))
+    for text in prompt.notes:
+        monitor.note(text)
+    max_new_tokens = _answer_length(request, prompt_tokens, config.max_position_embeddings)
+    check_length(prompt, max_new_tokens, config.max_position_embeddings, prompt_tokens)
+    _tell_what_was_read(prompt, monitor.note)
+    return Inputs(
+        request,
+        config,
+        choices,
+        checked,
+        context,
+        tokenizer,
+        prompt,
+        reading,
+        sources.documents.skipped,
+        prompt_tokens,
+        max_new_tokens,
+    )
+
+
+def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable[[str], None]) -> Checked:
+    """What can be refused before any text is tokenized: device, shards, generation settings."""
+    expect_no_numpy()
+    from l4ctx.checkpoint.generation_config import GenerationConfig
+    from model.weights.loading import checked_tensors
+    from model.weights.shards import unused_weights
+
+    request = choices.request
+    device = usable_device(request.compute.device)
+    tensors = checked_tensors(request.model, config)
+    if (text := unused_weights(request.model)) is not None:
+        note(text)
+    generation = GenerationConfig.from_folder(request.model)
+    generation.check(config.vocab_size)
+    sampling = _sampling(request.answer, generation, note)
+    provenance = {}
+    if request.context.folder is not None:
+        from l4ctx.checkpoint.fingerprint import fingerprint
+
+        provenance = fingerprint(request.model, config, tensors)
+        choices.check(provenance, config)
+    return Checked(Weights.of(tensors, config), generation, sampling, device, provenance)
+
+
+def _sampling(asked: AnswerOptions, generation: GenerationConfig, note: Callable[[str], None]) -> Sampling:
+    from l4ctx.checkpoint.generation_config import Sampling
+
+    given: Mapping[str, float | int | None] = {
+        name: getattr(asked, name) for name in ("temperature", "top_p", "top_k", "seed")
+    }
+    base = generation.sampling if asked.sample else Sampling()
+    sampling = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if sampling.temperature == 0 and (asked.top_p is not None or asked.top_k is not None or asked.seed is not None):
+        note("--top-p, --top-k and --seed change nothing at temperature 0; add --temperature or --sample")
+    return sampling
+
+
+def _opened(request: Request, monitor: Monitor) -> AnsweredContext | None:
+    """The context that is answered from."""
+    if request.context.answer_from is None:
+        return None
+    context = AnsweredContext(request, monitor.note)
+    monitor.resources.callback(context.close)
+    return context
+
+
+def _tokenizing(tell: Callable[[str], None], characters: int) -> Callable[[int, int], None]:
+    return lambda done, tokens: tell(f"tokenizing: {done:,} of {characters:,} characters, {tokens:,} tokens")
+
+
+def _leave_out_what_is_held(
+    request: Request, context: AnsweredContext | None, found: DocumentSet, note: Callable[[str], None]
+) -> int:
+    """Of documents that are added to a context, those that it holds; returns the number that it holds."""
+    from l4ctx.documents.added import added_documents
+
+    if context is None or not request.context.is_added_to:
+        return 0
+    held = [span for span in context.documents() if span.start < context.tokens]  # it may still be being read
+    digests = {span.source: span.sha256 if span.stop <= context.tokens else "" for span in held}
+    found.documents, skipped = added_documents(found.documents, digests)
+    for entry in skipped:
+        note(f"skipped {entry.source}: {entry.reason}")
+    found.skipped += skipped
+    return len(held)
+
+
+def _keep_what_is_asked(request: Request, context: AnsweredContext | None, prompt: Prompt, tokenizer: Tokenizer) -> int:
+    """Where the documents are in a context, the question alone; where nothing is asked, the documents alone.
+
+    Returns the tokens of the whole prompt, with those that the context holds.
+    """
+    from l4ctx.prompt.builder import DOCUMENT_END
+
+    if request.question is None:
+        del prompt.ids[prompt.documents_stop :]
+    if context is None or not request.answers_from_all:
+        return len(prompt.ids)
+    end = array("i")
+    if context.ends_amid_a_document:
+        tokenizer.encode_data(DOCUMENT_END, into=end)
+    prompt.follow(context.tokens + len(end))
+    prompt.ids[:0] = end
+    return context.tokens + len(prompt.ids)
+
+
+def _answer_length(request: Request, prompt_tokens: int, positions: int) -> int:
+    """Tokens that the answer may have; 0 where nothing is asked. Raises RequestError."""
+    if request.question is None:
+        return 0
+    left = positions - prompt_tokens
+    tokens = request.answer.max_new_tokens or max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
+    if 0 < left < tokens:
+        raise RequestError(
+            f"--max-new-tokens {tokens}: the prompt's {prompt_tokens:,} tokens "
+            f"leave {left:,} of the model's {positions:,} positions"
+        )
+    return tokens
+
+
+def _tell_what_was_read(prompt: Prompt, note: Callable[[str], None]) -> None:
+    if prompt.spans:
+        images = f"{counted(len(prompt.images), 'image')}, " if prompt.images else ""
+        note(f"{counted(len(prompt.spans), 'document')}, {images}{len(prompt.ids):,} tokens")

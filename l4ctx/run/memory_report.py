@@ -1,0 +1,36 @@
+"""Bytes of a run by owner and tier, planned and held. Measures nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from l4ctx.machine.memory import ProcessMemory
+from l4ctx.planning.memory_plan import MemoryPlan
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes predicted, held at the end, and at the peak of a run, by owner."""
+
+    predicted: MemoryPlan
+    weights: int
+    rope_windows: int
+    nope_device: int
+    nope_host: int
+    nope_disk: int
+    buffers: int
+    token_ids: int
+    process_before: ProcessMemory | None  # before weights and cache were made
+    process: ProcessMemory | None
+    process_peak: ProcessMemory | None
+    accelerator_peak: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {
+            "predicted": self.predicted.as_dict(),
+            "process_before": self.process_before and asdict(self.process_before),
+            "process": self.process and asdict(self.process),
+            "process_peak": self.process_peak and asdict(self.process_peak),
+        }

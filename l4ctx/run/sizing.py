@@ -1,0 +1,176 @@
+"""The second stage of a run: what it needs, whether that is there, and what of the prompt need not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache.layout import KV_DTYPES, StoreLayout
+from l4ctx.machine.device import free_on_accelerator
+from l4ctx.machine.memory import ProcessMemory, available_disk, available_memory, process_memory
+from l4ctx.machine.processor import computing_dtype
+from l4ctx.planning import remedies
+from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
+from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
+from l4ctx.run.context import AnsweredContext, KeptContext, Reuse
+from l4ctx.run.inputs import Inputs, Weights
+from l4ctx.run.monitor import Monitor
+from l4ctx.run.request import ComputeOptions, KVDtype, KVOptions
+from model.config import TextConfig
+from model.costs import Operations, reading_operations
+
+ALL_OF_IT = 2**62
+"""Bytes that a context which is only answered from has on disk already: nothing is written."""
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """Of a prompt and its answer, in tokens."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+    documents: Sequence[tuple[str, int]] = ()  # each with its tokens
+    images: ImageWorkload | None = None
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A plan that fits, and what need not be read."""
+
+    inputs: Inputs
+    plan: MemoryPlan
+    attention: str
+    kept: KeptContext | None  # the context that is written to
+    reused: int  # tokens
+    before: ProcessMemory | None  # what the process held before weights and cache were made
+
+    @property
+    def context(self) -> AnsweredContext | KeptContext | None:
+        return self.kept or self.inputs.context
+
+    def operations(self, start: int, stop: int) -> Operations:
+        """What reading positions start .. stop - 1 of the prompt takes."""
+        inputs = self.inputs
+        operations = reading_operations(inputs.config, start, stop)
+        return inputs.images.with_images(operations, inputs.prompt.images, start, stop) if inputs.images else operations
+
+
+def workload_of(
+    config: TextConfig,
+    weights: Weights,
+    size: PromptSize,
+    compute: ComputeOptions,
+    kv_dtype: KVDtype,
+    capacity: Capacity,
+) -> Workload:
+    """In the dtype that is computed in here."""
+    on_accelerator = capacity.accelerator is not None
+    dtype = computing_dtype(
+        compute.dtype,
+        weights.dtype,
+        weights.parameters,
+        on_accelerator=on_accelerator,
+        available=capacity.host,
+    )
+    return Workload(
+        config,
+        prompt_tokens=size.prompt_tokens,
+        max_new_tokens=size.max_new_tokens,
+        weights=weights.parameters * KV_DTYPES[dtype],
+        weights_are_mapped=dtype == weights.dtype and not on_accelerator and weights.can_be_mapped,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        stored_dtype=weights.dtype if weights.can_be_mapped else None,
+        prefill_chunk_size=compute.prefill_chunk_size,
+        largest=size.documents,
+        images=size.images,
+    )
+
+
+def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, context: Path | None = None) -> Capacity:
+    """What the machine has, within what the user allows.
+
+    `accelerator`: bytes free on the one that computes. `disk`: the folder that blocks may be written to; those of
+    `context` are on disk already. Raises RequestError.
+    """
+    kv.check_device_memory(on_accelerator=accelerator is not None)
+    folder = disk or context
+    return Capacity(
+        host=available_memory(),
+        accelerator=accelerator,
+        kv_device=kv.device_memory,
+        kv_host=kv.host_memory,
+        disk=None if disk is None else available_disk(disk),
+        disk_folder=None if folder is None else str(folder),
+    )
+
+
+def size(inputs: Inputs, monitor: Monitor) -> Sized:
+    """Predicts every owner's bytes, and opens a context that is written to.
+
+    Raises MemoryPlanError when they are more than is free, ContextError, and DiskFullError.
+    """
+    monitor.tell("planning memory")
+    request, choices = inputs.request, inputs.choices
+    before = process_memory()
+    accelerator = free_on_accelerator(inputs.checked.device)
+    answer_from, save_to = request.context.answer_from, request.context.save_to
+    capacity = capacity_here(request.kv, accelerator, save_to or request.kv.folder, answer_from)
+    workload = _workload(inputs, capacity)
+    plan = MemoryPlan.of(workload, capacity)
+    if save_to is not None and save_to.exists():
+        capacity = replace(capacity, disk=None)  # much of it may be there already, and a full disk loses nothing
+    remedies.check(plan, capacity)
+    for text in plan.notes:
+        monitor.note(text)
+    attention = choices.attention(workload.dtype, on_accelerator=accelerator is not None)
+    folder = request.context.folder
+    monitor.tell(f"comparing with {folder}" if folder else "planning memory")
+    kept, reuse = None, Reuse()
+    if inputs.context is not None:
+        reuse = inputs.context.reuse(inputs.prompt, plan.layout)
+    elif save_to is not None:
+        provenance = inputs.checked.provenance
+        kept = KeptContext(choices, choices.recipe_for(provenance, plan.layout, plan.prefill_chunk_size, attention))
+        monitor.resources.callback(kept.close)
+        monitor.kept = kept.kept
+        reuse = kept.reuse(inputs.prompt, plan.layout)
+    for text in reuse.notes:
+        monitor.note(text)
+    _check_unsaved_rows(inputs, plan, reuse.tokens)
+    return Sized(inputs, plan, attention, kept, reuse.tokens, before)
+
+
+def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
+    """With what saved contexts settle: their layout, and what is on disk already."""
+    request, choices, prompt = inputs.request, inputs.choices, inputs.prompt
+    spans = sorted(prompt.spans, key=lambda span: span.start - span.stop)
+    size = PromptSize(
+        inputs.prompt_tokens,
+        inputs.max_new_tokens,
+        [(span.source, span.stop - span.start) for span in spans],
+        inputs.images.workload(prompt.images) if inputs.images else None,
+    )
+    workload = workload_of(inputs.config, inputs.checked.weights, size, choices.compute, choices.kv_dtype, capacity)
+    layout: StoreLayout | None = choices.saved_layout(inputs.config, inputs.length, workload.dtype)
+    return replace(
+        workload,
+        is_saved=request.context.folder is not None,
+        on_disk_already=ALL_OF_IT if request.context.answer_from is not None else 0,
+        new_tokens=len(prompt.ids),
+        saved_layout=layout,
+    )
+
+
+def _check_unsaved_rows(inputs: Inputs, plan: MemoryPlan, reused: int) -> None:
+    """Blocks that are read anew beside a context that is only answered from have no place on disk."""
+    host, layout = plan.residency.host_rows, plan.layout
+    if inputs.context is None or inputs.request.kv.folder is not None or host is None:
+        return
+    new = layout.sealed_rows(inputs.prompt_tokens) - reused // layout.block_tokens
+    if new > host + plan.residency.device_rows:
+        raise MemoryPlanError(
+            "what these documents have beyond the context does not fit into memory; add "
+            "--kv-dir, or read them into the context with l4ctx prefill"
+        )
