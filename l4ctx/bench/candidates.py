@@ -1,4 +1,4 @@
-"""The ways to run each engine that are worth trying: those that fit, in the dtypes and batch sizes that matter."""
+"""The candidates of each engine: dtypes and batch sizes that fit into memory and are worth a trial."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Peers:
         if free is None or weights <= free:
             return True
         self.note(
-            f"{engine} in {dtype} is left out: its weights take {human_bytes(weights)}, and "
-            f"{human_bytes(free)} are free"
+            f"{engine} in {dtype} is left out: its weights take {human_bytes(weights)}, but only "
+            f"{human_bytes(free)} is free"
         )
         return False

@@ -1,8 +1,8 @@
-"""What this machine does at best, piece by piece: matrix products, attention kernels, memory, disk.
+"""Peak rates of this machine: matrix products, attention kernels, memory and disk.
 
-Each is measured alone, on sizes that no cache holds or that fill the kernels; nothing of a model is run. Rates are the
-best of a short time, in operations or bytes a second. Work starts small and grows only as long as it stays quick, so
-that no dtype takes more than seconds, whatever the processor makes of it.
+Each is measured alone, on sizes that exceed the processor's caches or fill the kernels; no model is run. Rates are the
+best within a short time, in operations or bytes a second. Work starts small and grows only while it stays quick: no
+dtype takes more than seconds, however slow it is on this processor.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SLOW_BACKENDS = ("eager", "flex")  # references, not kernels
 
 
 HOPELESS = 10
-"""A dtype whose products are so many times slower than the fastest one's is measured no further."""
+"""A dtype whose matrix products are this many times slower than the fastest is measured no further."""
 
 PRODUCT_SIZES = (64, 128, 256, 512, 1024, 2048)
-BYTES = 2**28  # of a weight that is read, a copy, a file
+BYTES = 2**28  # of the weight, the copy and the file
 QUERIES, KEYS = 1024, 4096  # of one attention call
 
 
 def measure(config: TextConfig, device: str) -> dict[str, Any]:
     """All rates, as plain numbers a second: "product" and "attention" by dtype in operations, the rest in bytes.
 
-    "slow_product" has those of dtypes that are measured no further.
+    "slow_product" has the rates of the dtypes that are measured no further.
     """
     with torch.inference_mode():
         rates = {dtype: rate for dtype in DTYPES if (rate := product_rate(dtype, device)) is not None}
@@ -62,7 +62,7 @@ def measure(config: TextConfig, device: str) -> dict[str, Any]:
 
 
 def product_rate(dtype: str, device: str) -> float | None:
-    """Operations a second of the largest matrix product that is quick enough; None where the device has none."""
+    """Operations a second of the largest matrix product that is quick enough; None if the device cannot compute it."""
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
 
     def product(size: int) -> Work:
@@ -71,12 +71,12 @@ def product_rate(dtype: str, device: str) -> float | None:
 
     try:
         return growing_rate(product, PRODUCT_SIZES if device == "cpu" else (*PRODUCT_SIZES, 8192), device)
-    except RuntimeError:  # a dtype that this device has no product of
+    except RuntimeError:  # the device has no matrix product in this dtype
         return None
 
 
 def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) -> float | None:
-    """Operations a second where every query sees every key, with the model's heads; None if it cannot do that."""
+    """Operations a second of attention without a mask, with the model's heads; None if the backend cannot do it."""
     h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     queries = torch.randn(1, QUERIES, h, d, **made).transpose(1, 2)  # as a projection leaves them
@@ -96,7 +96,7 @@ def attention_rate(config: TextConfig, backend: str, dtype: str, device: str) ->
 
 
 def read_rate(width: int, dtype: str, device: str) -> float:
-    """Bytes a second of a weight that one row is multiplied with, as in decoding."""
+    """Bytes a second of a weight that is multiplied with one row, as in decoding."""
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     weight = torch.ones(BYTES // (width * made["dtype"].itemsize), width, **made)
     x = torch.ones(1, width, **made)
@@ -108,13 +108,13 @@ def read_rate(width: int, dtype: str, device: str) -> float:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes copied a second: each is read once and written once."""
+    """Bytes copied a second; each is read once and written once."""
     source, target = (torch.ones(BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     return BYTES / best_seconds(partial(target.copy_, source), device)
 
 
 def disk_rate() -> dict[str, Any]:
-    """Bytes a second of a file in the temporary folder, read once; and whether they came from memory after all."""
+    """Bytes a second of a file in the temporary folder, read once; and whether the page cache served it after all."""
     piece = os.urandom(2**20) * 8
     with tempfile.TemporaryFile(buffering=0) as file:
         for _ in range(BYTES // len(piece)):
@@ -133,7 +133,7 @@ def disk_rate() -> dict[str, Any]:
 
 
 def _bytes_from_disk() -> int | None:
-    """That this process has had fetched so far, as /proc/self/io counts them; None where there is no such file."""
+    """Bytes fetched from disk for this process so far, by /proc/self/io; None where there is no such file."""
     try:
         with open("/proc/self/io", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("read_bytes:"))

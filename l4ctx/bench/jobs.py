@@ -1,4 +1,4 @@
-"""What the benchmark asks of its worker processes and what they answer, as JSON. Imports no torch."""
+"""What the benchmark asks of its worker processes, and what they answer, as JSON."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 WARM_UP_TOKENS, WARM_UP_DECODE = 64, 3
-"""Read and decoded by every engine before the clock starts."""
+"""Tokens that every engine reads and decodes before the clock starts."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run an engine: its dtype, and how many tokens it computes at a time in a prefill."""
+    """One way to run an engine: its dtype, and its batch size in tokens during prefill."""
 
     engine: str  # "l4ctx", "transformers" or "llama.cpp"
     dtype: str  # as the engine names it
     batch_size: int
     file: str | None = None  # a GGUF file, for llama.cpp
-    attention: str | None = None  # the kernels' name, for l4ctx
-    is_mapped: bool = True  # whether weights of this dtype stay in their files' pages, for l4ctx
+    attention: str | None = None  # the attention backend, for l4ctx
+    is_mapped: bool = True  # whether the weights are mapped from their files, for l4ctx
 
     def __str__(self) -> str:
         kernels = f" ({self.attention})" if self.attention else ""
@@ -28,11 +28,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """One task of a worker process. Weights come from a checkpoint folder, or are drawn for a configuration."""
+    """One task of a worker process. Weights come from a checkpoint folder, or are random ones of a configuration."""
 
     task: str  # "machine", "l4ctx", "transformers", "ceilings", "checkpoint" or "gguf"
     folder: str | None = None
-    config: dict[str, Any] | None = None  # a config.json's content, of random weights
+    config: dict[str, Any] | None = None  # the content of a config.json, for random weights
     dtype: str = "float32"
     batch_size: int = 8192
     tokens: int = 0
@@ -52,7 +52,7 @@ class WorkerJob:
 
 
 class TimedRun(NamedTuple):
-    """What an engine in Python tells of one run: seconds to the first token and after it, bytes held at the end."""
+    """What a Python engine reports of a run: seconds to the first token and after it; bytes of its KV cache."""
 
     first_token_seconds: float
     decode_seconds: float
@@ -63,7 +63,7 @@ class TimedRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: bytes, seconds and tokens. None: the engine does not tell, or it was not asked for."""
+    """One run, in bytes, seconds and tokens. None: not reported by the engine, or not asked for."""
 
     tokens: int
     decode_tokens: int  # after the first one
@@ -73,7 +73,7 @@ class Measurement:
     keys_values: int | None = None
     peak_anonymous: int | None = None
     peak_file_backed: int | None = None
-    peak_above_weights: int | None = None  # anonymous memory, from after loading on
+    peak_above_weights: int | None = None  # anonymous memory above what was held after loading
     peak_accelerator: int | None = None
     threads: int | None = None
     first_token: int | None = None  # its id, chosen greedily
@@ -82,7 +82,7 @@ class Measurement:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens a second, up to the first token of the answer."""
+        """Tokens a second up to the first token of the answer."""
         return self.tokens / self.first_token_seconds
 
     @property
@@ -92,7 +92,7 @@ class Measurement:
 
     @property
     def peak(self) -> int | None:
-        """Resident bytes at the most; on an accelerator those of its memory."""
+        """Peak resident bytes; on an accelerator, of its own memory."""
         if self.peak_accelerator is not None:
             return self.peak_accelerator
         return None if self.peak_anonymous is None else self.peak_anonymous + (self.peak_file_backed or 0)

@@ -1,7 +1,6 @@
-"""Runs the benchmark's processes one at a time: hands over a job, watches memory, tells how one failed.
+"""Runs the benchmark's processes one at a time: hands over a job, samples memory, reports how one failed.
 
-Imports no torch. A process that is running when the benchmark is interrupted is ended before the interruption goes
-on.
+A process that is running when the benchmark is interrupted is ended first.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class ReportedError(UserError):
 
 
 class WorkerError(ModelFailureError):
-    """A process of the benchmark that failed; the message says how, in one line."""
+    """A process of the benchmark failed; the message says how, in one line."""
 
     def __init__(self, message: str, known: int | None = None) -> None:
         super().__init__(message)
@@ -50,7 +49,7 @@ class WorkerError(ModelFailureError):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a process wrote, and its resident memory at the most; None where the system does not tell."""
+    """What a process wrote, and its peak resident memory; None where the system does not report it."""
 
     stdout: str
     stderr: str
@@ -58,7 +57,7 @@ class Finished:
 
 
 def run_worker(job: WorkerJob) -> dict[str, Any]:
-    """The job's result, from a fresh process. Raises WorkerError."""
+    """The result of the job, run in a fresh process. Raises WorkerError."""
     done = run_apart(WORKER, job.to_json(), is_ours=job.task != "transformers")
     try:
         result = json.loads(done.stdout.splitlines()[-1])
@@ -101,7 +100,7 @@ def run_apart(command: Sequence[str], text: str = "", *, is_ours: bool = False) 
 
 
 def _wait(process: subprocess.Popen[bytes]) -> ProcessMemory | None:
-    """Until the process ends; its memory at the most, as far as samples show it."""
+    """Waits for the process to end; returns its peak memory as sampled."""
     peak: ProcessMemory | None = None
     while True:
         try:
@@ -119,9 +118,9 @@ def _content(stream: IO[bytes]) -> str:
 
 
 def last_line(text: str) -> str:
-    """What an error output ends with, for a person."""
+    """The last line of an error output that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmark found: medians, ratios round by round, shares of the machine's ceilings. No torch, no printing."""
+"""What the benchmark found: medians, ratios taken round by round, and times as multiples of the roofline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = "l4ctx"
 
 @dataclass(frozen=True)
 class BenchRun:
-    """One process's figures. `round` counts from 1; 0 is the trial that candidates are chosen by."""
+    """The figures of one process. `round` counts from 1; 0 is the trial by which candidates are chosen."""
 
     round: int
     candidate: Candidate
@@ -29,17 +29,17 @@ class BenchRun:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one engine at one length, over all rounds."""
+    """The figures of one engine at one length, over all rounds."""
 
     candidate: Candidate
-    prefill_rates: list[float]  # tokens a second, a round each
+    prefill_rates: list[float]  # tokens a second, one a round
     decode_rates: list[float]  # empty if nothing was decoded
     first_token_seconds: float  # median
-    peak: int | None  # the most of all rounds
+    peak: int | None  # highest of all rounds
     peak_above_weights: int | None
     keys_values: int | None
     version: str | None
-    prefill_ratios: list[float]  # l4ctx's rate in multiples of this engine's, a round each
+    prefill_ratios: list[float]  # l4ctx's rate divided by this engine's, one a round
     decode_ratios: list[float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Figures:
 
 @dataclass
 class BenchReport:
-    """Everything raw, and what follows from it. `lengths`, `decode_tokens` in tokens."""
+    """All raw figures, and what follows from them. `lengths` and `decode_tokens` are in tokens."""
 
     config: TextConfig
     model: dict[str, Any]
@@ -64,11 +64,11 @@ class BenchReport:
     runs: list[BenchRun] = field(default_factory=list)
     chosen: dict[str, Candidate] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # dtypes that were too slow to be tried, in words
-    ceilings: list[dict[str, Any]] = field(default_factory=list)  # a round each
+    left_out: list[str] = field(default_factory=list)  # dtypes too slow to be tried, one line each
+    ceilings: list[dict[str, Any]] = field(default_factory=list)  # one a round
 
     def figures(self, tokens: int) -> list[Figures]:
-        """Of every engine that was measured at this length, l4ctx first."""
+        """One entry for each engine that was measured at this length, l4ctx first."""
         return [
             figures_of(self.runs, candidate, tokens)
             for candidate in self.chosen.values()
@@ -80,7 +80,7 @@ class BenchReport:
         return median_of(self.ceilings) if self.ceilings else None
 
     def shares(self, tokens: int) -> dict[str, Any]:
-        """Of l4ctx: "prefill" and "decode", as far as their ceilings are known; medians of the rounds."""
+        """l4ctx against its roofline in "prefill" and "decode", where the ceilings are known; medians."""
         ceilings, candidate = self.median_ceilings, self.chosen[OWN]
         runs = [run.measurement for run in self.runs if run.candidate == candidate and run.measurement.tokens == tokens]
         if ceilings is None or not runs:
@@ -100,7 +100,7 @@ class BenchReport:
         return {name: share for name, share in found.items() if share is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for --json: bytes, seconds, tokens, operations and rates a second."""
+        """Plain numbers for --json: bytes, seconds, tokens, operations, and rates a second."""
         return {
             "model": self.model,
             "machine": self.machine,
@@ -124,13 +124,13 @@ class BenchReport:
 
 
 def best_candidate(trials: Sequence[BenchRun], engine: str) -> Candidate | None:
-    """That of the fastest prefill; None if none of the engine's succeeded."""
+    """The engine's candidate with the fastest prefill; None if none of them succeeded."""
     own = [run for run in trials if run.candidate.engine == engine]
     return max(own, key=lambda run: run.measurement.prefill_rate).candidate if own else None
 
 
 def figures_of(runs: Sequence[BenchRun], candidate: Candidate, tokens: int) -> Figures:
-    """Over the rounds in which the candidate was measured; ratios over those in which l4ctx was, too."""
+    """Over the rounds in which the candidate was measured; ratios over those in which l4ctx was measured, too."""
     mine = {
         run.round: run.measurement for run in runs if run.candidate == candidate and run.measurement.tokens == tokens
     }

@@ -14,10 +14,10 @@ from model.config import TextConfig
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What is to be measured. Either `model` or `config` is given."""
+    """What to measure. Either `model` or `config` is given."""
 
     lengths: tuple[int, ...]  # tokens, ascending
-    lengths_are_given: bool = True  # by the user; others are shortened to what the model has positions for
+    lengths_are_given: bool = True  # by the user; default lengths are shortened to the model's positions
     model: Path | None = None
     config: Path | None = None  # a config.json, or its folder: random weights
     decode_tokens: int = 32
@@ -60,7 +60,7 @@ def fitted_to_positions(request: BenchRequest, config: TextConfig, note: Callabl
         from l4ctx.prompt.builder import PromptLengthError
 
         raise PromptLengthError(
-            f"--tokens {lengths[-1]}: with what is decoded these are {longest:,} tokens, "
+            f"--tokens {lengths[-1]}: with the decoded tokens that is {longest:,}, "
             f"and the model has {positions:,} positions"
         )
     shortened = [f"{tokens:,}" for tokens in lengths if tokens > room]

@@ -1,6 +1,6 @@
-"""How near the measured speed comes to what the machine's pieces allow: closed forms and their ratios. No torch.
+"""The roofline of l4ctx on this machine: operations and bytes in closed form, and measured times as multiples of it.
 
-Only useful work counts: what a mask hides, what is skipped and what is computed twice is none.
+Only useful work counts: not what a mask hides, what is skipped, or what is computed twice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from model.costs import Operations, kv_size, layer_parameters, query_size, readi
 
 
 def first_token_operations(config: TextConfig, tokens: int) -> Operations:
-    """To read `tokens` tokens and compute the logits behind them: of the last layer one token, and its keys and values
-    of all."""
+    """Operations to read `tokens` tokens and compute the logits after them.
+
+    The last layer counts for one token, but its keys and values for all.
+    """
     c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     read, last = reading_operations(config, 0, tokens), config.num_hidden_layers - 1
     linear = 2 * layer_parameters(config, last, active=True) - 2 * 2 * c * kv + 2 * c * config.vocab_size
@@ -30,13 +32,13 @@ def first_token_operations(config: TextConfig, tokens: int) -> Operations:
 
 
 def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
-    """Keys that the query at a position sees in a layer, its own included."""
+    """Keys that the query at a position attends to in a layer, its own included."""
     return position % config.attention_chunk_size + 1 if config.uses_rope(layer) else position + 1
 
 
 def decode_bytes(config: TextConfig, position: int, itemsize: int) -> int:
-    """Bytes that must be read at least once to decode the token at a position: the weights that it is multiplied with,
-    one row of the embeddings, and the keys and values that it sees."""
+    """Bytes that decoding the token at a position must read: its active weights, one row of the embeddings, and the
+    keys and values that it attends to."""
     c, kv = config.hidden_size, kv_size(config)
     biases = query_size(config) + 2 * kv + c if config.attention_bias else 0
     elements = c + c + c * config.vocab_size  # an embedding, the last norm, the logits
@@ -47,7 +49,7 @@ def decode_bytes(config: TextConfig, position: int, itemsize: int) -> int:
 
 
 def decoding_bytes(config: TextConfig, tokens: int, decode_tokens: int, itemsize: int) -> int:
-    """Of all tokens that are decoded after the first one, behind `tokens` tokens."""
+    """`decode_bytes` summed over the tokens decoded after the first one, which follows `tokens` tokens."""
     return sum(decode_bytes(config, position, itemsize) for position in range(tokens, tokens + decode_tokens))
 
 
@@ -56,7 +58,7 @@ def prefill_share(
 ) -> dict[str, Any] | None:
     """Seconds that the kernels alone would take for the useful operations, and the measured time as a multiple of it.
 
-    None where a kernel's ceiling is not known.
+    None where the ceiling of a kernel is not known.
     """
     product = ceilings["product"].get(dtype)
     kernel = ceilings["attention"].get(attention or "", {}).get(dtype)
@@ -78,7 +80,7 @@ def prefill_share(
 def decode_share(
     config: TextConfig, tokens: int, decode_tokens: int, seconds: float, ceilings: Mapping[str, Any], itemsize: int
 ) -> dict[str, Any]:
-    """The same for decoding, by bytes that must be read and the best rate of reading weights."""
+    """The same for decoding: the bytes that must be read, at the best rate of reading weights."""
     count, rate = decoding_bytes(config, tokens, decode_tokens, itemsize), max(ceilings["read"].values())
     return {
         "bytes": count,

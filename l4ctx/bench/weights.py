@@ -1,6 +1,6 @@
-"""Random weights of a configuration: as a model in memory, or as a checkpoint for engines that read files.
+"""Random weights for a configuration: a model in memory, or a checkpoint for engines that read files.
 
-Both hold the same numbers, whatever the dtype: drawn in float32 from one seed, N(0, 0.02); norms are 1.
+Both hold the same values in any dtype: drawn in float32 from one seed, N(0, 0.02); norms are 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.weights.loading import in_memory
 
 STANDARD_DEVIATION, SEED = 0.02, 1
 PIECE_ELEMENTS = 2**24
-"""Drawn at a time, so that memory is the weights and little more."""
+"""Drawn at a time, so that little more memory is needed than for the weights."""
 
 SHARD_BYTES = 2 * 2**30
 
@@ -28,7 +28,7 @@ SHARD_BYTES = 2 * 2**30
 def random_model(
     config: TextConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
 ) -> Transformer:
-    """A model with random weights in that dtype on that device."""
+    """A model with random weights in this dtype on this device."""
     with torch.device("meta"):
         model = Transformer(config, attention)
     for name, tensor in _drawn(model, dtype, torch.device(device)):
@@ -64,7 +64,7 @@ def write_random_checkpoint(raw: dict[str, Any], config: TextConfig, folder: Pat
 
 
 def flat_config(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The text model's part of a config.json, as one of its own."""
+    """The text model's part of a config.json, as a config.json of its own."""
     text = raw.get("text_config") if raw.get("model_type") == "llama4" else None
     fields = dict(text) if isinstance(text, dict) else dict(raw)
     return fields | {
@@ -75,7 +75,7 @@ def flat_config(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _drawn(model: Transformer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name and numbers; tied ones once."""
+    """Name and values of every parameter; tied parameters once."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
         tensor = torch.ones(parameter.shape, dtype=dtype, device=device)

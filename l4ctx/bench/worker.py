@@ -1,6 +1,6 @@
 """A worker process of the benchmark: reads one job as JSON from standard input, writes one line of JSON.
 
-Measures l4ctx by the same functions that `l4ctx ask` calls, and hands other tasks to their modules.
+l4ctx is measured by calling the functions that `l4ctx ask` calls.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def text_config(job: WorkerJob) -> TextConfig:
-    """Of the checkpoint, or of the random weights."""
+    """The configuration of the checkpoint, or of the random weights."""
     if job.config is not None:
         return TextConfig.from_dict(job.config)
     assert job.folder is not None
@@ -43,16 +43,16 @@ def text_config(job: WorkerJob) -> TextConfig:
 
 
 def token_ids(config: TextConfig, tokens: int) -> list[int]:
-    """The same random ids for every engine that can be given some."""
+    """Random ids, the same for every engine that accepts ids."""
     import torch
 
     return torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def measure_machine(job: WorkerJob) -> dict[str, Any]:
-    """What torch sees here, and the checkpoint's weights: how many, and their dtype.
+    """What torch finds on this machine, and the number and dtype of the checkpoint's weights.
 
-    Raises RequestError for a device that there is not, CheckpointError and ConfigError.
+    Raises RequestError for a missing device, CheckpointError and ConfigError.
     """
     import torch
 
@@ -81,7 +81,7 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
 
 
 def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
-    """Loads a checkpoint as `ask` does, or makes random weights; reads and decodes as `ask` does."""
+    """Loads a checkpoint as `ask` does, or makes random weights; then prefill and decode as in `ask`."""
     import torch
 
     from cache.hybrid import HybridKVCache
@@ -135,7 +135,7 @@ def measure_transformers(job: WorkerJob) -> dict[str, Any]:
 
 
 def measured(job: WorkerJob, run: Callable[[int, int], TimedRun], load_seconds: float, version: str) -> Measurement:
-    """A short run that warms up, then the one that counts, with its memory. `run` takes tokens to read and decode."""
+    """A short run to warm up, then the measured run. `run` takes the numbers of tokens to read and to decode."""
     import torch
 
     run(min(job.warm_up_tokens, job.tokens), min(WARM_UP_DECODE, job.decode_tokens))

@@ -1,4 +1,4 @@
-"""The `bench` command as a person types it: options, what is refused at once, and the output."""
+"""The `bench` command: its options, what it refuses at once, and its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A config.json, or its folder: random weights of that size, made in memory.",
+            help="A config.json or its folder: measure random weights of that size, made in memory.",
             show_default=False,
         ),
     ] = None,
@@ -38,7 +38,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Lengths to read. The default's are shortened where the model has fewer positions.",
+            help="Prompt lengths. The default ones are shortened if the model has fewer positions.",
             show_default=DEFAULT_LENGTHS,
         ),
     ] = None,
@@ -48,31 +48,38 @@ def bench(
             "--decode",
             parser=options.token_count(0),
             metavar="N",
-            help="Tokens to decode behind the first one; 0 for none.",
+            help="Tokens to decode after the first one. 0: none.",
         ),
     ] = 32,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that everything is measured, in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How often everything is measured.")] = 3,
     compare: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"Run the same work there: {PEERS}. Can be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help=f"Another engine to compare with: {PEERS}. Can be repeated.",
+            show_default=False,
+        ),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="For llama.cpp, instead of files made from the checkpoint. Can be repeated.",
+            help="File for llama.cpp to read instead of one converted from the checkpoint. Can be repeated.",
             show_default=False,
         ),
     ] = None,
     ceilings: Annotated[
         bool,
-        typer.Option("--ceilings/--no-ceilings", help="Measure what the machine does at best, and the share reached."),
+        typer.Option(
+            "--ceilings/--no-ceilings",
+            help="Measure the machine's peak rates and compare l4ctx with its roofline.",
+        ),
     ] = True,
     dtype: Annotated[
         Dtype,
         typer.Option(
             metavar="auto|float32|bfloat16|float16",
-            help="Type to compute in, of every engine. auto: each one's fastest.",
+            help="Compute dtype of all engines. auto: the fastest of each.",
         ),
     ] = "auto",
     device: options.Device = "auto",
@@ -81,13 +88,13 @@ def bench(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure reading and decoding speed, time to the first token and memory, here and in other programs.
+    """Measure prefill and decode throughput, time to first token and memory, of l4ctx and of other engines.
 
     l4ctx bench --model DIR --tokens 4096,16384,65536
 
     l4ctx bench --config config.json --compare transformers --compare llama.cpp=/path/to/llama-bench
 
-    Each engine runs in processes of its own, in turn, in its fastest dtype and batch size.
+    Every measurement is a process of its own; engines take turns, each in its fastest dtype and batch size.
     """
 
     def request() -> BenchRequest:
@@ -96,8 +103,8 @@ def bench(
         check_stdout("to")
         if config is None and model is None:
             raise UsageError(
-                "nothing to measure: give a checkpoint with --model DIR (or L4CTX_MODEL), or random "
-                "weights of a --config FILE"
+                "nothing to measure: name a checkpoint with --model DIR (or L4CTX_MODEL), or a configuration "
+                "for random weights with --config FILE"
             )
         peers = dict(_peer(text) for text in compare or [])
         if gguf and "llama.cpp" not in peers:
@@ -127,7 +134,7 @@ def bench(
 
 
 def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
-    """Measures; prints the report."""
+    """Measures, and prints the report."""
     from l4ctx.bench.benchmark import run_benchmark
     from l4ctx.cli.console import notes, rendered, stderr_console
 
@@ -144,7 +151,7 @@ def _bench(request: BenchRequest, *, json: bool, quiet: bool) -> None:
 
 @contextmanager
 def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Within it a terminal shows what is being done."""
+    """Shows in a terminal what is being done."""
     from l4ctx.cli.activity import Activity
 
     with Activity(console, is_shown=not quiet) as activity:
@@ -153,7 +160,7 @@ def _status(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]
 
 @contextmanager
 def _termination_as_interruption() -> Iterator[None]:
-    """Within it SIGTERM ends as Ctrl-C does: the process that is being measured too, and no file is left."""
+    """SIGTERM acts as Ctrl-C does: the process being measured ends too, and no file is left behind."""
 
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -166,7 +173,7 @@ def _termination_as_interruption() -> Iterator[None]:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    """Ascending, each once."""
+    """In ascending order, without duplicates. Raises UsageError."""
     from l4ctx.formatting import parse_tokens
 
     try:
@@ -174,12 +181,12 @@ def _lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         raise UsageError(f"--tokens: {text!r} is not a list of numbers such as {DEFAULT_LENGTHS} or 4k,16k") from None
     if lengths[0] < 2:
-        raise UsageError(f"--tokens: {lengths[0]} is too few; at least 2 tokens are measured")
+        raise UsageError(f"--tokens: {lengths[0]} is too few; the minimum is 2")
     return tuple(lengths)
 
 
 def _peer(text: str) -> tuple[str, str]:
-    """An engine's name and the path of its program, if it has one."""
+    """An engine's name, and the path of its program or "". Raises UsageError."""
     from l4ctx.bench.peers.llama_cpp import check_program
 
     name, is_given, path = text.partition("=")

@@ -1,1 +1,1 @@
-"""Other programs on the same work, and the files that they read."""
+"""Other engines on the same work, and the files that they read."""

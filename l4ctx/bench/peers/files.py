@@ -1,7 +1,7 @@
-"""Files that other engines need to run the same work: checkpoints of random weights, corrected configs, GGUF files.
+"""Files that other engines need for the same work: checkpoints of random weights, corrected configs, GGUF files.
 
-All of them lie in one temporary folder that goes when the benchmark ends. Disk space is checked before any is written;
-workers write them. Imports no torch.
+They are written by workers, after a check of the disk space, to a temporary folder that is removed when the benchmark
+ends.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from l4ctx.planning.memory_plan import MemoryPlanError
 from model.config import TextConfig
 
 MARGIN_BYTES = 2**30
-"""Left free on the disk: files' headers, and the ceilings' own file of 256 MiB."""
+"""Kept free on the disk, for headers and for the file of 256 MiB that measures the disk."""
 
 
 def check_disk(needed: int, scratch: Path, why: str) -> None:
-    """Raises MemoryPlanError if the temporary folder has no room for so many bytes."""
+    """Raises MemoryPlanError if the temporary folder has no space for this many bytes."""
     free = available_disk(scratch)
     if free is not None and needed + MARGIN_BYTES > free:
         raise MemoryPlanError(
-            f"{why} needs {human_bytes(needed + MARGIN_BYTES)} in {scratch}, and "
-            f"{human_bytes(free)} are free; set TMPDIR to a folder on a larger disk, or "
+            f"{why} needs {human_bytes(needed + MARGIN_BYTES)} in {scratch}, but "
+            f"only {human_bytes(free)} is free; set TMPDIR to a folder on a larger disk, or "
             "leave the comparison out"
         )
 
 
 def write_checkpoint(raw: dict[str, Any], dtype: str, scratch: Path) -> Path:
-    """A checkpoint of random weights, from a worker. Raises WorkerError."""
+    """A checkpoint of random weights, written by a worker. Raises WorkerError."""
     folder = scratch / "checkpoint"
     folder.mkdir()
     run_worker(WorkerJob("checkpoint", config=raw, dtype=dtype, output=str(folder)))
@@ -43,7 +43,7 @@ def write_checkpoint(raw: dict[str, Any], dtype: str, scratch: Path) -> Path:
 
 
 def write_gguf(folder: Path, config: TextConfig, kind: str, scratch: Path) -> Path:
-    """A GGUF file of the checkpoint, from a worker. Raises WorkerError, GGUFError and MemoryPlanError."""
+    """A GGUF file of the checkpoint, written by a worker. Raises WorkerError, GGUFError and MemoryPlanError."""
     check_supported(config)
     check_disk(gguf_bytes(config, kind), scratch, f"a GGUF file in {kind}")
     file = scratch / f"{kind}.gguf"
@@ -57,9 +57,9 @@ def kinds_of(dtype: str) -> list[str]:
 
 
 def folder_for_transformers(folder: Path, scratch: Path) -> Path:
-    """The checkpoint as transformers 5 accepts it: published files say `attn_temperature_tuning: 4` for true.
+    """The checkpoint as transformers 5 accepts it: published configs say `attn_temperature_tuning: 4` for true.
 
-    Where that must be changed, a folder in `scratch` with links to everything but config.json.
+    Where that must be corrected, a folder in `scratch` with a config.json of its own and links to all other files.
     """
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]

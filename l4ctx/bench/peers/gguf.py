@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama 4 checkpoint, for llama.cpp to run the same work on: weights and sizes, and no vocabulary.
+"""A GGUF file of a Llama 4 checkpoint, for llama.cpp to run the same work: weights and sizes, but no vocabulary.
 
-Enough for speed to be compared, not for text: rotary scaling is left out, and llama.cpp fixes attention chunks and the
-interval of NoPE layers itself, so only configurations that agree with it are written. Tensor names and layouts follow
+Enough to compare speed, not to generate text: rotary scaling is left out. llama.cpp hard-codes the attention chunk size
+and the interval of NoPE layers, so only configurations that agree with it are written. Tensor names and layouts follow
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Needs the package gguf.
 """
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 ITEMSIZES = {"f32": 4, "f16": 2, "bf16": 2}
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-CHUNK_SIZE, NOPE_INTERVAL, EXPERTS_WITHOUT_QK_NORM = 8192, 4, 128  # as llama.cpp has them for this architecture
+CHUNK_SIZE, NOPE_INTERVAL, EXPERTS_WITHOUT_QK_NORM = 8192, 4, 128  # hard-coded in llama.cpp for this architecture
 
-NAMES = {  # of a layer's tensors, without and with experts; the experts' own are split and turned besides
+NAMES = {  # of a layer's tensors; those of the experts, which are split and transposed, are named in `entries`
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -46,11 +46,11 @@ TOP_NAMES = {
 
 
 class GGUFError(Exception):
-    """A configuration that llama.cpp would compute differently, or not at all."""
+    """A configuration that llama.cpp computes differently, or not at all."""
 
 
 class Entry(NamedTuple):
-    """A tensor of the file: where it comes from, and its shape, outermost dimension first."""
+    """A tensor of the file: its origin, and its shape with the outermost dimension first."""
 
     name: str
     source: str  # name in the checkpoint
@@ -60,10 +60,10 @@ class Entry(NamedTuple):
 
 
 def check_supported(config: TextConfig) -> None:
-    """Raises GGUFError, by the name of the field, for what llama.cpp has no way to run."""
+    """Raises GGUFError, with the name of the field, for what llama.cpp cannot run."""
     c = config
     if not c.moe_layers:
-        raise GGUFError("no layer has experts, and llama.cpp has no such model of this architecture")
+        raise GGUFError("no layer has experts, and llama.cpp supports no such model of this architecture")
     flags = tuple(int((i + 1) % NOPE_INTERVAL != 0) for i in range(c.num_hidden_layers))
     for name, value, only in (
         ("attention_chunk_size", c.attention_chunk_size, CHUNK_SIZE),
@@ -73,11 +73,11 @@ def check_supported(config: TextConfig) -> None:
         ("moe_layers", c.moe_layers, tuple(range(moe_step(c) - 1, c.num_hidden_layers, moe_step(c)))),
     ):
         if value != only:
-            raise GGUFError(f"{name} is {value}, and llama.cpp has only {only}")
+            raise GGUFError(f"{name} is {value}, and llama.cpp supports only {only}")
 
 
 def moe_step(config: TextConfig) -> int:
-    """Every how many layers one has experts; of an irregular list, what its first one says."""
+    """The interval of layers with experts; if they are irregular, that of the first."""
     return config.moe_layers[0] + 1 if config.moe_layers else 1
 
 
@@ -125,14 +125,14 @@ def entries(config: TextConfig) -> Iterator[Entry]:
 
 
 def gguf_bytes(config: TextConfig, kind: str) -> int:
-    """Bytes of all tensors; the header is small beside them."""
+    """Bytes of all tensors, without the small header."""
     return sum(math.prod(entry.shape) * (4 if entry.in_float32 else ITEMSIZES[kind]) for entry in entries(config))
 
 
 def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
-    """Writes the checkpoint in `folder` to `file`, in "f32", "f16" or "bf16"; holds one tensor at a time.
+    """Writes the checkpoint in `folder` to `file`, in "f32", "f16" or "bf16", with one tensor in memory at a time.
 
-    Raises GGUFError, and CheckpointError for a checkpoint that is not whole.
+    Raises GGUFError, and CheckpointError for an incomplete checkpoint.
     """
     import gguf
     from safetensors import safe_open
@@ -171,7 +171,7 @@ def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
 
 
 def _add_sizes(writer: Any, config: TextConfig) -> None:
-    """What llama.cpp builds the model by; a vocabulary that is none, of that many tokens."""
+    """The sizes from which llama.cpp builds the model, and an empty vocabulary of as many tokens."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -192,7 +192,7 @@ def _add_sizes(writer: Any, config: TextConfig) -> None:
 
 
 def _part(tensor: Tensor, entry: Entry) -> Tensor:
-    """The checkpoint's tensor as llama.cpp has it: experts (E, in, out) split into gate and up, and turned."""
+    """The checkpoint's tensor as llama.cpp stores it: experts (E, in, out) split into gate and up, and transposed."""
     if entry.part == "gate":
         tensor = tensor[..., : tensor.shape[-1] // 2]
     elif entry.part == "up":
@@ -204,7 +204,7 @@ def _part(tensor: Tensor, entry: Entry) -> Tensor:
 
 
 def _as_bytes(tensor: Tensor, kind: str) -> Any:
-    """A numpy array of the tensor's bytes in that type."""
+    """The tensor's bytes in this type, as a NumPy array."""
     import torch
 
     return tensor.to(getattr(torch, DTYPES[kind])).contiguous().view(torch.uint8).numpy()

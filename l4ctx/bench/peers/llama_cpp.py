@@ -1,6 +1,6 @@
-"""The same work in llama.cpp: runs its `llama-bench` and reads what that writes. Imports no torch.
+"""The same work in llama.cpp: runs its `llama-bench` and parses the output.
 
-It reads random tokens of its own, which changes nothing in its speed but which experts they fall to.
+llama-bench draws random tokens of its own; all that this can change is which experts they are routed to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROGRAM = "llama-bench"
 
 
 def check_program(name: str) -> str:
-    """The path of llama-bench as the user named it, or as PATH finds it. Raises UsageError."""
+    """The path of llama-bench, as the user named it or as found on the PATH. Raises UsageError."""
     if not name:
         found = shutil.which(PROGRAM)
         if found is None:
@@ -36,7 +36,7 @@ def check_program(name: str) -> str:
         raise UsageError(f"--compare llama.cpp: {path}: no such file; name the program {PROGRAM}")
     found = shutil.which(str(path.absolute()))
     if found is None:
-        raise UsageError(f"--compare llama.cpp: {path}: this file cannot be executed; name the program {PROGRAM}")
+        raise UsageError(f"--compare llama.cpp: {path}: cannot be executed; name the program {PROGRAM}")
     return found
 
 
@@ -51,9 +51,9 @@ def measure(
     parameters: int,
     warm_up_tokens: int = WARM_UP_TOKENS,
 ) -> Measurement:
-    """A prefill after one of `warm_up_tokens`, then decoding behind so many tokens.
+    """A prefill, after one of `warm_up_tokens` tokens; then decoding after `tokens` tokens.
 
-    Raises WorkerError, also for a file of a model that has not so many `parameters`.
+    Raises WorkerError, also if the file's model does not have `parameters` weights.
     """
     assert candidate.file is not None
     common = [
@@ -101,7 +101,7 @@ def measure(
 
 
 def _rate(done: Finished, **fields: int) -> float:
-    """Tokens a second of the last test with these fields. Raises WorkerError if there is none."""
+    """Tokens a second of the last record with these fields. Raises WorkerError if there is none."""
     rates = [
         record.get("avg_ts")
         for record in _records(done.stdout.splitlines())
@@ -109,7 +109,7 @@ def _rate(done: Finished, **fields: int) -> float:
     ]
     if not rates or not isinstance(rates[-1], int | float) or not 0 < rates[-1] < float("inf"):
         said = last_line(done.stdout or done.stderr)
-        raise WorkerError(f"{PROGRAM} wrote no figures that can be read ({said[:200]})")
+        raise WorkerError(f"{PROGRAM} printed no readable figures ({said[:200]})")
     return float(rates[-1])
 
 

@@ -1,4 +1,4 @@
-"""The same work in `transformers`: its sdpa attention, prefill in chunks, greedy decoding. Needs that package."""
+"""The same work in `transformers`: sdpa attention, chunked prefill, greedy decoding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from l4ctx.bench.jobs import TimedRun, WorkerJob
 
 
 class _Clock:
-    """A streamer that takes the time of each token as it is chosen."""
+    """A streamer that notes the time at which each token is chosen."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.tokens: list[int] = []
 
     def put(self, tokens: Tensor) -> None:
-        if tokens.numel() == 1:  # the prompt comes first, as a whole
+        if tokens.numel() == 1:  # the prompt is put first, in one piece
             self.times.append(time.perf_counter())
             self.tokens.append(int(tokens))
 
@@ -30,7 +30,7 @@ class _Clock:
 
 
 def loaded(job: WorkerJob, ids: list[int]) -> Callable[[int, int], TimedRun]:
-    """Loads the checkpoint; the result reads so many of `ids`, `batch_size` at a time, and decodes so many more."""
+    """Loads the checkpoint. The function returned takes the numbers of tokens to read from `ids` and to decode."""
     assert job.folder is not None and len(ids) > 1
     load: Any = Llama4ForCausalLM.from_pretrained
     model, found = load(

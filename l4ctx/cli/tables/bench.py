@@ -1,4 +1,4 @@
-"""The benchmark's report for people: a table for each length with a column for each engine, ceilings, shares."""
+"""The benchmark's report: a table for each length with a column an engine; the machine's ceilings; rooflines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = tuple[str, Callable[[Figures], str]]
 
 
 def bench_table(report: BenchReport) -> RenderableType:
-    """Everything that a person wants of it."""
+    """The whole report, for a terminal of any width."""
     parts: list[RenderableType] = [_about(report)]
     for tokens in report.lengths:
         parts += _engines(report, tokens)
@@ -43,32 +43,32 @@ def _about(report: BenchReport) -> Text:
 
 
 def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
-    """A row a figure, so that it fits into a narrow terminal."""
+    """One row a figure, so that the table fits a narrow terminal."""
     figures = report.figures(tokens)
     if not figures:
         return []
     rounds = max(len(column.prefill_rates) for column in figures)
     title = f"{tokens:,} tokens, median of {rounds} round{'s' * (rounds != 1)}"
     table = FigureTable("", [without_controls(column.candidate.engine) for column in figures])
-    decoded = f"{report.decode_tokens} more, tokens/s"
+    decoded = f"decode {report.decode_tokens}, tokens/s"
     rows: list[Row] = [
         ("version", lambda column: column.version or ""),
         ("dtype", lambda column: column.candidate.dtype),
         ("attention", lambda column: column.candidate.attention or ""),
-        ("tokens at a time", lambda column: f"{column.candidate.batch_size:,}"),
-        ("first token after", lambda column: _seconds(column.first_token_seconds)),
+        ("batch size, tokens", lambda column: f"{column.candidate.batch_size:,}"),
+        ("time to first token", lambda column: _seconds(column.first_token_seconds)),
         ("prefill, tokens/s", lambda column: _rate(statistics.median(column.prefill_rates))),
-        ("  lowest to highest", lambda column: _range(column.prefill_rates)),
+        ("  range", lambda column: _range(column.prefill_rates)),
         (decoded, lambda column: _rate(statistics.median(column.decode_rates)) if column.decode_rates else ""),
-        ("  lowest to highest", lambda column: _range(column.decode_rates)),
-        ("memory, at the most", lambda column: _bytes(column.peak)),
-        ("  anonymous, above weights", lambda column: _bytes(column.peak_above_weights)),
-        ("keys and values", lambda column: _bytes(column.keys_values)),
+        ("  range", lambda column: _range(column.decode_rates)),
+        ("peak memory", lambda column: _bytes(column.peak)),
+        ("  anonymous, beyond weights", lambda column: _bytes(column.peak_above_weights)),
+        ("KV cache", lambda column: _bytes(column.keys_values)),
     ]
     if len(figures) > 1:
         rows += [
-            ("l4ctx is so many times as fast", lambda column: _times(column, column.prefill_ratios)),
-            ("  in decoding", lambda column: _times(column, column.decode_ratios)),
+            ("speedup of l4ctx, prefill", lambda column: _times(column, column.prefill_ratios)),
+            ("speedup of l4ctx, decode", lambda column: _times(column, column.decode_ratios)),
         ]
     for name, cell in rows:
         cells = [without_controls(cell(column)) for column in figures]
@@ -78,7 +78,7 @@ def _engines(report: BenchReport, tokens: int) -> list[RenderableType]:
 
 
 def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
-    """A column a dtype; what has no dtype stands in the first."""
+    """One column a dtype; rates without a dtype are in the first."""
     dtypes = list(ceilings["product"])
     table = FigureTable("", dtypes)
     table.add_row("matrix product, GFLOP/s", *(_giga(ceilings["product"][dtype]) for dtype in dtypes))
@@ -89,31 +89,31 @@ def _ceilings(ceilings: dict[str, Any]) -> list[RenderableType]:
     cached = ", from the system's cache" if ceilings["disk_is_cached"] else ""
     table.add_row(f"reading a file, MB/s{cached}", f"{ceilings['disk'] / 1e6:,.0f}")
     slow = [
-        _line(f"products in {dtype} are too slow for more: {rate / 1e9:,.2g} GFLOP/s")
+        _line(f"{dtype} is measured no further: its matrix products reach {rate / 1e9:,.2g} GFLOP/s")
         for dtype, rate in (ceilings.get("slow_product") or {}).items()
     ]
-    return [*_title("the machine's ceilings"), table, *slow]
+    return [*_title("ceilings of this machine"), table, *slow]
 
 
 def _shares(report: BenchReport, tokens: int) -> Text:
     shares = report.shares(tokens)
     parts = []
     if (prefill := shares.get("prefill")) is not None:
-        parts.append(f"the prefill's time is {prefill['times_predicted']:.2f} times what the kernels alone would take")
+        parts.append(f"prefill takes {prefill['times_predicted']:.2f} times its roofline (the kernels alone)")
     if (decode := shares.get("decode")) is not None:
         parts.append(
-            f"decoding takes {decode['times_predicted']:.2f} times as long as reading what it must "
-            f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token)"
+            f"decode takes {decode['times_predicted']:.2f} times its roofline "
+            f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token at full memory bandwidth)"
         )
     return _line(
         f"l4ctx, {tokens:,} tokens: {'; '.join(parts)}"
         if parts
-        else f"l4ctx, {tokens:,} tokens: no share (the kernels' ceilings are not known)"
+        else f"l4ctx, {tokens:,} tokens: no roofline (the ceilings of its kernels are not known)"
     )
 
 
 def _title(text: str) -> list[RenderableType]:
-    """Not the table's own, which would be wrapped where the table is narrow."""
+    """Not the table's own title, which rich would wrap to the width of the table."""
     return [Text(), Text(text, style="bold")]
 
 
