@@ -6,7 +6,6 @@ torch, so that plans and error messages are quick. Knows nothing of tensors, fil
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.folder import CONFIG, UNREADABLE, read_json
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
@@ -92,7 +92,7 @@ class TextConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> TextConfig:
         """Reads `config.json` in a checkpoint folder. Raises ConfigError."""
-        return cls.from_file(folder / "config.json", no_config(folder))
+        return cls.from_file(folder / CONFIG, no_config(folder))
 
     @classmethod
     def from_file(cls, file: Path, missing: str) -> TextConfig:
@@ -145,16 +145,16 @@ class TextConfig:
 
 
 def no_config(folder: Path) -> str:
-    return f"{folder}: no config.json there; a checkpoint folder is expected"
+    return f"{folder}: no {CONFIG} there; a checkpoint folder is expected"
 
 
 def read_config(file: Path, missing: str) -> Any:
     """The parsed config.json. Raises ConfigError, with the message `missing` where there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(missing) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
 
 

@@ -26,7 +26,7 @@ PACKAGES = (  # from the top down: each may import those in rows below its own
 )
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # modules in no package
 MODEL_LAYERS = (  # from the ground up: each module may import those in rows above its own
-    {"errors", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
+    {"errors", "folder", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
     {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
     {"kernels.attend", "vision.tower"},
@@ -49,6 +49,7 @@ CACHE_LAYERS = (
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
     "model.errors",
+    "model.folder",
     "cache.errors",
     "l4ctx.errors",
     "model.config",

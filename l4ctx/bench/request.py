@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from l4ctx.inspection.model_folder import check_model_folder
 from model.config import TextConfig
+from model.folder import read_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_config(request: BenchRequest) -> tuple[dict[str, Any], TextConfig]:
         if file != where
         else TextConfig.from_file(file, f"{file}: no such file; a config.json is expected")
     )
-    return json.loads(file.read_text(encoding="utf-8")), config
+    return read_json(file), config
 
 
 def fitted_to_positions(request: BenchRequest, config: TextConfig, note: Callable[[str], None]) -> BenchRequest:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_json, special_tokens
+from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_settings, special_tokens
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import only_printable
 
@@ -39,7 +39,7 @@ class ChatTemplate:
             if (folder / "chat_template.jinja").is_file():
                 return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens, date)
             for name in ("tokenizer_config.json", "chat_template.json"):
-                source = read_json(folder / name).get("chat_template")
+                source = read_settings(folder / name).get("chat_template")
                 if source is not None:
                     return cls(_default_template(source, folder / name), tokens, date)
         except (OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.checkpoint.chat_template import ChatTemplate
-from l4ctx.checkpoint.tokenizer import TokenizerError, read_json, special_tokens
+from l4ctx.checkpoint.tokenizer import TokenizerError, read_settings, special_tokens
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.image_processor import ImageProcessing
@@ -126,7 +126,7 @@ def _of_tokenizer(folder: Path) -> str:
         content = file.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{file}: cannot be read ({error.strerror})") from None
-    has_bos = read_json(folder / "tokenizer_config.json").get("add_bos_token") is not False
+    has_bos = read_settings(folder / "tokenizer_config.json").get("add_bos_token") is not False
     bos_token = special_tokens(folder).get("bos_token", "<|begin_of_text|>") if has_bos else None
     return _digest(_json(bos_token), b"\n", content)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from l4ctx.errors import UnusableCheckpointError
+from model.folder import CONFIG, read_object
 
 
 class GenerationConfigError(UnusableCheckpointError):
@@ -36,7 +36,8 @@ class GenerationConfig:
     def from_folder(cls, folder: Path) -> GenerationConfig:
         """Stop tokens come from config.json where generation_config.json has none. Raises GenerationConfigError."""
         file = folder / "generation_config.json"
-        raw, config = _json_object(file), _json_object(folder / "config.json")
+        raw = read_object(file, GenerationConfigError)
+        config = read_object(folder / CONFIG, GenerationConfigError)
         text_config = config.get("text_config")
         places = (raw, config, text_config if isinstance(text_config, dict) else {})
         stop: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
@@ -61,18 +62,6 @@ class GenerationConfig:
                 f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "
                 f"model has {embeddings:,} embeddings"
             )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GenerationConfigError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise GenerationConfigError(f"{file}: the top level is not an object")
-    return raw
 
 
 def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest: float) -> float:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from l4ctx.errors import UnusableCheckpointError
-from model.config import FieldReader, read_config, shown
+from model.config import FieldReader, shown
 from model.errors import ConfigError
+from model.folder import read_object
 
 MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
@@ -51,10 +51,10 @@ class ImageProcessing:
         """
         try:
             file = folder / "processor_config.json"
-            content = _read_object(file).get("image_processor")
+            content = read_object(file, ConfigError).get("image_processor")
             if content is None:
                 file = folder / "preprocessor_config.json"
-                content = _read_object(file)
+                content = read_object(file, ConfigError)
             if not isinstance(content, Mapping):
                 raise ConfigError(f"{file}: image_processor: not an object")
             try:
@@ -86,14 +86,6 @@ class ImageProcessing:
             do_normalize=do_normalize,
             resample=_resample(get, default.resample),
         )
-
-
-def _read_object(file: Path) -> Mapping[str, Any]:
-    """Empty where there is no such file."""
-    content = read_config(file, "") if file.exists() else {}
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{file}: the top level is not an object")
-    return content
 
 
 def _size(get: FieldReader, image_size: int) -> int:

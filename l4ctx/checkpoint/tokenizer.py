@@ -24,6 +24,7 @@ import tokenizers
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
+from model.folder import UNREADABLE, read_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
 
@@ -113,12 +114,12 @@ class Tokenizer:
             raise TokenizerError(f"{file}: no such file (a checkpoint's tokenizer is read from tokenizer.json)")
         with _as_tokenizer_error(f"{file}: cannot be loaded"):
             control = tokenizers.Tokenizer.from_file(os.fspath(file))
-        config = read_json(Path(path) / "tokenizer_config.json")
+        config = read_settings(Path(path) / "tokenizer_config.json")
         bos_token = special_tokens(path).get("bos_token", "<|begin_of_text|>")
         return cls(
             control,
             None if config.get("add_bos_token") is False else bos_token,
-            settings=(config, read_json(Path(path) / "special_tokens_map.json")),
+            settings=(config, read_settings(Path(path) / "special_tokens_map.json")),
             template=_template_source(Path(path), config),
             embeddings=embeddings,
         )
@@ -251,13 +252,13 @@ class StreamDecoder:
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint; empty where there is no such file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise TokenizerError(f"{file}: cannot be read as JSON: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{file}: holds no JSON object")
@@ -268,7 +269,7 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
     """`bos_token`, `eos_token`, … of a checkpoint folder: `tokenizer_config.json`, then `special_tokens_map.json`."""
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_json(Path(path) / name).items():
+        for key, value in read_settings(Path(path) / name).items():
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
                 tokens[key] = content
@@ -277,7 +278,7 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
     """All that a checkpoint has as chat templates, to look for tokens in; what cannot be read is refused elsewhere."""
-    sources = [config.get("chat_template"), read_json(folder / "chat_template.json").get("chat_template")]
+    sources = [config.get("chat_template"), read_settings(folder / "chat_template.json").get("chat_template")]
     with suppress(OSError):
         sources.append((folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace"))
     return "\n".join(

@@ -34,15 +34,17 @@ ZIP = Kind("a ZIP archive", _UNPACK + "unzip -d unpacked {file}")
 _PYTORCH = Kind("a PyTorch file", _MODEL)
 _OLD_OFFICE = Kind("an old Office document (DOC, XLS or PPT)", _TO_PDF)
 
+_ZIP, _GZIP, _BZIP2, _XZ = b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"
+_ZSTANDARD, _7ZIP, _RAR = b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07"
 _STARTS = {  # of files of which nothing else has to be looked at
-    b"\x1f\x8b": Kind("gzip-compressed data", "unpack it: gunzip -k {file}"),
+    _GZIP: Kind("gzip-compressed data", "unpack it: gunzip -k {file}"),
     b"\x1f\x9d": Kind("compressed data (compress)", "unpack it: uncompress {file}"),
-    b"BZh": Kind("bzip2-compressed data", "unpack it: bunzip2 -k {file}"),
-    b"\xfd7zXZ\0": Kind("xz-compressed data", "unpack it: unxz -k {file}"),
-    b"\x28\xb5\x2f\xfd": Kind("Zstandard-compressed data", "unpack it: zstd -d {file}"),
+    _BZIP2: Kind("bzip2-compressed data", "unpack it: bunzip2 -k {file}"),
+    _XZ: Kind("xz-compressed data", "unpack it: unxz -k {file}"),
+    _ZSTANDARD: Kind("Zstandard-compressed data", "unpack it: zstd -d {file}"),
     b"\x04\x22\x4d\x18": Kind("LZ4-compressed data", "unpack it: lz4 -d {file}"),
-    b"7z\xbc\xaf\x27\x1c": Kind("a 7-Zip archive", _UNPACK + "7z x -ounpacked {file}"),
-    b"Rar!\x1a\x07": Kind("a RAR archive", _UNPACK + "unrar x {file} unpacked/"),
+    _7ZIP: Kind("a 7-Zip archive", _UNPACK + "7z x -ounpacked {file}"),
+    _RAR: Kind("a RAR archive", _UNPACK + "unrar x {file} unpacked/"),
     b"MSCF\0\0": Kind("a CAB archive", _UNPACK + "cabextract -d unpacked {file}"),
     b"!<arch>\n": Kind("an archive of object files or a Debian package"),
     b"\xed\xab\xee\xdb": Kind("an RPM package"),
@@ -107,13 +109,18 @@ def binary_kind(sample: bytes) -> Kind | None:
     return next((found for look in _LOOKS if (found := look(sample)) is not None), None)
 
 
+def is_archive(sample: bytes) -> bool:
+    """Whether these first bytes are those of an archive, or of one compressed file, as checkpoints are packed in."""
+    return sample.startswith((_ZIP, _GZIP, _BZIP2, _XZ, _ZSTANDARD, _7ZIP, _RAR)) or _is_tar(sample)
+
+
 def is_rtf(sample: bytes) -> bool:
     """Whether this text is the source of an RTF document."""
     return re.match(rb"\{\\rtf[0-9]*[\\{ \r\n]", sample) is not None
 
 
 def _zip(sample: bytes) -> Kind | None:
-    if not sample.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
+    if not sample.startswith((_ZIP, b"PK\5\6", b"PK\7\x08")):
         return None
     entries = list(_zip_entries(sample))
     names = [name for name, _ in entries]
@@ -141,14 +148,14 @@ def _zip(sample: bytes) -> Kind | None:
 def _zip_entries(sample: bytes) -> list[tuple[str, bytes]]:
     """Names in the sample, in their order, each with the bytes that follow it."""
     found = []
-    at = sample.find(b"PK\3\4")
+    at = sample.find(_ZIP)
     while 0 <= at <= len(sample) - 30:
         name_bytes, extra_bytes = struct.unpack_from("<HH", sample, at + 26)
         begin = at + 30 + name_bytes
         if name_bytes and begin <= len(sample):
             name = sample[at + 30 : begin].decode("utf-8", "replace")
             found.append((name, sample[begin + extra_bytes : begin + extra_bytes + 100]))
-        at = sample.find(b"PK\3\4", at + 4)
+        at = sample.find(_ZIP, at + 4)
     return found
 
 
@@ -192,7 +199,11 @@ def _container(sample: bytes) -> Kind | None:
 
 
 def _tar(sample: bytes) -> Kind | None:
-    return Kind("a tar archive", _UNPACK + "tar -xf {file}") if sample[257:262] == b"ustar" else None
+    return Kind("a tar archive", _UNPACK + "tar -xf {file}") if _is_tar(sample) else None
+
+
+def _is_tar(sample: bytes) -> bool:
+    return sample[257:262] == b"ustar"
 
 
 def _model(sample: bytes) -> Kind | None:

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.inspection.report import CONFIG, INDEX, Report, add_damage, attempt
+from l4ctx.inspection.report import Report, add_damage, attempt
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.errors import ConfigError
+from model.folder import CONFIG, INDEX
 from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ BF16_BYTES = 2
 def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
     from l4ctx.checkpoint.generation_config import GenerationConfig
-    from l4ctx.checkpoint.tokenizer import Tokenizer, read_json
+    from l4ctx.checkpoint.tokenizer import Tokenizer, read_settings
     from model.weights.loading import can_be_mapped, checked_tensors
     from model.weights.shards import unused_weights
 
-    raw = attempt(report, folder / CONFIG, read_json, folder / CONFIG)
+    raw = attempt(report, folder / CONFIG, read_settings, folder / CONFIG)
     config = None if raw is None else attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
     shown = config or _without_quantization(raw or {})
     names = (raw or {}).get("architectures")

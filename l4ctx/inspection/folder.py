@@ -14,13 +14,14 @@ from l4ctx.errors import CHECKPOINT, CONTEXT, UsageError
 from l4ctx.inspection.checkpoint import inspect_model
 from l4ctx.inspection.context import inspect_context
 from l4ctx.inspection.model_folder import what_it_is
-from l4ctx.inspection.report import CONFIG, INDEX, SHARD, Report, add_damage
+from l4ctx.inspection.report import Report, add_damage
 from l4ctx.machine.device import expect_no_numpy
+from model.folder import CONFIG, INDEX, SINGLE
 
 READ_WHOLE = (
     CONFIG,
     INDEX,
-    SHARD,
+    SINGLE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -6,7 +6,6 @@ A few names, and a file's first bytes, are looked at; nothing is loaded. A folde
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -15,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.contexts.folder import FILE as MANIFEST
+from l4ctx.documents.recognition import is_archive
 from l4ctx.machine.suggestions import did_you_mean
 from model.errors import ConfigError
+from model.folder import CONFIG, PICKLED_WEIGHTS, UNREADABLE, read_json
 
-CONFIG = "config.json"
-MAX_NAMES, MAX_JSON_BYTES = 5000, 2**20
+MAX_NAMES = 5000
 _REPOSITORY = re.compile(
     r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
     r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?"
 )
-_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-_PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[\w.-]*\.(pth|pt|bin|ckpt)")
 _EXPECTED = "a checkpoint folder is expected"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
 _GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
@@ -96,7 +94,7 @@ def _file(path: Path) -> str:
         return f"weights alone, without the config.json and tokenizer.json of a checkpoint (its folder: {what})"
     if name.endswith((".onnx", ".npz", ".mlmodel", ".h5", ".tflite")):
         return f"a model in another program's format; a safetensors checkpoint is needed: {_DOWNLOAD}"
-    if start.startswith(_ARCHIVES) or start[257:262] == b"ustar":
+    if is_archive(start):
         return "an archive; unpack it, and give the folder that has config.json in it"
     return f"a file; {_EXPECTED}"
 
@@ -137,7 +135,7 @@ def _folder(path: Path, names: list[str]) -> str:
             "no config.json there, but a model in another program's format (ONNX, MLX); a safetensors checkpoint "
             f"is needed: {_DOWNLOAD}"
         )
-    if any(_PICKLED_WEIGHTS.fullmatch(name) for name in names):
+    if any(PICKLED_WEIGHTS.fullmatch(name) for name in names):
         return f"no config.json there, but files in {_PICKLE}"
     return f"{'an empty folder, ' * (not names)}no config.json there; {_EXPECTED}"
 
@@ -203,7 +201,7 @@ def _first_bytes(file: Path, count: int) -> bytes | None:
 def _json(file: Path) -> dict[str, Any]:
     """A small JSON object; empty where there is none that can be read."""
     try:
-        content = json.loads(_first_bytes(file, MAX_JSON_BYTES) or b"")
-    except (ValueError, RecursionError):
+        content = read_json(file) if file.is_file() else {}
+    except UNREADABLE:
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,8 +8,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from l4ctx.errors import exit_code_of
 
-CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
-
 T = TypeVar("T")
 P = ParamSpec("P")
 Report = dict[str, Any]

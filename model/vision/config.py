@@ -13,6 +13,7 @@ from typing import Any
 
 from model.config import MAX_LAYERS, FieldReader, no_config, read_config
 from model.errors import ConfigError
+from model.folder import CONFIG
 
 TILES_AT_A_TIME = 4
 """Image tiles that the vision tower sees in one forward."""
@@ -68,7 +69,7 @@ class VisionConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> VisionConfig | None:
         """Reads `config.json` in a checkpoint folder; None for a text-only checkpoint. Raises ConfigError."""
-        file = folder / "config.json"
+        file = folder / CONFIG
         raw = read_config(file, no_config(folder))
         try:
             return cls.from_dict(raw)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,15 +12,13 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from model.errors import CheckpointError
+from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
 """Of the tensors that are none of the text model's; transformers, too, reads them with and without `model.`."""
 EMBEDDINGS = "model.embed_tokens.weight"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
-"""Never read: such a file can run any program."""
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -169,7 +166,7 @@ def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
 
 def _weight_map(index_file: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_file)["weight_map"]
         pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None

@@ -18,6 +18,7 @@ from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import available_disk
 from l4ctx.planning.memory_plan import MemoryPlanError
 from model.config import TextConfig
+from model.folder import CONFIG, read_json
 
 MARGIN_BYTES = 2**30
 """Kept free on the disk, for headers and for the file of 256 MiB that measures the disk."""
@@ -61,7 +62,7 @@ def folder_for_transformers(folder: Path, scratch: Path) -> Path:
 
     Where that must be corrected, a folder in `scratch` with a config.json of its own and links to all other files.
     """
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder / CONFIG)
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
     wrong = [part for part in parts if not isinstance(part.get("attn_temperature_tuning", True), bool)]
     if not wrong:
@@ -71,7 +72,7 @@ def folder_for_transformers(folder: Path, scratch: Path) -> Path:
     linked = scratch / "transformers"
     linked.mkdir()
     for file in folder.iterdir():
-        if file.name != "config.json":
+        if file.name != CONFIG:
             os.symlink(file.resolve(), linked / file.name)
-    (linked / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    (linked / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
     return linked
