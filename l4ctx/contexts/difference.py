@@ -1,7 +1,4 @@
-"""Where documents differ from those that a saved context holds, in words: which is the first, and how.
-
-Knows spans and token ids; reads nothing. Imports no torch.
-"""
+"""How the documents to be read differ from those of a saved context, in words: the first difference."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: int) -> str:
-    """The reason why no more than the first `same_tokens` tokens of a context's documents are those of the given."""
+    """Why only the first `same_tokens` tokens of a context's documents are those of the given ones."""
     starts = {spans[0].start for spans in (saved, given) if spans}
     if len(starts) != 1 or same_tokens < min(starts):
         return "what comes before the first document differs (--system)"
@@ -25,8 +22,8 @@ def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: 
         return f"{new.source} is new"
     if old.sha256 == new.sha256:
         return (
-            f"{new.source} is read otherwise than then (--encoding, --pdf or --no-images)"
+            f"{new.source} is read differently now (--encoding, --pdf or --no-images)"
             if old.source == new.source
-            else f"{new.source} was {old.source} then"
+            else f"{new.source} was {old.source} before"
         )
-    return f"{new.source} has changed" if old.source == new.source else f"{new.source} comes where {old.source} came"
+    return f"{new.source} has changed" if old.source == new.source else f"{new.source} is where {old.source} was"

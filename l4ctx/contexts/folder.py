@@ -40,8 +40,12 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+RECREATE = "create the context again"
+"""How to go on where nothing of a context can be used."""
+
+
 def is_context(folder: str | Path) -> bool:
-    """Whether a folder is a saved context, or one that is being made: not a document, nor a folder of them."""
+    """Whether a folder is a saved context, complete or not: neither a document nor a folder of documents."""
     try:
         return read_json(Path(folder) / FILE)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

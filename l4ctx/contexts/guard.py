@@ -1,7 +1,4 @@
-"""Whether reading documents into a context would throw away what was read of others: then it is not done unasked.
-
-Reads what the context lists, and changes nothing. What can be reused of it: `l4ctx.contexts.reuse`.
-"""
+"""Refuses to read documents into a context where that would discard what it holds of others."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ SHOWN_DOCUMENTS = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """What is to be read into a context: the documents' ids and spans, and how they were asked for.
+    """What is to be read into a context: the documents' token ids and spans, and the options that matter here.
 
-    `folders` are the sources of folders that were walked: a document that is not in its folder any more was deleted.
+    `folders` are the folders that were walked: a document of theirs that is no longer there was deleted.
     """
 
     ids: memoryview
@@ -34,16 +31,15 @@ class Reading:
 
 
 def check_loss(context: Context, reading: Reading) -> None:
-    """Raises ContextError where documents that the context holds are not among those to be read, and where the same
-    ones would be read anew because of an option. What grew or changed among them is no loss.
-
-    A set of documents that is being read already, or was, goes on. Raises DiskError for a list that is damaged.
+    """Raises ContextError where the context holds documents that are not among those to be read, or where an option
+    would make the same ones be read again. Documents that grew or changed are no loss, and a set of documents whose
+    reading was interrupted is resumed. Raises DiskError where a context's list of documents is damaged.
     """
     losses = []
     for state in context.usable:  # the newest one, and the newest that is complete
         kept = state.kept(context.recipe.block_tokens)
         loss: str | None = None
-        with suppress(*([] if kept else [DiskError])):  # where nothing is kept, nothing is lost
+        with suppress(*([] if kept else [DiskError])):  # where nothing is kept, nothing can be lost
             loss = _loss(context, state, reading)
             if loss is None:
                 return
@@ -56,7 +52,7 @@ def check_loss(context: Context, reading: Reading) -> None:
 
 
 def _loss(context: Context, state: State, reading: Reading) -> str | None:
-    """What of a set of documents would be thrown away."""
+    """What would be discarded, as a message; None if nothing would."""
     saved = context.documents(state)
     common = common_prefix(context.ids(state), reading.ids)
     lost = _lost(saved, reading, common)
@@ -80,19 +76,19 @@ def _loss(context: Context, state: State, reading: Reading) -> str | None:
         what = (
             "with another system prompt (--system)"
             if state.system or reading.has_system_prompt
-            else "with another text before them"
+            else "with different text before them"
         )
     else:
-        what = "in another way (--pdf, --no-images or another option of how files are read)"
-    return f"it holds these documents, read {what}: all {kept:,} tokens would be read anew"
+        what = "differently (--pdf, --no-images or another option of how files are read)"
+    return f"it holds these documents, read {what}: all {kept:,} tokens would be read again"
 
 
 def _lost(saved: Sequence[Span], reading: Reading, common: int) -> list[Span]:
-    """Those that are not there any more, by name or content; all of them where hardly anything is."""
+    """The saved documents that are gone, by name and content; all of them where few of them are left."""
     names, contents = {span.source for span in reading.spans}, {span.sha256 for span in reading.spans}
 
     def is_named(span: Span) -> bool:
-        if _is_stdin(span.source):  # every pipe has this name: the same text, gone on with or changed late
+        if _is_stdin(span.source):  # every pipe has this name: it is the same text if most of it is equal
             return common > (span.start + span.stop) // 2
         return span.source in names
 

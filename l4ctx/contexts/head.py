@@ -1,7 +1,8 @@
 """The head of a saved context: which journal record ends its newest complete state.
 
-A journal cut at a line boundary is still a valid journal. The head, replaced atomically after a state's last record is
-durable, is what tells that records are missing. It may lag behind the journal by a crash, but never lead it.
+A journal that was cut off after a line is still a valid journal: the head tells that records are missing. It is
+replaced atomically once a state's last record is durable, so that a crash may leave it older than the journal, but
+never newer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from l4ctx.contexts.folder import HEAD, JOURNAL, digest, read_json
+from l4ctx.contexts.folder import HEAD, JOURNAL, RECREATE, digest, read_json
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import write_atomically
 
@@ -26,7 +27,7 @@ def read_head(folder: Path) -> tuple[int, str] | None:
     except OSError as error:
         raise ContextError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); make the context anew") from None
+        raise ContextError(f"{file}: damaged ({type(error).__name__}: {error}); {RECREATE}") from None
 
 
 def update_head(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -44,13 +45,12 @@ def check_head(folder: Path, head: tuple[int, str] | None, records: list[dict[st
     if head is None:
         if any(record.get("type") == "end" for record in records[:-1]):
             raise ContextError(
-                f"{folder / HEAD}: missing, so that it cannot be told whether the journal is whole; "
-                "make the context anew"
+                f"{folder / HEAD}: missing, so that nothing tells whether the journal is whole; {RECREATE}"
             )
         return
     number, expected = head
     if not 0 < number <= len(records) or digest(records[number - 1]) != expected:
         raise ContextError(
             f"{folder / JOURNAL}: cut short, or {HEAD} beside it is damaged: it has {len(records)} "
-            f"records, and number {number} should be the end of the newest state; make the context anew"
+            f"records, and number {number} should be the end of the newest state; {RECREATE}"
         )

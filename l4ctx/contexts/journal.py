@@ -1,10 +1,10 @@
-"""An append-only journal: JSON objects, one a line, each chained to the one before, on the disk when `append` returns.
+"""An append-only journal: JSON objects, one per line, each chained to the line before, durable when `append` returns.
 
 A line is 16 hex digits, a space and compact JSON text. The digits are the first of SHA-256 over the digits of the line
-before (16 zeros before the first line) and the text. So whatever is changed, moved, repeated or missing between other
-lines is noticed, and what a crash left half written is dropped. Not noticed are whole lines missing at the end, and
-forgery: the digits are no signature. A file that other folders have, too, by hard links, is not changed: the journal
-goes on in a copy. Locking, and what the records mean, are left to the caller.
+before (16 zeros before the first line) and the text. So a line that is changed, moved, repeated or missing before
+another one is detected, and one that a crash left half written is dropped. Whole lines missing at the end are not
+detected, nor is forgery: the digits are no signature. A file with hard links is not changed: the journal continues in a
+copy. The caller holds the lock, and gives the records their meaning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class JournalError(Exception):
 
 
 class _Content(NamedTuple):
-    """What a journal's whole lines hold."""
+    """What the complete lines of a journal hold."""
 
     records: list[dict[str, Any]]
     length: int  # of the whole lines, in bytes
@@ -38,18 +38,18 @@ class _Content(NamedTuple):
 
 
 class Journal:
-    """A journal open for its one writer, made by `open`; `records` are those that it holds."""
+    """A journal open for its one writer; `records` are all that it holds. Use `open` to make one."""
 
     def __init__(self, file: Path, descriptor: int, content: _Content) -> None:
         self.records = content.records
         self._file = file
         self._descriptor = descriptor
-        self._end = content.length, content.digits  # one attribute, so that an interrupt cannot come in between
-        self._is_clean = True  # nothing lies behind the end
+        self._end = content.length, content.digits  # one attribute, so that an interrupt cannot come between the two
+        self._is_clean = True  # no partial line lies behind the end
 
     @classmethod
     def read(cls, file: Path) -> list[dict[str, Any]]:
-        """All whole records; a last line without its end, or NULs there, as a crash leaves them, are dropped.
+        """All complete records. A last line without a newline, or NULs there, as a crash leaves them, is dropped.
 
         Raises JournalError for any other damage, and OSError where the file cannot be read.
         """
@@ -61,9 +61,9 @@ class Journal:
 
     @classmethod
     def open(cls, file: Path) -> Journal:
-        """Opens a journal to append to it; it is made where there is none, and what a crash left is cut off.
+        """Opens a journal for appending; creates it if there is none, and truncates what a crash left behind.
 
-        Raises JournalError, without having changed anything, and OSError.
+        Raises JournalError, with nothing changed, and OSError.
         """
         try:
             descriptor = open_private(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
@@ -76,7 +76,7 @@ class Journal:
             os.close(descriptor)
             raise
         try:
-            if not data:  # it is new, or was made by a process that got no further
+            if not data:  # it is new, or the process that made it died right after
                 sync_folder(file.parent, is_required=True)
             elif journal._end[0] < len(data):
                 journal._cut_off()
@@ -86,15 +86,15 @@ class Journal:
         return journal
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record; when this returns, it is on the disk.
+        """Adds a record, which is durable when this returns.
 
-        Raises OSError where it cannot be written: then the journal is as it was, and a later call may succeed.
+        Raises OSError where it cannot be written: the journal is as before then, and a later call may succeed.
         """
         if not self._is_clean:
             self._cut_off()
         length, digits = self._end
         text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode("ascii")
-        copy = _parsed(text)  # what `read` will give
+        copy = _parsed(text)  # what `read` will return
         digits = _chained(digits, text)
         line = digits + b" " + text + b"\n"
         self._make_own()
@@ -105,7 +105,7 @@ class Journal:
                 raise OSError(errno.ENOSPC, f"only {written} of a journal line's {len(line)} bytes could be written")
             os.fsync(self._descriptor)
         except BaseException:
-            with suppress(OSError):  # the next call tries again, and reports it
+            with suppress(OSError):  # the next call tries again, and raises what fails
                 self._cut_off()
             raise
         self._end = length + len(line), digits
@@ -113,26 +113,26 @@ class Journal:
         self.records.append(copy)
 
     def close(self) -> None:
-        """Ends the writing; a second call does nothing."""
+        """Closes the file; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def _cut_off(self) -> None:
-        """Removes whatever lies behind the last whole line."""
+        """Truncates the file after its last complete line."""
         if not self._make_own():
             os.ftruncate(self._descriptor, self._end[0])
             os.fsync(self._descriptor)
         self._is_clean = True
 
     def _make_own(self) -> bool:
-        """Goes on in a copy of the whole lines where the file has other names; returns whether it had. Raises OSError.
+        """If the file has other hard links, continues in a copy of its complete lines; returns whether it had.
 
-        What is behind the last whole line is not copied.
+        Raises OSError.
         """
         mine, named = os.fstat(self._descriptor), os.lstat(self._file)
         if (mine.st_dev, mine.st_ino) != (named.st_dev, named.st_ino):
-            raise OSError(errno.ESTALE, f"{self._file.name} was replaced by another file meanwhile")
+            raise OSError(errno.ESTALE, f"{self._file.name} was replaced by another file")
         if mine.st_nlink < 2:
             return False
         with open(self._descriptor, "rb", closefd=False) as stream:
@@ -152,7 +152,7 @@ def _read(file: Path, descriptor: int) -> bytes:
 
 
 def _checked(file: Path, data: bytes) -> _Content:
-    """The content of a journal of the bytes `data`. Raises JournalError."""
+    """The content of a journal whose bytes are `data`. Raises JournalError."""
     lines = data.split(b"\n")
     torn = lines.pop()
     records = []
@@ -162,8 +162,8 @@ def _checked(file: Path, data: bytes) -> _Content:
         digits = _chained(digits, text)
         if line[: _DIGITS + 1] != digits + b" ":
             raise JournalError(
-                f"{file}: line {number}: it is damaged or does not belong after the line before "
-                "(its checksum does not fit)"
+                f"{file}: line {number}: damaged, or not the one that follows the line before it "
+                "(its checksum does not match)"
             )
         try:
             records.append(_parsed(text))
@@ -173,12 +173,12 @@ def _checked(file: Path, data: bytes) -> _Content:
 
 
 def _chained(digits: bytes, text: bytes) -> bytes:
-    """A line's digits, from those of the line before and its own text."""
+    """A line's digits, from the digits of the line before and its own text."""
     return hashlib.sha256(digits + text).hexdigest()[:_DIGITS].encode("ascii")
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)

@@ -1,7 +1,7 @@
-"""Locks on a saved context: one writer at a time, and old blocks go only while nobody reads.
+"""Locks on a saved context: one writer at a time, and old blocks are deleted only while nobody reads.
 
-Each lock is taken on a folder and on a file made for it. Copies by hard links (cp -al) have the file in common, but
-not the folder: where the file has several names, the folder's lock alone decides.
+Each lock is taken on a folder and on a file made for it. Copies by hard links (cp -al) share the file, but not the
+folder: where the file has several names, the folder's lock alone counts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from l4ctx.errors import ContextError
 from l4ctx.machine.private import open_private
 
 READERS_WAIT = 5.0
-"""Seconds that a reader waits: a writer holds the readers' lock only while it deletes files."""
+"""Seconds that a reader waits: a writer holds the readers' lock only to delete files."""
 
 WRITERS_WAIT = 0.2
-"""Seconds that a writer waits: whoever asks whether somebody is writing holds the lock for a moment."""
+"""Seconds that a writer waits: `is_being_written` holds the lock for a moment."""
 
 _PAUSE = 0.02
 
@@ -39,31 +39,30 @@ class Lock:
 
 
 def writer_lock(folder: Path) -> Lock:
-    """Raises ContextError when somebody else writes to the context, or it cannot be locked; OSError where no file for
-    it can be made."""
+    """Raises ContextError when another process is writing to the context; OSError where it cannot be locked."""
     try:
         return _waited_for(folder / WRITER_LOCK, folder, WRITERS_WAIT, exclusive=True, create=True)
     except BlockingIOError:
         raise ContextError(
-            f"{folder}: another process is writing to it; wait for that, or name another folder"
+            f"{folder}: another process is writing to it; wait for it to finish, or name another folder"
         ) from None
 
 
 def is_being_written(folder: Path) -> bool:
-    """Whether a writer is at work."""
+    """Whether a writer holds its lock."""
     try:
         _taken(folder / WRITER_LOCK, folder, exclusive=False).close()
     except BlockingIOError:
         return True
     except OSError:
-        return False  # a writer needs a lock, and none can be had here
+        return False  # a writer needs the lock, which cannot be taken here
     return False
 
 
 def readers_lock(folder: Path, waiting: Callable[[str], None] | None = None) -> Lock | None:
-    """Keeps files from being deleted until it is closed; None where it cannot be had, as in a copy for reading.
+    """Keeps files from being deleted until it is closed; None where it cannot be taken, as in a read-only copy.
 
-    `waiting` is told when somebody has the lock. Raises ContextError when that lasts.
+    `waiting` is called when another process holds the lock. Raises ContextError when that lasts.
     """
     file = folder / READERS_LOCK
     try:
@@ -79,12 +78,12 @@ def readers_lock(folder: Path, waiting: Callable[[str], None] | None = None) -> 
 
 def make_readers_lock(folder: Path) -> None:
     """Makes the file that readers lock. Raises OSError."""
-    with suppress(FileExistsError):  # opened before, or made by a process that got no further
+    with suppress(FileExistsError):  # an existing context, or a process that died right after
         os.close(open_private(folder / READERS_LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
 
 def deletion_lock(folder: Path) -> Lock | None:
-    """Held while nobody reads; None when somebody does, or it cannot be had."""
+    """Keeps readers out while files are deleted; None when there is a reader, or it cannot be taken."""
     try:
         return _taken(folder / READERS_LOCK, folder / BLOCKS, exclusive=True)
     except OSError:
@@ -115,8 +114,8 @@ def _waited_for(
 
 
 def _taken(file: Path, folder: Path, *, exclusive: bool, create: bool = False) -> Lock:
-    """Raises BlockingIOError when somebody else has it, and OSError where neither folder nor file can be locked, or
-    the file cannot be made."""
+    """Raises BlockingIOError when another process holds it, and OSError where neither folder nor file can be locked,
+    or the file cannot be created."""
     import fcntl
 
     held, why = Lock([]), OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -130,7 +129,7 @@ def _taken(file: Path, folder: Path, *, exclusive: bool, create: bool = False) -
                 why = error
                 continue
             held._descriptors.append(descriptor)
-            if path is file and os.fstat(descriptor).st_nlink > 1:  # a copy has it, too
+            if path is file and os.fstat(descriptor).st_nlink > 1:  # shared with a copy
                 os.close(held._descriptors.pop())
                 continue
             try:
@@ -149,7 +148,7 @@ def _taken(file: Path, folder: Path, *, exclusive: bool, create: bool = False) -
 
 
 def _opened_folder(folder: Path, file: Path) -> int:
-    """The context's own folder may be reached through a link; one inside of it not."""
+    """The context's own folder may be reached through a symbolic link; one inside it may not."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     return os.open(folder, flags if folder == file.parent else flags | os.O_NOFOLLOW)
 
@@ -160,4 +159,4 @@ def _opened_file(file: Path, *, create: bool) -> int:
     try:
         return open_private(file, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
-        return open_private(file, os.O_RDWR)  # NFS wants that for a writer's lock
+        return open_private(file, os.O_RDWR)  # NFS requires write access for an exclusive lock

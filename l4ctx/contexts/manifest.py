@@ -1,6 +1,6 @@
-"""What a saved context was made with: written once when it is made, compared before it is used, never changed.
+"""The manifest of a saved context: what it was made with. Written once, checked before each use, never changed.
 
-Knows nothing of what the context holds. Imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import KV_DTYPES, QUANTIZED
-from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, VERSION, WRITER_LOCK, digest, read_json
+from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, RECREATE, VERSION, WRITER_LOCK, digest, read_json
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import write_atomically
 from model.config import BACKEND_NAMES
@@ -29,11 +29,11 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the bytes of a context follow from, but its documents. Raises ValueError for what makes no sense.
+    """Everything that the bytes of a context depend on, besides its documents. Raises ValueError for invalid values.
 
-    The first four are the SHA-256 fingerprints of `l4ctx.checkpoint.fingerprint`. `dtype` is what was computed in,
-    `kv_dtype` what sealed blocks are stored in; sizes in tokens. `date` is what the chat template was told, in ISO
-    form.
+    The first four are the SHA-256 fingerprints of `l4ctx.checkpoint.fingerprint`. `dtype` is what the model computed
+    in, `kv_dtype` what sealed blocks are stored in; sizes are in tokens. `date` is the date that the chat template was
+    given, in ISO format.
     """
 
     config: str
@@ -49,7 +49,7 @@ class Recipe:
     date: str
 
     def __post_init__(self) -> None:
-        """A manifest is untrusted; what it says is used as sizes and names."""
+        """A manifest is untrusted input, and its values are used as sizes and names."""
         for name in ("prefill_chunk_size", "block_tokens", "segment_tokens"):
             if not 0 < getattr(self, name) < 2**40:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
@@ -67,7 +67,7 @@ class Recipe:
         return datetime.datetime.fromisoformat(self.date)
 
     def check(self, folder: Path, wanted: dict[str, Any], where: str = "") -> None:
-        """Raises ContextError where fields are not as wanted; `where` tells where the right checkpoint may be."""
+        """Raises ContextError where fields differ from `wanted`; `where` says where the right checkpoint may be."""
         for name, other in wanted.items():
             mine = getattr(self, name)
             if mine == other:
@@ -79,7 +79,7 @@ class Recipe:
                 "prefill_chunk_size": "--prefill-chunk-size",
             }.get(name)
             if option:
-                raise ContextError(f"{folder}: made with {option} {mine}, not {other}; give that, or another folder")
+                raise ContextError(f"{folder}: made with {option} {mine}, not {other}; use that, or another folder")
             differing = [_WHAT.get(name, name) for name in wanted if getattr(self, name) != wanted[name]]
             what = " and ".join([", ".join(differing[:-1])] * (len(differing) > 1) + differing[-1:])
             raise ContextError(
@@ -89,7 +89,7 @@ class Recipe:
 
 
 def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
-    """Puts the manifest there whole or not at all. `checkpoint` is the model's folder. Raises OSError."""
+    """Writes the manifest atomically. `checkpoint` is the model's folder. Raises OSError."""
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "made_with": asdict(recipe)}
     if checkpoint is not None:
         content["checkpoint"] = str(checkpoint.absolute())
@@ -97,14 +97,14 @@ def write_manifest(folder: Path, recipe: Recipe, checkpoint: Path | None = None)
 
 
 def read_manifest(folder: Path) -> Recipe:
-    """Raises ContextError for what is no context of this version, or damaged."""
+    """What the context was made with. Raises ContextError where it is damaged, or not a context of this version."""
     return _read(folder)[0]
 
 
 def saved_checkpoint(folder: Path) -> Path | None:
-    """Where the checkpoint was that a context was made with: a hint, to be trusted no further than its fingerprints.
+    """Where the checkpoint was that the context was made with: a hint, which the fingerprints must confirm.
 
-    None where the context does not tell. Raises ContextError.
+    None where the manifest does not say. Raises ContextError.
     """
     return _read(folder)[1]
 
@@ -118,8 +118,8 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
             raise ValueError(f"format {content['format']!r}")
         if content["version"] != VERSION:
             raise ContextError(
-                f"{file}: version {content['version']!r} of the format is not known here; "
-                f"{VERSION} is: use the l4ctx that made it, or make it anew"
+                f"{file}: version {content['version']!r} of the format is not supported, only "
+                f"{VERSION}: use the version of l4ctx that made it, or {RECREATE}"
             )
         if digest(content) != said:
             raise ValueError("its checksum does not match")
@@ -142,18 +142,18 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ContextError(
             f"{file}: damaged ({type(error).__name__}: {error}); what the context holds cannot be "
-            "trusted without it: make the context anew"
+            f"trusted without it: {RECREATE}"
         ) from None
     return recipe, None if said_path is None else Path(said_path)
 
 
 def saved_recipe(folder: Path) -> Recipe | None:
-    """What the context in `folder` was made with; None where one can be made. Raises ContextError."""
+    """What the context in `folder` was made with; None where a new one can be made there. Raises ContextError."""
     try:
         is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
         has_manifest = is_folder and FILE in os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
-        return None  # or it cannot be made, which will be said
+        return None  # where it cannot be made either, making it says so
     except OSError as error:
         raise ContextError(f"{folder}: cannot be read: {error.strerror}") from None
     if not is_folder:

@@ -17,7 +17,7 @@ from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError, UnreadableError
 from cache.layout import StoreLayout
-from l4ctx.contexts.folder import BLOCKS, JOURNAL
+from l4ctx.contexts.folder import BLOCKS, JOURNAL, RECREATE
 from l4ctx.contexts.head import check_head, read_head
 from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Context:
-    """A context as its journal describes it now. Raises ContextError for one that cannot be trusted."""
+    """A context as its journal described it when it was read. Raises ContextError where it cannot be trusted."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, head: tuple[int, str] | None, records: list[dict[str, Any]]
@@ -48,7 +48,7 @@ class Context:
 
     @classmethod
     def read(cls, folder: Path) -> Context:
-        """As it is now, perhaps beside a writer: the head is read first, so that the journal is not older."""
+        """The context as it is now, perhaps beside a writer: the head first, so that it is not the newer one."""
         recipe, head = read_manifest(folder), read_head(folder)
         try:
             records = Journal.read(folder / JOURNAL)
@@ -57,9 +57,9 @@ class Context:
         except OSError as error:
             raise ContextError(f"{folder / JOURNAL}: cannot be read: {error.strerror}") from None
         except JournalError as error:
-            raise ContextError(f"{error}; make the context anew") from None
+            raise ContextError(f"{error}; {RECREATE}") from None
         if head is None and any(record.get("type") == "end" for record in records):
-            head = read_head(folder)  # made meanwhile
+            head = read_head(folder)  # the writer made it after the first look
         return cls(folder, recipe, head, records)
 
     @property
@@ -68,9 +68,9 @@ class Context:
         return next((state for state in reversed(self.states) if state.is_complete), None)
 
     def damage(self, state: State, *, verify: bool) -> dict[str, str]:
-        """What is wrong with the state's files, by name; `verify` reads them, else headers and lengths are checked.
+        """What is wrong with the state's files, by name; without `verify` only headers and lengths are checked.
 
-        A file that cannot be read now counts as damaged with `verify` only. Raises UnreadableError.
+        A file that cannot be read now counts as damaged only with `verify`, else raises UnreadableError.
         """
         found = {}
         for stored in state.needs:
@@ -97,14 +97,14 @@ class Context:
         return ids
 
     def documents(self, state: State) -> list[Span]:
-        """Path, SHA-256 and token span of each document. Raises DiskError."""
+        """Source, SHA-256 and token span of each document. Raises DiskError."""
         file = self.file(state.ids)
         if "documents" not in file.units:
             raise DiskError(f"{file.source}: it lists no documents")
         return [Span(*entry) for entry in _listed(file, "documents")]
 
     def images(self, state: State) -> list[ImageSpan]:
-        """Where images are among the tokens, and the digests of what their features follow from. Raises DiskError."""
+        """Where images are among the tokens, and digests of everything their features depend on. Raises DiskError."""
         file = self.file(state.ids)
         return [
             ImageSpan(start, stop, sha256)
@@ -114,7 +114,7 @@ class Context:
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
         """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError.
 
-        They are all of a complete state's, or end at an attention chunk that `reusable` allows.
+        They are all tokens of a complete state, or end at an attention chunk that `reusable` allows.
         """
         rows = tokens // self.recipe.block_tokens
         files = [self.file(stored) for stored in state.blocks[:rows]]
@@ -127,7 +127,7 @@ class Context:
             cache.restore(tokens, files, tail=self._tail(source, cache.layout))
 
     def source(self, state: State, tokens: int) -> Stored | None:
-        """Where the tokens lie that fill no whole block."""
+        """The file with those of the first `tokens` that fill no whole block; None where there are none."""
         rows, rest = divmod(tokens, self.recipe.block_tokens)
         if rest == 0:
             return None
@@ -143,7 +143,7 @@ class Context:
         for name, unit in file.units.items():
             tokens, rest = divmod(unit.nbytes, 2 * per_token)
             if rest or not name.isdecimal() or int(name) >= config.num_hidden_layers:
-                raise DiskError(f"{file.source}: {name} is no layer of this model")
+                raise DiskError(f"{file.source}: {name} is not a layer of this model")
             shape = (2, 1, config.num_key_value_heads, tokens, config.head_dim)
             buffer = torch.empty(shape, dtype=dtype)
             file.read(name, as_bytes(buffer))
@@ -152,7 +152,7 @@ class Context:
 
 
 def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
-    """What a unit of a tokens file lists as JSON: source (if it has one), start, stop and SHA-256. Raises DiskError."""
+    """A unit of a tokens file that is a JSON list: source (or ""), start, stop and SHA-256. Raises DiskError."""
     text = bytearray(file.units[unit].nbytes)
     file.read(unit, memoryview(text))
     try:
@@ -165,14 +165,14 @@ def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
 
 
 class ContextReader:
-    """A context for asking; many at a time, beside one writer. To be closed.
+    """A context open for answering; any number at a time, beside one writer. Must be closed.
 
-    It is answered from its newest complete state; while the first reading still goes on, from what is sealed of it.
+    Answers come from its newest complete state; while its first documents are still being read, from the sealed blocks.
     """
 
     def __init__(self, folder: Path, waiting: Callable[[str], None] | None = None) -> None:
-        """`waiting` is told when somebody keeps readers out. Raises ContextError."""
-        # before the journal is read: what it names then stays
+        """`waiting` is called when another process keeps readers out. Raises ContextError."""
+        # taken before the journal is read, so that the files it names are not deleted
         self._lock: Lock | None = readers_lock(folder, waiting)
         try:
             self.context, self.is_being_written = _read_beside_a_writer(folder)
@@ -183,11 +183,11 @@ class ContextReader:
 
     @property
     def tokens(self) -> int:
-        """The first of the state's tokens that can be answered from: all of them, or those that are sealed."""
+        """How many of the state's tokens can be answered from: all of them, or those that are sealed."""
         return self.state.kept(self.context.recipe.block_tokens)
 
     def note(self, *, alone: bool) -> str | None:
-        """What the user should know of the context; `alone`: it is all that is answered from."""
+        """What the user should know about the context; `alone`: no other documents are read."""
         tip = self.context.states[-1]
         done = f"{tip.kept(self.context.recipe.block_tokens):,} of {tip.tokens:,} tokens"
         if not self.state.is_complete:
@@ -200,7 +200,7 @@ class ContextReader:
         return (
             f"{self.context.folder}: newer documents {how_far}; "
             + ("the answer is from" if alone else "what is taken is from")
-            + (f" the {self.state.tokens:,} tokens of those before")
+            + (f" the {self.state.tokens:,} tokens of the previous ones")
         )
 
     def close(self) -> None:
@@ -210,13 +210,13 @@ class ContextReader:
 
 
 def _read_beside_a_writer(folder: Path) -> tuple[Context, bool]:
-    """The context as it is now, and whether somebody is writing to it."""
+    """The context as it is now, and whether it is being written."""
     context = Context.read(folder)
     if context.states and context.states[-1].is_complete:
-        return context, False  # or it is no matter
+        return context, False  # a writer may be at work, but readers need not know
     if is_being_written(folder):
         return context, True
-    return Context.read(folder), False  # the writer may have come to its end meanwhile
+    return Context.read(folder), False  # the writer may have finished in between
 
 
 def _answerable(context: Context, is_being_written: bool) -> State:
@@ -228,11 +228,11 @@ def _answerable(context: Context, is_being_written: bool) -> State:
     if is_being_written:
         if tip is not None and done > 0:
             return tip
-        how_far = "it was just begun" if tip is None else f"0 of {tip.tokens:,} tokens"
-        raise ContextError(f"{context.folder}: it is still being read ({how_far}); nothing can be answered from yet")
+        how_far = "it has just begun" if tip is None else f"0 of {tip.tokens:,} tokens"
+        raise ContextError(f"{context.folder}: it is still being read ({how_far}); nothing of it can be used yet")
     how_far = (
         "nothing was read yet" if tip is None else (f"reading was interrupted after {done:,} of {tip.tokens:,} tokens")
     )
     raise ContextError(
-        f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) goes on from there"
+        f"{context.folder}: {how_far}; the command that made it (l4ctx prefill PATH... -o) resumes from there"
     )

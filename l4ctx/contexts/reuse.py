@@ -1,4 +1,4 @@
-"""How much of the documents to be read a saved context holds already."""
+"""How many of the tokens to be read a saved context holds already."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from l4ctx.spans import ImageSpan, Span, same_until
 
 @dataclass(frozen=True)
 class Reuse:
-    """How much of the documents to be read is there: the first `tokens`, in `state`. `is_same`: its documents are
-    these, no more and no less."""
+    """The first `tokens` of those to be read are in `state`. `is_same`: its documents are exactly these."""
 
     state: State | None = None
     tokens: int = 0
@@ -26,13 +25,13 @@ class Reuse:
 
 
 def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int:
-    """Tokens that two sequences of 32-bit ids have in common from the start."""
+    """The length of the common prefix of two sequences of 32-bit token ids."""
     left, right = (memoryview(x).cast("B") if memoryview(x).format != "B" else memoryview(x) for x in (a, b))
     size, step = min(len(left), len(right)), 1 << 20
     for start in range(0, size, step):
         here = slice(start, min(size, start + step))
         if left[here] != right[here]:
-            low, high = 0, here.stop - start  # bytes known to be equal, and length in which they differ
+            low, high = 0, here.stop - start  # bytes known to be equal; bytes within which they differ
             while high - low > 4:
                 middle = (low + high) // 8 * 4
                 if left[start + low : start + middle] == right[start + low : start + middle]:
@@ -46,11 +45,12 @@ def common_prefix(a: array[int] | memoryview, b: array[int] | memoryview) -> int
 def reusable(
     context: Context, ids: memoryview, layout: StoreLayout, states: Sequence[State], images: Sequence[ImageSpan]
 ) -> Reuse:
-    """The longest prefix of `ids`, with these images among them, that one of the states holds, as far as it can be
-    gone on from. Raises DiskError.
+    """The longest prefix of `ids`, with `images` among them, that one of the states holds and that reading can continue
+    from. Raises DiskError.
 
-    Unless all of a complete state is used it is cut to an attention chunk, where windows are empty; and to a block
-    where those are stored otherwise than computed with: what followed a part of one had seen it unpacked.
+    Unless all of a complete state is used, the prefix is cut at an attention chunk, where windows are empty. Where
+    blocks are stored in another dtype it is not cut within a sealed one: the tokens behind the cut would attend to its
+    packed values, where an uninterrupted run attends to those of the block while it was open.
     """
     best = Reuse()
     for state in states:
@@ -75,16 +75,16 @@ def reusable(
 
 
 def why_unusable(context: Context, state: State, ids: memoryview, documents: Sequence[Span], chunk: int) -> str:
-    """Why not even the first attention chunk of the state can be used for these documents, in words."""
+    """Why not even the state's first attention chunk can be used for these documents, in words."""
     try:
         saved, same = context.documents(state), common_prefix(context.ids(state), ids)
     except DiskError:
-        return "which tokens these are is missing or damaged"
+        return "its list of tokens is missing or damaged"
     if state.kept(context.recipe.block_tokens) < chunk <= same:
         return "the documents are the same, but their first block is missing or damaged"
     how = (
-        "these documents begin otherwise"
+        "these documents begin differently"
         if not saved or same < saved[0].stop
-        else (f"the first {same:,} tokens are the same, too few to go on from")
+        else (f"the first {same:,} tokens are the same, too few to continue from")
     )
     return f"{how} ({first_difference(saved, documents, same)})"

@@ -1,7 +1,7 @@
-"""What the journal of a saved context says: its states, one for each set of documents that it was made or changed to.
+"""The states of a saved context, from the records of its journal: one for each set of documents that it has held.
 
-A state has a list of sealed blocks, of which the first may be those of an earlier state, and once complete a tail: the
-tokens behind the last sealed block. Reads the records; opens no other file. Imports no torch.
+A state has a list of sealed blocks, which may begin with blocks of an earlier state, and once complete a tail: the
+tokens behind the last sealed block. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from l4ctx.contexts.folder import RECREATE
 from l4ctx.errors import ContextError
 
 _NAMES = {
@@ -24,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of the context: its name in the folder, and the SHA-256 of its header (cache.disk.write_units)."""
+    """A data file: its name in the context's folder, and the SHA-256 of its header (cache.disk.write_units)."""
 
     name: str
     header_sha256: str
@@ -35,9 +36,9 @@ class Stored:
 
 @dataclass
 class State:
-    """`tokens` of documents, of which the first `start` were taken over from an earlier state.
+    """One set of documents, of `tokens` tokens; the first `start` of them were taken over from an earlier state.
 
-    `partial` is where those of them lie that fill no whole block: in a block's file, or in a tail.
+    `partial` is the file, a block or a tail, with those taken over that fill no whole block.
     """
 
     tokens: int
@@ -48,11 +49,11 @@ class State:
     partial: Stored | None = None
     tail: Stored | None = None
     is_complete: bool = False
-    has_ended: bool = False  # by the journal, though damage may have made it incomplete since
+    has_ended: bool = False  # in the journal; damage may have made it incomplete since
 
     @property
     def needs(self) -> list[Stored]:
-        """The files that it cannot do without; the source of a partial block only until it is complete."""
+        """The files that it needs; `partial` only until it is complete."""
         last = self.tail if self.is_complete else self.partial
         return [stored for stored in (self.ids, *self.blocks, last) if stored is not None]
 
@@ -61,13 +62,13 @@ class State:
         return self.tokens if self.is_complete else max(self.start, len(self.blocks) * block_tokens)
 
     def forget(self, blocks: int, block_tokens: int) -> None:
-        """Drops what is behind the first `blocks` blocks."""
+        """Drops everything behind the first `blocks` blocks."""
         del self.blocks[blocks:]
         self.start = min(self.start - self.start % block_tokens, blocks * block_tokens)
         self.is_complete, self.tail, self.partial = False, None, None
 
     def begin_record(self, base: int | None) -> dict[str, Any]:
-        """`base` is the number of the state that the first blocks are those of."""
+        """`base` is the index of the state that the first blocks were taken from."""
         return {
             "type": "begin",
             "tokens": self.tokens,
@@ -89,7 +90,7 @@ def end_record(tail: Stored | None, ids: Stored) -> dict[str, Any]:
 
 
 def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]:
-    """The states, oldest first. Raises ContextError for records that make no sense."""
+    """The states, oldest first. Raises ContextError for an invalid record."""
     states: list[State] = []
     number = 0
     try:
@@ -100,7 +101,7 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
                 tip, index = states[-1], _count(record["index"])
                 if tip.has_ended or index > len(tip.blocks):
                     raise ValueError(f"block {index} after {len(tip.blocks)}")
-                if index < len(tip.blocks):  # read anew from there, after damage
+                if index < len(tip.blocks):  # read again from there, after damage
                     tip.forget(index, block_tokens)
                 tip.blocks.append(_stored(record, "block"))
             elif record["type"] == "end":
@@ -113,7 +114,7 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
                 raise ValueError(f"type {record['type']!r}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ContextError(
-            f"{file}: damaged: record {number} makes no sense ({type(error).__name__}: {error}); make the context anew"
+            f"{file}: damaged: record {number} is invalid ({type(error).__name__}: {error}); {RECREATE}"
         ) from None
     return states
 
@@ -135,22 +136,22 @@ def _begun(record: dict[str, Any], states: list[State], block_tokens: int) -> St
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**48:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def _stored(record: dict[str, Any], kind: str) -> Stored:
     name, sha256 = record["file"], record["sha256"]
     if not _NAMES[kind].fullmatch(name) or not _DIGEST.fullmatch(sha256):
-        raise ValueError(f"{name!r} is no file of a context")
+        raise ValueError(f"{name!r} is not a file of a context")
     return Stored(name, sha256)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a writer that was ended by force left a file of this name."""
+    """Whether a file of this name is a temporary one that a killed writer may have left."""
     return re.fullmatch(r"\.(journal|[a-z]+\.json)\.(\d+|[0-9a-f]{16})", name) is not None
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name in a context's folder was made by it, so that it may be deleted."""
+    """Whether a file of this name in a context's folder is a data file of it, so that it may be deleted."""
     return any(pattern.fullmatch(name) for pattern in _NAMES.values())

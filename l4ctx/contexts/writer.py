@@ -21,7 +21,7 @@ from cache.errors import DiskFullError
 from cache.grid import grid_period
 from cache.layout import StoreLayout
 from l4ctx.contexts.files import delete_unused, make_private, sync_file, write_file
-from l4ctx.contexts.folder import BLOCKS, JOURNAL
+from l4ctx.contexts.folder import BLOCKS, JOURNAL, RECREATE
 from l4ctx.contexts.head import read_head, update_head
 from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import make_readers_lock, writer_lock
@@ -57,7 +57,7 @@ class ContextWriter:
             try:
                 self._journal = _open(folder, recipe, checkpoint, opened)
             except JournalError as error:
-                raise ContextError(f"{error}; make the context anew") from None
+                raise ContextError(f"{error}; {RECREATE}") from None
             self.context = Context(folder, recipe, read_head(folder), self._journal.records)
             self.notes = make_private(folder)
             self._update_head()
@@ -237,7 +237,7 @@ def _as_disk_full(folder: Path, writer: ContextWriter | None = None) -> Iterator
         raise
     except OSError as error:
         kept = f"{writer.kept:,} tokens are kept" if writer is not None else "nothing of this was kept"
-        remedy = "free some space" if error.errno in NO_SPACE else "see to that"
+        remedy = "free some space" if error.errno in NO_SPACE else "fix that"
         raise DiskFullError(
             f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same command again"
         ) from None

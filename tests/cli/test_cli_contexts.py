@@ -150,7 +150,7 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
     assert notes == [
         f"l4ctx: {reused:,} of {total:,} tokens are in c already"
         if reused
-        else f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin otherwise "
+        else f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin differently "
         "(docs/a.md has changed)"
     ]
     shutil.rmtree("docs")
@@ -226,7 +226,9 @@ def test_a_context_among_the_documents_is_not_read(place: Path) -> None:
 def test_one_writer_at_a_time_beside_any_readers(place: Path) -> None:
     with open("c/writer.lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check_refused(prefill("--quiet"), 7, "c: another process is writing to it; wait for that, or name another")
+        check_refused(
+            prefill("--quiet"), 7, "c: another process is writing to it; wait for it to finish, or name another"
+        )
         check_answers(names="a")
 
 
@@ -240,7 +242,7 @@ REFUSED: list[tuple[list[str], int, list[str]]] = [
     ([*PREFILL[:3], "docs"], 7, ["docs: holds other files (a.md, b.md, c.md) and no saved context"]),
     ([*PREFILL[:3], "docs/a.md"], 7, ["docs/a.md: a file, not a folder; name a folder"]),
     ([*PREFILL[:3], "docs/a.md/x"], 5, ["docs/a.md/x: cannot be written: Not a directory"]),
-    ([*PREFILL, "--kv-dtype", "int8"], 7, ["c: made with --kv-dtype float32, not int8; give that, or another folder"]),
+    ([*PREFILL, "--kv-dtype", "int8"], 7, ["c: made with --kv-dtype float32, not int8; use that, or another folder"]),
     ([*PREFILL, "--dtype", "float16"], 7, ["c: made with --dtype float32, not float16"]),
     ([*PREFILL, "--attention", "eager"], 7, ["c: made with --attention sdpa, not eager"]),
     ([*PREFILL, "--prefill-chunk-size", "64"], 7, ["c: made with --prefill-chunk-size 512, not 64"]),
@@ -353,7 +355,7 @@ def test_an_interrupted_reading_goes_on(place: Path, monkeypatch: pytest.MonkeyP
         ask("a", "--context", "c"),
         7,
         f"c: reading was interrupted after {ROW:,} of {total:,} tokens; ",
-        "the command that made it (l4ctx prefill PATH... -o) goes on",
+        "the command that made it (l4ctx prefill PATH... -o) resumes from there",
     )
     assert f"interrupted after {ROW:,} of {total:,} tokens: the same" in run_here("inspect", "c").stdout
     check_refused(interrupted(monkeypatch, 2, *options), 130, f"interrupted; 2,048 of {total:,} tokens are kept in c")
@@ -422,8 +424,8 @@ def test_damage_is_named_and_mended(place: Path, what: str) -> None:
     ("name", "byte", "arguments", "part"),
     [
         ("journal", 30, [], "journal: "),
-        ("manifest.json", 30, [], "make the context anew"),
-        ("head.json", 30, [], "make the context anew"),
+        ("manifest.json", 30, [], "create the context again"),
+        ("head.json", 30, [], "create the context again"),
         ("tokens-*", -30, ["--json"], "l4ctx prefill with the same docum"),
         ("tokens-*", 5000, ["docs"], "l4ctx prefill with the same documents"),
     ],

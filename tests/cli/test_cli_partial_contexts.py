@@ -123,7 +123,9 @@ def test_how_far_a_first_reading_is_said_truly(place: Path, monkeypatch: pytest.
     if done:
         assert found[0].code == 0 and f"the first {done:,} of {state.tokens:,} tokens\n" in found[0].stderr
     else:
-        check_refused(found[0], 7, f"c: it is still being read (0 of {state.tokens:,} tokens); nothing can be answered")
+        check_refused(
+            found[0], 7, f"c: it is still being read (0 of {state.tokens:,} tokens); nothing of it can be used"
+        )
     check_refused(ask("a", "--context", "c"), 7, f"c: reading was interrupted after {done:,} of {state.tokens:,} tok")
     assert json.loads(run_here("inspect", "c", "--json").stdout)["is_being_written"] is False
 
@@ -143,7 +145,7 @@ def test_a_context_whose_documents_are_being_changed(place: Path, monkeypatch: p
     for result, how in zip(found, ("are still being read (2,048 of ", "were read up to 2,048 of "), strict=True):
         assert (result.code, result.stdout) == (0, answer("c"))
         assert f"l4ctx: c: newer documents {how}" in result.stderr
-        assert f"; the answer is from the {old:,} tokens of those before\n" in result.stderr
+        assert f"; the answer is from the {old:,} tokens of the previous ones\n" in result.stderr
     assert prefill("--quiet").code == 0
     assert ask("c", "--context", "c").stderr == ""
 
@@ -154,7 +156,7 @@ def test_a_writer_that_has_just_begun(place: Path) -> None:
     Path("c/head.json").unlink()
     with open("c/writer.lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check_refused(ask("a", "--context", "c"), 7, "c: it is still being read (it was just begun); nothing can be")
+        check_refused(ask("a", "--context", "c"), 7, "c: it is still being read (it has just begun); nothing of it")
         assert "none yet: a writer has just begun" in run_here("inspect", "c").stdout
     check_refused(ask("a", "--context", "c"), 7, "c: nothing was read yet; ")
 
@@ -191,27 +193,27 @@ REASONS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "token ids missing": (
         lambda: next(Path("c").glob("tokens-*")).unlink(),
         [],
-        "which tokens these are is missing or damaged",
+        "its list of tokens is missing or damaged",
     ),
     "system prompt": (
         lambda: None,
         ["--system", "Be brief.", "--replace"],
-        "these documents begin otherwise (what comes before the first document differs (--system))",
+        "these documents begin differently (what comes before the first document differs (--system))",
     ),
     "first changed": (
         lambda: text_file(Path("docs/a.md"), "New."),
         [],
-        "these documents begin otherwise (docs/a.md has changed)",
+        "these documents begin differently (docs/a.md has changed)",
     ),
     "first removed": (
         lambda: Path("docs/a.md").unlink(),
         ["--replace"],
-        "these documents begin otherwise (docs/b.md comes where docs/a.md came)",
+        "these documents begin differently (docs/b.md is where docs/a.md was)",
     ),
     "renamed": (
         lambda: Path("docs/a.md").rename("docs/aa.md"),
         ["--replace"],
-        "these documents begin otherwise (docs/aa.md was docs/a.md then)",
+        "these documents begin differently (docs/aa.md was docs/a.md before)",
     ),
 }
 
@@ -230,7 +232,7 @@ def test_the_true_reason_why_nothing_can_be_used(place: Path, what: str) -> None
 
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
-    [("a", "ab", "docs/b.md is new"), ("ab", "aB", "docs/b.md has changed"), ("ab", "ac", "docs/c.md comes where")],
+    [("a", "ab", "docs/b.md is new"), ("ab", "aB", "docs/b.md has changed"), ("ab", "ac", "docs/c.md is where")],
 )
 def test_documents_that_are_too_short_to_go_on_from(place: Path, before: str, after: str, reason: str) -> None:
     for name in "abc":
@@ -240,7 +242,7 @@ def test_documents_that_are_too_short_to_go_on_from(place: Path, before: str, af
         text_file(Path("docs/b.md"), "New: " + answer("b"))
     result = prefill("--replace", paths=tuple(f"docs/{name.lower()}.md" for name in after))
     assert result.code == 0 and "tokens in c can be used: the first " in result.stderr
-    assert f" tokens are the same, too few to go on from ({reason}" in result.stderr
+    assert f" tokens are the same, too few to continue from ({reason}" in result.stderr
 
 
 def test_an_unreadable_block_is_no_damage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +276,9 @@ def span(source: str, start: int, stop: int, digest: str = "") -> Span:
         ([span("a", 5, 20), span("b", 20, 50)], 3, "what comes before the first document differs (--system)"),
         ([span("a", 9, 24), span("b", 24, 54)], 5, "what comes before the first document differs (--system)"),
         ([span("a", 5, 20), span("b", 20, 55, "other")], 30, "b has changed"),
-        ([span("a", 5, 20), span("x", 20, 55)], 22, "x comes where b came"),
-        ([span("a", 5, 20), span("x", 20, 55, "b")], 22, "x was b then"),
-        ([span("a", 5, 20), span("b", 20, 45)], 33, "b is read otherwise than then (--encoding, --pdf or --no-images)"),
+        ([span("a", 5, 20), span("x", 20, 55)], 22, "x is where b was"),
+        ([span("a", 5, 20), span("x", 20, 55, "b")], 22, "x was b before"),
+        ([span("a", 5, 20), span("b", 20, 45)], 33, "b is read differently now (--encoding, --pdf or --no-images)"),
         ([span("a", 5, 20)], 20, "b is not among them"),
         ([span("a", 5, 20), span("b", 20, 50), span("c", 50, 70)], 50, "c is new"),
         ([span("a", 5, 20), span("b", 20, 50)], 50, "they end there"),

@@ -17,7 +17,7 @@ import torch
 from cache.disk import Scratch
 from cache.errors import DiskFullError, UnreadableError
 from l4ctx.cli.tables.inspection import listing
-from l4ctx.contexts.folder import FILE, HEAD, JOURNAL, READERS_LOCK, WRITER_LOCK
+from l4ctx.contexts.folder import FILE, HEAD, JOURNAL, READERS_LOCK, RECREATE, WRITER_LOCK
 from l4ctx.contexts.manifest import saved_recipe
 from l4ctx.contexts.reader import Context, ContextReader
 from l4ctx.contexts.writer import ContextWriter
@@ -257,7 +257,7 @@ def test_the_reason_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(os, "open", refused)
         with pytest.raises(ContextError, match=f"{folder / name}: cannot be read: Permission denied") as caught:
             ContextReader(folder)
-        assert "anew" not in str(caught.value)
+        assert RECREATE not in str(caught.value)
         with pytest.raises(Exception, match="Permission denied"):
             keep(folder, OTHER)
     assert files(folder) == before

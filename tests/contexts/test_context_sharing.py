@@ -170,7 +170,7 @@ def test_a_journal_that_was_replaced_is_not_written_to(tmp_path: Path) -> None:
     journal.append({"n": 0})
     shutil.copy(tmp_path / JOURNAL, tmp_path / "copy")
     os.replace(tmp_path / "copy", tmp_path / JOURNAL)
-    with pytest.raises(OSError, match="was replaced by another file meanwhile"):
+    with pytest.raises(OSError, match="was replaced by another file"):
         journal.append({"n": 1})
     assert Journal.read(tmp_path / JOURNAL) == [{"n": 0}]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from l4ctx.cli.tables.layout import INDENT, NARROWEST_TEXT
 from l4ctx.cli.wrapping import cells, wrapped
+from l4ctx.contexts.folder import RECREATE
 from l4ctx.formatting import as_one_line, counted, human_bytes
 from l4ctx.inspection.report import Report
 
@@ -196,7 +197,7 @@ def _damage_lines(report: Report) -> Iterator[Line]:
         yield "damage" if number == 0 else "", what
     if len(damage) > SHOWN_LINES:
         yield "", f"and {len(damage) - SHOWN_LINES:,} more (--json lists them all)"
-    if any(what.endswith("make the context anew") for what in damage):
+    if any(what.endswith(RECREATE) for what in damage):
         yield "to keep", "nothing can be kept"
     for state in report.get("states", ()):
         if state["damaged"]:
@@ -206,6 +207,6 @@ def _damage_lines(report: Report) -> Iterator[Line]:
                 "to keep" if state["is_newest"] else "before that",
                 (
                     f"{kept} can be kept: l4ctx prefill --verify with the same documents and "
-                    f"-o {shlex.quote(report['path'])} reads the rest anew"
+                    f"-o {shlex.quote(report['path'])} reads the rest again"
                 ),
             )
