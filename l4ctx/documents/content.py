@@ -57,7 +57,7 @@ class ContentReader:
             raise LeftOutError(_named(RTF, path))
         if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
             raise DocumentMemoryError(
-                f"{human_bytes(size)}, but {human_bytes(free)} of memory are free; split it, or leave it out"
+                f"{human_bytes(size)}, but {human_bytes(free)} of memory is free; split it, or leave it out"
             )
 
     def read(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:

@@ -278,8 +278,8 @@ def _check_memory(width: int, height: int) -> None:
     free = available_memory()
     if free is not None and needed > free:
         raise ImageMemoryError(
-            f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, and "
-            f"{human_bytes(free)} are free (scale it down)"
+            f"decoding its {width:,} x {height:,} pixels can take {human_bytes(needed)}, but "
+            f"{human_bytes(free)} is free (scale it down)"
         )
 
 

@@ -222,22 +222,22 @@ def _with_chunk_size(workload: Workload, capacity: Capacity, prefill_chunk_size:
 def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
     if capacity.kv_host is not None and capacity.has_disk and plan.host_keys_values > capacity.kv_host:
         yield (
-            f"--kv-host-memory {human_bytes(capacity.kv_host)} is exceeded: open blocks and read buffers take "
-            f"{human_bytes(plan.host_keys_values)} in any case"
+            f"--kv-host-memory {human_bytes(capacity.kv_host)} is exceeded: open blocks and read buffers need at "
+            f"least {human_bytes(plan.host_keys_values)}"
         )
     if capacity.kv_device is not None and plan.peak.nope_device > capacity.kv_device:
         yield (
-            f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks take "
-            f"{human_bytes(plan.peak.nope_device)} in any case"
+            f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks need at "
+            f"least {human_bytes(plan.peak.nope_device)}"
         )
     if plan.weights_are_mapped and capacity.host is not None and plan.weights > capacity.host:
         yield (
-            f"the weights ({human_bytes(plan.weights)}) are more than the memory that is free: the run reads "
-            "them from the checkpoint's files again and again, which no prediction of time takes into account"
+            f"the weights ({human_bytes(plan.weights)}) exceed the free memory: they are read from the "
+            "checkpoint's files again and again, which predicted times do not include"
         )
     chosen = plan.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
     if plan.prefill_chunk_size < chosen:
-        yield f"{plan.prefill_chunk_size} tokens are read at a time, so that the activations fit"
+        yield f"the prefill chunk is {plan.prefill_chunk_size} tokens, so that the activations fit"
 
 
 def _least(*limits: int | None) -> int | None:

@@ -20,8 +20,7 @@ def check(plan: MemoryPlan, capacity: Capacity) -> None:
     if not shortfalls:
         return
     short = "; ".join(
-        f"{human_bytes(needed)} of {tier}, and {human_bytes(there)} are "
-        f"{'allowed' if tier == KV_HOST_LIMIT else 'free'}"
+        f"{human_bytes(needed)} of {tier}, but {human_bytes(there)} is {'allowed' if tier == KV_HOST_LIMIT else 'free'}"
         for tier, (needed, there) in shortfalls.items()
     )
     what_helps = "; ".join(remedies(plan, capacity)) or "nothing but a larger machine"

@@ -155,8 +155,8 @@ def test_a_plan_for_people(place: Path) -> None:
     assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
     rows = [re.split(r" {2,}", line) for line in lines]
     assert ["docs/a.md", "3,345", "50%"] in rows and ["fits here", "yes"] in rows
-    assert ["reading takes", "about 1.3 s"] in rows and ["kept", "7,168 tokens in host memory, in int8"] in rows
-    assert any(row[0] == "host memory in all, and a margin" for row in rows)
+    assert ["prefill takes", "about 1.3 s"] in rows and ["KV cache", "7,168 tokens in host memory, in int8"] in rows
+    assert any(row[0] == "host memory, total with margin" for row in rows)
     quiet = run_here("plan", "docs", "--quiet")
     assert (quiet.code, quiet.stderr) == (0, "") and "fits here" in quiet.stdout
 
@@ -165,19 +165,19 @@ def test_a_plan_for_people(place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        (["--tokens", "10000000"], 0, ["fits here       yes", "10,485,760 tokens in memory alone"]),
-        (["--tokens", "10485761"], 4, ["fits here       no", "more tokens than the model has positions: 10,485,761"]),
+        (["--tokens", "10000000"], 0, ["fits here      yes", "10,485,760 tokens in memory alone"]),
+        (["--tokens", "10485761"], 4, ["fits here      no", "more tokens than the model has positions: 10,485,761"]),
         (
             ["--tokens", "10485760", "--max-new-tokens", "1"],
             4,
-            ["10,485,760 and 1 of the answer", "positions: 10,485,761"],
+            ["10,485,760 and 1 for the answer", "positions: 10,485,761"],
         ),
         (
             ["--tokens", "10000000", "--kv-host-memory", "1GiB"],
             5,
             [
-                "--kv-host-memory: 9.5 GiB needed, 1.0 GiB there",
-                "what helps      --kv-host-memory 9766MiB makes it fit",
+                "--kv-host-memory: 9.5 GiB needed, 1.0 GiB available",
+                "what helps     --kv-host-memory 9766MiB makes it fit",
                 "--kv-dir DIR makes it fit (8.6 GiB on disk)",
                 "--kv-dtype int8 saves 7.0 GiB",
                 ", not enough alone",
@@ -187,7 +187,7 @@ def test_a_plan_for_people(place: Path) -> None:
         (
             ["--tokens", "10000000", "--kv-host-memory", "1GiB", "--kv-dir", "."],
             0,
-            ["NoPE keys and values, disk", "tokens in host memory, 8,9", " tokens on disk", "disk in all "],
+            ["NoPE keys and values, disk", "tokens in host memory, 8,9", " tokens on disk", "disk, total "],
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_what_does_not_fit_into_memory(place: Path, monkeypatch: pytest.MonkeyPa
     assert any(remedy.startswith("--dtype bfloat16 saves ") for remedy in report["remedies"])
     shown = run_here("plan", "docs", "--dtype", "float32")
     assert shown.code == 5 and re.search(
-        r"^fits here +no\n +memory: 3\d\d MiB needed, 1\.0 MiB there\n"
+        r"^fits here +no\n +memory: 3\d\d MiB needed, 1\.0 MiB available\n"
         r"what helps +--dtype bfloat16 saves ",
         shown.stdout,
         re.MULTILINE,
@@ -310,7 +310,7 @@ def test_too_little_memory_for_keys_and_values(place: Path, monkeypatch: pytest.
     check_refused(
         ask("b", "docs", *options),
         5,
-        f"this run needs {human_bytes(free)} of memory, and {human_bytes(free - 2 * MIB)} are free (keys and values ",
+        f"this run needs {human_bytes(free)} of memory, but {human_bytes(free - 2 * MIB)} is free (keys and values ",
         "--kv-dir DIR makes it fit (",
         "--kv-dtype bfloat16 makes it fit",
         "--dtype bfloat16 makes it fit",
@@ -331,7 +331,7 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
     check_refused(
         ask("a", "docs", "longer.txt", *options),
         5,
-        f"and {human_bytes(free)} are free (",
+        f"but {human_bytes(free)} is free (",
         "--dtype bfloat16 makes it fit",
         "leave out longer.txt, 39 % of the tokens;",
         "fewer tokens: ",
@@ -341,10 +341,10 @@ def test_too_little_memory_for_activations(place: Path, monkeypatch: pytest.Monk
     assert ask("c", "docs", "longer.txt", *options, *smaller) == Result(0, answer("c"), "")
     by_itself = ask("c", "docs", "longer.txt", *options[:2])
     assert by_itself.stdout == answer("c")
-    assert "4096 tokens are read at a time, so that the activations fit\n" in by_itself.stderr
+    assert "the prefill chunk is 4096 tokens, so that the activations fit\n" in by_itself.stderr
     monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: MIB)
     tried = ask("a", "docs", *options)
-    check_refused(tried, 5, "1.0 MiB are free", "--dtype bfloat16 saves ", ", not enough alone")
+    check_refused(tried, 5, "1.0 MiB is free", "--dtype bfloat16 saves ", ", not enough alone")
     assert "makes it fit" not in tried.stderr and "leave out" not in tried.stderr and tokens > 6000
 
 
@@ -352,14 +352,14 @@ def test_prefill_that_does_not_fit_makes_nothing(place: Path, monkeypatch: pytes
     before = files(place)
     with monkeypatch.context() as patch:
         patch.setattr("l4ctx.run.sizing.available_memory", lambda: MIB)
-        check_refused(prefill("-q", "--dtype", "float32"), 5, "1.0 MiB are free", "--dtype bfloat16 saves ")
+        check_refused(prefill("-q", "--dtype", "float32"), 5, "1.0 MiB is free", "--dtype bfloat16 saves ")
         assert "--kv-dir" not in prefill("-q").stderr  # a context is on disk anyway
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=MIB))
         check_refused(
             prefill("-q"),
             5,
-            "of disk space in c, and 1.0 MiB are free (",
+            "of disk space in c, but 1.0 MiB is free (",
             "--kv-dtype int8",
             "or a folder on a larger disk, makes it fit",
         )
@@ -407,7 +407,7 @@ def test_blocks_go_to_disk(place: Path, kv_dtype: str) -> None:
 def test_a_limit_on_host_memory_without_a_disk(place: Path) -> None:
     limited = ("docs", "--kv-host-memory", "1MiB", "--quiet", "--dtype", "float32")
     refused = ask("a", *limited)
-    check_refused(refused, 5, "--kv-host-memory, and 1.0 MiB are allowed", "--kv-dir DIR makes it fit")
+    check_refused(refused, 5, "--kv-host-memory, but 1.0 MiB is allowed", "--kv-dir DIR makes it fit")
     remedy = re.search(r"--kv-host-memory \d+MiB(?= makes it fit)", refused.stderr)
     assert remedy is not None
     assert ask("a", *limited, *remedy.group().split()).stdout == answer("a")

@@ -246,7 +246,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_decoded(monkeypat
     monkeypatch.setattr(images, "available_memory", lambda: 300 << 20)
     with pytest.raises(ImageMemoryError, match=r"^decoding its 6,000 x 4,000 pixels can take 398 MiB") as refused:
         read_image("image", raw, None)
-    assert "300 MiB are free (scale it down)" in str(refused.value)
+    assert "300 MiB is free (scale it down)" in str(refused.value)
     monkeypatch.setattr(images, "available_memory", lambda: None)
     shown = read_image("image", raw, None)[0]
     assert shown.width == 6000

@@ -151,7 +151,7 @@ def test_a_file_larger_than_the_memory_is_named_with_its_size(tmp_path: Path, na
     with (tmp_path / "a.log").open("wb") as file:
         file.write(b"words\n" * 20_000)
         file.truncate(1 << 42)
-    with pytest.raises(DocumentMemoryError, match=r"a\.log: 4\.0 TiB, but .* of memory are free; split it"):
+    with pytest.raises(DocumentMemoryError, match=r"a\.log: 4\.0 TiB, but .* of memory is free; split it"):
         read_documents([tmp_path / "a.log" if named else tmp_path], stdin=None)
 
 

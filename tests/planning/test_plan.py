@@ -271,7 +271,7 @@ def test_smaller_prefill_chunks_where_activations_do_not_fit() -> None:
     for size, free in list(zip(PREFILL_CHUNK_SIZES, needs, strict=True))[1:]:
         planned = MemoryPlan.of(asked, Capacity(host=free))
         assert planned.prefill_chunk_size == size and not planned.shortfalls(Capacity(host=free))
-        assert planned.notes == (f"{size} tokens are read at a time, so that the activations fit",)
+        assert planned.notes == (f"the prefill chunk is {size} tokens, so that the activations fit",)
     refused = MemoryPlan.of(asked, Capacity(host=needs[-1] - 1))
     assert refused.prefill_chunk_size == PREFILL_CHUNK_SIZES[0] and refused.shortfalls(Capacity(host=needs[-1] - 1))
     assert MemoryPlan.of(asked, Capacity(host=needs[0])).notes == ()
@@ -371,7 +371,7 @@ def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
     assert not on_disk.shortfalls(at_most) and on_disk.prefill_chunk_size == 8192
     assert on_disk.end.nope_host + on_disk.end.nope_disk == tokens * 48 * KIB
     assert on_disk.needed + MARGIN_BYTES <= 24 * GIB and on_disk.end.nope_host > 19 * GIB
-    assert "more than the memory that is free" in on_disk.notes[0]
+    assert "exceed the free memory" in on_disk.notes[0]
 
 
 def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
@@ -380,12 +380,12 @@ def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
     with pytest.raises(MemoryPlanError) as error:
         check(planned, Capacity(host=needed - 1))
     message = str(error.value)
-    assert "needs 48.2 GiB of memory, and 48.2 GiB are free" in message  # one byte is missing
+    assert "needs 48.2 GiB of memory, but 48.2 GiB is free" in message  # one byte is missing
     assert "keys and values 46.9 GiB" in message and "weights 0 B" in message and "activations 1.1 GiB" in message
     assert "--kv-dir DIR makes it fit" in message and "\n" not in message
     with pytest.raises(MemoryPlanError, match="what helps: nothing but a larger machine"):
         check(MemoryPlan.of(workload(dtype="bfloat16", weights=GIB)), Capacity(host=0, kv_host=0, disk_folder="x"))
-    with pytest.raises(MemoryPlanError, match=r"needs 45\.8 GiB of --kv-host-memory, and 2\.0 GiB are allowed"):
+    with pytest.raises(MemoryPlanError, match=r"needs 45\.8 GiB of --kv-host-memory, but 2\.0 GiB is allowed"):
         check(planned, Capacity(host=64 * GIB, kv_host=2 * GIB))
 
 

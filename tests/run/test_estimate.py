@@ -340,14 +340,14 @@ def test_the_table(scout: Path, tmp_path: Path) -> None:
     assert any(line.startswith("weights, mapped from the checkpoint 201 GiB") for line in lines)
     buffers = human_bytes(report.plan.end.buffers)
     assert "RoPE windows 1.1 GiB 1.1 GiB" in lines and f"read buffers {buffers} {buffers}" in lines
-    assert any(line.startswith("disk in all") and line.endswith("100 GiB") for line in lines)
-    assert any(line.startswith("reading takes about ") for line in lines)
+    assert any(line.startswith("disk, total") and line.endswith("100 GiB") for line in lines)
+    assert any(line.startswith("prefill takes about ") for line in lines)
     assert any(
-        line.startswith("kept ") and "tokens in host memory" in line and "tokens on disk" in line for line in lines
+        line.startswith("KV cache ") and "tokens in host memory" in line and "tokens on disk" in line for line in lines
     )
     assert not any("what helps" in line or "accelerator" in line for line in lines)
     too_large = shown(planned(scout, tokens=10**6), width=200)
-    assert "fits here no" in too_large and "memory: 48.2 GiB needed, 24.0 GiB there" in too_large
+    assert "fits here no" in too_large and "memory: 48.2 GiB needed, 24.0 GiB available" in too_large
     assert any(line.startswith("what helps --kv-dir DIR makes it fit") for line in too_large)
     assert any("more tokens than the model has positions" in line for line in shown(planned(scout, tokens=11 * 10**6)))
 
@@ -369,7 +369,7 @@ def test_the_table_of_documents(documents: list[str]) -> None:
 
 
 def test_long_times_are_told_in_days(scout: Path) -> None:
-    assert any(line == "reading takes about 58 days" for line in shown(planned(scout, tokens=8192, rate=8192 / 5e6)))
+    assert any(line == "prefill takes about 58 days" for line in shown(planned(scout, tokens=8192, rate=8192 / 5e6)))
 
 
 def test_the_plan_is_the_one_that_ask_makes(scout: Path) -> None:

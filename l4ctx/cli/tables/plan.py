@@ -44,7 +44,7 @@ def _documents(report: PlanReport) -> FigureTable:
 def _memory(report: PlanReport) -> FigureTable:
     """Bytes by owner and tier, at the end of the run and at its peak, beside what is free."""
     plan, end, most, capacity = report.plan, report.plan.end, report.plan.peak, report.capacity
-    table = FigureTable("memory", ("at the end", "at most", "free"))
+    table = FigureTable("memory", ("at the end", "peak", "free"))
 
     def row(name: str, *values: int | None) -> None:
         if any(values):
@@ -60,10 +60,10 @@ def _memory(report: PlanReport) -> FigureTable:
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)
     if capacity.accelerator is not None:
-        row("accelerator in all, and a margin", None, plan.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
-    row("host memory in all, and a margin", None, plan.needed + MARGIN_BYTES, capacity.host)
+        row("accelerator, total with margin", None, plan.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+    row("host memory, total with margin", None, plan.needed + MARGIN_BYTES, capacity.host)
     if capacity.has_disk:
-        row("disk in all", None, plan.needed_on_disk, capacity.disk)
+        row("disk, total", None, plan.needed_on_disk, capacity.disk)
     row("  an unbounded cache would take", plan.unbounded_cache)
     return table
 
@@ -72,20 +72,20 @@ def _facts(report: PlanReport) -> TextTable:
     """What will be done, whether it fits, how long it takes, and what would help."""
     plan, workload = report.plan, report.plan.workload
     table = TextTable("run")
-    answer = f" and {workload.max_new_tokens:,} of the answer" if workload.max_new_tokens else ""
+    answer = f" and {workload.max_new_tokens:,} for the answer" if workload.max_new_tokens else ""
     positions = f"the model has {workload.config.max_position_embeddings:,} positions"
     table.add_row("tokens", f"{workload.prompt_tokens:,}{answer}; {positions}")
-    table.add_row("read at a time", f"{plan.prefill_chunk_size:,} tokens, in {workload.dtype}")
-    table.add_row("kept", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
+    table.add_row("prefill chunk", f"{plan.prefill_chunk_size:,} tokens, in {workload.dtype}")
+    table.add_row("KV cache", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
     disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
     table.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
     if report.read_from_disk:
-        table.add_row("reads from disk", f"{human_bytes(report.read_from_disk)} in all steps together")
+        table.add_row("disk reads", f"{human_bytes(report.read_from_disk)} over the whole prefill")
     if report.seconds is not None:
-        table.add_row("reading takes", f"about {_human_time(report.seconds)}")
+        table.add_row("prefill takes", f"about {_human_time(report.seconds)}")
     table.add_row("fits here", "yes" if report.fits else "no")
     for tier, (needed, there) in report.shortfalls.items():
-        table.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} there")
+        table.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} available")
     if report.exceeds_positions:
         table.add_row("", f"more tokens than the model has positions: {workload.length:,}")
     for number, remedy in enumerate(remedies(plan, report.capacity)):
