@@ -41,7 +41,7 @@ def digest(record: dict[str, Any]) -> str:
 
 
 RECREATE = "create the context again"
-"""How to go on where nothing of a context can be used."""
+"""The remedy where nothing of a context can be used. A message that ends with it says so to `l4ctx inspect`."""
 
 
 def is_context(folder: str | Path) -> bool:

@@ -47,7 +47,7 @@ def check_loss(context: Context, reading: Reading) -> None:
             losses.append(loss)
     if losses:
         raise ContextError(
-            f"{context.folder}: {losses[-1]}; it is left as it is: name another folder, or add --replace"
+            f"{context.folder}: {losses[-1]}; nothing was changed: name another folder, or add --replace"
         )
 
 

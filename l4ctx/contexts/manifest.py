@@ -83,8 +83,8 @@ class Recipe:
             differing = [_WHAT.get(name, name) for name in wanted if getattr(self, name) != wanted[name]]
             what = " and ".join([", ".join(differing[:-1])] * (len(differing) > 1) + differing[-1:])
             raise ContextError(
-                f"{folder}: made with another {what} than this checkpoint's ({name} differs); it is "
-                f"left as it is: use the checkpoint that it was made with{where}, or another folder"
+                f"{folder}: made with another {what} than this checkpoint's ({name} differs); nothing "
+                f"was changed: use the checkpoint that it was made with{where}, or another folder"
             )
 
 
@@ -119,7 +119,7 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         if content["version"] != VERSION:
             raise ContextError(
                 f"{file}: version {content['version']!r} of the format is not supported, only "
-                f"{VERSION}: use the version of l4ctx that made it, or {RECREATE}"
+                f"{VERSION}: {RECREATE}, or use the l4ctx that made it"
             )
         if digest(content) != said:
             raise ValueError("its checksum does not match")

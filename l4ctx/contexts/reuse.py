@@ -83,7 +83,7 @@ def why_unusable(context: Context, state: State, ids: memoryview, documents: Seq
     if state.kept(context.recipe.block_tokens) < chunk <= same:
         return "the documents are the same, but their first block is missing or damaged"
     how = (
-        "these documents begin differently"
+        "these documents start differently"
         if not saved or same < saved[0].stop
         else (f"the first {same:,} tokens are the same, too few to continue from")
     )

@@ -96,7 +96,7 @@ def test_what_a_context_holds_is_not_lost_unasked(place: Path, case: str, comman
         7,
         f"c: {said}",
         " tokens",
-        "it is left as it is: name another folder, or add --replace",
+        "nothing was changed: name another folder, or add --replace",
     )
     assert files(place) == before
     assert run_here(*line, "--replace", "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0

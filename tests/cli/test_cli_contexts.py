@@ -150,7 +150,7 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
     assert notes == [
         f"l4ctx: {reused:,} of {total:,} tokens are in c already"
         if reused
-        else f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents begin differently "
+        else f"l4ctx: none of the {kept[-1]:,} tokens in c can be used: these documents start differently "
         "(docs/a.md has changed)"
     ]
     shutil.rmtree("docs")

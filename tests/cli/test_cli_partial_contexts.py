@@ -198,22 +198,22 @@ REASONS: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "system prompt": (
         lambda: None,
         ["--system", "Be brief.", "--replace"],
-        "these documents begin differently (what comes before the first document differs (--system))",
+        "these documents start differently (what comes before the first document differs (--system))",
     ),
     "first changed": (
         lambda: text_file(Path("docs/a.md"), "New."),
         [],
-        "these documents begin differently (docs/a.md has changed)",
+        "these documents start differently (docs/a.md has changed)",
     ),
     "first removed": (
         lambda: Path("docs/a.md").unlink(),
         ["--replace"],
-        "these documents begin differently (docs/b.md is where docs/a.md was)",
+        "these documents start differently (docs/b.md is where docs/a.md was)",
     ),
     "renamed": (
         lambda: Path("docs/a.md").rename("docs/aa.md"),
         ["--replace"],
-        "these documents begin differently (docs/aa.md was docs/a.md before)",
+        "these documents start differently (docs/aa.md was docs/a.md before)",
     ),
 }
 

@@ -76,7 +76,7 @@ def test_a_complete_context(context: Callable[[str], Path]) -> None:
 def test_contexts_that_are_not_read_to_the_end(context: Callable[[str], Path]) -> None:
     report, text = inspected(context("interrupted"))
     assert exit_code(report) == 0 and [state["kept_tokens"] for state in report["states"]] == [3 * BLOCK]
-    assert f"interrupted after {3 * BLOCK} of {len(IDS)} tokens: the same l4ctx prefill command goes on" in text
+    assert f"interrupted after {3 * BLOCK} of {len(IDS)} tokens: the same l4ctx prefill command resumes it" in text
     report, text = inspected(context("changing"))
     assert [(state["is_newest"], state["is_complete"]) for state in report["states"]] == [(True, False), (False, True)]
     assert f"interrupted after {5 * BLOCK} of" in text and "before that      " in text

@@ -155,7 +155,11 @@ def _context_lines(report: Report) -> Iterator[Line]:
         yield (
             "documents",
             "none yet: "
-            + ("a writer has just begun" if is_written else "the l4ctx prefill command that made the context goes on"),
+            + (
+                "a writer has just begun"
+                if is_written
+                else "the l4ctx prefill command that made the context resumes it"
+            ),
         )
 
 
@@ -167,7 +171,7 @@ def _state_lines(state: Report, *, is_written: bool) -> Iterator[Line]:
         else (
             f"still being read, {state['kept_tokens']:,} of {tokens} so far"
             if is_written and state["is_newest"]
-            else f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command goes on"
+            else f"interrupted after {state['kept_tokens']:,} of {tokens}: the same l4ctx prefill command resumes it"
         )
     )
     blocks = f"{'a system prompt, ' * state['has_system_prompt']}{state['sealed_blocks']:,} sealed blocks"
