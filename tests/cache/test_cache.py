@@ -102,7 +102,7 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("tokens", [1, CHUNK - 3, CHUNK, 2 * CHUNK + 3, 4 * CHUNK])
 def test_the_appended_tensors_are_not_kept(tokens: int) -> None:
-    """Not at all where they fit into the window; never once committed, or all of a forward's tokens would be held."""
+    """Not where they fit into the window, and not once committed: else a whole forward would stay in memory."""
     cache, alive = make(length=100), []
     step(cache, Naive.of(cache), 3)
     for layer in LAYERS:
@@ -129,7 +129,7 @@ def test_a_window_is_empty_at_a_boundary_and_shows_nothing_older() -> None:
 
 @pytest.mark.parametrize("segment_chunks", [1, 2])
 def test_what_is_stored_is_never_copied_as_it_grows(segment_chunks: int) -> None:
-    """A segment stays where it is, open and sealed, and a further one is made only when it is needed."""
+    """A segment is never moved, open or sealed, and the next one is allocated only when it is needed."""
     cache = make(block_chunks=2, segment_chunks=segment_chunks, length=150)
     naive = Naive.of(cache)
     known: list[list[int]] = [[] for _ in cache.stores]
@@ -165,7 +165,7 @@ def test_sealed_blocks_are_never_written_again() -> None:
 
 @pytest.mark.parametrize("first", [1, CHUNK, CHUNK + 3, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK, 5 * CHUNK - 1])
 def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
-    """At a boundary of chunk or block and inside; the fork, its own fork and the parent go on in turns."""
+    """At and within chunks and blocks; the fork, its own fork and the parent continue in turns."""
     cache = make(block_chunks=2, length=120, batch_size=2)
     naive = Naive.of(cache)
     for tokens in pieces(first, first):
@@ -214,7 +214,7 @@ def test_the_fork_of_an_empty_cache() -> None:
 @pytest.mark.parametrize("stopped_after", LAYERS)
 @pytest.mark.parametrize("seed", range(3))
 def test_an_unfinished_step_leaves_nothing_behind(seed: int, stopped_after: int) -> None:
-    """Longer and shorter tries that never advance, then the step itself, then a fork: all as if nothing had been."""
+    """Longer and shorter attempts that never advance, then the step itself, then a fork: no attempt leaves a trace."""
     cache = make(block_chunks=1, length=120)
     naive = Naive.of(cache)
     source = random.Random(seed)
@@ -233,7 +233,7 @@ def test_an_unfinished_step_leaves_nothing_behind(seed: int, stopped_after: int)
 
 
 def test_queries_that_are_only_the_last_ones() -> None:
-    """`segments` is asked for fewer queries than were appended: all keys that they may see are still shown."""
+    """`segments` is called for fewer queries than were appended, and still yields all keys that they may see."""
     cache = make(length=100)
     step(cache, Naive.of(cache), 2 * CHUNK + 3)
     for layer in LAYERS:
@@ -283,7 +283,7 @@ def test_blocks_are_whole_chunks_of_at_least_16_mib(name: str) -> None:
 
 
 def test_the_cuts_depend_on_the_model_and_the_dtype_alone() -> None:
-    """So that what was saved fits any run: neither length nor storage type moves them."""
+    """Neither length nor storage type moves them, so that what was saved fits any run."""
     for dtype in ("float32", "bfloat16"):
         layouts = [
             StoreLayout.of(CONFIG, length=length, dtype=dtype, kv_dtype=kv_dtype)
@@ -310,7 +310,7 @@ def test_every_row_has_one_place(host_rows: int | None, device_rows: int) -> Non
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_what_fits_into_a_budget(kv_dtype: str) -> None:
-    """`rows_within` against `peak` of the residency that it gives: within the budget, and not much less than it."""
+    """`rows_within` against `peak_bytes` of the residency that it gives: within the budget, and close to it."""
     chance = random.Random(0)
     for _ in range(300):
         layout = small_layout(

@@ -1,4 +1,4 @@
-"""Files of tensors, read by the official library as by ours; scratch files that have no name, and that find no room."""
+"""Files of tensors, which the official library reads as ours does; unnamed scratch files, and full disks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path: Path, longer
 
 
 def test_tensors_that_are_not_contiguous_are_refused(tmp_path: Path) -> None:
-    """A copy would have to live until it is written."""
+    """A contiguous copy would have to live until it is written."""
     with pytest.raises(AssertionError):
         write(tmp_path / "x", {"u": [("a", torch.randn(30, 20).T)]})
 
@@ -100,7 +100,7 @@ def test_the_checksum_is_compared_once(file: UnitFile, monkeypatch: pytest.Monke
 
 
 def test_short_reads_and_writes_are_completed(file: UnitFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system may move fewer bytes than it was asked for, even one."""
+    """The system may read or write fewer bytes than requested, even one."""
     chance = random.Random(0)
     preadv, pwrite = os.preadv, os.pwrite
 
@@ -138,7 +138,7 @@ def test_scratch_rows_come_back_and_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_no_room_for_scratch(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the folder and a remedy; the next write, with room, is right, and so is what came before."""
+    """The message names the folder and a remedy; the next write, with space, is right, and so is what came before."""
     scratch = Scratch(tmp_path)
     before = scratch.write(0, tensors(0))
     pwrite, left = os.pwrite, 3

@@ -1,4 +1,4 @@
-"""Files of tensors that are damaged, cut short, replaced or not ours: told in one line that names the file."""
+"""Files of tensors that are damaged, truncated, replaced or foreign: detected, in one line that names the file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lengths(raw: bytes) -> list[int]:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_file_that_is_cut_short(file: UnitFile, known: bool) -> None:
-    """At every length it is told by `check_size`, and by the reads of the units that are not whole."""
+    """At every length `check_size` detects it, and so does reading a unit that is incomplete."""
     raw = path_of(file).read_bytes()
     assert file.units
     assert len(lengths(raw)) > 30
@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_short_while_it_is_used(file: UnitFile) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_flipped_bit(file: UnitFile, seed: int) -> None:
-    """In header or payload: found by `verify`, and by the read of the unit that it is in, but by no other."""
+    """In header or payload: detected by `verify` and by reading the unit that it is in, but by no other read."""
     raw = bytearray(path_of(file).read_bytes())
     head = 8 + int.from_bytes(raw[:8], "little")
     chance = random.Random(seed)
@@ -101,7 +101,7 @@ def test_a_flipped_bit(file: UnitFile, seed: int) -> None:
 
 
 def test_another_file_in_its_place(tmp_path: Path) -> None:
-    """With as many bytes and a header that is right by itself."""
+    """With the same length and a header that is valid by itself."""
     ours, other = write(tmp_path / "ours", tensors(0)), write(tmp_path / "other", tensors(1))
     assert path_of(ours).stat().st_size == path_of(other).stat().st_size
     path_of(other).rename(path_of(ours))

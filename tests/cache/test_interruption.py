@@ -89,7 +89,7 @@ def rows() -> Iterator[Scratch]:
 
 
 def forward(cache: HybridKVCache, tokens: int) -> Shown:
-    """One forward of tokens that depend on the offset alone; what its layers showed."""
+    """One forward of tokens that depend on the offset alone; returns what its layers showed."""
     offset = cache.offset
     torch.manual_seed(offset)
     seen = []
@@ -143,7 +143,7 @@ def run(cache: HybridKVCache, steps: Sequence[int]) -> dict[int, tuple[int, Show
 def test_a_cache_on_disk_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Scratch, kind: type, name: str, after: bool
 ) -> None:
-    """Restored, of packed blocks, the newest of them promoted: what is shown and what is held are as without Ctrl-C."""
+    """Restored from packed blocks, the newest promoted: what is shown and held equals a run without Ctrl-C."""
     cache, saved = filled(3 * BLOCK + 2, tmp_path, kv_dtype="int8", length=200)
     straight = cache.fork()
     steps = run(straight, STEPS)
@@ -196,7 +196,7 @@ def test_ctrl_c_after_ctrl_c(monkeypatch: pytest.MonkeyPatch, rows: Scratch) -> 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_ctrl_c_between_the_layers_of_a_row(monkeypatch: pytest.MonkeyPatch, rows: Scratch, number: int) -> None:
-    """A row is written, and only some of its blocks know where: it is written again."""
+    """A row is written, but only some of its blocks have the file: it is written again."""
     calls = itertools.count(1)
 
     def set_file(block: SealedBlock, file: UnitFile | None) -> None:
@@ -222,7 +222,7 @@ def test_ctrl_c_between_the_layers_of_a_row(monkeypatch: pytest.MonkeyPatch, row
 
 @pytest.mark.parametrize("number", range(1, 2 * len(LAYERS) + 1))
 def test_what_is_saved_after_an_interrupted_commit(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The tokens count from when the offset says so, though not every layer has settled."""
+    """The tokens are committed once the offset says so, though not every layer has settled."""
     straight, cache = make(length=200), make(length=200)
     for tokens in (5, 2 * BLOCK + CHUNK + 3):  # from inside a chunk into another one
         forward(straight, tokens)

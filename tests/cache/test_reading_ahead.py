@@ -29,7 +29,7 @@ SECONDS = 20  # until something that should have happened is taken not to happen
 
 
 class Disk:
-    """In the place of UnitFile.read: records what is read, and holds it up, or only `held`, while `gate` is closed."""
+    """Replaces UnitFile.read: records what is read; blocks all reads, or that of `held`, while `gate` is closed."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -89,7 +89,7 @@ def right(caches: tuple[HybridKVCache, HybridKVCache]) -> bool:
 
 
 def test_the_next_segments_are_read_while_one_is_used(caches: tuple[HybridKVCache, HybridKVCache], disk: Disk) -> None:
-    """As many as there are buffers for, never more; in the background; into the same few buffers."""
+    """As many as there are buffers, never more; in the background; into the same few buffers."""
     segments = stream(caches[1])
     assert disk.begun == []
     for number in range(len(UNITS)):
@@ -108,7 +108,7 @@ def test_the_next_segments_are_read_while_one_is_used(caches: tuple[HybridKVCach
 
 
 def test_a_slow_disk_holds_nobody_up_before_it_must(caches: tuple[HybridKVCache, HybridKVCache], disk: Disk) -> None:
-    """A segment is handed out while the reads of those behind it have not ended; the next one waits for its own."""
+    """A segment is yielded while reads of those behind it are in flight; the next one waits for its own."""
     segments = stream(caches[1])
     first = next(segments)
     disk.until(disk.ended, READ_BUFFERS)
@@ -127,7 +127,7 @@ def test_a_slow_disk_holds_nobody_up_before_it_must(caches: tuple[HybridKVCache,
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 9, 10])
 def test_a_stream_that_is_abandoned(caches: tuple[HybridKVCache, HybridKVCache], disk: Disk, taken: int) -> None:
-    """Its reads may still be under way when the next begins: they do not write into what that one hands out."""
+    """Its reads may still be in flight when the next begins: they do not write into what that one yields."""
     for close in (True, False):
         given_up = stream(caches[1])
         for _ in range(taken):
@@ -175,7 +175,7 @@ def test_a_block_that_was_promoted_in_part_is_dropped_whole(
 def test_ctrl_c_while_waiting_for_a_read(
     caches: tuple[HybridKVCache, HybridKVCache], disk: Disk, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it mostly comes with a slow disk. The read goes on, and what comes next must not have its buffer."""
+    """Where it mostly comes with a slow disk. The read continues, and what comes next must not get its buffer."""
 
     def interrupted(*_: object) -> Any:
         raise KeyboardInterrupt
@@ -244,7 +244,7 @@ def until_error(cache: HybridKVCache) -> tuple[list[tuple[int, torch.Tensor, tor
 
 
 def test_a_missing_file_stops_the_forward(caches: tuple[HybridKVCache, HybridKVCache]) -> None:
-    """Before anything is committed; and it can be repeated."""
+    """Before anything is committed; and the step can be repeated."""
     _, other = caches
     file = other.stores[1].sealed[2].file
     assert file is not None and isinstance(file.source, Path)

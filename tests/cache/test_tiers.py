@@ -82,7 +82,7 @@ def test_the_tier_changes_no_bit(dtype: str, kv_dtype: str, size: int, rows: Scr
 @pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "int8"])
 @pytest.mark.parametrize("segment_chunks", [1, 2])
 def test_no_step_holds_more_than_the_peak(kv_dtype: str, size: int, segment_chunks: int, rows: Scratch) -> None:
-    """Nor does it while it lasts: looked at after each layer's new tokens. And the peak is no more than is needed."""
+    """Not within a step either, checked after each layer's new tokens. And the peak is no more than needed."""
     for length in (10 * CHUNK + 3, 11 * CHUNK, 12 * CHUNK + 1):
         for host_rows in (None, 0, 1, 2):
             cache = make(
@@ -110,7 +110,7 @@ def test_no_step_holds_more_than_the_peak(kv_dtype: str, size: int, segment_chun
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), PAIRS)
 def test_sealed_segments_are_packed_and_open_ones_are_not(dtype: str, kv_dtype: str, rows: Scratch) -> None:
-    """Against packing of its own of what a naive store kept."""
+    """Against an independent packing of what a naive store kept."""
     cache = make(dtype=getattr(torch, dtype), kv_dtype=kv_dtype, length=60, residency=Residency(1), rows=rows)
     kept = {layer: Block(*(torch.empty(1, 2, 0, 10, dtype=cache.dtype) for _ in range(2))) for layer in (1, 4)}
     for tokens in (5, 20, 1, CHUNK, 20):
@@ -170,7 +170,7 @@ def test_a_restored_cache_goes_on_as_the_one_that_was_saved(
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 def test_a_part_of_a_block_is_enough_at_an_attention_chunk(kv_dtype: str, tmp_path: Path) -> None:
-    """Of a packed block only what was packed can come back: the open part is that."""
+    """Only what was packed can come back from a packed block, also as the open part."""
     how = {"kv_dtype": kv_dtype, "length": 100, "block_chunks": 4, "segment_chunks": 2}
     cache, saved = filled(9 * CHUNK, tmp_path, **how)
     for offset in range(0, 8 * CHUNK + 1, CHUNK):
@@ -204,7 +204,7 @@ def test_blocks_that_fit_into_memory_stay_when_read_again(tmp_path: Path, read: 
 
 @pytest.mark.parametrize("host_rows", [1, 2])
 def test_promoted_blocks_go_when_they_are_older(tmp_path: Path, read: list[str], host_rows: int) -> None:
-    """Read no more while they are among the newest, then each time."""
+    """Not read again while they are among the newest, then each time."""
     cache, saved = filled(4 * BLOCK, tmp_path, length=200)
     other = restored(cache, saved, host_rows, rows=saved)
     for store in other.stores:
@@ -224,7 +224,7 @@ def test_promoted_blocks_go_when_they_are_older(tmp_path: Path, read: list[str],
 
 
 def test_forks_share_what_is_on_disk_and_scratch(rows: Scratch) -> None:
-    """The fork's rows go to the same scratch file; parent, fork and the fork's fork go on in turns."""
+    """The fork's rows go to the same scratch file; parent, fork and the fork's fork continue in turns."""
     caches = [make(length=170, residency=Residency(1), rows=rows), make(length=170)]
     for tokens in pieces(1, 47):
         together(caches, tokens)
@@ -262,7 +262,7 @@ def test_durable_stores_get_each_row_once_in_order(tmp_path: Path) -> None:
 
 
 class Failing(SavedRows):
-    """Has no room for its `number`-th write and some after that: nothing of them is kept."""
+    """Has no space for its `number`-th write and some after that: nothing of them is kept."""
 
     def __init__(self, folder: Path, number: int, times: int, *, is_durable: bool) -> None:
         super().__init__(folder)
@@ -301,7 +301,7 @@ def test_no_room_for_a_row(tmp_path: Path, number: int, times: int, is_durable: 
 
 
 def test_without_a_disk_nothing_is_lost() -> None:
-    """Rows that should be on disk and have none stay in memory."""
+    """Rows that should be on disk stay in memory where there is no store."""
     cache, straight = make(length=100, residency=Residency(0)), make(length=100)
     for tokens in pieces(5, 80):
         together([straight, cache], tokens)

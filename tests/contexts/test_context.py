@@ -1,4 +1,4 @@
-"""Saved contexts: the answer is that of a run without one, whatever was kept, resumed, changed or read meanwhile."""
+"""Saved contexts: answers equal those of a run without one, whatever was saved, resumed, changed or read in between."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.fixture(autouse=True)
 def _fsync_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That it is called where it must be is the matter of test_context_kill.py."""
+    """test_context_kill.py checks that it is called where it must be."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.kv_dtype} of {kind.dtype}")
 def test_an_answer_is_that_of_a_run_without_a_context(folder: Path, kind: Kind) -> None:
-    """Bit by bit, wherever blocks lie while reading and while asking."""
+    """Bit by bit, in whatever tier blocks lie while reading and while answering."""
     assert keep(folder, IDS, kind, residency=Residency(2)) == 0
     for residency in (IN_MEMORY, Residency(0), Residency(3)):
         assert same(answer(folder, kind, residency=residency), fresh_answer(IDS, kind))
@@ -183,7 +183,7 @@ PACKED = ("none", "last changed", "appended", "behind a chunk", "at a block", "c
     ("change", "kv_dtype"), [*((change, "float32") for change in CHANGES), *((change, "int8") for change in PACKED)]
 )
 def test_changed_documents_are_read_from_the_change_on(folder: Path, change: str, kv_dtype: str) -> None:
-    """No more than an attention chunk is read again; a block where those are stored otherwise than computed with.
+    """At most an attention chunk is read again, or a block where blocks are stored in another dtype.
 
     Asked beside the context, changed documents give the same answer; and so they do when changed back.
     """
@@ -207,7 +207,7 @@ def test_changed_documents_are_read_from_the_change_on(folder: Path, change: str
 @pytest.mark.parametrize("prefill_chunk_size", [5, 20, 3 * BLOCK])
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_changes_on_every_grid(folder: Path, prefill_chunk_size: int, kv_dtype: str) -> None:
-    """Only roundings differ where a run goes on between two cuts of a fresh run's grid."""
+    """Only rounding differs where a run resumes between two cuts of a fresh run's grid."""
     kind = Kind(kv_dtype, prefill_chunk_size=prefill_chunk_size)
     keep(folder, IDS, kind)
     for position in (5 * BLOCK + CHUNK + 3, 4 * BLOCK, 4 * BLOCK - 1):
@@ -218,7 +218,7 @@ def test_changes_on_every_grid(folder: Path, prefill_chunk_size: int, kv_dtype: 
 
 
 def test_many_changes(folder: Path) -> None:
-    """One after the other, some interrupted and taken over by the next: every answer is right, and no file is left."""
+    """One after the other, some interrupted and reused by the next: every answer is right, no stale file remains."""
     chance = random.Random(5)
     complete = latest = IDS
     for n in range(40):
@@ -236,7 +236,7 @@ def test_many_changes(folder: Path) -> None:
 
 
 def test_a_change_of_an_interrupted_change(folder: Path) -> None:
-    """It goes on from the middle of a block that no other set of documents has; and so when interrupted itself."""
+    """It resumes within a block that no other set of documents has, and does so again when interrupted itself."""
     keep(folder, IDS)
     second = changed(IDS, 2 * BLOCK)
     third = changed(second, 4 * BLOCK + CHUNK + 1)
@@ -270,7 +270,7 @@ def test_an_interrupted_change_leaves_the_old_state_to_readers(folder: Path, sea
 
 
 def test_readers_are_not_disturbed_by_a_writer(folder: Path) -> None:
-    """Nor are their files deleted while they read; later they are."""
+    """Nor are their files deleted while they read, but afterwards."""
     keep(folder, IDS)
     old, ids = block_files(folder), changed(IDS, BLOCK + 3)
     with closing(ContextReader(folder)) as first:

@@ -1,4 +1,4 @@
-"""Contexts that are damaged, made otherwise, or somebody else's: an answer is right or refused, by name."""
+"""Contexts that are damaged, or made with other settings or models: answers are right, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from support.context_toys import (
 from support.requests import prefill_request
 
 IDS = tokens(4 * BLOCK + CHUNK + 7)
-LATER = changed(IDS, 3 * BLOCK + CHUNK + 5)  # goes on in the middle of a block
+LATER = changed(IDS, 3 * BLOCK + CHUNK + 5)  # resumes in the middle of a block
 REFUSED = (ContextError, DiskError)
 
 
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Base(NamedTuple):
-    """A context to be damaged, the documents that it answers from, and those that it is to be gone on with."""
+    """A context to damage, the documents that it answers from, and those to be read into it next."""
 
     folder: Path
     ids: array[int]
@@ -65,7 +65,7 @@ class Base(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
-    """One that was changed, and one amid a change; each with a sibling of other documents, for what is mixed up."""
+    """One that was changed, and one within a change; each with a sibling of other documents, to mix up files with."""
     top, chance = tmp_path_factory.mktemp("bases"), random.Random(0)
     with pytest.MonkeyPatch.context() as patch:  # file names, and so all that follows from them, are the same each time
         patch.setattr(secrets, "token_hex", lambda count: chance.randbytes(count).hex())
@@ -124,13 +124,13 @@ def swapped(patient: Patient) -> None:
 
 
 def exchanged(patient: Patient) -> None:
-    """By the file of its kind of another context, of the same model and settings."""
+    """Replaced by the corresponding file of another context of the same model and settings."""
     name = patient.file.relative_to(patient.folder).as_posix().split("-")[0]
     shutil.copy(patient.chance.choice(sorted(patient.sibling.glob(f"{name}*"))), patient.file)
 
 
 def forged(patient: Patient) -> None:
-    """Written anew as a sound file, with one number changed; ids among them."""
+    """Rewritten as a valid file, with one number changed, token ids included."""
     file = UnitFile(patient.file, header_sha256=None)
     units = {}
     for name, unit in file.units.items():
@@ -175,7 +175,7 @@ CASES = [(name, pattern) for name, (_, patterns) in MUTATIONS.items() for patter
 
 
 def is_harmless(file: Path, before: bytes, after: bytes) -> bool:
-    """JSON that says the same; of a journal all that counts, or all but what came after the last end of a state."""
+    """Equivalent JSON; of a journal all that counts, or all but what came after the last end of a state."""
     if file.suffix == ".json":
         with suppress(ValueError):
             return bool(json.loads(before) == json.loads(after))
@@ -187,7 +187,7 @@ def is_harmless(file: Path, before: bytes, after: bytes) -> bool:
 
 
 def asked(folder: Path, ids: array[int] | None) -> torch.Tensor | str:
-    """An answer, or why there is none."""
+    """An answer, or the error."""
     try:
         return answer(folder, ids=ids)
     except REFUSED as error:
@@ -203,7 +203,7 @@ def all_damage(folder: Path) -> str:
 
 
 def gone_on_with(folder: Path, ids: array[int]) -> str:
-    """Reads the rest, or says why not."""
+    """Reads the rest, or returns the error."""
     try:
         keep(folder, ids, verify=True)
     except REFUSED as error:
@@ -213,8 +213,8 @@ def gone_on_with(folder: Path, ids: array[int]) -> str:
 
 @pytest.mark.parametrize("number", range(200), ids=lambda n: "{}, {} {}".format(n, *reversed(CASES[n % len(CASES)])))
 def test_damage_is_named_and_no_answer_is_wrong(bases: list[Base], folder: Path, number: int) -> None:
-    """Asked, the context gives the very answer or says what is damaged; a look at all of it says so in any case. What
-    can be kept is gone on from; else nothing is touched."""
+    """Asked, the context gives the exact answer or names the damage; verification names it in any case. Reading resumes
+    from what can be kept; where nothing can, nothing is touched."""
     name, pattern = CASES[number % len(CASES)]
     chance = random.Random(number)
     base = chance.choice(bases)
@@ -227,7 +227,7 @@ def test_damage_is_named_and_no_answer_is_wrong(bases: list[Base], folder: Path,
     is_nothing = file.is_file() and is_harmless(file, content, file.read_bytes())
     found = all_damage(folder)
     assert str(folder) in found and file.name in found if not is_nothing else not found
-    for ids in (base.ids, base.next_ids, None):  # read anew behind what is there, or not
+    for ids in (base.ids, base.next_ids, None):  # read again behind what is kept, or not
         result, expected = asked(folder, ids), fresh_answer(base.ids if ids is None else ids)
         if isinstance(result, str):
             assert str(folder) in result and any(Path(name).name in result for name in before) and not is_nothing
@@ -247,7 +247,7 @@ def test_damage_is_named_and_no_answer_is_wrong(bases: list[Base], folder: Path,
 @pytest.mark.parametrize("prefill_chunk_size", [CHUNK, 3 * BLOCK + 1])
 @pytest.mark.parametrize("sealed", [0, 1])
 def test_damage_amid_a_change_and_an_interruption_then(tmp_path: Path, sealed: int, prefill_chunk_size: int) -> None:
-    """Whatever is missing, and wherever the reading of the rest is interrupted again."""
+    """Whatever is missing, and wherever reading the rest is interrupted again."""
     kind = Kind(prefill_chunk_size=prefill_chunk_size)
     keep(tmp_path / "base", IDS, kind)
     keep(tmp_path / "base", LATER, kind, stop=4 * BLOCK if sealed else 0)

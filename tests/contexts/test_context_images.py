@@ -26,7 +26,7 @@ CHANGED = (IMAGES[0], IMAGES[1]._replace(sha256="cc" * 32))
 
 
 class Features:
-    """Stands for images' features: every position of an image gets a value that its digest decides."""
+    """Stands in for image features: every position of an image gets a value derived from its digest."""
 
     def __init__(self, images: tuple[ImageSpan, ...]) -> None:
         self.images = images
@@ -58,12 +58,12 @@ def read(cache: HybridKVCache, images: tuple[ImageSpan, ...]) -> Tensor:
 
 
 def keep(folder: Path, images: tuple[ImageSpan, ...]) -> int:
-    """Reads into the context; returns how many tokens were there already."""
+    """Reads into the context; returns how many tokens it held already."""
     return context_toys.keep(folder, IDS, KIND, images=images, features=Features(images))
 
 
 def from_context(folder: Path, images: tuple[ImageSpan, ...]) -> tuple[int, Tensor]:
-    """How many tokens of the context serve for these images, and the logits that follow."""
+    """How many tokens of the context can be reused with these images, and the logits that follow."""
     with closing(ContextReader(folder)) as reader:
         layout = KIND.layout(LENGTH)
         reuse = reusable(reader.context, memoryview(IDS)[:-1], layout, [reader.state], images)
@@ -108,7 +108,7 @@ def test_a_context_serves_up_to_the_first_other_image(
 
 
 def test_other_images_give_other_answers() -> None:
-    """Else the tests above would say nothing."""
+    """Otherwise the tests above would prove nothing."""
     assert (fresh(IMAGES) - fresh(CHANGED)).abs().max() > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""Readings into a context that end anywhere: killed, without power, interrupted, or because the disk is full.
+"""Readings into a context that stop anywhere: killed, by a power loss, interrupted, or because the disk is full.
 
 Each time readers have a whole set of documents or none, and the next run ends with the bytes and the answer of one that
 nothing interrupted.
@@ -64,11 +64,11 @@ def test_killed_at_random_moments() -> None:
 
 
 class PowerCut(BaseException):
-    """Nothing is done any more."""
+    """Nothing happens after it."""
 
 
 class FileCalls:
-    """What is done to files in a folder, by number of the call; from `number` on `failure` takes the place of it.
+    """Counts the calls that change files in a folder; from call `number` on, `failure` happens instead.
 
     `failure` gets how many calls after that one it is, the function's name, the function and its arguments.
     """
@@ -97,7 +97,7 @@ class FileCalls:
         return call
 
     def _note(self, name: str, path: Path, arguments: tuple[Any, ...]) -> None:
-        """What a loss of power could undo, before it is done."""
+        """Records what a power loss could undo, before it is done."""
         if name == "fsync":
             for synced in [path] if path.is_file() else [p for p in self._names if p.parent == path]:
                 (self._unsynced if path.is_file() else self._names).pop(synced, None)
@@ -110,7 +110,7 @@ class FileCalls:
             self._names[path] = path.read_bytes() if path.exists() else None
 
     def lose_power(self, chance: random.Random) -> None:
-        """Of all that was not synced some is lost."""
+        """Loses some of what was not synced."""
         for path, length in self._unsynced.items():
             if path.exists() and chance.random() < 0.7:
                 content = path.read_bytes()
@@ -217,7 +217,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
 @pytest.mark.parametrize("what", ["new", "change"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_the_last_that_is_done_to_a_file(tmp_path: Path, wholes: dict[str, Whole], what: str, failure: str) -> None:
-    """Whichever of a run's calls it is: each of them in turn."""
+    """At each of a run's calls in turn."""
     act, error, step = FAILURES[failure]
     ids = IDS if what == "new" else OTHER_IDS
     failed = 0
@@ -255,7 +255,7 @@ def test_the_last_that_is_done_to_a_file(tmp_path: Path, wholes: dict[str, Whole
 
 
 def check_readers(folder: Path, wholes: list[Whole]) -> None:
-    """They have the newest whole set of documents, if there is any."""
+    """Readers see the newest complete set of documents, if there is any."""
     try:
         complete = sum(state.is_complete for state in Context.read(folder).states)
     except ContextError:
@@ -269,7 +269,7 @@ def check_readers(folder: Path, wholes: list[Whole]) -> None:
 
 
 def check_message(folder: Path, said: str, kept: int | None) -> None:
-    """One line that says which folder, why, what is kept, and what to do."""
+    """One line that names the folder, the reason, what is kept, and the remedy."""
     why = r"No space left on device|Input/output error|File too large|only \d+ of a journal line's \d+ bytes .*"
     match = re.fullmatch(
         rf"{re.escape(str(folder))}: cannot be written: ({why}); "
@@ -282,7 +282,7 @@ def check_message(folder: Path, said: str, kept: int | None) -> None:
 
 
 def test_the_systems_limit_of_a_files_size(folder: Path, wholes: dict[str, Whole]) -> None:
-    """A real one: what still fits is written. Again and again."""
+    """A real one, repeatedly: what still fits is written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (100, 400, 1500, 3000, 9000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

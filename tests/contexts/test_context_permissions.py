@@ -1,4 +1,4 @@
-"""A context is its owner's alone, whatever the umask, and nothing planted in it leads out of it."""
+"""A context is private to its owner, whatever the umask, and nothing planted in it leads outside."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_what_a_crash_left_under_a_temporary_name_is_removed(tmp_path: Path) -> 
 def test_a_file_that_cannot_be_read_now_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, pattern: str
 ) -> None:
-    """Blocks of hours are not thrown away for it; with --verify they are read anew."""
+    """Hours of work are not discarded for it; with --verify the blocks are read again."""
     folder = tmp_path / "context"
     keep(folder, IDS)
     before, path, opened = files(folder), next(folder.glob(pattern)), os.open
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(
 
 @pytest.mark.parametrize("name", [FILE, HEAD, JOURNAL])
 def test_the_reason_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Nobody is told to make a context anew that cannot be opened for a moment."""
+    """Nobody is told to create a context again that just cannot be opened for a moment."""
     folder = tmp_path / "context"
     keep(folder, IDS)
     before, opened = files(folder), os.open

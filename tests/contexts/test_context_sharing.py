@@ -1,4 +1,4 @@
-"""Copies of a context by hard links live on whatever is done to the other; locks are each copy's own, and end."""
+"""Copies of a context by hard links stay independent of each other; each has its own locks, and they are released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journals: what was appended is read back, damage is told from a torn end, a full disk does no harm."""
+"""Journals: records are read back, damage is told apart from a torn last line, and a full disk does no harm."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def written(file: Path, records: list[dict[str, Any]]) -> bytes:
 
 
 def line_of(text: str | bytes, after: bytes = b"0" * 16) -> bytes:
-    """A line as the format says, whatever its text."""
+    """A line in the journal's format, with any text."""
     text = text if isinstance(text, bytes) else text.encode()
     return hashlib.sha256(after + text).hexdigest()[:16].encode() + b" " + text + b"\n"
 
@@ -159,7 +159,7 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_told_from_a_torn_end(tmp_path: Path, damage: str) -> None:
-    """25 times each: records are read only where all whole lines are the first of the original's."""
+    """25 times each: records are read only where all complete lines are a prefix of the original's."""
     file = tmp_path / "journal"
     chance = random.Random(damage)
     for case in range(25):
@@ -282,7 +282,7 @@ def test_a_file_left_empty_by_a_crash_has_its_folder_synced(tmp_path: Path, call
 
 
 def no_space(written_before: int) -> Callable[[int, bytes], int]:
-    """An os.write for which the disk is full: what still fitted is written, and is counted or not."""
+    """An os.write on a full disk: what still fits is written, and is reported or not."""
     write = os.write
 
     def fails(descriptor: int, data: bytes) -> int:
@@ -336,7 +336,7 @@ def test_a_failed_append_leaves_the_journal_as_it_was(
 
 
 def test_what_could_not_be_cut_off_is_cut_off_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that has failed takes no truncation either."""
+    """A disk that has failed refuses truncation too."""
     file = tmp_path / "journal"
     before = written(file, RECORDS)
     journal = Journal.open(file)

@@ -1,4 +1,4 @@
-"""Contexts that version 0.1.0 saved still open, answer and go on.
+"""Contexts that version 0.1.0 saved still open, answer and resume.
 
 They lie in saved_by_0_1_0 with the documents they were made of; make.py.txt there made them, with the code of
 that version. They were made by `l4ctx prefill docs -o context` with samples/tiny and OPTIONS:
@@ -79,7 +79,7 @@ def test_nothing_is_damaged(saved: str) -> None:
 
 @of("complete", "interrupted", "image")
 def test_the_checkpoint_has_the_same_fingerprints(saved: str) -> None:
-    """Those of the text model; that of the vision model is part of an image's digest, by which it is taken again."""
+    """Those of the text model; the vision model's is part of an image's digest, which decides whether it is reused."""
     from l4ctx.checkpoint.fingerprint import FIELDS, fingerprint
     from model.config import TextConfig
     from model.weights.loading import checked_tensors
@@ -113,7 +113,7 @@ def test_the_same_documents_change_nothing(saved: str) -> None:
 
 @of("interrupted")
 def test_the_interrupted_one_goes_on(saved: str) -> None:
-    """It ends with the blocks of a context that is made now, but for how another processor rounds."""
+    """It ends with the blocks of a context that is made now, up to the rounding of another processor."""
     total = TOKENS[saved]
     check_refused(ask("a", "--context", "context"), 7, f"context: reading was interrupted after 2,048 of {total:,} tok")
     (first,) = blocks("context")
