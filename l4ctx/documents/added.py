@@ -1,4 +1,4 @@
-"""Documents that are read behind those of a saved context, as if all had been read together. Imports no torch."""
+"""Documents that are read behind those of a saved context, as if all had been read together."""
 
 from __future__ import annotations
 

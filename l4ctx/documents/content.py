@@ -1,7 +1,4 @@
-"""The content of one file: what kind it is, whether it is wanted, and its text and images.
-
-The formats have modules of their own, which this one chooses among.
-"""
+"""The content of one file: its kind, whether it is read at all, and its text and images."""
 
 from __future__ import annotations
 
@@ -20,15 +17,15 @@ from l4ctx.formatting import human_bytes, printable
 from l4ctx.machine.files import SAMPLE_BYTES
 from l4ctx.machine.memory import available_memory
 
-_SURELY_FREE = 2**24  # bytes; for less nobody is asked what is free
+_SURELY_FREE = 2**24  # bytes; less needs no look at the free memory
 
 
 class LeftOutError(Exception):
-    """A document that is not read, with the reason."""
+    """A file is left out; the message is the reason."""
 
 
 NOT_READ = (LeftOutError, ImageError, PdfError, UndecodableError)
-"""Raised for what is not read and, unlike a missing file, does not stop the reading."""
+"""Raised for files that are left out, with the reason as message; the reading goes on."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +38,9 @@ class ContentReader:
     keep_payload: bool = False
 
     def check(self, path: str | None, sample: bytes, size: int | None) -> None:
-        """Raises NOT_READ for a file that is not wanted, by its first bytes, and DocumentMemoryError.
+        """Raises one of NOT_READ for a file that is left out, judged by its first bytes; and DocumentMemoryError.
 
-        `size` in bytes; None where nobody knows it, as of a pipe.
+        `size` is in bytes; None if unknown, as for a pipe.
         """
         if is_pdf(sample):
             check_support()
@@ -61,7 +58,7 @@ class ContentReader:
             )
 
     def read(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
-        """What a document shows, what was left out of its text, and notes. Raises NOT_READ."""
+        """The content, what was left out of its text, and notes. Raises one of NOT_READ."""
         if is_pdf(raw):
             parts, notes = read_pdf(source, raw, path, mode=self.pdf)
             return tuple(parts), None, notes
@@ -82,7 +79,7 @@ class ContentReader:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Says of which document the memory is not enough."""
+    """Adds the name of the document to errors about memory."""
     try:
         yield
     except DocumentMemoryError as error:
@@ -92,13 +89,13 @@ def naming(name: str) -> Iterator[None]:
 
 
 def _free_memory(unknown: int) -> int:
-    """Bytes; `unknown` where the system does not tell."""
+    """In bytes; `unknown` if the system does not report it."""
     free = available_memory()
     return unknown if free is None else free
 
 
 def _named(found: Kind | None, path: str | None) -> str:
-    """What a file is that is left out, and what to do."""
+    """The kind of a file that is left out, and what to do about it."""
     if found is None:
         return "binary"
     file = "FILE" if path is None else shlex.quote(printable(path))

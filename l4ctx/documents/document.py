@@ -14,18 +14,18 @@ Content = str | tuple[str | DocumentImage, ...]
 
 
 class DocumentError(InputError):
-    """What the user asked to read cannot be read: one line that says what, where and how to mend it."""
+    """Something that the user asked for cannot be read; one line says what, where, and how to mend it."""
 
 
 class DocumentMemoryError(DocumentError):
-    """A document that there is not enough memory to read."""
+    """Not enough memory to read a document."""
 
     exit_code = MEMORY
 
 
 @dataclass(frozen=True)
 class Document:
-    """One thing to be read: a text, or texts and images in their order.
+    """A text, or texts and images in order.
 
     `source` is unique among the documents of one call, printable, and valid Unicode; `sha256` is the digest of the
     raw bytes. A text has its byte order mark dropped and is otherwise as the file has it, line ends included.
@@ -42,7 +42,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """All of its text."""
+        """The concatenated text parts."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -52,7 +52,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file, or a folder with all that is in it, that was left out."""
+    """A file, or a folder with everything in it, that was left out."""
 
     source: str
     reason: str
@@ -60,7 +60,7 @@ class Skipped:
 
 @dataclass
 class DocumentSet:
-    """What was read, what was left out, and what to know about what was read (one line each)."""
+    """What was read, what was left out, and notes on what was read (one line each)."""
 
     documents: list[Document] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -78,7 +78,7 @@ class DocumentSet:
 
     @property
     def characters(self) -> int:
-        """Of the texts that are not taken yet."""
+        """Total length of the texts that have not been taken yet."""
         return sum(len(part) for document in self.documents for part in document.parts if isinstance(part, str))
 
     def require_any(self, paths: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""In which of the older encodings a text is, told by what it would say: letters, words, frequent characters.
+"""Detects which legacy encoding a text is in, by what it would say: letters, words, frequent characters.
 
-Every candidate that decodes all bytes is judged by the same rules; one is believed where its text looks like a
-language's and no other candidate's different text does. A detector (the extra `l4ctx[encodings]`) settles what is too
-short for that. Knows nothing of files.
+Every candidate that decodes all bytes is judged by the same rules. One is accepted if its text looks like a language
+and no other candidate's different text does. A detector (the extra `l4ctx[encodings]`) settles texts that are too short
+for that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXTRA_HINT = 'pip install "l4ctx[encodings]" adds what detects more'
 
 
 class Encoding(NamedTuple):
-    """One that is looked for: its usual name, Python's, and the kind of text in it."""
+    """A candidate: its usual name, its name in Python, and the kind of text in it."""
 
     name: str
     codec: str
@@ -76,7 +76,7 @@ _SIGN_IN_WORD = re.compile(r"(?<=[^\W\d_])[€£¥†‡±×÷µ¬¿¡]|[€£¥
 
 @dataclass(frozen=True)
 class Detected:
-    """What a text is in, or what to say where that is not known.
+    """The encoding of a text, or what to tell the user where it is unknown.
 
     `reason` is None where the text is nearly ASCII, and as well read with replacements; `hint` ends the note then.
     """
@@ -130,7 +130,7 @@ def detect(raw: bytes) -> Detected:
 
 
 def wide_encoding(sample: bytes) -> Encoding | None:
-    """UTF-16 or UTF-32 without a mark, where what begins with `sample` is text in it."""
+    """UTF-16 or UTF-32 without a byte order mark, if what begins with `sample` is text in it."""
     found = []
     for encoding in _WIDE:
         width = 4 if "32" in encoding.name else 2
@@ -145,7 +145,7 @@ def wide_encoding(sample: bytes) -> Encoding | None:
 
 
 def _wide_share(text: str) -> float:
-    """Which share of the characters is to be expected; 0 with one that no text has."""
+    """The share of characters that are plausible; 0 if one occurs that no text has."""
     usual = 0
     for char, count in _counted(text).items():
         if unicodedata.category(char) in ("Cc", "Cn", "Co") and char not in "\t\n\r\f\v\x1b":
@@ -188,12 +188,12 @@ def _telling_lines(raw: bytes) -> bytes:
 
 
 def _begins_as(part: bytes, codec: str) -> str | None:
-    """The text of a part, which may end within a character."""
+    """The text of a part of the bytes, which may end within a character."""
     return next((text for cut in range(4) if (text := _decoded(part[: len(part) - cut], codec)) is not None), None)
 
 
 def _candidates(raw: bytes, part: bytes) -> list[_Candidate]:
-    """Those whose text looks like a language's, the likeliest first."""
+    """The candidates whose text looks like a language, the likeliest first."""
     found = []
     for encoding in (*ENCODINGS, *_WIDE[:2]):
         if encoding in _WIDE:
@@ -231,7 +231,7 @@ def _detector_is_there() -> bool:
 
 
 def _guess(raw: bytes) -> str | None:
-    """The text by the detector's encoding; None without one."""
+    """The text in the encoding that the detector names; None without a detector."""
     if not _detector_is_there():
         return None
     import chardet
@@ -248,7 +248,7 @@ def _beyond_ascii(text: str) -> int:
 
 
 def _judge(encoding: Encoding, text: str) -> _Candidate | None:
-    """None where the text cannot be a language's in that script."""
+    """None if the text cannot be a language in that script."""
     shown = _excerpt(text)
     beyond = {char: count for char, count in _counted(shown).items() if char > "\x7f"}
     total = sum(beyond.values())

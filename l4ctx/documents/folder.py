@@ -1,4 +1,4 @@
-"""What a folder holds, in an order that never changes, and which of it is left out unopened."""
+"""The entries of a folder, in a deterministic order, and which of them are left out unopened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l4ctx.formatting import printable
 
 @dataclass(frozen=True)
 class Entry:
-    """Something met in a folder, still to be looked at."""
+    """An entry of a folder that is still to be read."""
 
     path: str  # as it was reached, by links perhaps
     own: str  # without links on the way to it

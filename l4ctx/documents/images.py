@@ -1,8 +1,6 @@
-"""Image files: recognised by their content, checked, decoded upright to RGB.
+"""Image files: recognised by content, checked, and decoded upright to RGB.
 
-Which files are read at all is left to `l4ctx.documents.reader`; tiles and numbers for the model, to
-`l4ctx.vision.tiles`. Needs Pillow, imported when the first image is read. Colour profiles are ignored, as Meta's
-reference does.
+Pillow is imported when the first image is read. Colour profiles are ignored, as in Meta's reference.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-_MOST_PAGES = 10_000  # of a TIFF, that are counted
+_MOST_PAGES = 10_000  # of a TIFF; further ones are not counted
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names; no other decoder ever runs
 MAX_PIXELS = 2**27  # of one image; some 134 million, 2 GiB at the peak of decoding
@@ -47,7 +45,7 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }  # EXIF orientation -> the PIL.Image.Transpose that undoes it
 _SHADES = [(value + 128) // 257 for value in range(1 << 16)]  # 16 bits to 8, rounded
-_SURELY_FREE = 2**28  # bytes; for less nobody is asked what is free
+_SURELY_FREE = 2**28  # bytes; less needs no look at the free memory
 _BAND = 1 << 20  # bytes of RGB that are hashed at once
 _MOST_REASON = 100  # characters of Pillow's own words
 
@@ -55,11 +53,11 @@ _warnings_lock = threading.Lock()
 
 
 class ImageError(InputError):
-    """An image that cannot be used; the message is the reason in one line."""
+    """An image cannot be used; the message is the reason in one line."""
 
 
 class ImageMemoryError(ImageError):
-    """An image that there is not enough memory to decode."""
+    """Not enough memory to decode an image."""
 
     exit_code = MEMORY
 

@@ -1,4 +1,4 @@
-"""A Jupyter notebook as the text of its cells, numbered, without their outputs. Plain JSON; knows nothing of files."""
+"""A Jupyter notebook as the text of its cells, numbered and without their outputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def notebook(text: str) -> Notebook | None:
 
 
 def _valid(text: str) -> str:
-    """Half of a surrogate pair, which JSON can spell, is replaced."""
+    """Replaces lone surrogates, which JSON can spell."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

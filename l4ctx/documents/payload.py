@@ -1,6 +1,6 @@
-"""Text that is payload of machines: outputs of notebooks and data: URIs, left out of a document's text.
+"""Machine payload in texts, which is left out: outputs of notebooks, and data: URIs.
 
-How many tokens that saves is counted where there is a tokenizer, by what `Payload` keeps for it.
+`Payload` keeps a sample, from which the number of tokens saved is estimated once there is a tokenizer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _BASE64 = re.compile(  # no two of its alternatives begin alike: it takes linear
 
 @dataclass(frozen=True)
 class Payload:
-    """What was left out of a text: in words, its length in characters, and the beginning of it."""
+    """What was left out of a text: a description, its length in characters, and its beginning."""
 
     what: str
     characters: int
     sample: str
 
     def tokens(self, sample_tokens: int) -> int:
-        """About how many tokens it has, where its sample has so many."""
+        """About how many tokens it has, given those of its sample."""
         return round(sample_tokens * self.characters / max(len(self.sample), 1))
 
 

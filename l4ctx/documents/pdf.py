@@ -1,7 +1,6 @@
 """Pages of a PDF as text and as images, by pdfium (the extra `l4ctx[pdf]`), which runs in a process of its own.
 
-That process is left to `l4ctx.documents.pdf_process`; prompts, folders and what becomes of images, to
-`l4ctx.prompt.builder`, `l4ctx.documents.reader` and `l4ctx.documents.images`.
+`l4ctx.documents.pdf_process` starts and ends that process.
 """
 
 from __future__ import annotations
@@ -36,25 +35,25 @@ if TYPE_CHECKING:
 PDF_MODES = ("text", "pages", "both")  # each page's text, its image, or its text and then its image
 PAGE_PIXELS = 1344  # the longer side of a page's image: 4 tiles of 336
 DOCUMENT_SECONDS = 600.0  # for reading a document, and for every page
-SECONDS_A_PAGE = 1.0  # so much more; what is left of the document then is not read
-MOST_DECODED = 384 << 20  # bytes that pdfium is expected to need for a page, see `page_bytes`
+SECONDS_A_PAGE = 1.0  # on top; what is left of the document after that is not read
+MOST_DECODED = 384 << 20  # bytes that pdfium is assumed to need for a page, see `page_bytes`
 
 _HEADER_BYTES = 1024  # readers look for the header in so many bytes
-_HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is only mentioned
+_HEADER = re.compile(rb"(?:\A\s*|[^\x20-\x7e])%PDF-")  # within a line of text it is a mere mention
 _VERSION = re.compile(rb"%PDF-\d\.\d\s*(?:[\r\n]|\Z)")
 _OBJECT = re.compile(rb"(?:\A|[\r\n\0 ])\d{1,10} \d{1,5} obj\b")
-_FIELD = re.compile(  # of a mail, a form or an answer by HTTP; or a boundary, or the size of a chunk
+_FIELD = re.compile(  # of an email, a form or an HTTP response; or a boundary, or the size of a chunk
     rb"--|[A-Za-z][A-Za-z0-9-]*:|[ \t]+\S|HTTP/[0-9.]+ |[A-Z]+ \S+ HTTP/|[0-9A-Fa-f]{1,8}\s*$"
 )
 _CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 _START_XREF = re.compile(rb"startxref\s+(\d{1,12})\s+%%EOF")
 _TABLE = re.compile(rb"\s*(?:xref\s|\d+ \d+ obj\b)")
-_NAMED_RANGES = 5  # of page numbers in a note; what comes after them is only counted
+_NAMED_RANGES = 5  # of page numbers in a note; further ones are only counted
 _MOST_LOST = 3  # pages of a document that end the process; each may take a minute before
 
 
 class PdfError(Exception):
-    """A PDF document that cannot be read; the message is the reason, in one line and without the document's name."""
+    """A PDF document cannot be read; the message is the reason in one line, without the document's name."""
 
 
 class PdfSupportMissing(PdfError):
@@ -105,7 +104,7 @@ def _names_its_table(raw: bytes, at: int) -> bool:
 
 
 def check_support() -> None:
-    """Raises PdfSupportMissing where what reads PDF documents is not installed."""
+    """Raises PdfSupportMissing if pypdfium2 is not installed."""
     if importlib.util.find_spec("pypdfium2") is None:
         raise PdfSupportMissing
 
@@ -161,7 +160,7 @@ class _File:
         self._bytes = len(raw)
 
     def image(self, number: int, width: int, height: int, sha256: str) -> DocumentImage:
-        """Of a page, with the digest of its pixels."""
+        """The image of a page whose pixels have this digest."""
         name = f"{self._source}, page {number}"
 
         def decode() -> Image:
@@ -214,7 +213,7 @@ class _File:
 
 @dataclass
 class _Read:
-    """What one `read_pdf` call has read, and what it could not."""
+    """What one `read_pdf` call has read, and what it could not read."""
 
     file: _File
     mode: str
@@ -243,7 +242,7 @@ class _Read:
                     self._lose_page(str(error))
 
     def _further_pages(self, raw: bytes) -> None:
-        """All that are left, in one process."""
+        """Reads the pages that are left, in one process."""
         header = {
             "do": "read",
             "mode": self.mode,
@@ -300,7 +299,7 @@ class _Read:
             self.content += _wrapped(number, text, image)
 
     def _lose_page(self, reason: str) -> None:
-        """Of a page, or of the document, that ended the process."""
+        """Records a page that ended the process; raises PdfError if that was the document itself."""
         if not self.pages:
             raise PdfError(f"a PDF that {reason}")
         if self.next > self.pages:
@@ -333,7 +332,7 @@ class _Read:
         return notes
 
     def _without_text(self) -> str:
-        """What a document is that has no text on its pages."""
+        """Why a document without text on its pages cannot be read as text."""
         if self.comments:
             return (
                 f"a PDF without text but for {counted(self.comments, 'comment')} (sticky notes and the like); "

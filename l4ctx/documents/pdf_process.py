@@ -1,8 +1,7 @@
-"""The one process in which pdfium runs: started when it is first needed, kept for the next document, ended in time.
+"""The process in which pdfium runs: started when it is first needed, kept for the next document, killed if it hangs.
 
-A page on which pdfium crashes, runs out of memory or does not come to an end costs that process and nothing more. What
-it is asked, and what is made of its replies, is left to `l4ctx.documents.pdf`; what it does, to
-`l4ctx.documents.pdf_worker`.
+A page on which pdfium crashes, runs out of memory or never ends costs that process and nothing more. The code that it
+runs is `l4ctx.documents.pdf_worker`.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ _COMMAND = (sys.executable, "-P", "-m", "l4ctx.documents.pdf_worker")  # -P: not
 
 
 class NoWorkerError(Exception):
-    """The process cannot be started; the message says why, in one line."""
+    """The process cannot be started; the message says why in one line."""
 
 
 class LibraryMissingError(NoWorkerError):
-    """It finds no pypdfium2."""
+    """pypdfium2 is not installed."""
 
 
 class RefusedError(Exception):
-    """The process says why it does not do what is asked, in one line."""
+    """The process refused a request; the message says why in one line."""
 
 
 class PdfiumError(Exception):
@@ -60,7 +59,7 @@ class PdfiumError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the process sends at a time."""
+    """One message from the process."""
 
     header: dict[str, Any]
     body: bytearray
@@ -163,7 +162,7 @@ class _Worker:
             raise self._failed() from None
 
     def receive(self, seconds: float | None) -> Reply:
-        """The next reply, which has so many seconds to come. Raises RefusedError and PdfiumError."""
+        """The next reply, within so many seconds. Raises RefusedError and PdfiumError."""
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
             header_bytes, body_bytes = FRAME.unpack(self._next(FRAME.size, deadline))
@@ -180,7 +179,7 @@ class _Worker:
         return Reply(header, body)
 
     def _next(self, count: int, deadline: float | None) -> bytearray:
-        """So many bytes. Raises TimeoutError and PdfiumError."""
+        """Exactly so many bytes. Raises TimeoutError and PdfiumError."""
         taken = bytearray(count)
         left = memoryview(taken)
         while left:
@@ -202,7 +201,7 @@ _worker: _Worker | None = None
 
 
 def _started() -> _Worker:
-    """The process that runs, or a fresh one. Raises NoWorkerError."""
+    """The running process, or a fresh one. Raises NoWorkerError."""
     global _worker
     if _worker is None or not _worker.is_alive():
         if _worker is not None:

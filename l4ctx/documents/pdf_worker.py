@@ -1,4 +1,4 @@
-"""The process that runs pdfium: text and images of pages, for one request after the other on its standard input.
+"""The process that runs pdfium: text and images of pages, for one request after another on its standard input.
 
 Starting it, ending it and limits of time are left to `l4ctx.documents.pdf_process`, what becomes of the pages to
 `l4ctx.documents.pdf`. Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body; that
@@ -49,7 +49,7 @@ _Receive = Callable[[], bytes]  # the body of the request
 
 
 class _DocumentError(Exception):
-    """A document that cannot be read: the reason."""
+    """A document cannot be read; the message is the reason."""
 
 
 class _PageError(Exception):
@@ -57,7 +57,7 @@ class _PageError(Exception):
 
 
 def main() -> None:
-    """Serves until standard input ends; at once then, even within a page."""
+    """Serves until standard input ends; then exits at once, even within a page."""
     requests, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):  # a line that a library prints must not come between replies
@@ -117,7 +117,7 @@ def _be_the_first_to_go() -> None:
 
 
 def _limit_memory(count: int) -> None:
-    """Bytes of address space from now on. Lower limits, of the user's, stand."""
+    """Limits the address space from now on, in bytes. A lower limit set by the user stays."""
     if resource is None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -161,7 +161,7 @@ class _Document:
 
 
 def _held() -> int:
-    """Bytes that this process holds; 0 where that is not known."""
+    """Bytes that this process holds; 0 if unknown."""
     held = process_memory()
     return 0 if held is None else held.anonymous
 
@@ -308,7 +308,7 @@ def _loaded(pdfium: ModuleType, document: _Document, index: int) -> Iterator[Any
 
 
 def _undrawn_fields(pdfium: ModuleType, document: _Document, index: int) -> int:
-    """How many fields of a page have a value, but no appearance: left for a form's program to draw."""
+    """How many form fields of a page have a value but no appearance, which only a form viewer draws."""
     count = 0
     if not document.has_form or not (page := pdfium.FPDF_LoadPage(document.handle, index)):
         return count

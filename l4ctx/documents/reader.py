@@ -1,4 +1,4 @@
-"""Files, folders and standard input become documents, in an order that never changes.
+"""Reads files, folders and standard input as documents, in a deterministic order.
 
 Everything that is left out is reported with its reason.
 """
@@ -119,7 +119,7 @@ class _Reader:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
 
     def _read_stream(self, source: str, stream: BinaryIO) -> None:
-        """What comes through a pipe; of what is not wanted, the beginning alone."""
+        """Reads a pipe; only the beginning, if what it carries is left out."""
         with naming(source):
             sample = stream.read(SAMPLE_BYTES)
             try:
@@ -176,7 +176,7 @@ class _Reader:
                 self.found.notes.append(f"{name}: {problem}")
 
     def _visit(self, entry: Entry, root: str, top: Rules | None) -> list[Entry]:
-        """Read one entry of a folder, or say why not; the entries of a sub-folder are returned. Raises OSError."""
+        """Reads one entry of a folder, or records why not; returns the entries of a subfolder. Raises OSError."""
         if reason := reason_to_leave_out(entry, root):
             self._skip(entry.source, reason)
             return []

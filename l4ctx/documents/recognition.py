@@ -1,7 +1,4 @@
-"""What a file is, by the first bytes of its content: a text, an image, a PDF, or something else, which has a name.
-
-Suffixes are never asked. Knows nothing of folders or documents; reads nothing itself.
-"""
+"""What a file is, by its first bytes: text, an image, a PDF, or some other kind with a name. Suffixes do not count."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a file is that is neither text nor an image nor a PDF.
+    """The kind of a file that is neither text nor an image nor a PDF.
 
     `name` has its article; `remedy`, if there is one, says what to do, with {file} where the file's name stands.
     """
@@ -102,7 +99,7 @@ _STREAMS = {  # of an OLE2 compound file
 
 
 def binary_kind(sample: bytes) -> Kind | None:
-    """What a file is that begins with `sample` and is known not to be text; None where that has no name here."""
+    """The kind of a file that begins with `sample` and is known not to be text; None if it is none of those known."""
     for prefix, kind in _STARTS.items():
         if sample.startswith(prefix):
             return kind
@@ -146,7 +143,7 @@ def _zip(sample: bytes) -> Kind | None:
 
 
 def _zip_entries(sample: bytes) -> list[tuple[str, bytes]]:
-    """Names in the sample, in their order, each with the bytes that follow it."""
+    """File names in the sample, in order, each with the bytes that follow it."""
     found = []
     at = sample.find(_ZIP)
     while 0 <= at <= len(sample) - 30:

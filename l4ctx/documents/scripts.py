@@ -1,4 +1,4 @@
-"""What text in a language looks like: its letters, its frequent characters, its small words. Data and nothing else."""
+"""What text in a language looks like: its letters, frequent characters and short words."""
 
 from __future__ import annotations
 

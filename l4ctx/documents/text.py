@@ -1,7 +1,6 @@
-"""Bytes of a file to text: which encoding, whether it is text at all, and what could not be decoded.
+"""Bytes of a file to text: whether it is text at all, its encoding, and what could not be decoded.
 
-Knows nothing of files, folders or documents. Which of the older encodings a text is in, `l4ctx.documents.encodings`
-finds out.
+Legacy encodings are detected in `l4ctx.documents.encodings`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import codecs
 from l4ctx.documents.encodings import detect, wide_encoding
 from l4ctx.documents.recognition import binary_kind
 
-SAMPLE_BYTES = 8192  # how much of a file is looked at to tell text from binary
+SAMPLE_BYTES = 8192  # of a file, to tell text from binary
 
 _BYTE_ORDER_MARKS = {  # the longer first: the UTF-32 LE mark begins with the UTF-16 LE one
     codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF8: "utf-8",
@@ -24,7 +23,7 @@ _MOST_BAD = 0.1  # of a text's characters: where more cannot be decoded, its enc
 
 
 class UndecodableError(Exception):
-    """A text in an encoding that is not known: one line, with what to do."""
+    """The encoding of a text is unknown; the message says in one line what to do."""
 
 
 def _marked_encoding(raw: bytes) -> tuple[str, int] | None:
@@ -33,7 +32,7 @@ def _marked_encoding(raw: bytes) -> tuple[str, int] | None:
 
 
 def check_encoding(name: str) -> str:
-    """The codec's own name of an encoding. Raises ValueError for what is none, or no encoding of text."""
+    """The codec's own name for an encoding. Raises ValueError if it is not an encoding of text."""
     try:
         codec = codecs.lookup(name)
     except (LookupError, ValueError):  # ValueError: a NUL character in it
@@ -65,7 +64,7 @@ def is_text(sample: bytes, given: str | None = None) -> bool:
 
 
 def _is_wide(name: str) -> bool:
-    """Whether in this encoding the characters of ASCII have zero bytes."""
+    """Whether ASCII characters have zero bytes in this encoding."""
     return "\0".encode(name, "ignore") != b"\0" and len("a".encode(name, "ignore")) > 1
 
 
@@ -111,7 +110,7 @@ def _by_name(raw: bytes, given: str) -> tuple[str, list[str]]:
 
 
 def _decoded(raw: bytes, name: str, mark_length: int) -> tuple[str, list[str]]:
-    """What cannot be decoded is replaced, with a note."""
+    """The text, with what cannot be decoded replaced, and a note about that."""
     content = memoryview(raw)[mark_length:]  # no copy
     try:
         return str(content, name), []

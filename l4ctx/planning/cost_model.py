@@ -1,7 +1,4 @@
-"""How long the rest of a reading takes: a cost model fitted to the steps that are done.
-
-Knows tokens, operations and seconds; nothing of models, caches or terminals. Imports no torch.
-"""
+"""Predicts how long the rest of a prefill takes, by a cost model fitted to the steps that are done."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ PRIOR_WEIGHT = 0.005
 far apart as the one rate for both weigh like one step missed by 7 %. It decides only where steps cannot."""
 
 OUTLIER = 2.0
-"""A step counts as no more than this many times longer or shorter than expected."""
+"""Outliers are clipped: a step counts as at most this many times longer or shorter than expected."""
 
 CHANGE, CHANGE_STEPS = 1.3, 5
-"""So many steps in a row, all slower (or all faster) than expected by more than this factor: the machine's speed has
-changed."""
+"""If this many steps in a row are all slower, or all faster, than expected by more than this factor, the speed of the
+machine has changed."""
 
 NOW_SECONDS = 5.0
-"""The present rate is that of about so many last seconds, or of the last step if it took longer."""
+"""The current rate averages about the last so many seconds, or the last step if it took longer."""
 
 
 class Rates(NamedTuple):
@@ -49,7 +46,7 @@ class _Step(NamedTuple):
 
 
 Work = Callable[[int, int], Operations]
-"""What it takes to read positions start .. stop - 1."""
+"""The operations to read positions start .. stop - 1."""
 
 
 class CostModel:
@@ -90,13 +87,13 @@ class CostModel:
         self._costs = self._sums.solve()
 
     def seconds(self, start: int, stop: int) -> float:
-        """To read positions start .. stop - 1, at the present speed."""
+        """Seconds to read positions start .. stop - 1 at the current speed."""
         assert self._steps, "nothing is known before the first step"
         return self._predict(*self._operations(start, stop))
 
     @property
     def seconds_left(self) -> float:
-        """From the last step observed to the end of the run."""
+        """Seconds from the last step observed to the end of the run."""
         return self.seconds(self._done, self._stop)
 
     @property

@@ -1,4 +1,4 @@
-"""What `l4ctx inspect` found, as plain, aligned lines for people. Looks at nothing itself."""
+"""The report of `l4ctx inspect` as plain, aligned lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABEL_COLUMNS = 17
 
 
 def listing(report: Report, width: int | None = None) -> str:
-    """The report as plain, aligned lines; broken at words where they are to fit into so many columns."""
+    """The report as plain, aligned lines; with a `width`, wrapped at words to fit into so many columns."""
     kind, lines = ("a checkpoint", _model_lines) if report["kind"] == "model" else ("a saved context", _context_lines)
     version = f", version {report['version']} of the format" if report.get("version") else ""
     text = [f"{report['path']}: {kind}{version}"]
@@ -27,7 +27,7 @@ def listing(report: Report, width: int | None = None) -> str:
 
 
 def _narrow(label: str, value: str, width: int) -> Iterator[str]:
-    """The value beside its label where that leaves enough room, else below it."""
+    """The value beside its label if there is enough room, else below it."""
     if width < LABEL_COLUMNS + NARROWEST_TEXT:
         yield from [label] if label else []
         yield from wrapped(_clean(value), width, INDENT)

@@ -22,14 +22,14 @@ INDENT = 2
 
 
 class FigureTable:
-    """A row a label and its figures, right-aligned below the columns' names; printed with rich."""
+    """Rows of a label and figures, right-aligned below the names of the columns; printed with rich."""
 
     def __init__(self, title: str, columns: Sequence[str]) -> None:
         self._title, self._columns = title, columns
         self._rows: list[tuple[str, tuple[str, ...]]] = []
 
     def add_row(self, label: str, *figures: str) -> None:
-        """One figure a column, "" where there is none; those that are left out at the end are none."""
+        """One figure for each column, "" for none; trailing ones may be left out."""
         self._rows.append((label, figures))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -63,7 +63,7 @@ class FigureTable:
 
 
 class TextTable:
-    """A row a label and a text; a label is "" where the text goes on with what is above."""
+    """Rows of a label and a text; the label is "" where the text continues the row above."""
 
     def __init__(self, title: str) -> None:
         self._title = title

@@ -1,4 +1,4 @@
-"""The memory report for people. Measures nothing itself."""
+"""The memory report as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def memory_table(report: MemoryReport) -> FigureTable:
-    """The memory report for people, a row an owner: bytes predicted for the end, at the most, held, and at the peak."""
+    """One row for each owner of memory: bytes predicted for the end and at most, bytes held, and the measured peak."""
     plan, end, most = report.predicted, report.predicted.end, report.predicted.peak
     table = FigureTable("memory", ("predicted", "at most", "held", "peak"))
 

@@ -1,7 +1,4 @@
-"""Asking git which files of a work tree it ignores, so that nothing in the repository runs a program or makes us wait.
-
-What is ignored where git does not answer is left to `l4ctx.documents.exclusion.gitignore`.
-"""
+"""Asks git which files of a work tree it ignores, in a way that lets no repository run programs or block us."""
 
 from __future__ import annotations
 
@@ -39,11 +36,11 @@ _LIST = ("ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--dir
 
 
 class GitError(Exception):
-    """git does not answer; the message says why, in one line."""
+    """git gives no answer; the message says why in one line."""
 
 
 class GitSlowError(GitError):
-    """It did not come to an end in time."""
+    """git did not finish in time."""
 
 
 @dataclass(frozen=True)

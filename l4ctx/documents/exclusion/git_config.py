@@ -1,6 +1,6 @@
-"""The two settings of git that say what is ignored, read where git itself cannot be asked.
+"""The two settings of git that determine what is ignored, for when git itself cannot be asked.
 
-Only the key itself is looked for: files that a configuration includes are not read.
+Only the keys themselves are read, not files that a configuration includes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What files of patterns leave out of a folder, as git has it: `.gitignore`, `.git/info/exclude`, core.excludesFile.
-
-Matching is left to `l4ctx.documents.exclusion.wildmatch`, asking git itself to `l4ctx.documents.exclusion.git`, walking
-folders to `l4ctx.documents.reader`.
-"""
+"""What pattern files leave out of a folder, as in git: `.gitignore`, `.git/info/exclude` and core.excludesFile."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ AUTOMATON_BYTES = 1 << 14  # of patterns that are matched at once
 
 
 class PatternFileError(Exception):
-    """A file of patterns that has no effect, and why."""
+    """A pattern file has no effect; the message says why."""
 
 
 @dataclass

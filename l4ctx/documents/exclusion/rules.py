@@ -1,8 +1,6 @@
-"""Which rules of exclusion hold in a folder: git's own answer in a work tree, else those of the files of patterns.
+"""Which exclusion rules apply in a folder: git's own answer in a work tree, else those of the pattern files.
 
-`l4ctx.documents.exclusion.git` asks git, `l4ctx.documents.exclusion.gitignore` reads patterns and
-`l4ctx.documents.exclusion.git_config` finds those beside `.gitignore` files; walking folders is left to
-`l4ctx.documents.reader`.
+`git` asks git, `gitignore` reads pattern files, and `git_config` finds those that are not `.gitignore` files.
 """
 
 from __future__ import annotations

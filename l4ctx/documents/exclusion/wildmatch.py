@@ -1,7 +1,6 @@
-"""Patterns of `.gitignore` files matched as git's wildmatch does, all of a file's at once and without backtracking.
+"""Matches patterns of `.gitignore` files as git's wildmatch does: all of a file's at once, without backtracking.
 
-Everything is in bytes, as in git. What the lines of a `.gitignore` mean is left to
-`l4ctx.documents.exclusion.gitignore`.
+Patterns and paths are bytes, as in git.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CLASSES = {  # as git's own character table has them: ASCII, vertical tab and f
 
 
 class PatternSet:
-    """Many patterns as one automaton: a step for each byte of a text, whatever the patterns are.
+    """Many patterns as one automaton: one step for each byte of a text, whatever the patterns are.
 
     The states are the bits of an integer: bit n stands before token n of the concatenated patterns, and each pattern
     has one bit more, its end. With `pathname`, stars and classes stay within a component of a path.
