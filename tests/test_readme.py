@@ -174,9 +174,9 @@ def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
         model = name or model
         arguments = ("plan", "--tokens", tokens, "--model", str(tmp_path / model), "--dtype", "bfloat16", "--quiet")
         for options, labelled in (
-            ((), {"host memory in all": memory} | ({"weights": weights} if weights else {})),
-            (("--kv-dtype", "int8"), {"host memory in all": as_int8}),
-            (on_disk, {"host memory in all": beside_disk, "disk in all": disk}),
+            ((), {"host memory, total": memory} | ({"weights": weights} if weights else {})),
+            (("--kv-dtype", "int8"), {"host memory, total": as_int8}),
+            (on_disk, {"host memory, total": beside_disk, "disk, total": disk}),
         ):
             printed = run_here(*arguments, *options).stdout
             for label, size in labelled.items():
