@@ -76,15 +76,21 @@ def ask(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, help="0, the default, always takes the most likely token.", show_default=False),
+        typer.Option(
+            min=0.0, metavar="T", help="0, the default, always takes the most likely token.", show_default=False
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens up to this total probability."),
+        typer.Option(
+            min=0.0, max=1.0, metavar="P", help="Sample from the most likely tokens up to this total probability."
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many of the most likely tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Sample from this many of the most likely tokens.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Sampling seed, for reproducible answers.")
+        int | None, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Sampling seed, for reproducible answers.")
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Sample as the checkpoint's authors recommend.")] = False,
     loop_guard: Annotated[

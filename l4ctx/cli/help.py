@@ -46,6 +46,7 @@ class HelpFormatter(_Formatter):  # type: ignore[misc]
         """Rows of a name and what it means."""
         from l4ctx.cli.wrapping import wrapped
 
+        rows = [(re.sub(r"^([^-\s]\S*) <.*>$", r"\1", name), meaning) for name, meaning in rows]  # types of arguments
         if self.width >= TWO_COLUMNS_FROM:
             super().write_dl(rows, *options, **named)
             return
