@@ -125,12 +125,12 @@ def read_shown(session: Session, activity: Activity) -> None:
 
 def reading_summary(session: Session) -> str | None:
     """What reading documents took; None where nothing of them had to be read."""
-    prompt, kept = session.sized.inputs.prompt, session.sized.kept
+    prompt, written = session.sized.inputs.prompt, session.sized.written
     if not prompt.spans or prompt.documents_stop <= session.sized.reused:
         return None
     timing = session.monitor.timings["prefill"]
     rate = f" ({_rate(timing.tokens / timing.seconds)} tokens/s)" if timing.seconds else ""
-    on_disk = f"; {human_bytes(kept.bytes_on_disk())} on disk" if kept is not None else ""
+    on_disk = f"; {human_bytes(written.bytes_on_disk())} on disk" if written is not None else ""
     return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{on_disk}"
 
 

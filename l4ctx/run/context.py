@@ -1,7 +1,6 @@
-"""What one run does with saved contexts: nothing, answer from one, or keep in one what it reads.
+"""How one run uses saved contexts: not at all, to answer from one, or to save what it reads in one.
 
-Compares what they were made with, and finds what need not be read again. What is in a context's folder is left to
-`l4ctx.contexts`.
+Compares their provenance with the request, and finds what can be reused.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
 
 @dataclass(frozen=True)
 class ContextChoices:
-    """The request's options where a saved context has settled some: given ones may agree with it, but not differ."""
+    """The options of a request where a saved context fixes some: they may repeat what it was made with, not differ."""
 
     request: Request
-    recipe: Recipe | None  # of the context that is there
+    recipe: Recipe | None  # of the existing context
 
     @classmethod
     def of(cls, request: Request) -> ContextChoices:
-        """Raises ContextError, at once, for a context that cannot be used with these options."""
+        """Raises ContextError for a context that cannot be used with these options."""
         context = request.context
         recipe = None
         if context.answer_from is not None:
@@ -58,7 +57,7 @@ class ContextChoices:
 
     @property
     def date(self) -> datetime.datetime:
-        """What the chat template is told: the day of the first reading, so that what follows matches it."""
+        """The date for the chat template: that of the first prefill, so that the token ids stay the same."""
         return self.recipe.pinned_date if self.recipe else datetime.datetime.now().replace(microsecond=0)
 
     @property
@@ -72,8 +71,8 @@ class ContextChoices:
         return cast(KVDtype, self._choice("kv_dtype"))
 
     def attention(self, dtype: str, *, on_accelerator: bool) -> str:
-        """The backend for this computing dtype: the user's; the one that wrote a context that is resumed; or the
-        quickest here."""
+        """The backend for this computing dtype: the user's, else that of the context being resumed, else the fastest
+        here."""
         written_with = self.recipe.attention if self.recipe and self.request.context.save_to else None
         return self.request.compute.attention or written_with or default_attention(dtype, on_accelerator=on_accelerator)
 
@@ -91,7 +90,7 @@ class ContextChoices:
             self.recipe.check(folder, provenance, self._where_the_checkpoint_was(folder))
 
     def saved_layout(self, config: TextConfig, length: int, dtype: str) -> StoreLayout | None:
-        """The store's layout as the context that is there has it, whatever is computed in. Raises ContextError."""
+        """The layout of the existing context's store, whatever dtype is computed in. Raises ContextError."""
         folder = self.request.context.folder
         if self.recipe is None or folder is None:
             return None
@@ -102,7 +101,7 @@ class ContextChoices:
     def recipe_for(
         self, provenance: dict[str, str], layout: StoreLayout, prefill_chunk_size: int, attention: str
     ) -> Recipe:
-        """Of the context that is there, or of the one that is to be made."""
+        """Of the existing context, or of the one to be created."""
         return self.recipe or Recipe(
             **provenance,
             dtype=layout.dtype,
@@ -115,19 +114,19 @@ class ContextChoices:
         )
 
     def kept(self) -> str:
-        """What an interruption leaves before anything is written."""
+        """What an interruption leaves, before anything is written."""
         return "nothing is kept" if self.recipe is None else f"{self.request.context.folder} is as it was"
 
     def _given(self, name: str) -> Any:
         return self.request.kv.dtype if name == "kv_dtype" else getattr(self.request.compute, name)
 
     def _choice(self, name: str) -> Any:
-        """An option as the user gave it, else as the context has it; None or "auto" where neither says."""
+        """The user's option, else the context's; None or "auto" where neither says."""
         given = self._given(name)
         return getattr(self.recipe, name) if given in (None, "auto") and self.recipe else given
 
     def _where_the_checkpoint_was(self, folder: Path) -> str:
-        """In brackets, for a message; nothing where the context does not tell."""
+        """In parentheses, for a message; empty where the context does not say."""
         known, model = saved_checkpoint(folder), self.request.model
         if known is None:
             return ""
@@ -136,17 +135,17 @@ class ContextChoices:
 
 
 class Reuse(NamedTuple):
-    """The prompt's first `tokens` need not be read; `notes` are what a user should know of that."""
+    """How many of the prompt's first tokens are reused, and what the user should know about that."""
 
     tokens: int = 0
     notes: tuple[str, ...] = ()
 
 
-class AnsweredContext:
-    """A context that is answered from, and never changed. To be closed."""
+class ReadContext:
+    """A context to answer from, never changed. Close it."""
 
     def __init__(self, request: Request, note: Callable[[str], None]) -> None:
-        """`note` is told when somebody keeps readers out. Raises ContextError."""
+        """`note` is called while a writer keeps readers waiting. Raises ContextError."""
         from l4ctx.contexts.reader import ContextReader
 
         assert request.context.answer_from is not None
@@ -158,18 +157,18 @@ class AnsweredContext:
 
     @property
     def tokens(self) -> int:
-        """Those that are there: of a context that is still being read, the first ones."""
+        """How many it holds so far: it may still be being read."""
         return self.reader.tokens
 
     @property
     def ends_amid_a_document(self) -> bool:
-        """Whether the context is still being read, and what is there of it ends within one. Raises ContextError."""
+        """Whether it is still being read, and what it holds so far ends within a document. Raises ContextError."""
         return not self.reader.state.is_complete and any(
             span.start < self.tokens < span.stop for span in self.documents()
         )
 
     def documents(self) -> list[Span]:
-        """All that it will hold, also of what is still being read. Raises ContextError."""
+        """All of them, also where it is still being read. Raises ContextError."""
         with with_repair_hint(self.folder):
             return self.reader.context.documents(self.reader.state)
 
@@ -179,7 +178,7 @@ class AnsweredContext:
             return self.reader.context.images(self.reader.state)
 
     def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
-        """Raises ContextError, and RequestError for documents that have nothing to do with it."""
+        """What it holds of this prompt. Raises ContextError, and RequestError for documents with nothing in common."""
         from l4ctx.contexts.reuse import reusable
 
         total = len(prompt.ids)
@@ -212,17 +211,17 @@ class AnsweredContext:
         if first is not None and common_prefix(context.ids(state), ids) < min(first.stop, self.tokens):
             add = " ".join(f"--add {shlex.quote(path)}" for path in self._request.sources.paths[:3])
             raise RequestError(
-                f"these documents begin otherwise than those of {self.folder}, so that "
-                f"nothing would be taken from it: {add} adds them to what it holds; without --context "
+                f"these documents start differently from those in {self.folder}, so nothing of it could be "
+                f"reused: {add} adds them to what it holds; without --context "
                 "the answer is from them alone"
             )
 
 
-class KeptContext:
-    """A context that is written to: what is read is kept in it. To be closed."""
+class WrittenContext:
+    """A context that what is read is saved in. Close it."""
 
     def __init__(self, choices: ContextChoices, recipe: Recipe) -> None:
-        """Makes or opens it. Raises ContextError and DiskFullError."""
+        """Creates or opens it. Raises ContextError and DiskFullError."""
         from l4ctx.contexts.writer import ContextWriter
 
         request = choices.request
@@ -232,7 +231,8 @@ class KeptContext:
         self.writer: ContextWriter = ContextWriter(self.folder, recipe, request.model)
 
     def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
-        """Begins the reading: what is damaged or changed is dropped. Raises ContextError and DiskFullError."""
+        """Starts writing: drops what is damaged or changed, and says what is left. Raises ContextError,
+        DiskFullError."""
         from l4ctx.contexts.reuse import why_unusable
 
         request, writer = self._choices.request, self.writer
@@ -240,7 +240,7 @@ class KeptContext:
         ids, has_system_prompt = memoryview(prompt.ids)[: prompt.documents_stop], bool((request.system or "").strip())
         with with_repair_hint(self.folder):
             damage = writer.drop_damaged(verify=request.context.verify)
-            notes += [f"{text}; it is read anew from there" for text in damage]
+            notes += [f"{text}; it is read again from there on" for text in damage]
             if not request.context.replace:
                 self._check_loss(prompt, layout, has_system_prompt)
             why = ""
@@ -260,7 +260,7 @@ class KeptContext:
             self.writer.restore(cache, tokens)
 
     def finish(self, cache: HybridKVCache) -> None:
-        """Keeps what lies behind the last sealed block, too: the reading has come to its end."""
+        """Saves the tail after the last sealed block: the documents have been read."""
         if not self.writer.tip.is_complete:
             self.writer.finish(cache)
 
@@ -268,13 +268,12 @@ class KeptContext:
         """What an interruption leaves."""
         if not self.writer.context.states:
             return self._choices.kept()
-        self.writer.close()  # what is on its way to the disk counts, too
+        self.writer.close()  # waits for writes in flight
         tip = self.writer.tip
         if tip.is_complete:
             return f"all {tip.tokens:,} tokens of the documents are kept in {self.folder}"
         return (
-            f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.folder}; the same command "
-            "goes on from there"
+            f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.folder}; the same command resumes there"
         )
 
     def bytes_on_disk(self) -> int:
@@ -284,7 +283,7 @@ class KeptContext:
         self.writer.close()
 
     def _check_loss(self, prompt: Prompt, layout: StoreLayout, has_system_prompt: bool) -> None:
-        """Raises ContextError where the context would lose documents that nobody said it may lose."""
+        """Raises ContextError where the context would lose documents without --replace."""
         from l4ctx.contexts.guard import Reading, check_loss
 
         paths = self._choices.request.sources.paths
@@ -300,15 +299,15 @@ class KeptContext:
 
 @contextmanager
 def with_repair_hint(folder: Path | None) -> Iterator[None]:
-    """Damage in a context's file ends as an error that says what can be done."""
+    """Turns damage in a context's files into an error that says how to repair it."""
     from cache.errors import DiskError, UnreadableError
 
     try:
         yield
     except UnreadableError as error:
         raise ContextError(
-            f"{error}; {folder} is left as it is: see to that and run the same command again, "
-            "or let l4ctx prefill with the same documents, the same -o and --verify read it anew"
+            f"{error}; {folder} was not changed: fix that and run the same command again, "
+            "or read it again: l4ctx prefill with the same documents, the same -o and --verify"
         ) from None
     except DiskError as error:
         raise ContextError(

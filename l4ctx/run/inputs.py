@@ -1,7 +1,7 @@
-"""The first stage of a run: what the request names is read and becomes a prompt.
+"""The first stage of a run: reads what the request names and builds the prompt.
 
-Ordered so that what can be refused is refused early: arguments, contexts and documents before torch is imported, shards
-before text is tokenized.
+The order makes refusals early: arguments, contexts and documents are checked before torch is imported, shards before
+text is tokenized.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
 from l4ctx.machine.device import expect_no_numpy, usable_device
-from l4ctx.run.context import AnsweredContext, ContextChoices
+from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions, Request, SourceOptions
@@ -38,7 +38,7 @@ SKIPPED_LINES = 12
 
 @dataclass(frozen=True)
 class Sources:
-    """What was read, before any of it is tokenized."""
+    """What was read, not tokenized yet."""
 
     config: TextConfig
     images: ImageUse
@@ -47,7 +47,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Weights:
-    """The text model's, as they are stored."""
+    """The text model's weights as they are stored."""
 
     parameters: int
     dtype: str
@@ -63,39 +63,39 @@ class Weights:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checkpoint says beside its tokenizer, and the device to compute on: all that can be refused early."""
+    """The checkpoint but for its tokenizer, and the device: everything that can be refused before tokenizing."""
 
     weights: Weights
     generation: GenerationConfig
     sampling: Sampling
     device: torch.device
-    provenance: dict[str, str]  # the fingerprint that saved contexts are compared by; empty where there is none
+    provenance: dict[str, str]  # fingerprint, to compare with a saved context; empty without one
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A prompt, and all that its plan depends on."""
+    """A prompt, and everything that its plan depends on."""
 
     request: Request
     config: TextConfig
     choices: ContextChoices
     checked: Checked
-    context: AnsweredContext | None
+    context: ReadContext | None
     tokenizer: Tokenizer
-    prompt: Prompt  # of what a context holds already, nothing
-    images: ImageReading | None  # where images are among the documents
+    prompt: Prompt  # without what `context` holds
+    images: ImageReading | None  # None without images
     skipped: Sequence[Skipped]
-    prompt_tokens: int  # with those that a context holds
+    prompt_tokens: int  # including those that `context` holds
     max_new_tokens: int
 
     @property
     def length(self) -> int:
-        """Positions that prompt and answer may take."""
+        """Positions for prompt and answer."""
         return self.prompt_tokens + self.max_new_tokens
 
     @property
     def reading_stop(self) -> int:
-        """The position up to which the prompt is read."""
+        """Where prefill ends."""
         return self.prompt.documents_stop if self.request.question is None else self.prompt_tokens - 1
 
 
@@ -118,7 +118,7 @@ def read_sources(
 
 
 def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, Sources]:
-    """Reads the configuration, what a saved context was made with, and the documents.
+    """Reads the configuration, the provenance of a saved context, and the documents.
 
     Raises ConfigError, ContextError, DocumentError and RequestError.
     """
@@ -175,7 +175,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     if sources.documents.has_images:
         has_context = request.context.folder is not None
         reading = sources.images.prepare(tokenizer, sources.images.stored_tensors(), with_digests=has_context)
-    held = _leave_out_what_is_held(request, context, sources.documents, monitor.note)
+    held = _drop_held_documents(request, context, sources.documents, monitor.note)
     prompt = build_prompt(
         tokenizer,
         template,
@@ -186,7 +186,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         first_index=held + 1,
         progress=_tokenizing(monitor.tell, sources.documents.characters),
     )
-    prompt_tokens = _keep_what_is_asked(request, context, prompt, tokenizer)
+    prompt_tokens = _cut_prompt(request, context, prompt, tokenizer)
     monitor.timings["tokenize"] = Timing(time.perf_counter() - began, len(prompt.ids))
     for text in prompt.notes:
         monitor.note(text)
@@ -245,11 +245,11 @@ def _sampling(asked: AnswerOptions, generation: GenerationConfig, note: Callable
     return sampling
 
 
-def _opened(request: Request, monitor: Monitor) -> AnsweredContext | None:
-    """The context that is answered from."""
+def _opened(request: Request, monitor: Monitor) -> ReadContext | None:
+    """The context to answer from, opened."""
     if request.context.answer_from is None:
         return None
-    context = AnsweredContext(request, monitor.note)
+    context = ReadContext(request, monitor.note)
     monitor.resources.callback(context.close)
     return context
 
@@ -258,10 +258,10 @@ def _tokenizing(tell: Callable[[str], None], characters: int) -> Callable[[int, 
     return lambda done, tokens: tell(f"tokenizing: {done:,} of {characters:,} characters, {tokens:,} tokens")
 
 
-def _leave_out_what_is_held(
-    request: Request, context: AnsweredContext | None, found: DocumentSet, note: Callable[[str], None]
+def _drop_held_documents(
+    request: Request, context: ReadContext | None, found: DocumentSet, note: Callable[[str], None]
 ) -> int:
-    """Of documents that are added to a context, those that it holds; returns the number that it holds."""
+    """Drops documents that the context holds already; returns how many documents it holds."""
     from l4ctx.documents.added import added_documents
 
     if context is None or not request.context.is_added_to:
@@ -275,10 +275,10 @@ def _leave_out_what_is_held(
     return len(held)
 
 
-def _keep_what_is_asked(request: Request, context: AnsweredContext | None, prompt: Prompt, tokenizer: Tokenizer) -> int:
-    """Where the documents are in a context, the question alone; where nothing is asked, the documents alone.
+def _cut_prompt(request: Request, context: ReadContext | None, prompt: Prompt, tokenizer: Tokenizer) -> int:
+    """Cuts the prompt to the question where the documents are in a context, and to the documents without a question.
 
-    Returns the tokens of the whole prompt, with those that the context holds.
+    Returns the length of the whole prompt in tokens, including those that the context holds.
     """
     from l4ctx.prompt.builder import DOCUMENT_END
 
@@ -295,7 +295,7 @@ def _keep_what_is_asked(request: Request, context: AnsweredContext | None, promp
 
 
 def _answer_length(request: Request, prompt_tokens: int, positions: int) -> int:
-    """Tokens that the answer may have; 0 where nothing is asked. Raises RequestError."""
+    """Maximum tokens of the answer; 0 without a question. Raises RequestError."""
     if request.question is None:
         return 0
     left = positions - prompt_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from l4ctx.run.context import AnsweredContext
+from l4ctx.run.context import ReadContext
 from l4ctx.run.session import Session
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run_report(session: Session) -> dict[str, Any]:
     }
 
 
-def _how_far(context: AnsweredContext | None) -> dict[str, Any]:
+def _how_far(context: ReadContext | None) -> dict[str, Any]:
     """Where the context is still being read: how many of its tokens are there, and how many it will have."""
     if context is None or context.reader.state.is_complete:
         return {}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answer:
-    """As far as it is generated. `stop_reason` is None until its end; `loop` is what ended it by repetition."""
+    """What has been generated so far. `stop_reason` is None until the end; `loop` is the repetition that ended it."""
 
     text: str = ""
     tokens: int = 0
@@ -40,14 +40,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Session:
-    """`prefill` and then `decode` are to be called once; `answer` grows meanwhile."""
+    """A model and a cache. Call `prefill`, then `decode`, once each; `answer` grows meanwhile."""
 
     sized: Sized
     monitor: Monitor
     model: Transformer
     cache: HybridKVCache
-    features: ImageFeatures | None  # of the images that are still to be read
-    scratch: Scratch | None  # where blocks go that no context keeps
+    features: ImageFeatures | None  # of the images still to be read
+    scratch: Scratch | None  # for blocks that no context keeps
     answer: Answer = field(default_factory=Answer)
 
     @property
@@ -55,20 +55,20 @@ class Session:
         return self.sized.inputs.request
 
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Reads all of the prompt that is not there yet but its last token; keeps the documents, if that is asked for.
+        """Prefills the rest of the prompt but its last token; saves the documents, if the request says so.
 
         Raises ContextError and DiskFullError.
         """
-        inputs, kept = self.sized.inputs, self.sized.kept
-        if kept is not None:
+        inputs, written = self.sized.inputs, self.sized.written
+        if written is not None:
             yield from self._read(inputs.prompt.documents_stop)
-            kept.finish(self.cache)
+            written.finish(self.cache)
             self.cache.rows = self.scratch
         if self.request.question is not None:
             yield from self._read(inputs.prompt_tokens - 1)
 
     def decode(self) -> Iterator[str]:
-        """The answer in pieces of text, as they are known. Raises GenerationError."""
+        """Streams the answer in pieces of text. Raises GenerationError."""
         from l4ctx.checkpoint.tokenizer import StreamDecoder
         from l4ctx.engine.generate import generate
         from l4ctx.engine.loop_guard import LoopGuard
@@ -144,7 +144,7 @@ class Session:
 
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
-        """An image that cannot be read any more ends the run; what was read before it may be kept."""
+        """An image that has become unreadable ends the run; the error says what was saved of the part before it."""
         from l4ctx.documents.images import ImageError
 
         try:
@@ -154,7 +154,7 @@ class Session:
 
 
 def load(sized: Sized, monitor: Monitor) -> Session:
-    """Maps or converts the weights, and makes a cache with what need not be read.
+    """Maps or converts the weights, and creates the cache, filled with what is reused.
 
     Raises CheckpointError, ContextError and DiskFullError.
     """
@@ -187,7 +187,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             device=device,
             layout=plan.layout,
             residency=plan.residency,
-            rows=sized.kept.writer if sized.kept else scratch,
+            rows=sized.written.writer if sized.written else scratch,
         )
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
@@ -196,6 +196,6 @@ def load(sized: Sized, monitor: Monitor) -> Session:
 
 
 def open_session(request: Request, monitor: Monitor) -> Session:
-    """All stages up to the point where the prompt is to be read."""
+    """All stages up to prefill."""
     choices, sources = read_request(request, monitor)
     return load(size(make_inputs(choices, sources, monitor), monitor), monitor)

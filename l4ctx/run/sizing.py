@@ -1,4 +1,4 @@
-"""The second stage of a run: what it needs, whether that is there, and what of the prompt need not be read."""
+"""The second stage of a run: how much it needs, whether that is free, and how much of the prompt a context holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
-from l4ctx.run.context import AnsweredContext, KeptContext, Reuse
+from l4ctx.run.context import ReadContext, Reuse, WrittenContext
 from l4ctx.run.inputs import Inputs, Weights
 from l4ctx.run.monitor import Monitor
 from l4ctx.run.request import ComputeOptions, KVDtype, KVOptions
@@ -21,7 +21,7 @@ from model.config import TextConfig
 from model.costs import Operations, reading_operations
 
 ALL_OF_IT = 2**62
-"""Bytes that a context which is only answered from has on disk already: nothing is written."""
+"""What a context that is only read has on disk already, in bytes: nothing will be written."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class PromptSize:
 
 @dataclass(frozen=True)
 class Sized:
-    """A plan that fits, and what need not be read."""
+    """A plan that fits, and what is reused."""
 
     inputs: Inputs
     plan: MemoryPlan
     attention: str
-    kept: KeptContext | None  # the context that is written to
+    written: WrittenContext | None  # the context that what is read is kept in
     reused: int  # tokens
     before: ProcessMemory | None  # what the process held before weights and cache were made
 
     @property
-    def context(self) -> AnsweredContext | KeptContext | None:
-        return self.kept or self.inputs.context
+    def context(self) -> ReadContext | WrittenContext | None:
+        return self.written or self.inputs.context
 
     def operations(self, start: int, stop: int) -> Operations:
         """What reading positions start .. stop - 1 of the prompt takes."""
@@ -64,7 +64,7 @@ def workload_of(
     kv_dtype: KVDtype,
     capacity: Capacity,
 ) -> Workload:
-    """In the dtype that is computed in here."""
+    """The workload in the dtype that this machine computes it in."""
     on_accelerator = capacity.accelerator is not None
     dtype = computing_dtype(
         compute.dtype,
@@ -89,10 +89,10 @@ def workload_of(
 
 
 def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, context: Path | None = None) -> Capacity:
-    """What the machine has, within what the user allows.
+    """What is free on this machine, within the user's limits.
 
-    `accelerator`: bytes free on the one that computes. `disk`: the folder that blocks may be written to; those of
-    `context` are on disk already. Raises RequestError.
+    `accelerator`: bytes free on the one that computes, None on a CPU. `disk`: the folder that blocks may be written to;
+    those of `context` are on disk already. Raises RequestError.
     """
     kv.check_device_memory(on_accelerator=accelerator is not None)
     folder = disk or context
@@ -107,9 +107,9 @@ def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, con
 
 
 def size(inputs: Inputs, monitor: Monitor) -> Sized:
-    """Predicts every owner's bytes, and opens a context that is written to.
+    """Plans memory and disk by owner, and opens a context that is written to.
 
-    Raises MemoryPlanError when they are more than is free, ContextError, and DiskFullError.
+    Raises MemoryPlanError when more is needed than is free, ContextError, and DiskFullError.
     """
     monitor.tell("planning memory")
     request, choices = inputs.request, inputs.choices
@@ -127,23 +127,25 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     attention = choices.attention(workload.dtype, on_accelerator=accelerator is not None)
     folder = request.context.folder
     monitor.tell(f"comparing with {folder}" if folder else "planning memory")
-    kept, reuse = None, Reuse()
+    written, reuse = None, Reuse()
     if inputs.context is not None:
         reuse = inputs.context.reuse(inputs.prompt, plan.layout)
     elif save_to is not None:
         provenance = inputs.checked.provenance
-        kept = KeptContext(choices, choices.recipe_for(provenance, plan.layout, plan.prefill_chunk_size, attention))
-        monitor.resources.callback(kept.close)
-        monitor.kept = kept.kept
-        reuse = kept.reuse(inputs.prompt, plan.layout)
+        written = WrittenContext(
+            choices, choices.recipe_for(provenance, plan.layout, plan.prefill_chunk_size, attention)
+        )
+        monitor.resources.callback(written.close)
+        monitor.kept = written.kept
+        reuse = written.reuse(inputs.prompt, plan.layout)
     for text in reuse.notes:
         monitor.note(text)
     _check_unsaved_rows(inputs, plan, reuse.tokens)
-    return Sized(inputs, plan, attention, kept, reuse.tokens, before)
+    return Sized(inputs, plan, attention, written, reuse.tokens, before)
 
 
 def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
-    """With what saved contexts settle: their layout, and what is on disk already."""
+    """With what a saved context determines: the layout, and what is on disk already."""
     request, choices, prompt = inputs.request, inputs.choices, inputs.prompt
     spans = sorted(prompt.spans, key=lambda span: span.start - span.stop)
     size = PromptSize(
@@ -164,7 +166,7 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
 
 
 def _check_unsaved_rows(inputs: Inputs, plan: MemoryPlan, reused: int) -> None:
-    """Blocks that are read anew beside a context that is only answered from have no place on disk."""
+    """New blocks beside a context that is only read have no place on disk. Raises MemoryPlanError."""
     host, layout = plan.residency.host_rows, plan.layout
     if inputs.context is None or inputs.request.kv.folder is not None or host is None:
         return

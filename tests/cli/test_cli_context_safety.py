@@ -217,8 +217,8 @@ def test_standard_input_and_images_are_added(place: Path, monkeypatch: pytest.Mo
         (
             ["other", "--context", "c"],
             2,
-            "these documents begin otherwise than those of c, so that nothing would be taken "
-            "from it: --add other adds them to what it holds",
+            "these documents start differently from those in c, so nothing of it could be reused: "
+            "--add other adds them to what it holds",
         ),
         (["docs/b.md", "docs", "--context", "c"], 2, "--add docs/b.md --add docs adds them"),
         (["-", "--context", "c"], 2, "--add - adds them"),

@@ -128,7 +128,9 @@ def test_documents_beside_a_context_and_into_it(place: Path, change: str) -> Non
     taken = kept[-1] if differing is None else kept[differing] // CHUNK * CHUNK
     before, paths = files(place), sorted(map(str, Path("docs").iterdir()))
     if differing == 0:
-        check_refused(ask(names[0], "docs", "--context", "c", "--quiet"), 2, "begin otherwise than those of c, so that")
+        check_refused(
+            ask(names[0], "docs", "--context", "c", "--quiet"), 2, "start differently from those in c, so nothing"
+        )
         report = json.loads(ask("a", "docs", "--json", "--quiet").stdout)
     else:
         report = told("docs")
@@ -213,7 +215,7 @@ def test_a_system_prompt_is_kept(place: Path) -> None:
     again = prefill("--system", "Be brief. ")  # as the prompt has it
     assert again.stderr.splitlines()[1] == f"l4ctx: {total:,} of {total:,} tokens are in c already"
     assert told("docs", "--system", "Be brief.")["reused_tokens"] == total
-    check_refused(ask("a", "docs", "--context", "c", "--quiet"), 2, "begin otherwise than those of c")
+    check_refused(ask("a", "docs", "--context", "c", "--quiet"), 2, "start differently from those in c")
 
 
 def test_a_context_among_the_documents_is_not_read(place: Path) -> None:
@@ -348,7 +350,7 @@ def test_an_interrupted_reading_goes_on(place: Path, monkeypatch: pytest.MonkeyP
     check_refused(
         interrupted(monkeypatch, 1, *options),
         130,
-        f"interrupted; 0 of {total:,} tokens are kept in c; the same command goes on from there",
+        f"interrupted; 0 of {total:,} tokens are kept in c; the same command resumes there",
     )
     check_refused(interrupted(monkeypatch, 3, *options), 130, f"interrupted; {ROW:,} of {total:,} tokens are kept in c")
     check_refused(
@@ -415,7 +417,7 @@ def test_damage_is_named_and_mended(place: Path, what: str) -> None:
     assert files(place) == before
     mended = prefill(*[] if is_told else ["--verify"])
     assert mended.code == 0 and f"l4ctx: {damaged}: " in mended.stderr
-    assert "; it is read anew from there\n" in mended.stderr
+    assert "; it is read again from there on\n" in mended.stderr
     assert block_digests(Path("c")) == digests and run_here("inspect", "c", "--verify").code == 0
     check_answers(names="ac")
 

@@ -232,7 +232,7 @@ def test_a_context_tells_its_images() -> None:
 
 
 def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that says what is kept; the same command goes on from there."""
+    """One line that says what is kept; the same command resumes there."""
     from l4ctx.run import session
 
     text_file(Path("docs/a.md"), f"{DOCUMENT}{'word ' * 9000}\n")
@@ -250,7 +250,7 @@ def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPa
             refused,
             2,
             "docs/b.png: changed since it was first read; ",
-            " tokens are kept in c; the same command goes on from there",
+            " tokens are kept in c; the same command resumes there",
         )
         image().save("docs/b.png")
         check_refused(run_here("ask", QUESTION, "docs", "--quiet"), 2, "first read; nothing is kept")

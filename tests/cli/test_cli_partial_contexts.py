@@ -260,8 +260,8 @@ def test_an_unreadable_block_is_no_damage(place: Path, monkeypatch: pytest.Monke
             check_refused(
                 result,
                 7,
-                f"{block}: cannot be opened: Permission denied; c is left as it is: see to that "
-                "and run the same command again, or let l4ctx prefill with the same documents, the same -o ",
+                f"{block}: cannot be opened: Permission denied; c was not changed: fix that "
+                "and run the same command again, or read it again: l4ctx prefill with the same documents, the same -o ",
             )
     check_answers()
 
