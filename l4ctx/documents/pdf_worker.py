@@ -1,9 +1,8 @@
 """The process that runs pdfium: text and images of pages, for one request after another on its standard input.
 
-Starting it, ending it and limits of time are left to `l4ctx.documents.pdf_process`, what becomes of the pages to
-`l4ctx.documents.pdf`. Imports neither torch nor Pillow. A request or reply is FRAME, a header in JSON and a body; that
-of a request is to follow the reply that it is "wanted". pdfium may end the process at any moment: it aborts where
-memory is short. Every other error ends it too, and its reader says so.
+A request or reply is FRAME, a header in JSON and a body; that of a request is to follow the reply that it is "wanted".
+pdfium may end the process at any moment: it aborts where memory is short. Every other error ends it too, and its reader
+says so (`l4ctx.documents.pdf_process`). Imports no Pillow.
 
 The document that pages are drawn from stays open between requests: one, until another is read or drawn from, or nobody
 has asked for _KEPT_SECONDS. Beside its bytes, pdfium holds what it has parsed and copied of it: _MOST_GROWTH and a page
