@@ -1,1 +1,1 @@
-"""Llama 4 in plain PyTorch: mathematics only. Where keys and values live is the business of `cache`."""
+"""Llama 4 in plain PyTorch: the mathematics only. The KV cache is in `cache`."""

@@ -1,7 +1,7 @@
-"""One layer's self-attention: projections, rotary embedding, QK norm, temperature; and the seam to the cache.
+"""One layer's self-attention: projections, rotary embedding, QK norm, temperature tuning; and the KV cache interface.
 
-There is no branch on the kind of cache: it stores what `append` gives it, and `segments` hands back what the queries
-may see. Knows nothing of where keys and values live.
+Attention has no branch on the kind of cache: the cache stores what `append` is given, and `segments` yields what the
+queries may attend to, wherever it was kept.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ from model.rope import phases, rotate
 
 
 class KVCache(Protocol):
-    """What the model asks of a cache. All rows of a batch share one offset; there is no padding."""
+    """The interface that the model needs from a KV cache. All rows of a batch share one offset; there is no padding."""
 
     offset: int
-    """Committed tokens: the absolute position of the first token of this forward."""
+    """Number of committed tokens, which is the absolute position of the first token of this forward."""
 
     length: int
-    """Tokens that the run will hold at most; rope_type longrope picks its table by it."""
+    """The most tokens that the run will hold; rope_type longrope chooses its table by it."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values (B, H_kv, T, D) of the new tokens at `offset`; `segments` shows them at once."""
+        """Stores keys and values (B, H_kv, T, D) of the new tokens at `offset`; visible to `segments` immediately."""
 
     def segments(self, layer: int, queries: range) -> Iterable[KVSegment]:
-        """What queries at these absolute positions may need, oldest first; a segment is valid until the next one."""
+        """Yields what queries at these absolute positions may need, oldest first.
+
+        A segment is valid until the next one is requested.
+        """
         ...
 
     def advance(self, num_tokens: int) -> None:
-        """Commits the new tokens of all layers."""
+        """Commits the new tokens in all layers."""
 
 
 class Step(NamedTuple):
-    """What all layers of one forward share."""
+    """What is the same for all layers in one forward."""
 
     positions: range  # absolute positions of the new tokens
     rotation: Tensor  # (T, D // 2) complex64, for RoPE layers
@@ -84,7 +87,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * d, c, bias=bias)
 
     def forward(self, x: Tensor, step: Step, queries: range) -> Tensor | None:
-        """x (B, T, C) -> attention of the `queries` among the new positions (B, len(queries), C); None for no query."""
+        """x (B, T, C) -> attention output for the positions `queries`, (B, len(queries), C); None if there are none."""
         keys = self._rotated(self._heads(self.k_proj(x)), step.rotation).transpose(1, 2)
         values = self._heads(self.v_proj(x)).transpose(1, 2)
         if step.cache is not None:
@@ -106,7 +109,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
 
     def _rotated(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """Rotary embedding of x (B, T, H, D), then the norm over each head: RoPE layers only."""
+        """Applies rotary embedding to x (B, T, H, D), then QK norm over each head. In RoPE layers only."""
         if not self.uses_rope and self.qk_norm_eps is None:
             return x
         return in_pieces(x, lambda piece, here: self._rotated_piece(piece, rotation[here]))

@@ -1,7 +1,7 @@
-"""The text configuration of a Llama 4 checkpoint, its closed-form sizes and its operation counts.
+"""The text configuration of a Llama 4 checkpoint.
 
-Reads `config.json` in all published forms into frozen dataclasses that keep the checkpoint's own names. Imports no
-torch, so that plans and error messages are quick. Knows nothing of tensors, files other than config.json, or caches.
+Reads every published form of `config.json` into frozen dataclasses that keep the checkpoint's own field names. Imports
+no torch, so that planning and errors are fast.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from model.folder import CONFIG, UNREADABLE, read_json
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
 BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
-"""Ways to compute attention; model/kernels/registry.py has them."""
+"""Attention backends, implemented in model/kernels/."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """Rotary embedding parameters, named as in `rope_parameters` (5.x files); None where a type has no such field."""
+    """Rotary embedding parameters, named as in `rope_parameters` (5.x files); None where a type lacks one."""
 
     rope_type: str = "default"
     rope_theta: float = 500000.0
@@ -45,7 +45,7 @@ class RopeParameters:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama 4's text model. Sizes in elements, positions and chunk sizes in tokens.
+    """Configuration of Llama 4's text model. Sizes are in elements, positions and chunk sizes in tokens.
 
     `no_rope_layers[i]` is 1 where layer i USES rotary embedding (RoPE, chunked attention) and 0 where it does not
     (NoPE, full attention), as in the published files.
@@ -96,7 +96,7 @@ class TextConfig:
 
     @classmethod
     def from_file(cls, file: Path, missing: str) -> TextConfig:
-        """Reads a config.json. Raises ConfigError, with the message `missing` where there is none."""
+        """Reads a config.json. Raises ConfigError, with the message `missing` if there is no such file."""
         raw = read_config(file, missing)
         try:
             return cls.from_dict(raw)
@@ -105,7 +105,7 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Any) -> TextConfig:
-        """From the parsed config.json: nested (`llama4`) or flat (`llama4_text`), 4.x or 5.x rope fields."""
+        """From a parsed config.json: nested (`llama4`) or flat (`llama4_text`), with 4.x or 5.x rope fields."""
         if not isinstance(raw, Mapping):
             raise ConfigError("the top level is not an object")
         text = _text_part(raw)
@@ -145,11 +145,11 @@ class TextConfig:
 
 
 def no_config(folder: Path) -> str:
-    return f"{folder}: no {CONFIG} there; a checkpoint folder is expected"
+    return f"{folder}: no {CONFIG} there; expected a checkpoint folder"
 
 
 def read_config(file: Path, missing: str) -> Any:
-    """The parsed config.json. Raises ConfigError, with the message `missing` where there is none."""
+    """Parses a config.json. Raises ConfigError, with the message `missing` if there is no such file."""
     try:
         return read_json(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -159,13 +159,13 @@ def read_config(file: Path, missing: str) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value of a configuration as an error names it, however long it is."""
+    """A configuration value for an error message, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 class FieldReader:
-    """Typed access to a configuration's fields; null means the default, a wrong type is named."""
+    """Typed access to configuration fields: null means the default; a wrong type raises ConfigError with the name."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields = fields
@@ -187,7 +187,7 @@ class FieldReader:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """Released files hold `attn_temperature_tuning: 4`, which means true."""
+        """Accepts integers too: released files have `attn_temperature_tuning: 4`, which means true."""
         value = self.value(name, default)
         if not isinstance(value, bool | int):
             raise ConfigError(f"{name}: {shown(value)} is neither true nor false")
@@ -195,13 +195,13 @@ class FieldReader:
 
 
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of the text model. In a nested file they alone count, as for the reference."""
+    """The text model's fields. In a nested file only these count, as in the reference."""
     names = raw.get("architectures") or []
     if not isinstance(names, list) or any(name not in list(ARCHITECTURES) for name in names):
-        raise ConfigError(f"architectures: {names!r} is not supported; {' or '.join(ARCHITECTURES)} is")
+        raise ConfigError(f"architectures: {names!r} is not supported; must be {' or '.join(ARCHITECTURES)}")
     model_type = raw.get("model_type", ARCHITECTURES[names[0]] if names else None)
     if model_type not in list(ARCHITECTURES.values()):
-        raise ConfigError(f"model_type: {model_type!r} is not supported; llama4 or llama4_text is")
+        raise ConfigError(f"model_type: {model_type!r} is not supported; must be llama4 or llama4_text")
     text = raw if model_type == "llama4_text" else raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError("text_config: missing, though model_type is llama4")
@@ -209,7 +209,7 @@ def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
-    """As the reference looks for it: the outer one first, and the name of 5.x files before that of 4.x files."""
+    """Same lookup order as the reference: top level first, and `dtype` (5.x files) before `torch_dtype` (4.x files)."""
     found = (part.get(name) for part in (raw, text) for name in ("dtype", "torch_dtype"))
     return next((dtype for dtype in found if dtype is not None), None)
 
@@ -217,15 +217,15 @@ def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None
 def _chunk_size(text: Mapping[str, Any]) -> int:
     if "attention_chunk_size" in text and text["attention_chunk_size"] is None:
         raise ConfigError(
-            "attention_chunk_size: null means RoPE layers without chunks, which transformers refuses, "
-            "too; the released checkpoints have 8192, and the value of max_position_embeddings makes "
-            "one chunk of everything"
+            "attention_chunk_size: null means RoPE layers without chunks, which transformers rejects, "
+            "too; the released checkpoints use 8192, and the value of max_position_embeddings gives "
+            "a single chunk"
         )
     return FieldReader(text).integer("attention_chunk_size", 8192)
 
 
 def _no_rope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """One flag a layer, 1 for RoPE. An absent, null or empty list means: NoPE at every interval's end."""
+    """One flag per layer, 1 for RoPE. If absent, null or empty, every `no_rope_layer_interval`-th layer is NoPE."""
     flags = text.get("no_rope_layers")
     if not flags:
         interval = FieldReader(text).integer("no_rope_layer_interval", 4)
@@ -236,7 +236,7 @@ def _no_rope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Layers with experts. An absent or null list means every `interleave_moe_layer_step`-th; an empty one none."""
+    """Indices of MoE layers. Absent or null means every `interleave_moe_layer_step`-th layer; an empty list, none."""
     listed = text.get("moe_layers")
     if listed is None:
         step = FieldReader(text).integer("interleave_moe_layer_step", 1)
@@ -253,7 +253,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
     rope_type = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"rope_type: {rope_type!r} is not supported; one of {', '.join(ROPE_TYPES)} is")
+        raise ConfigError(f"rope_type: {rope_type!r} is not supported; must be one of {', '.join(ROPE_TYPES)}")
     for where in (fields, text):
         if where.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ConfigError("partial_rotary_factor: only 1.0 is supported")
@@ -281,7 +281,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
 
 
 def _positive(name: str, value: Any) -> Any:
-    """A rope parameter as it was, lists as tuples, if its numbers are positive and finite."""
+    """Returns a rope parameter unchanged, lists as tuples, after checking that its numbers are positive and finite."""
     is_table = name in ("short_factor", "long_factor")
     if value is None or (isinstance(value, bool) and name == "truncate"):
         return value
@@ -302,7 +302,7 @@ def _mapping(text: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
-    """Refuses, by name, what is inconsistent or would be computed wrongly."""
+    """Raises ConfigError for fields that are inconsistent or that would be computed incorrectly."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
@@ -315,7 +315,7 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
     if config.num_experts_per_tok > config.num_local_experts:
         raise ConfigError(f"num_experts_per_tok: {config.num_experts_per_tok} of {config.num_local_experts} experts")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act: {text['hidden_act']!r} is not supported; silu is")
+        raise ConfigError(f"hidden_act: {text['hidden_act']!r} is not supported; must be silu")
     for name in ("short_factor", "long_factor"):
         factors = getattr(config.rope_parameters, name)
         if factors is not None and len(factors) != config.head_dim // 2:

@@ -1,4 +1,4 @@
-"""Closed forms of the text model: parameters, operations and activation bytes. Imports no torch."""
+"""Closed-form costs of the text model: parameters, operations and activation bytes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.config import TextConfig
 
 @dataclass(frozen=True)
 class Operations:
-    """Useful floating-point operations (a multiply-add counts 2) by kind; nothing masked or skipped is counted."""
+    """Useful floating-point operations by kind; a multiply-add counts as 2. Masked or skipped work is not counted."""
 
     linear: int
     chunked_attention: int
@@ -21,7 +21,7 @@ class Operations:
 
 
 def layer_parameters(config: TextConfig, layer: int, *, active: bool = False) -> int:
-    """Weights of one layer; with `active` only those of matrices that one token is multiplied with."""
+    """Number of weights in one layer; with `active`, only those in the matrices that multiply a given token."""
     c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     attention = c * q + 2 * c * kv + q * c
     expert = 3 * c * config.intermediate_size
@@ -35,14 +35,14 @@ def layer_parameters(config: TextConfig, layer: int, *, active: bool = False) ->
 
 
 def parameter_count(config: TextConfig) -> int:
-    """Weights of the text model; tied embeddings count once."""
+    """Number of weights in the text model; tied embeddings count once."""
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     layers = sum(layer_parameters(config, layer) for layer in range(config.num_hidden_layers))
     return embeddings + config.hidden_size + layers
 
 
 def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
-    """Operations to read tokens start .. stop - 1 into a cache: of the last layer keys and values only, no logits."""
+    """Operations to prefill tokens start .. stop - 1: in the last layer only keys and values, and no logits."""
     tokens = stop - start
     last = config.num_hidden_layers - 1
     linear = sum(2 * tokens * layer_parameters(config, layer, active=True) for layer in range(last))
@@ -55,10 +55,10 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
 
 
 def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
-    """What one forward of `tokens` tokens holds at most besides weights and cache, in bytes; an upper estimate.
+    """Upper estimate of peak memory in one forward of `tokens` tokens besides weights and KV cache, in bytes.
 
-    The larger of attention (residual stream, its norm, projections; output and a segment's share of it being merged in
-    float32) and of a feed-forward whose tokens all fall to one expert.
+    The larger of attention (residual stream, its norm, projections; the output and a segment's partial result being
+    merged in float32) and a feed-forward whose tokens are all routed to one expert.
     """
     c, q, kv = config.hidden_size, query_size(config), kv_size(config)
     merging = 5 * max(q, kv) * 4 + 28 * config.num_attention_heads + 4 * config.head_dim

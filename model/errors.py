@@ -1,20 +1,20 @@
-"""Errors that a user can cause: their root, and those of a checkpoint and of a prompt's length. Imports no torch."""
+"""Errors that a user can cause: the base class, and those for checkpoints and prompt length. Imports no torch."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What a user can cause and mend. The message is one line: what is wrong, where, and how to mend it.
+    """An error that the user can cause and fix. The message is one line: what is wrong, where, and how to fix it.
 
-    Everything else that is raised is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
 
     exit_code: int
-    """What the command exits with; `l4ctx.errors` names the codes."""
+    """The command's exit code; `l4ctx.errors` names the codes."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the field and what would be accepted."""
+    """A configuration that cannot be used; the message names the field and the accepted values."""
 
     exit_code = 3
 

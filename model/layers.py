@@ -1,7 +1,7 @@
-"""Layers whose weights only ever come from a checkpoint: PyTorch's own, without random initialisation, and RMSNorm.
+"""PyTorch layers without random initialisation, since weights always come from a checkpoint; and RMSNorm.
 
-What is computed element by element takes its input in pieces that stay in the processor's caches: PyTorch's own
-kernels would write float32 copies of the whole input to memory, several times its size.
+Elementwise work on a CPU runs in pieces that fit into the processor's caches: PyTorch's kernels would write float32
+copies of the whole input to memory, several times its size.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIECE_ELEMENTS = 2**19
-"""Of such an input that is computed at a time."""
+"""Input elements processed at a time."""
 
 
 class Linear(nn.Linear):
-    """nn.Linear with uninitialised weights: on the meta device drawing numbers costs most of a second and 70 MB."""
+    """nn.Linear without initialisation, which even on the meta device costs most of a second and 70 MB."""
 
     def reset_parameters(self) -> None:
         pass
@@ -29,13 +29,13 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C_in) and weight (C_out, C_in) -> (..., C_out).
 
-    One row on a CPU reads contiguous 16-bit weights at about the speed of memory, by PyTorch's own loop; oneDNN, which
-    it prefers, reaches half of that.
+    For one row on a CPU and contiguous 16-bit weights, oneDNN is disabled: PyTorch's native loop runs at about memory
+    bandwidth, and oneDNN, which PyTorch prefers, at half of that.
     """
     is_one_row = x.numel() == x.shape[-1]
     if not is_one_row or weight.device.type != "cpu" or weight.dtype == torch.float32 or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    enabled = torch._C._get_mkldnn_enabled()  # the public switch warns of other matters
+    enabled = torch._C._get_mkldnn_enabled()  # the public switch emits unrelated warnings
     torch._C._set_mkldnn_enabled(False)
     try:
         return F.linear(x, weight, bias)
@@ -49,7 +49,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a weight (https://arxiv.org/abs/1910.07467)."""
+    """Root-mean-square norm over the last dimension, with learned scale (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -62,7 +62,10 @@ class RMSNorm(nn.Module):
 
 
 def in_pieces(x: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """`function` of x (B, T, ...), which keeps shape and dtype, piece by piece along T; it is told which tokens."""
+    """Applies `function`, which keeps shape and dtype, to x (B, T, ...) in slices along T.
+
+    `function` gets the slice of x and the slice of token indices.
+    """
     tokens = x.shape[1]
     if x.numel() <= PIECE_ELEMENTS or x.device.type != "cpu":
         return function(x, slice(0, tokens))

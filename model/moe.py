@@ -1,7 +1,4 @@
-"""Feed-forward layers: the gated MLP, and the mixture of experts that computes each token in its own experts only.
-
-Knows nothing of attention, positions or checkpoints.
-"""
+"""Feed-forward layers: the gated MLP, and the mixture of experts, which runs each token through its top-k only."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from model.config import TextConfig
 from model.layers import Linear, linear
 
 FEW_COPIES = 8
-"""Of tokens for experts: so few go to them one by one, without being sorted."""
+"""Up to this many token-expert pairs run one by one, without sorting by expert."""
 
 
 class MLP(nn.Module):
@@ -30,9 +27,9 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights as published: transposed with respect to nn.Linear.
+    """The routed experts' weights in the published layout, which is transposed relative to nn.Linear.
 
-    In memory they may lie as nn.Linear's do, which `model.weights.loading` sees to: one token is then quicker.
+    `model.weights.loading` may give them nn.Linear's strides in memory, which makes decoding one token faster.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -42,10 +39,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(e, i, c))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x (N + padding, C) sorted by expert, `counts[e]` rows for expert e, N in all: (N, C).
+        """x (N + padding, C) sorted by expert, with `counts[e]` rows for expert e and N in total -> (N, C).
 
-        One product per expert that has rows, of a number of rows that is rounded up by at most `padding`: those further
-        rows are the next expert's, which then overwrites what was made of them.
+        One product per expert that has rows. Its row count is rounded up by at most `padding`; the surplus rows belong
+        to the next experts, which overwrite their results.
         """
         granularity = len(x) - sum(counts) + 1
         out = torch.empty_like(x)
@@ -59,7 +56,7 @@ class Experts(nn.Module):
         return out[:start]
 
     def one(self, x: Tensor, expert: int) -> Tensor:
-        """x (N, C), all of it for one expert: (N, C)."""
+        """x (N, C), all routed to one expert -> (N, C)."""
         return linear(self._gated(x, expert), self.down_proj[expert].t())
 
     def _gated(self, x: Tensor, expert: int) -> Tensor:
@@ -68,7 +65,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k routing by logits; the sigmoid of each of the k multiplies its expert's INPUT; plus the shared expert."""
+    """Top-k routing by logits; the sigmoid of each chosen logit scales its expert's INPUT; plus the shared expert."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -93,14 +90,14 @@ class MoE(nn.Module):
         out = self.shared_expert(tokens)
         if self.top_k == 1:
             out[order] += routed
-        else:  # every token's experts side by side, so that the sum's order is fixed
+        else:  # gather each token's experts first, so that they are summed in a fixed order
             by_token = torch.empty_like(routed)
             by_token[order] = routed
             out += by_token.view(-1, self.top_k, out.shape[-1]).sum(1)
         return out.view_as(x)
 
     def _token_by_token(self, tokens: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
-        """The same for a few tokens (N, C), such as one of an answer, in fewer steps."""
+        """The same in fewer steps for a few tokens (N, C), as when decoding."""
         out = self.shared_expert(tokens)
         for n, expert in enumerate(experts.flatten().tolist()):
             token = slice(n // self.top_k, n // self.top_k + 1)
@@ -109,10 +106,10 @@ class MoE(nn.Module):
 
 
 def _granularity(x: Tensor, routed: int, num_experts: int) -> int:
-    """The number of rows that products are rounded up to, so that they come in few shapes: a power of two.
+    """The multiple, a power of two, that row counts of expert products are rounded up to, so that few shapes occur.
 
-    On a CPU, 16-bit products of every new shape leave some 0.2 MiB behind in the library for good (torch 2.13), which
-    over a million tokens is gigabytes. At a sixteenth of an expert's mean share the work grows by a thirty-second.
+    On a CPU, every new shape of a 16-bit product leaks some 0.2 MiB inside the library (torch 2.13), which adds up to
+    gigabytes over a million tokens. At a sixteenth of an expert's mean share, the work grows by a thirty-second.
     """
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return 1

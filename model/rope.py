@@ -1,8 +1,8 @@
-"""Rotary position embedding of interleaved pairs: six frequency rules, and phases counted within the attention chunk.
+"""Rotary position embedding over interleaved pairs: six rope types, with phases relative to the attention chunk.
 
-Knows nothing of layers, masks or caches. Frequencies are computed in float64. Within an attention chunk rotary
-attention depends only on relative positions, so the phase of position p is that of p % attention_chunk_size: equal in
-exact arithmetic, and still precise at ten million tokens.
+Frequencies are computed in float64. Within an attention chunk, rotary attention depends only on relative positions, so
+position p gets the phase of p % attention_chunk_size: equal in exact arithmetic, and still precise at ten million
+tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from model.errors import LengthError
 
 
 def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
-    """Radians per token for each pair, (head_dim // 2,) float64, and the factor on cosine and sine.
+    """Radians per token for each pair, (head_dim // 2,) float64, and the scale on cosine and sine.
 
-    `length` is the number of tokens of the whole run: longrope picks its table by it, once. Raises LengthError when it
+    `length` is the token count of the whole run, by which longrope chooses its table once. Raises LengthError if it
     exceeds max_position_embeddings with rope_type dynamic, whose frequencies would change with every further token.
     """
     rope = config.rope_parameters
@@ -47,9 +47,9 @@ def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: RopeParameters, frequencies: Tensor) -> Tensor:
-    """Long wavelengths are divided by `factor`, short ones kept, those between blended (Llama 3.1).
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates in between (Llama 3.1).
 
-    Released Scout files have low_freq_factor == high_freq_factor: nothing is then between.
+    Released Scout files have low_freq_factor == high_freq_factor, so nothing is interpolated.
     """
     factor, low, high = (_number(x) for x in (rope.factor, rope.low_freq_factor, rope.high_freq_factor))
     turns = _number(rope.original_max_position_embeddings) * frequencies / (2 * math.pi)
@@ -63,7 +63,7 @@ def _yarn(config: TextConfig, frequencies: Tensor) -> tuple[Tensor, float]:
     original = _number(rope.original_max_position_embeddings)
     factor = rope.factor or config.max_position_embeddings / original
 
-    def pair_of(turns: float) -> float:  # index (in elements) of the pair that turns so often over the original length
+    def pair_of(turns: float) -> float:  # index of the pair that makes this many turns over the original length
         return config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_of(rope.beta_fast or 32.0), pair_of(rope.beta_slow or 1.0)
@@ -87,7 +87,7 @@ def _yarn(config: TextConfig, frequencies: Tensor) -> tuple[Tensor, float]:
 
 
 def _longrope(config: TextConfig, frequencies: Tensor, length: int) -> tuple[Tensor, float]:
-    """Per-pair factors from a short or a long table (https://arxiv.org/abs/2402.13753)."""
+    """Per-pair factors from the short or the long table (https://arxiv.org/abs/2402.13753)."""
     rope = config.rope_parameters
     original = _number(rope.original_max_position_embeddings)
     table = rope.long_factor if length > original else rope.short_factor
@@ -100,12 +100,15 @@ def _longrope(config: TextConfig, frequencies: Tensor, length: int) -> tuple[Ten
 
 
 def _number(value: float | None) -> float:
-    assert value is not None  # model/config.py refuses a rope type without its fields
+    assert value is not None  # model/config.py rejects a rope type without its fields
     return float(value)
 
 
 def phases(config: TextConfig, start: int, stop: int, length: int, device: torch.device) -> Tensor:
-    """Unit complex numbers (times the type's factor) for positions start .. stop - 1: (T, head_dim // 2) complex64."""
+    """Rotations as complex numbers, of the rope type's magnitude, for positions start .. stop - 1.
+
+    Returns (T, head_dim // 2) complex64. `length` is as in `rotary_frequencies`. Raises LengthError.
+    """
     frequencies, attention_factor = rotary_frequencies(config, length)
     positions = torch.arange(start, stop) % config.attention_chunk_size
     angles = positions[:, None] * frequencies  # float64, (T, D / 2)
@@ -114,6 +117,6 @@ def phases(config: TextConfig, start: int, stop: int, length: int, device: torch
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of x (B, T, H, D) by `rotation` (T, D // 2), in float32; x's dtype out."""
+    """Rotates the pairs (2i, 2i + 1) of x (B, T, H, D) by `rotation` (T, D // 2) in float32; returns x's dtype."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).to(x.dtype)

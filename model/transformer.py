@@ -1,7 +1,6 @@
 """Llama 4's text model: embeddings, decoder layers, final norm, logits. Parameter names equal the checkpoint's.
 
-For inference: results are exact for a whole sequence without a cache and for any cutting of it into forwards with one.
-Knows nothing of tokens' meaning, files, or where keys and values live.
+For inference only. A forward over the whole sequence without a cache and any split of it into forwards with one agree.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, step: Step, queries: range) -> Tensor:
-        """x (B, T, C) at `step.positions` -> (B, len(queries), C); keys and values are stored for all of T."""
+        """x (B, T, C) at `step.positions` -> (B, len(queries), C). Keys and values are stored for all T tokens."""
         attended = self.self_attn(self.input_layernorm(x), step, queries)
         rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
         if attended is None:
@@ -47,7 +46,7 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`attention` names a backend of model/kernels/registry.py."""
+    """The text model; `attention` is a backend's name, one of model.config.BACKEND_NAMES."""
 
     def __init__(self, config: TextConfig, attention: str = "sdpa") -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> embeddings (B, T, C), a tensor of their own."""
+        """Token ids (B, T) -> embeddings (B, T, C), a new tensor that may be modified in place."""
         return self.model.embed_tokens(ids)
 
     @torch.inference_mode()
@@ -77,9 +76,9 @@ class Transformer(nn.Module):
     ) -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
 
-        Without a cache the sequence starts at position 0. With one, the new tokens follow its `offset` and are
-        committed at the end; a forward that fails leaves the cache as it was. Of the last layer, queries and
-        feed-forward are computed only where logits are wanted. Raises LengthError.
+        Without a cache the sequence starts at position 0. With one, the new tokens start at its `offset` and are
+        committed at the end; a forward that fails leaves the cache as it was. In the last layer, queries and the
+        feed-forward are computed only for positions whose logits are requested. Raises LengthError.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         start = cache.offset if cache is not None else 0

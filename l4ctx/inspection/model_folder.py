@@ -25,7 +25,7 @@ _REPOSITORY = re.compile(
     r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?"
 )
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-_EXPECTED = "a checkpoint folder is expected"
+_EXPECTED = "expected a checkpoint folder"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
 _GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
 _PICKLE = (

@@ -1,1 +1,1 @@
-"""Attention: masks, the merging of partial results, and the backends that compute them."""
+"""Attention: masks, merging of partial results by log-sum-exp, and the backends."""

@@ -1,8 +1,8 @@
-"""Attention over segments of keys and values, and the merging of partial results by their log-sum-exp.
+"""Attention over segments of keys and values, merging partial results by log-sum-exp.
 
-A backend computes the attention of some queries to one segment; `attend` walks the segments, computes where their
-keys are, and merges in float32 on the queries' device. Softmax attention over disjoint sets of keys is exact under
-merging (https://arxiv.org/abs/2205.14135, section 3). Knows nothing of layers, rotary embedding or caches.
+A backend computes attention to one segment; `attend` loops over the segments, computes on the device where each one's
+keys are, and merges in float32 on the queries' device. Merging softmax attention over disjoint sets of keys is exact
+(https://arxiv.org/abs/2205.14135, section 3).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.kernels.masks import AttentionMask
 
 
 class KVSegment(NamedTuple):
-    """Consecutive keys and values (B or 1, H_kv, S, D) in the compute dtype, on the device where they are attended."""
+    """Consecutive keys and values (B or 1, H_kv, S, D) in the compute dtype, on the device that attends to them."""
 
     keys: Tensor
     values: Tensor
@@ -29,22 +29,22 @@ class KVSegment(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """Attention over some of the keys: output (B, H, T, D) and log of the softmax's denominator (B, H, T), float32."""
+    """Attention over a subset of the keys: output (B, H, T, D) and log-sum-exp of the scores (B, H, T) in float32."""
 
     out: Tensor
     lse: Tensor
 
 
-# (queries (B, H, T, D), their positions, segment, mask) -> states for parts of the queries, given as offsets into T
+# (queries (B, H, T, D), their positions, segment, mask) -> states, each for a range of query indices into T
 Backend = Callable[[Tensor, range, KVSegment, AttentionMask], Iterator[tuple[range, AttentionState]]]
 
 
 def attend(
     queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
 ) -> Tensor:
-    """Attention of `queries` (B, H, T, D) at `positions` to all segments: (B, H, T, D), the queries' dtype.
+    """Attention of `queries` (B, H, T, D) at `positions` over all segments: (B, H, T, D) in the queries' dtype.
 
-    The segments together must hold at least one visible key for each query.
+    Every query must see at least one key in some segment.
     """
     b, h, t, d = queries.shape
     assert len(positions) == t, (positions, queries.shape)
@@ -65,9 +65,9 @@ def attend(
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:
-    """Attention over the union of two disjoint sets of keys, in float32. An empty set has lse -inf and output 0."""
+    """Attention over the union of two disjoint sets of keys, in float32. No visible key means lse -inf and output 0."""
     lse = torch.logaddexp(a.lse, b.lse)
-    finite = lse.clamp(min=torch.finfo(torch.float32).min)  # both sets can be empty for a query
+    finite = lse.clamp(min=torch.finfo(torch.float32).min)  # avoids NaN where a query sees no key in either set
     weight = (a.lse - finite).exp_()[..., None], (b.lse - finite).exp_()[..., None]
     return AttentionState(a.out * weight[0] + b.out * weight[1], lse)
 
@@ -75,7 +75,7 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
 def _merge_rows(total: AttentionState, rows: range, part: AttentionState) -> AttentionState:
     if len(rows) == total.lse.shape[2]:
         return merge(total, part)
-    if total.out.dtype != torch.float32:  # a kernel's own output, now to be written into
+    if total.out.dtype != torch.float32:  # a kernel's own output, about to be written in place
         total = AttentionState(total.out.float(), total.lse)
     here = slice(rows.start, rows.stop)
     merged = merge(AttentionState(total.out[:, :, here], total.lse[:, :, here]), part)

@@ -1,4 +1,4 @@
-"""The reference of all attention backends: the formula as it is written, in float32, with the whole mask."""
+"""The reference attention backend: the textbook formula in float32, with the full mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.kernels.masks import AttentionMask
 def eager(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:
-    """The reference: scores of T x S elements in float32, masked by the predicate alone."""
+    """Materialises T x S scores in float32, masked by the predicate alone."""
     b, h, t, d = queries.shape
     _, h_kv, s, _ = segment.keys.shape
     keys, values = segment.keys.float(), segment.values.float()
@@ -23,7 +23,7 @@ def eager(
     q_idx = torch.arange(positions.start, positions.stop, device=keys.device)[:, None]
     kv_idx = torch.arange(segment.start, segment.start + s, device=keys.device)
     scores.masked_fill_(~mask.mask_mod(0, 0, q_idx, kv_idx), -torch.inf)
-    lse = scores.logsumexp(-1)  # -inf for a query that sees nothing here
+    lse = scores.logsumexp(-1)  # -inf for a query that sees no key in this segment
     weights = (scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp_()
     out = (weights.view(b, h_kv, h // h_kv * t, s) @ values).view(b, h, t, d)
     yield range(t), AttentionState(out, lse)

@@ -1,8 +1,7 @@
-"""Attention by PyTorch's flex_attention, which reads the block masks of model/kernels/masks.py.
+"""Attention with PyTorch's flex_attention and the block masks of model/kernels/masks.py.
 
-Compiled on a GPU, where it visits only blocks that hold a visible pair and applies the predicate only to those that are
-partly visible; uncompiled on a CPU, where it computes all scores and is there to be compared with. Knows nothing of how
-segments are merged.
+On a GPU it is compiled: it visits only blocks with a visible pair, and applies the predicate only to partial blocks. On
+a CPU it is uncompiled and computes all scores, which serves as a comparison.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_SIZE = (128, 128)
-"""Queries and keys of a block: flex_attention's own default, of which the tiles that its kernels choose are divisors.
-Smaller blocks make longer lists, larger ones more partial blocks. The kernel options stay at their defaults:
-ROWS_GUARANTEED_SAFE would be wrong, since a query may see nothing of a segment, and so would BLOCKS_ARE_CONTIGUOUS,
-since a chunk that starts within a block has partial blocks at both ends."""
+"""Queries and keys per block: flex_attention's default, which is a multiple of every tile size that its kernels use.
+Smaller blocks mean longer lists, larger ones more partial blocks. The kernel options stay at their defaults:
+ROWS_GUARANTEED_SAFE would be wrong, since a query may see no key of a segment, and so would BLOCKS_ARE_CONTIGUOUS,
+since a chunk that starts inside a block has partial blocks at both ends."""
 
-MAX_SCORE_BYTES = 64 * 2**20  # of the scores of one call on a CPU; up to four such arrays live at once
-MAX_BLOCKS = 2**20  # of one call on a GPU: the lists take some 16 bytes for each
-MAX_VARIANTS = 64  # compiled kernels of a process
+MAX_SCORE_BYTES = 64 * 2**20  # scores of one call on a CPU; up to four such arrays are live at once
+MAX_BLOCKS = 2**20  # blocks of one call on a GPU: the lists take some 16 bytes for each
+MAX_VARIANTS = 64  # compiled kernels per process
 
 
 def flex(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:
-    """flex_attention over one segment; queries without a visible key in it have lse -inf and output 0.
+    """flex_attention over one segment; queries without a visible key in it get lse -inf and output 0.
 
-    Long queries are cut into pieces, of which those that see nothing are left out. On a CPU a piece's scores in float32
-    (B, H, T, S) stay within MAX_SCORE_BYTES, or are those of one query; keys and values are repeated for the heads of
-    a group. On a GPU no scores are stored, and a piece's block lists stay within MAX_BLOCKS; heads must have at least
-    16 elements there. The GPU path has not been run on a GPU yet.
+    Queries are processed in pieces, skipping pieces that see no key. On a CPU, a piece's float32 scores (B, H, T, S)
+    stay within MAX_SCORE_BYTES, unless it is a single query, and keys and values are repeated across each group of
+    query heads. On a GPU, no scores are stored, a piece's block lists stay within MAX_BLOCKS, and head_dim must be at
+    least 16. The GPU path has not been run on a GPU yet.
     """
     b, h, t, _ = queries.shape
     at_once = _queries_at_once(queries.device.type, b * h, len(segment.positions))
@@ -53,14 +52,14 @@ def flex(
 
 
 def _queries_at_once(device_type: str, heads: int, s: int) -> int:
-    """Queries of one call that meets `s` keys; `heads` of all rows together."""
+    """Queries per call over `s` keys; `heads` counts the heads of all rows together."""
     if device_type == "cpu":
         return max(1, MAX_SCORE_BYTES // (4 * heads * max(1, s)))
     return BLOCK_SIZE[0] * max(1, MAX_BLOCKS // max(1, -(-s // BLOCK_SIZE[1])))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> AttentionState:
-    """Rows that share one row of keys become further members of each group of heads, which the kernels read at once."""
+    """Folds rows that share one row of keys into the groups of query heads, so that the kernel reads the keys once."""
     b, h, t, d = q.shape
     if k.shape[0] == b:
         return _call(q, k, v, block_mask)
@@ -81,7 +80,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> AttentionSt
 
 
 def _uncompiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """In float32, as older versions would round scores to a lower precision; newer ones warn that scores are stored."""
+    """In float32, since older versions round scores to a lower precision; newer ones warn of materialised scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     with warnings.catch_warnings():
@@ -90,16 +89,16 @@ def _uncompiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 
 
 def _within_limit(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    """Compiled. Past the limit it raises: falling back to scores in memory, as is usual, would fill the GPU."""
+    """Compiled. Raises past the limit: torch's default, falling back to materialised scores, would exhaust the GPU."""
     with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
         return _compiled()(q, k, v, **options)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    """One for the process. Lengths and strides become symbols when they first change, and positions are tensors, so
-    that the steps of a run share what was compiled. Compiled apart are both kinds of layer, and lengths of 1, of at
-    most one block, and longer: some 14 variants, while dtype and numbers of heads stay the same."""
+    """One per process. Lengths and strides become symbolic once they change, and positions are tensors, so the steps
+    of a run share compiled kernels. Both layer types, and lengths of 1, of at most one block, and longer ones compile
+    separately: some 14 variants as long as dtype and head counts stay the same."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, fullgraph=True)
@@ -107,5 +106,5 @@ def _compiled() -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=16)
 def _block_mask(mask: AttentionMask, queries: range, keys: range, device: torch.device) -> BlockMask:
-    """Kept, because layers and older segments of one length share them."""
+    """Cached, since layers and older segments of equal length share a block mask."""
     return mask.block_mask(queries, keys, BLOCK_SIZE, device)

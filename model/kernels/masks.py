@@ -1,9 +1,9 @@
 """Attention masks of Llama 4: a predicate, its tiles, and its block mask, all in closed form.
 
 `mask_mod(b, h, q_idx, kv_idx)` follows the convention of torch.nn.attention.flex_attention. For fused kernels the same
-mask is read as tiles: rectangles in which every query sees every key (`full`), and squares in which each query sees
-the keys up to its own position (`causal_square`). Causal attention over aligned chunks falls apart into these two
-exactly, so no kernel needs a mask in memory. Knows nothing of layers or keys and values.
+mask decomposes into tiles: rectangles in which every query sees every key (`full`), and squares in which each query
+sees the keys up to its own position (`causal_square`). Causal attention over aligned chunks decomposes into these two
+exactly, so no kernel needs a materialised mask.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Tile(NamedTuple):
-    """A part of the mask that holds at least one key for each of its queries. Positions are absolute.
+    """A part of the mask in which every query sees at least one key. Positions are absolute.
 
     `queries` and `keys` consist of `batch` equal, consecutive pieces; the i-th piece of queries sees only the i-th
-    piece of keys. Tiles of equal shape are one batch, so that one kernel call computes them.
+    piece of keys. Tiles of equal shape are batched, so that one kernel call computes them.
     """
 
     kind: Literal["full", "causal_square"]
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Causal attention: over everything (`chunk_size` None, NoPE layers) or within aligned chunks (RoPE layers)."""
+    """Causal attention: over all keys (`chunk_size` None, NoPE layers) or within aligned chunks (RoPE layers)."""
 
     chunk_size: int | None = None
 
@@ -45,7 +45,7 @@ class AttentionMask:
         return causal & (q_idx // self.chunk_size == kv_idx // self.chunk_size)
 
     def tiles(self, queries: range, keys: range) -> list[Tile]:
-        """The visible part of `queries` x `keys`; its length does not grow with theirs."""
+        """The visible part of `queries` x `keys` as a list of bounded length, whatever the size of the ranges."""
         if self.chunk_size is None:
             return _causal_tiles(queries, keys)
         size = self.chunk_size
@@ -61,10 +61,10 @@ class AttentionMask:
         return sorted(tiles, key=lambda tile: (tile.queries.start, tile.keys.start))
 
     def block_mask(self, queries: range, keys: range, block_size: tuple[int, int], device: torch.device) -> BlockMask:
-        """flex_attention's block mask over `queries` x `keys`, indices counted from their starts, in closed form.
+        """flex_attention's block mask over `queries` x `keys` in closed form, with indices relative to their starts.
 
-        Its lists have an entry for each pair of a block of queries and one of keys, visible or not. Neither range may
-        be empty, nor reach 2**31.
+        Its lists have an entry for every (query block, key block) pair, visible or not. Neither range may be empty or
+        reach 2**31.
         """
         from torch.nn.attention.flex_attention import BlockMask  # here: it imports the compiler, half a second
 
@@ -82,7 +82,7 @@ class AttentionMask:
             every &= (q_chunks[0] == k_chunks[1]) & (q_chunks[1] == k_chunks[0])
         full = every & inside
         partial = some & ~full
-        # tensors, not numbers: these may be taken for constants, and flex_attention be compiled anew for every step
+        # tensors, not ints, which torch.compile may treat as constants and recompile for at every step
         q_start, k_start = (torch.full((), x.start, dtype=torch.int32, device=device) for x in (queries, keys))
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class AttentionMask:
         )
 
     def moved_back(self, queries: range, keys: range) -> tuple[range, range]:
-        """Small positions at which the mask is the same, so that what is made of it can be kept and used again.
+        """Shifts both ranges to small positions with the same mask, so that a cached block mask can be reused.
 
-        Without chunks, keys that all queries see have one mask, however old they are.
+        Without chunks, keys that every query sees have the same mask, however old they are.
         """
         first = min(queries.start, keys.start)
         moved = first if self.chunk_size is None else first // self.chunk_size * self.chunk_size
@@ -115,9 +115,9 @@ class AttentionMask:
 
 
 def _causal_tiles(queries: range, keys: range) -> list[Tile]:
-    """At most three: all queries on older keys, a causal square, later queries on the square's keys.
+    """At most three tiles: all queries with older keys, a causal square, later queries with the square's keys.
 
-    To a single query its own key is one of the older ones.
+    For a single query, its own key counts as one of the older ones.
     """
     tiles = []
     older = range(keys.start, min(keys.stop, queries.start + (len(queries) == 1)))
@@ -137,7 +137,7 @@ def _intersect(a: range, b: range) -> range:
 
 
 def _chunks_outside(queries: range, keys: range, whole: range, size: int) -> list[range]:
-    """Chunks in which queries can meet keys, without those inside `whole`: at most four."""
+    """Chunks that both ranges can share, except those inside `whole`: at most four."""
     first = max(queries.start, keys.start) // size
     last = (min(queries.stop, keys.stop + size - 1) - 1) // size  # queries may follow the keys within their chunk
     numbers = range(first, last + 1)
@@ -150,10 +150,10 @@ def _chunks_outside(queries: range, keys: range, whole: range, size: int) -> lis
 def _overlap_in_chunk(
     q_chunks: tuple[Tensor, Tensor], k_chunks: tuple[Tensor, Tensor], q_end: Tensor, k_first: Tensor, size: int
 ) -> Tensor:
-    """Whether a block of queries and one of keys hold a visible pair, by the first and last chunk of each.
+    """Whether a query block and a key block contain a visible pair, given the first and last chunk of each.
 
-    In the last chunk that both touch, the latest query is compared with the earliest key: if any chunk has a visible
-    pair, then that one or the one before it has.
+    Compares the latest query with the earliest key in the last chunk that both touch and in the one before it: if any
+    chunk has a visible pair, one of these two has.
     """
     visible = torch.zeros_like(q_end >= k_first)
     last_common = torch.minimum(q_chunks[1], k_chunks[1])
@@ -166,6 +166,6 @@ def _overlap_in_chunk(
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of flags as flex_attention wants it: a count a row, and column numbers with the set ones first."""
+    """Flags (rows, columns) in flex_attention's format: a count per row, and column indices with the set ones first."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()

@@ -1,9 +1,9 @@
-"""Attention by plain matrix products, for processors whose 16-bit products are far ahead of the fused kernels.
+"""Attention by plain matrix products, for processors whose 16-bit products are much faster than the fused kernels.
 
-A tile is cut into blocks of scores that stay in the processor's caches: one product, an exponential in place, row sums,
-one product. What the softmax subtracts is chosen once for each query, from a sample of the keys, and subtracted inside
-the product, by two more elements of each head; so the scores that carry weight are near 0, where 16 bits are precise,
-and no pass over the scores looks for a maximum. Knows nothing of how segments are merged.
+A tile is processed in blocks of scores that stay in the processor's caches: one product, an in-place exponential, row
+sums, one product. The offset that the softmax subtracts is chosen once per query from a sample of the keys, and is
+subtracted inside the product through two extra elements per head. So the scores that carry weight are near 0, where 16
+bits are precise, and no pass over the scores is needed to find a maximum.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from model.kernels.masks import AttentionMask
 from model.kernels.sdpa import by_tiles, causal_square, full, shared_rows
 
 KEY_BLOCK = 1024
-"""Keys of one block of scores."""
+"""Keys per block of scores."""
 
 QUERY_BLOCK = 1024
-"""Queries of one block of scores for each thread: with KEY_BLOCK keys 2 MiB in 16 bits."""
+"""Queries per block of scores and thread: with KEY_BLOCK keys 2 MiB in 16 bits."""
 
 DIAGONAL = 512
-"""Side of the squares on the diagonal, of which half is computed in vain; divides KEY_BLOCK."""
+"""Side of the squares on the diagonal, half of which is wasted work; divides KEY_BLOCK."""
 
 FEWEST_QUERIES = 512
-"""Of fewer queries to a key head the fused kernels make as much."""
+"""With fewer queries per key head, the fused kernels are as fast."""
 
 SAMPLED_KEYS = 64
 
 LARGEST_SUM = 2.0**24
-"""Of a query's weights: beyond it the sample has misled, scores are far from 0, and the fused kernels take over."""
+"""Limit on a query's sum of weights: above it the sample was unrepresentative, scores are far from 0, and the fused
+kernels are the fallback."""
 
 LOG2_E = math.log2(math.e)
 
@@ -42,12 +43,12 @@ LOG2_E = math.log2(math.e)
 def matmul(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:
-    """Matrix products where tiles are large, else the fused kernels."""
+    """Matrix products for large tiles, the fused kernels for small ones."""
     return by_tiles(queries, positions, segment, mask, _rectangle, _square)
 
 
 def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Every query sees every key. Keys behind the last whole block go to the fused kernel: few shapes of products."""
+    """Every query sees every key. Keys after the last whole block go to the fused kernel: fewer product shapes."""
     if k.shape[0] != q.shape[0]:
         return shared_rows(_rectangle, q, k, v)
     b, h, t, _ = q.shape
@@ -64,7 +65,7 @@ def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
 
 
 def _square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Each query sees the keys up to its own position. The first and the last few queries go to the fused kernels."""
+    """Each query sees the keys up to its own position. The first and the last few queries go to the fused kernel."""
     b, h, t, d = q.shape
     h_kv, whole = k.shape[1], t // DIAGONAL * DIAGONAL
     if not _is_worth_it(q, h // h_kv * DIAGONAL) or whole < 2 * DIAGONAL:
@@ -88,12 +89,12 @@ def _square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
 
 
 def _is_worth_it(q: Tensor, queries: int) -> bool:
-    """With so many queries to a key head. Sums of weights would exceed what float16 can hold."""
+    """Whether products pay off, given the `queries` per key head. Sums of weights would overflow float16."""
     return q.device.type == "cpu" and q.dtype != torch.float16 and queries >= FEWEST_QUERIES
 
 
 class _Products:
-    """Attention to one tile's keys and values (B, H_kv, S, D), through one buffer of scores."""
+    """Attention to one tile's keys and values (B, H_kv, S, D), reusing one buffer of scores."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.keys = torch.cat([k, k.new_ones(1).expand(*k.shape[:3], 2)], -1)
@@ -103,10 +104,10 @@ class _Products:
         self._scale = k.shape[-1] ** -0.5
 
     def attend(self, row: int, head: int, q: Tensor, stop: int, *, is_causal: bool = False) -> AttentionState:
-        """Queries (N, D) to the first `stop` keys of one head: out (N, D) and lse (N), float32.
+        """Attention of queries (N, D) to the first `stop` keys of one head: out (N, D) and lse (N,) in float32.
 
-        If causal, the queries are the newest DIAGONAL of some heads: the i-th sees the newest DIAGONAL keys up to the
-        i-th, and all before them.
+        If causal, the queries are the newest DIAGONAL positions of some heads: the i-th sees the newest DIAGONAL keys
+        up to the i-th, and all keys before those.
         """
         keys, values = self.keys[row, head, :stop], self.values[row, head, :stop]
         seen_by_all = stop - DIAGONAL * is_causal
@@ -125,10 +126,10 @@ class _Products:
         return _fused(q, keys[:, : q.shape[1]], values, is_causal)
 
     def _levelled(self, q: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (N, D + 2) whose products with the keys' ones lower their scores by a level, and that level (N).
+        """Queries (N, D + 2) whose last two elements, times the keys' ones, subtract a level per query; and the levels.
 
-        It is about the score of the keys that carry a query's weight: for scores of a normal distribution their mean
-        plus their variance, but not above the sample's largest, lest a strange sample makes all weights vanish.
+        The levels (N,) are near the scores of the keys that carry the weight: for normally distributed scores, the mean
+        plus the variance, capped at the sample's maximum so that an odd sample cannot underflow all weights.
         """
         scores = (q @ sample.t()).float()
         largest, mean = scores.amax(1), scores.mean(1)
@@ -141,7 +142,7 @@ class _Products:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> AttentionState:
-    """What `_Products.attend` computes, by the fused kernels."""
+    """The fallback of `_Products.attend`, with the fused kernels."""
     if not is_causal:
         state = full(q[None, None], k[None, None], v[None, None])
         return AttentionState(state.out[0, 0].float(), state.lse[0, 0])

@@ -1,4 +1,4 @@
-"""The attention backends by the names that users give."""
+"""The attention backends by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.kernels.sdpa import sdpa
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name, one of model.config.BACKEND_NAMES."""
+    """The backend called `name`, one of model.config.BACKEND_NAMES."""
     if name == "flex":
         from model.kernels.flex import flex
 

@@ -1,7 +1,4 @@
-"""Attention by PyTorch's fused kernels, tile by tile: no mask in memory, and the log-sum-exp beside the output.
-
-Knows nothing of how segments are merged.
-"""
+"""Attention with PyTorch's fused kernels, tile by tile: no materialised mask, and the log-sum-exp with the output."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ from model.kernels.attend import AttentionState, KVSegment
 from model.kernels.masks import AttentionMask
 
 Kernel = Callable[[Tensor, Tensor, Tensor], AttentionState]
-"""Attention of queries (B, H, T, D) to keys and values (B or 1, H_kv, S, D) of one tile."""
+"""Attention of queries (B, H, T, D) to keys and values (B or 1, H_kv, S, D) in one tile."""
 
 
 def sdpa(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:
-    """PyTorch's fused kernels, called for their log-sum-exp."""
+    """PyTorch's fused kernels, called directly since the public function returns no log-sum-exp."""
     return by_tiles(queries, positions, segment, mask, full, causal_square)
 
 
 def by_tiles(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask, on_full: Kernel, on_square: Kernel
 ) -> Iterator[tuple[range, AttentionState]]:
-    """What a backend yields, by a kernel for each kind of tile."""
+    """Implements a backend from one kernel for each kind of tile."""
     for tile in mask.tiles(positions, segment.positions):
         rows = range(tile.queries.start - positions.start, tile.queries.stop - positions.start)
         columns = slice(tile.keys.start - segment.start, tile.keys.stop - segment.start)
@@ -53,7 +50,7 @@ def _whole(state: AttentionState, batch: int) -> AttentionState:
 
 
 def full(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Every query sees every key, so query heads of a group are further queries."""
+    """Every query sees every key, so the query heads of a group can be folded into the query axis."""
     if k.shape[0] != q.shape[0]:
         return shared_rows(full, q, k, v)
     b, h, t, d = q.shape
@@ -65,20 +62,20 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
 
 
 def shared_rows(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Many questions read one context once: rows that share keys, all of them visible, are further queries."""
+    """Folds rows that share keys, all of them visible, into the query axis: many questions read a context once."""
     b, h, t, d = q.shape
     state = kernel(q.transpose(0, 1).reshape(1, h, b * t, d), k, v)
     return AttentionState(state.out.view(h, b, t, d).transpose(0, 1), state.lse.view(h, b, t).transpose(0, 1))
 
 
 def causal_square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
-    """Each query sees the keys up to its own position; as many keys as queries."""
+    """Each query sees the keys up to its own position; there are as many keys as queries."""
     h, h_kv = q.shape[1], k.shape[1]
     if k.shape[0] != q.shape[0]:
         k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
     if h == h_kv or _groups_queries(q.device.type):
         return _kernel(q, k, v, causal=True)
-    grouped = q.unflatten(1, (h_kv, -1))  # one call for each member of the groups: keys are not repeated in memory
+    grouped = q.unflatten(1, (h_kv, -1))  # one call per member of a group, so that keys are not repeated in memory
     states = [_kernel(grouped[:, :, g], k, v, causal=True) for g in range(h // h_kv)]
     return AttentionState(
         torch.stack([s.out for s in states], 2).flatten(1, 2), torch.stack([s.lse for s in states], 2).flatten(1, 2)
@@ -86,10 +83,10 @@ def causal_square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
-    """One fused attention that returns its log-sum-exp; `causal` is aligned top-left, hence for squares only.
+    """One fused attention call with its log-sum-exp; `causal` is aligned top-left, so it is valid for squares only.
 
-    The CPU kernel kills the process on empty inputs and returns a log-sum-exp of 0 for a masked row, so neither may
-    occur. The branch for accelerators has not been run on one yet.
+    The CPU kernel kills the process on empty inputs and returns a log-sum-exp of 0 for a fully masked row, so neither
+    may occur. The accelerator branch has not been run on one yet.
     """
     assert q.shape[2] > 0 and k.shape[2] > 0, (q.shape, k.shape)
     assert not causal or q.shape[2] == k.shape[2], (q.shape, k.shape)
@@ -105,7 +102,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
 
 @functools.cache
 def _groups_queries(device_type: str) -> bool:
-    """Whether the kernel itself takes fewer key heads than query heads, found out by a tiny call."""
+    """Whether the kernel supports grouped-query attention natively, probed with a tiny call."""
     if device_type != "cpu":
         return False
     q = torch.linspace(-1, 1, 4 * 8).view(1, 4, 1, 8)

@@ -1,8 +1,4 @@
-"""The vision configuration of a Llama 4 checkpoint, its closed-form sizes and its operation counts.
-
-Imports no torch. Leaves the text model to model/config.py, and pixels, tiles of an image and tokens around them to
-whoever makes them.
-"""
+"""The vision configuration of a Llama 4 checkpoint, with closed-form sizes and operation counts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,18 +12,18 @@ from model.errors import ConfigError
 from model.folder import CONFIG
 
 TILES_AT_A_TIME = 4
-"""Image tiles that the vision tower sees in one forward."""
+"""Image tiles per forward of the vision tower."""
 
 MAX_GRID = 1024
-"""Patches a side; 24 in the released checkpoints."""
+"""Most patches along a side of a tile; the released checkpoints have 24."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Llama 4's vision model and its projector. Sizes in elements, image and patch sides in pixels.
+    """Configuration of Llama 4's vision model and projector. Sizes in elements, image and patch sides in pixels.
 
-    `norm_eps` is not among the fields: the reference's layer norms take PyTorch's default of 1e-5 whatever the file
-    says. Nor does it use `vision_feature_layer`, and dropout matters in training only.
+    There is no `norm_eps`: the reference's layer norms use PyTorch's default of 1e-5 whatever the file says. Nor does
+    the reference use `vision_feature_layer`, and dropout matters only in training.
     """
 
     hidden_size: int
@@ -55,7 +51,7 @@ class VisionConfig:
 
     @property
     def shuffle(self) -> int:
-        """Patches along one side of the squares that pixel shuffle joins."""
+        """Patches along one side of the squares that pixel shuffle merges."""
         return round(1 / self.pixel_shuffle_ratio)
 
     @property
@@ -78,7 +74,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Any) -> VisionConfig | None:
-        """From the parsed config.json, with 4.x or 5.x rope fields; None without a vision part. Raises ConfigError."""
+        """Builds it from a parsed config.json, 4.x or 5.x; None without a vision part. Raises ConfigError."""
         if not isinstance(raw, Mapping):
             raise ConfigError("the top level is not an object")
         vision = raw.get("vision_config")
@@ -116,11 +112,11 @@ class VisionConfig:
 
 
 def _side(fields: Mapping[str, Any], name: str, default: int) -> int:
-    """A side of a square; 5.x files may hold both sides."""
+    """The side of a square; 5.x files may list both sides."""
     value = fields.get(name)
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
-            raise ConfigError(f"{name}: {value!r} is not a square; one number, or two equal ones, is supported")
+            raise ConfigError(f"{name}: {value!r} is not a square; must be one number, or two equal ones")
         value = value[0]
     return FieldReader({name: value}).integer(name, default)
 
@@ -139,7 +135,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
         raise ConfigError("rope_parameters: not an object")
     rope_type = parameters.get("rope_type") or "default"
     if rope_type != "default":
-        raise ConfigError(f"rope_parameters.rope_type: {rope_type!r} is not supported; default is")
+        raise ConfigError(f"rope_parameters.rope_type: {rope_type!r} is not supported; must be default")
     where = fields if parameters.get("rope_theta") is None else parameters
     theta = FieldReader(where).number("rope_theta", 10000.0)
     if theta <= 0:
@@ -148,20 +144,20 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
 
 
 def _check_supported(get: FieldReader) -> None:
-    """Refuses, by name, what the reference would ignore or does not have."""
+    """Raises ConfigError for settings that the reference ignores or does not implement."""
     for name, supported in (("hidden_act", "gelu"), ("vision_feature_select_strategy", "default")):
         value = get.fields.get(name)
         if value not in (None, supported):
-            raise ConfigError(f"{name}: {value!r} is not supported; {supported} is")
+            raise ConfigError(f"{name}: {value!r} is not supported; must be {supported}")
     if get.boolean("multi_modal_projector_bias", False):
         raise ConfigError("multi_modal_projector_bias: true is not supported")
 
 
 def _check_sizes(config: VisionConfig) -> None:
-    """Refuses, by name, sizes that do not fit each other."""
+    """Raises ConfigError for sizes that contradict each other."""
     c, heads, joined = config.hidden_size, config.num_attention_heads, config.shuffle**2
     if config.num_channels != 3:
-        raise ConfigError(f"num_channels: {config.num_channels} is not supported; 3 (red, green, blue) is")
+        raise ConfigError(f"num_channels: {config.num_channels} is not supported; must be 3 (red, green, blue)")
     if config.num_hidden_layers > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers: {config.num_hidden_layers} is more than {MAX_LAYERS}")
     if c % heads:
@@ -196,7 +192,7 @@ def _check_sizes(config: VisionConfig) -> None:
 
 
 def vision_parameter_count(config: VisionConfig, text_hidden_size: int) -> int:
-    """Weights of the vision model and its projector."""
+    """Number of weights in the vision model and its projector."""
     c = config.hidden_size
     biases_and_norms = 4 * c + config.intermediate_size + c + 4 * c
     embeddings = _patch_weights(config) + c + (config.patches_per_tile + 1) * c
@@ -209,7 +205,7 @@ def vision_parameter_count(config: VisionConfig, text_hidden_size: int) -> int:
 
 
 def vision_operations(config: VisionConfig, text_hidden_size: int, tiles: int) -> int:
-    """Floating-point operations of matrices and attention for so many tiles; a multiply-add counts 2."""
+    """Floating-point operations in matrix products and attention for `tiles` tiles; a multiply-add counts as 2."""
     positions = config.patches_per_tile + 1
     attention = 2 * positions**2 * config.hidden_size
     multiply_adds = (
@@ -221,10 +217,10 @@ def vision_operations(config: VisionConfig, text_hidden_size: int, tiles: int) -
 
 
 def vision_activation_bytes(config: VisionConfig, tiles: int, itemsize: int) -> int:
-    """What a forward of so many tiles holds at most besides weights and its result, in bytes; an upper estimate.
+    """Upper estimate of peak memory in a forward of `tiles` tiles besides weights and result, in bytes.
 
-    The pixels in the dtype computed in, and the largest of the patches being embedded, of attention (residual stream,
-    its norm, projections and output; one rotation in float32), of a feed-forward and of the adapter.
+    The pixels in the compute dtype, plus the largest of patch embedding, attention (residual stream, its norm,
+    projections and output; one rotation in float32), feed-forward and adapter.
     """
     c, positions = config.hidden_size, config.patches_per_tile + 1
     pixels = config.num_channels * config.image_size**2 * itemsize
@@ -241,11 +237,11 @@ def _patch_weights(config: VisionConfig) -> int:
 
 
 def _layer_weights(config: VisionConfig) -> int:
-    """Of the matrices of one layer."""
+    """Number of weights in the matrices of one layer."""
     return 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
 
 
 def _adapter_weights(config: VisionConfig, text_hidden_size: int) -> int:
-    """Of the two matrices behind the pixel shuffle and of the projector."""
+    """Number of weights in the adapter's two matrices and the projector."""
     d = config.projector_output_dim
     return config.intermediate_size * d + d * d + d * text_hidden_size

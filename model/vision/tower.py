@@ -1,7 +1,4 @@
-"""Llama 4's vision tower: pixels of tiles -> embeddings of the text model. Parameter names equal the checkpoint's.
-
-Leaves the making of tiles from images, the placing of embeddings among a prompt's tokens, and files to others.
-"""
+"""Llama 4's vision tower: pixels of image tiles -> text-model embeddings. Parameter names equal the checkpoint's."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from model.vision.config import VisionConfig
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm with uninitialised weights, and its default eps of 1e-5 as in the reference."""
+    """nn.LayerNorm with uninitialised weights; its default eps of 1e-5 is the reference's."""
 
     def reset_parameters(self) -> None:
         pass
@@ -28,7 +25,7 @@ class PatchEmbedding(nn.Module):
         self.linear = Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, P, C), patches row by row."""
+        """(N, 3, S, S) -> (N, P, C), patches in row-major order."""
         size = self.patch_size
         squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, 3, rows, y, columns, x)
         return self.linear(squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
@@ -42,7 +39,7 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """x (N, T, C) and rotation (T, D // 2) -> (N, T, C); every position sees every other of its tile."""
+        """x (N, T, C) and rotation (T, D // 2) -> (N, T, C); bidirectional attention within each tile."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
@@ -81,7 +78,7 @@ class VisionTrunk(nn.Module):
 
 
 class AdapterMLP(nn.Module):
-    """Both products are followed by an activation."""
+    """Two linear layers, each followed by a GELU."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -122,7 +119,7 @@ class VisionModel(nn.Module):
         return self.vision_adapter(self.layernorm_post(x)[:, :-1])
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, P + 1, C): patches row by row, then the class token; learned positions added."""
+        """(N, 3, S, S) -> (N, P + 1, C): patches in row-major order, then the class token; learned positions added."""
         patches = self.patch_embedding(pixels)
         return torch.cat([patches, self.class_embedding.expand(len(patches), 1, -1)], 1) + self.positional_embedding_vlm
 
@@ -141,7 +138,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.vision_model = VisionModel(config)
         self.multi_modal_projector = Projector(config, text_hidden_size)
-        self._rotation: Tensor | None = None  # made by the first forward: a model on the meta device has no numbers
+        self._rotation: Tensor | None = None  # computed in the first forward: on the meta device it would be empty
 
     @property
     def device(self) -> torch.device:
@@ -155,8 +152,8 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (N, 3, image_size, image_size) of N tiles -> (N, tokens_per_tile, text_hidden_size).
 
-        Computed in the weights' dtype and on their device, to which pixels are converted. Tiles are independent. Tokens
-        of a tile are row by row.
+        Pixels are converted to the weights' dtype and device. Tiles are independent; the tokens of a tile are in
+        row-major order.
         """
         size = self.config.image_size
         assert pixels.shape[1:] == (self.config.num_channels, size, size), pixels.shape
@@ -167,10 +164,10 @@ class VisionTower(nn.Module):
 
 
 def grid_rotation(config: VisionConfig) -> Tensor:
-    """Unit complex numbers for a tile's patches row by row, then the class token: (P + 1, head_dim // 2) complex64.
+    """Rotations as unit complex numbers: a tile's patches in row-major order, then the class token.
 
-    The first half of a head's pairs turns by the patch's column, the second by its row, both counted from 1; the class
-    token does not turn. Angles are computed in float64.
+    Returns (P + 1, head_dim // 2) complex64. The first half of a head's pairs rotates by the patch's column, the second
+    by its row, both counted from 1; the class token is not rotated. Angles are computed in float64.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
@@ -182,9 +179,9 @@ def grid_rotation(config: VisionConfig) -> Tensor:
 
 
 def pixel_shuffle(patches: Tensor, side: int) -> Tensor:
-    """Joins squares of side x side patches: (N, P, C) row by row -> (N, P // side**2, side**2 * C) row by row.
+    """Merges squares of side x side patches: (N, P, C) -> (N, P // side**2, side**2 * C).
 
-    Within a square, too, patches come row by row.
+    Patches, squares, and the patches within a square are all in row-major order.
     """
     grid = round(patches.shape[1] ** 0.5)
     squares = patches.unflatten(1, (grid // side, side, grid // side, side))

@@ -1,1 +1,1 @@
-"""Checkpoint files to a model built on the meta device."""
+"""Loading: from checkpoint files into a model built on the meta device."""

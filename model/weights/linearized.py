@@ -1,7 +1,7 @@
-"""Experts that are stored one by one, as `nn.Linear` has them: names, shapes, and their places in the fused weights.
+"""Per-expert weights in `nn.Linear`'s layout: their names, shapes, and places in the fused weights.
 
-Tools that quantize or fine-tune write Llama 4's experts so. The published form is one tensor for all experts of a
-layer, (E, C_in, C_out); a single one is (C_out, C_in). Knows nothing of files.
+Tools that quantize or fine-tune write Llama 4's experts this way. The published form is one fused tensor for all
+experts of a layer, (E, C_in, C_out); a per-expert matrix is (C_out, C_in).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ONE_BY_ONE = re.compile(
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """What one stored matrix is of the fused weights `fused`, a name in Transformer."""
+    """Which part of the fused weights `fused`, a parameter name in Transformer, a stored per-expert matrix is."""
 
     fused: str
     expert: int
@@ -29,7 +29,7 @@ class ExpertPart:
 
     @classmethod
     def of(cls, name: str) -> ExpertPart | None:
-        """By a tensor's name; None for all that is no single expert's matrix."""
+        """Parses a tensor's name; None if it is not a per-expert matrix."""
         found = _ONE_BY_ONE.fullmatch(name)
         if found is None:
             return None
@@ -38,19 +38,19 @@ class ExpertPart:
         return cls(f"{experts}.{'down' if kind == 'down' else 'gate_up'}_proj", int(number or later_number), kind)
 
     def shape(self, fused: tuple[int, ...]) -> tuple[int, ...]:
-        """(C_out, C_in) of this matrix, where the fused weights are (E, C_in, C_out)."""
+        """This matrix's shape (C_out, C_in), given the fused weights' shape (E, C_in, C_out)."""
         _, c_in, c_out = fused
         return (c_out // 2 if self.kind in ("gate", "up") else c_out, c_in)
 
     def place(self, fused: Tensor) -> Tensor:
-        """Where this matrix lies in the fused weights (E, C_in, C_out): a view (C_out, C_in)."""
+        """A view (C_out, C_in) of this matrix's place in the fused weights (E, C_in, C_out)."""
         matrix = fused[self.expert].t()
         half = len(matrix) // 2
         return {"gate": matrix[:half], "up": matrix[half:]}.get(self.kind, matrix)
 
 
 def expert_parts(names: Iterable[str]) -> dict[str, dict[str, ExpertPart]]:
-    """Of the fused weights of which single matrices are among `names`: those by their names."""
+    """The per-expert matrices among `names`: fused weight -> stored name -> part."""
     found: dict[str, dict[str, ExpertPart]] = {}
     for name in names:
         part = ExpertPart.of(name)
@@ -60,16 +60,16 @@ def expert_parts(names: Iterable[str]) -> dict[str, dict[str, ExpertPart]]:
 
 
 def missing_part(parts: Mapping[str, ExpertPart], experts: int) -> str | None:
-    """A name that is missing among the parts of one fused tensor; None if every expert's are there."""
+    """The name of a missing part of one fused tensor; None if it is complete for every expert."""
     there = {(part.expert, part.kind) for part in parts.values()}
     kinds = {kind for _, kind in there}
     wanted = ("gate", "up") if kinds <= {"gate", "up"} else sorted(kinds)
-    lacking = ((expert, kind) for expert in range(experts) for kind in wanted if (expert, kind) not in there)
-    return next((_renamed(min(parts), expert, kind) for expert, kind in lacking), None)
+    missing = ((expert, kind) for expert in range(experts) for kind in wanted if (expert, kind) not in there)
+    return next((_renamed(min(parts), expert, kind) for expert, kind in missing), None)
 
 
 def surplus_part(parts: Mapping[str, ExpertPart], experts: int) -> tuple[str, str] | None:
-    """A name among the parts of one fused tensor that has no place of its own, and why; None if there is none."""
+    """The name of a surplus part of one fused tensor, and why it is surplus; None if there is none."""
     is_joined = any(part.kind == "gate_up" for part in parts.values())
     seen: dict[tuple[int, str], str] = {}
     for name, part in sorted(parts.items()):
@@ -84,7 +84,10 @@ def surplus_part(parts: Mapping[str, ExpertPart], experts: int) -> tuple[str, st
 
 
 def empty_fused(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Room for fused weights (E, C_in, C_out). On a CPU 16-bit ones lie as (E, C_out, C_in), for layers.linear."""
+    """Uninitialised fused weights (E, C_in, C_out); 16-bit ones on a CPU get the strides of (E, C_out, C_in).
+
+    `model.layers.linear` is faster with those strides.
+    """
     e, c_in, c_out = shape
     if torch.device(device).type == "cpu" and dtype != torch.float32:
         return torch.empty(e, c_out, c_in, dtype=dtype).transpose(1, 2)
@@ -92,7 +95,7 @@ def empty_fused(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 def _renamed(name: str, expert: int, kind: str) -> str:
-    """The name that another matrix has beside the one called `name`."""
+    """`name` with its expert and kind replaced, in the same naming scheme."""
     found = _ONE_BY_ONE.fullmatch(name)
     assert found is not None, name
     if found[2] is not None:

@@ -1,8 +1,8 @@
-"""Safetensors shards of a published checkpoint -> a Transformer or a VisionTower built on the meta device.
+"""Loads safetensors shards of a published checkpoint into a Transformer or a VisionTower built on the meta device.
 
-Every tensor is accounted for before the first one is read: missing, extra, wrongly shaped, truncated files. Tensors
-whose stored dtype and device are the wanted ones stay mapped files; others are converted one at a time, so that peak
-memory is the weights plus one tensor. Checkpoints are untrusted: no pickle, and no path that leaves the folder.
+Headers are checked before any tensor is read: missing or extra tensors, wrong shapes, truncated files. On a CPU,
+tensors already stored in the requested dtype stay memory-mapped; others are converted one at a time, so that peak
+memory is the weights plus one tensor. Checkpoints are untrusted: no pickle, and no path outside the folder.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def load_checkpoint(
     """Loads the text model of the checkpoint folder `path`.
 
     `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
-    stored in that dtype stay in the files' mapped pages, unless `is_mapped` is false; experts that are stored one by
-    one are joined in memory. Raises CheckpointError and
-    ConfigError.
+    stored in that dtype stay memory-mapped, unless `is_mapped` is false; per-expert weights are fused in memory.
+    Raises CheckpointError and ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
@@ -69,30 +68,29 @@ def load_vision(
 
 
 def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]:
-    """The text model's tensors by their names in Transformer: all that it needs, nothing else, each of its shape.
+    """The text model's tensors by their names in Transformer, checked to be complete, of the right shapes, no others.
 
-    Experts that are stored one by one keep their own names (see model.weights.linearized).
-
-    Reads the shards' headers alone. Raises CheckpointError.
+    Per-expert weights keep their own names (see model.weights.linearized). Reads only the shards' headers. Raises
+    CheckpointError.
     """
     return _checked_text(folder, config)[1]
 
 
 def checked_vision_tensors(folder: Path, config: VisionConfig, text_hidden_size: int) -> dict[str, StoredTensor]:
-    """The vision tower's tensors by their names in VisionTower: all that it needs, nothing else, each of its shape.
+    """The vision tower's tensors by their names in VisionTower, checked as in `checked_tensors`.
 
-    Reads the shards' headers alone. Raises CheckpointError.
+    Reads only the shards' headers. Raises CheckpointError.
     """
     return _checked_vision(folder, config, text_hidden_size)[1]
 
 
 def can_be_mapped(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether weights can stay in the files' mapped pages: experts that are stored one by one have to be joined."""
+    """Whether the weights can stay memory-mapped, which per-expert weights cannot, as they must be fused."""
     return not expert_parts(tensors)
 
 
 def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:
-    """The number of weights; tied embeddings count once."""
+    """Number of weights; tied embeddings count once."""
     return sum(
         math.prod(tensor.shape)
         for name, tensor in tensors.items()
@@ -119,7 +117,7 @@ def _checked_text(
         model = Transformer(config, attention)
     stored = text_tensors(folder)
     if config.tie_word_embeddings and EMBEDDINGS not in stored and "lm_head.weight" in stored:
-        stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # either of the two may be the one that is stored
+        stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # files may store either of the two
     _check_tensors(folder, model, stored, frozenset(["lm_head.weight"] if config.tie_word_embeddings else []))
     return model, stored
 
@@ -177,7 +175,7 @@ def _opened(file: Path) -> Any:
 
 
 def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU. 16-bit experts (E, C_in, C_out) get the strides of (E, C_out, C_in), for layers.linear."""
+    """A copy on the CPU. 16-bit experts (E, C_in, C_out) get the strides of (E, C_out, C_in), as in `empty_fused`."""
     if weights.dim() < 3 or dtype == torch.float32:
         return weights.to(dtype, copy=True)
     turned = torch.empty(len(weights), weights.shape[2], weights.shape[1], dtype=dtype)
@@ -189,7 +187,7 @@ def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
 def _fill(
     model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str, is_mapped: bool
 ) -> None:
-    """Reads the model's tensors file by file; on a CPU those of the wanted dtype stay mapped if `is_mapped`."""
+    """Loads the model's tensors file by file; on a CPU those of the requested dtype stay mapped if `is_mapped`."""
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((name, tensor))

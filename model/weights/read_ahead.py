@@ -1,4 +1,4 @@
-"""Reads that are under way before they are needed, and tensors as plain bytes."""
+"""Read-ahead: loads started before they are needed; and tensors viewed as bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ U = TypeVar("U")
 
 
 def ahead(items: Iterable[T], load: Callable[[T], U], depth: int = 1) -> Iterator[U]:
-    """load(item) for each item in order, the `depth` next ones begun before one is handed out."""
+    """Yields load(item) for each item in order, having started the next `depth` loads before yielding."""
     begun: deque[U] = deque()
     for item in items:
         begun.append(load(item))
@@ -25,7 +25,7 @@ def ahead(items: Iterable[T], load: Callable[[T], U], depth: int = 1) -> Iterato
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, to be read or written in place."""
+    """The bytes of a contiguous tensor in host memory, as a view that can be read or written in place."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.shape, tensor.stride(), tensor.device)
     if tensor.nbytes == 0:
         return memoryview(b"")
@@ -33,7 +33,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fills the buffer; returns how many bytes there were."""
+    """Fills the buffer from `offset` in the file; returns the number of bytes read, fewer only at its end."""
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)

@@ -1,4 +1,4 @@
-"""Safetensors shards: which files hold the weights, and what their headers say, checked before anything is mapped."""
+"""Safetensors shards: which files hold the weights, and their headers, validated before anything is mapped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
-"""Of the tensors that are none of the text model's; transformers, too, reads them with and without `model.`."""
+"""Prefixes of tensors that do not belong to the text model; like transformers, with and without `model.`."""
 EMBEDDINGS = "model.embed_tokens.weight"
 MAX_HEADER_BYTES = 100_000_000
 
@@ -28,26 +28,26 @@ class StoredTensor:
 
     file: Path
     name: str  # in the file
-    dtype: str  # as safetensors spells it: F32, BF16, ...
+    dtype: str  # in safetensors' spelling: F32, BF16, ...
     shape: tuple[int, ...]
     num_bytes: int
-    offset: int  # of its first byte in the file
+    offset: int  # file offset of its first byte
 
     @property
     def dtype_name(self) -> str:
-        """As torch spells it: float32, bfloat16, ..."""
+        """The dtype in torch's spelling: float32, bfloat16, ..."""
         return str(DTYPES[self.dtype]).removeprefix("torch.")
 
 
 def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
-    """The name of the dtype that the text model's embeddings are stored in."""
+    """Name of the dtype of the stored embeddings."""
     return tensors[EMBEDDINGS].dtype_name
 
 
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The text model's tensors by their names in Transformer, from the shards' headers alone.
 
-    Raises CheckpointError for a missing or damaged shard, and for dtypes that are not floating point numbers.
+    Raises CheckpointError for a missing or damaged shard, and for dtypes other than those in DTYPES.
     """
     return _named_tensors(folder, _text_name)
 
@@ -68,7 +68,7 @@ def _vision_name(stored: str) -> str | None:
 
 
 def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[str, StoredTensor]:
-    """Those to which `name_of` gives a name."""
+    """The tensors that `name_of` maps to a name, by that name."""
     tensors: dict[str, StoredTensor] = {}
     for stored in _stored_tensors(folder):
         name = name_of(stored.name)
@@ -81,29 +81,29 @@ def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[s
             )
         if name in tensors:
             raise CheckpointError(
-                f"{stored.file}: tensor {stored.name} is there twice (also in {tensors[name].file.name})"
+                f"{stored.file}: tensor {stored.name} appears twice (also in {tensors[name].file.name})"
             )
         tensors[name] = stored
     return tensors
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, whether they are there or not; none where there is nothing of the kind.
+    """The files that hold the weights, even if some are missing; empty if there is neither a single file nor an index.
 
-    As in transformers, model.safetensors goes before an index, and what else may be there is not read.
+    As in transformers, model.safetensors takes precedence over an index, and other files are not read.
     """
     single, index_file = folder / SINGLE, folder / INDEX
     if single.is_file():
         return [single]
-    if os.path.lexists(index_file):  # a link to nothing is damage, here and below
+    if os.path.lexists(index_file):  # a dangling link counts as damage, here and below
         return [folder / shard for shard in sorted(set(_weight_map(index_file).values()))]
     return [single] if os.path.lexists(single) else []
 
 
 def unused_weights(folder: Path) -> str | None:
-    """A line that names the sets of weights that are there and not read, such as those of an earlier run of training.
+    """A line that names weight files in the folder that are not read, such as those of an earlier training run.
 
-    None where there are none. Raises CheckpointError.
+    None if there are none. Raises CheckpointError.
     """
     used = {file.name for file in shard_files(folder)}
     if SINGLE not in used:
@@ -127,7 +127,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    """What to say where there is neither of the two files."""
+    """The error for a folder with neither of the two files."""
     others = sorted(file.name for file in folder.iterdir() if _holds_weights(file.name)) if folder.is_dir() else []
     safe = [name for name in others if name.endswith(".safetensors")]
     message = f"{folder}: neither {SINGLE} nor {INDEX} is there"
@@ -178,18 +178,18 @@ def _weight_map(index_file: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """A shard's tensors by name. Raises CheckpointError when the file's size contradicts its header.
+    """A shard's tensors by name. Raises CheckpointError if the file's size contradicts its header.
 
-    Format: an unsigned 64-bit little-endian length, as many bytes of JSON, then the data.
+    Format: an unsigned 64-bit little-endian length, that many bytes of JSON, then the data.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             beginning = stream.read(8)
             length = int.from_bytes(beginning, "little")
-            if beginning == b"version ":  # as git without LFS leaves it; a header of that length is none
+            if beginning == b"version ":  # git without LFS leaves this; as a length it would be impossible
                 raise CheckpointError(
-                    f"{file}: a pointer of git LFS, not the weights themselves: run git lfs pull in "
+                    f"{file}: a Git LFS pointer, not the weights themselves: run git lfs pull in "
                     "the clone, or download the file"
                 )
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):

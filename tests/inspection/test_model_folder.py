@@ -50,7 +50,7 @@ def said(path: str) -> str:
         (["m/scout/config.json"], ["no config.json there, but in a folder within it: --model m/scout"]),
         (["m/a/config.json", "m/b/config.json"], ["--model m/a (or b)"]),
         (["m/manifest.json"], ["a saved context", "--context", "--model"]),
-        (["m/readme.md"], ["no config.json there; a checkpoint folder"]),
+        (["m/readme.md"], ["no config.json there; expected a checkpoint folder"]),
         (["m/tokenizer.json"], ["no config.json there"]),
     ],
 )
@@ -78,7 +78,7 @@ def test_an_adapter_names_its_base() -> None:
         ("m.tar", bytes(257) + b"ustar", ["an archive"]),
         ("m.onnx", b"\x08", ["another program's format"]),
         ("lone.safetensors", b"", ["weights alone"]),
-        ("notes.txt", b"hello", ["a file; a checkpoint folder is expected"]),
+        ("notes.txt", b"hello", ["a file; expected a checkpoint folder"]),
     ],
 )
 def test_files(file: str, content: bytes, parts: list[str]) -> None:
@@ -101,7 +101,7 @@ def test_what_is_not_there() -> None:
     make("llama4-scout/config.json")
     Path("broken").symlink_to("nothing")
     assert said("llama-scout") == "no such folder; did you mean llama4-scout?"
-    assert said("zzz") == "no such folder; a checkpoint folder is expected"
+    assert said("zzz") == "no such folder; expected a checkpoint folder"
     assert said("a/b/c/d").startswith("no such folder") and said("broken") == "a link to nothing"
     assert said("llama4-scout/config.json/x").startswith("no such folder")
     assert said("x" * 300) == "cannot be read: File name too long"

@@ -414,5 +414,5 @@ def test_memory_while_loading(tmp_path: Path) -> None:
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4903351912\n")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: a pointer of git LFS.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
         read_header(file)
