@@ -1,4 +1,4 @@
-"""Sizes, counts and times as people write and read them; text that is safe to show. Imports nothing."""
+"""Human-readable sizes, counts and times, parsing them, and text made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def counted(number: int, what: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '8GiB', '500MB', '1.5G' or '8388608': KiB and bare K are 1024, KB is 1000.
+    """Parses '8GiB', '500MB', '1.5G' or '8388608' into bytes: KiB and bare K are 1024, KB is 1000.
 
-    Raises ValueError, also for a number below 1 MiB without a unit: whoever writes 8 means 8GiB.
+    Raises ValueError, also for a number below 1 MiB without a unit, since 8 is most likely meant as 8GiB.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
     if found is None or found.group(2, 3) == ("", "ib"):
@@ -64,7 +64,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_tokens(text: str) -> int:
-    """A number of tokens: '4096', '128k' (128,000), '10M' (10,000,000), '1.5M', '128Ki' (131,072), '10Mi'.
+    """Parses a token count: '4096', '128k' (128,000), '10M' (10,000,000), '1.5M', '128Ki' (131,072), '10Mi'.
 
     Raises ValueError.
     """
@@ -82,33 +82,33 @@ def parse_tokens(text: str) -> int:
 
 
 def without_controls(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but newline and tab become U+FFFD, `\\r` goes."""
+    """Text made safe for a terminal: control characters but newline and tab become U+FFFD; `\\r` is dropped."""
     return _CONTROLS.sub("\ufffd", text.replace("\r", ""))
 
 
 def as_one_line(text: str) -> str:
-    """The same of a text that may have several lines, with a space for each line end."""
+    """The same on one line, with a space for each line end."""
     return without_controls(" ".join(text.splitlines()))
 
 
 def printable(path: str) -> str:
-    """`path` on one line of valid Unicode: control characters and bytes that are not UTF-8 as backslash escapes."""
+    """`path` on one line of valid Unicode, with control characters and non-UTF-8 bytes as backslash escapes."""
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), path)
 
 
 def only_printable(text: str, instead: str) -> str:
-    """Another library's words: whatever `str.isprintable` does not know becomes `instead`, line ends too."""
+    """For messages of other libraries: characters that are not `str.isprintable`, line ends too, become `instead`."""
     return "".join(character if character.isprintable() else instead for character in text)
 
 
 def as_attribute(path: str) -> str:
-    """`path` as an attribute's value in a prompt: on one line of valid Unicode, without the quote that would end it.
+    """`path` as an attribute value in a prompt: on one line of valid Unicode, without double quotes, which end it.
 
-    Token ids of saved contexts follow from this.
+    The token ids of saved contexts depend on this.
     """
     return _NOT_IN_AN_ATTRIBUTE.sub("\ufffd", path).replace('"', "'")
 
 
 def without_surrogates(text: str) -> str:
-    """Valid Unicode, with U+FFFD for what is not. Token ids of saved contexts follow from this."""
+    """Valid Unicode, with U+FFFD for lone surrogates. The token ids of saved contexts depend on this."""
     return text if text.isascii() else _LONE_SURROGATES.sub("\ufffd", text)

@@ -1,4 +1,4 @@
-"""Where documents and images lie in a prompt."""
+"""Positions of documents and images in a prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Span:
-    """Where one document, its wrapping included, lies in the prompt: token positions `start` to before `stop`."""
+    """Positions `start` .. `stop` - 1 of the prompt are one document, including the tags around it."""
 
     source: str
     start: int
@@ -18,9 +18,9 @@ class Span:
 
 
 class ImageSpan(NamedTuple):
-    """Positions `start` to before `stop` of a prompt are an image's tokens.
+    """Positions `start` .. `stop` - 1 of a prompt are an image's tokens.
 
-    `sha256` is the digest, in hex, of all that its features follow from: pixels, preprocessing and the vision tower.
+    `sha256` is a digest, in hex, of everything that determines its features: pixels, preprocessing and vision tower.
     """
 
     start: int
@@ -29,5 +29,5 @@ class ImageSpan(NamedTuple):
 
 
 def same_until(mine: Sequence[ImageSpan], saved: Sequence[ImageSpan]) -> int | None:
-    """The position of the first image that one of two prompts has and the other has not; None where there is none."""
+    """Position of the first image that is in only one of two prompts; None if they have the same images."""
     return min((span.start for span in {*mine} ^ {*saved}), default=None)

@@ -1,1 +1,1 @@
-"""Token ids through the model, as generators: prefill and generate."""
+"""Running token ids through the model, as generators: prefill and decode."""

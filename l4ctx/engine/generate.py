@@ -1,7 +1,4 @@
-"""Sampling and the decode loop: a generator of token ids.
-
-Knows nothing of text: detokenization is the tokenizer's, printing the CLI's.
-"""
+"""Sampling and the decode loop: a generator of token ids. Detokenization is left to the caller."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ StopReason = Literal["stop", "length", "repetition"]
 
 
 class GenerationError(ModelFailureError):
-    """Decoding that cannot go on."""
+    """Decoding cannot continue."""
 
 
 def generate(
@@ -36,11 +33,10 @@ def generate(
     sampling: Sampling = Sampling(),
     guard: LoopGuard | None = None,
 ) -> Generator[int, None, StopReason]:
-    """Continues from `token`, the prompt's last, which the cache does not hold yet.
+    """Continues from `token`, the prompt's last token, which is not in the KV cache yet.
 
-    Yields token ids as they are chosen; returns "stop" at a stop token (which is not yielded), "repetition" when
-    `guard` has found a loop, or "length" after `max_new_tokens`. Raises GenerationError when the logits are not
-    numbers.
+    Yields token ids as they are chosen. Returns "stop" at a stop token (which is not yielded), "repetition" when
+    `guard` detects a loop, or "length" after `max_new_tokens`. Raises GenerationError if the logits are not finite.
     """
     generator = torch.Generator()
     if sampling.seed is None:
@@ -59,12 +55,15 @@ def generate(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token id by its logits (V,). Order of the filters: temperature, top-k, top-p; ties go to the lowest id."""
-    smallest, largest = logits.aminmax()  # NaN if any is
+    """Samples a token id from logits (V,): temperature, then top-k, then top-p; ties go to the lowest id.
+
+    Raises GenerationError if the logits are not finite.
+    """
+    smallest, largest = logits.aminmax()  # NaN if any logit is
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise GenerationError("the model's logits are not finite numbers; try --dtype float32, or check the weights")
     if sampling.temperature == 0:
-        return int((logits == largest).nonzero()[0])  # quicker than argmax on a CPU
+        return int((logits == largest).nonzero()[0])  # faster than argmax on a CPU
     logits = logits.float().cpu()
     order = logits.argsort(descending=True, stable=True)
     ranked = logits[order].double()
@@ -72,7 +71,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.top_k > 0:
         scaled = scaled[: sampling.top_k]
     probabilities = scaled.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier ones
+    before = probabilities.cumsum(-1) - probabilities  # total probability of all likelier tokens
     probabilities[before >= sampling.top_p] = 0
     probabilities[0] = probabilities[0].clamp(min=torch.finfo(torch.float64).tiny)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,4 +1,4 @@
-"""Notices an answer that has begun to repeat itself for good. Knows token ids; nothing of text or models."""
+"""Detects an answer that is stuck in a loop, from its token ids alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import deque
 from dataclasses import dataclass
 
 LONGEST_PERIOD = 128
-"""Tokens of the longest passage whose repetition is noticed."""
+"""Longest repeated passage that is detected, in tokens."""
 
 LOOP_TOKENS, LOOP_REPEATS = 300, 4
-"""A passage of n tokens is a loop when it fills the last LOOP_TOKENS + LOOP_REPEATS * n tokens: one token 304 times,
-five 64 times, sixty nine times. Ruled lines, tables and lists of thirty equal values stay below that; the default
-limit of an answer lies above it for every n."""
+"""A repeated passage of n tokens is a loop once it fills the last LOOP_TOKENS + LOOP_REPEATS * n tokens: one token 304
+times, five 64 times, sixty nine times. Horizontal rules, tables and lists of thirty equal values stay below that; the
+default length limit of an answer is above it for every n."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Loop:
 
 
 class LoopGuard:
-    """Takes the tokens of an answer one by one; at most LONGEST_PERIOD comparisons each, whatever the length."""
+    """Takes an answer's tokens one by one, at a cost of at most LONGEST_PERIOD comparisons each."""
 
     def __init__(self) -> None:
         self.loop: Loop | None = None  # the first one found
         self._last: deque[int] = deque(maxlen=LONGEST_PERIOD)  # the newest first
-        self._equal = [0] * LONGEST_PERIOD  # of n - 1: how many last tokens each equal the one n before
+        self._equal = [0] * LONGEST_PERIOD  # at n - 1: how many of the last tokens in a row equal the one n before
 
     def push(self, token: int) -> Loop | None:
-        """The loop that this token completes, of the shortest period if of several."""
+        """The loop that this token completes, if any; of several, the one with the shortest period."""
         equal, loop = self._equal, None
         for index, earlier in enumerate(self._last):
             if earlier != token:

@@ -1,7 +1,7 @@
-"""The chunked-prefill driver: streams token ids through the model into a cache, one prefill chunk at a time.
+"""Chunked prefill: runs token ids through the model into a KV cache, one prefill chunk at a time.
 
-A generator that yields progress after every step; activations are bounded by the chunk, whatever the length. Images
-enter as embeddings. Knows nothing of text, terminals or sampling.
+A generator that yields progress after every step. Activation memory is bounded by the prefill chunk, whatever the
+length. Images enter as embeddings.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ DEFAULT_PREFILL_CHUNK_SIZE = 8192
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """`done` of this prefill's `total` tokens are in the cache, `seconds` after it began."""
+    """`done` of this prefill's `total` tokens are in the KV cache, `seconds` after it began."""
 
-    start: int  # absolute position of its first token: those before were in the cache already
+    start: int  # absolute position of this prefill's first token: earlier ones were in the cache already
     done: int
     total: int
     seconds: float
     step: range  # absolute positions of the step just finished
     step_seconds: float
-    held: KVBytes | None  # after that step
+    held: KVBytes | None  # size of the KV cache after that step
 
 
 def prefill(
@@ -48,10 +48,10 @@ def prefill(
     prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
     features: ImageFeatures | None = None,
 ) -> Iterator[PrefillProgress]:
-    """Reads `ids` behind what the cache holds, as keys and values only: no logits are computed.
+    """Appends the keys and values of `ids` to the KV cache; computes no logits.
 
-    A step that does not finish leaves the cache where the last yielded progress says. `features` has the images among
-    the ids; raises its ImageError.
+    A step that fails leaves the cache as of the last progress that was yielded. `features` provides the images among
+    `ids`. Raises ImageError for an image that cannot be decoded, and the model's LengthError.
     """
     began, base = time.perf_counter(), cache.offset
     grid = prefill_grid(
@@ -75,7 +75,7 @@ def prefill(
 
 
 def _inputs(model: Transformer, ids: Tensor, positions: range, features: ImageFeatures | None) -> Tensor:
-    """Token ids, or where images are among them embeddings."""
+    """The token ids, or embeddings if there are images among them."""
     if features is None or not features.among(positions):
         return ids
     embeddings = model.embed(ids)

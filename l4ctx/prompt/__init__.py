@@ -1,1 +1,1 @@
-"""Documents and a question to token ids, with what lies where."""
+"""Building the prompt: documents and a question to token ids, with the span of each document and image."""

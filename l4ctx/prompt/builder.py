@@ -1,8 +1,7 @@
-"""The prompt: chat template, system prompt, documents and question as token ids, with one span per document.
+"""Builds the prompt: chat template, system prompt, documents and question as token ids, with one span per document.
 
-Only the template's own text is encoded with control tokens, and images are made of them; documents, their paths,
-question and system prompt are data. Reading documents is left to `l4ctx.documents.reader`, the encoding itself to
-`l4ctx.checkpoint.tokenizer` and `l4ctx.vision.prompter`.
+Control tokens come only from the template's own text and from images; documents, their paths, the question and the
+system prompt are encoded as data.
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ if TYPE_CHECKING:
     from l4ctx.spans import ImageSpan
     from l4ctx.vision.prompter import ImagePrompter, PlacedImage
 
-Progress = Callable[[int, int], None]  # characters of documents and tokens of the prompt so far
+Progress = Callable[[int, int], None]  # document characters and prompt tokens so far
 
 DOCUMENT_END = "\n</document>\n\n"
 
 
 class PromptLengthError(UserError):
-    """A prompt that has more tokens than the model has positions: one line that names the largest documents."""
+    """The prompt has more tokens than the model has positions; the message names the largest documents."""
 
     exit_code = TOO_LONG
 
 
 @dataclass(frozen=True)
 class ForcedCut:
-    """A place where a text had to be cut without knowing that the token ids stay the same."""
+    """A place where a text had to be split for encoding although that may change the token ids there."""
 
     source: str
-    offset: int  # in characters of the document's text
+    offset: int  # in characters from the start of the document's text
 
 
 @dataclass
 class Prompt:
-    """Token ids (4 bytes each), what lies where, and what was done that the user should know (one line each)."""
+    """Token ids (4 bytes each), the spans in them, and notes for the user (one line each)."""
 
     ids: array[int] = field(default_factory=lambda: array("i"))
-    documents_stop: int = 0  # where what depends on the documents alone ends, and the question begins
+    documents_stop: int = 0  # where the question begins: everything before depends on the documents alone
     spans: list[Span] = field(default_factory=list)
     images: list[PlacedImage] = field(default_factory=list)
     forced_cuts: list[ForcedCut] = field(default_factory=list)
@@ -57,8 +56,8 @@ class Prompt:
     first_index: int = 1  # number of the first document
 
     def follow(self, tokens: int) -> None:
-        """Leaves out what comes before the documents (or the question, without any): a saved context of so many tokens
-        takes its place, from whose start all places are counted then."""
+        """Places the prompt after a saved context of `tokens` tokens, which replaces everything before the documents
+        (or before the question, if there are none). Positions then count from the context's start."""
         start = self.spans[0].start if self.spans else self.documents_stop
         del self.ids[:start]
         by = tokens - start
@@ -82,12 +81,12 @@ def build_prompt(
     progress: Progress | None = None,
     first_index: int = 1,
 ) -> Prompt:
-    """Documents first, question last, inside the chat template; without one (a base model) as plain text.
+    """Puts documents first and the question last into the chat template, or into plain text without one (base models).
 
-    The ids up to the end of document k depend on nothing that follows it. `documents` is consumed one by one and
-    no text is kept: hand over `DocumentSet.take()`, and each text is released once it is encoded. `images` is needed
-    where documents have some. `first_index` is the number of the first document, where others come before.
-    Raises PromptError, and TokenizerError for text that the tokenizer cannot encode.
+    The ids up to the end of document k do not depend on anything after it. `documents` is consumed one at a time and no
+    text is kept: with `DocumentSet.take()`, each text is freed once it is encoded. `images` is required if documents
+    contain images. `first_index` is the first document's number, if others precede it. Raises PromptError, and
+    TokenizerError for text that the tokenizer cannot encode.
     """
     prompt = Prompt(first_index=first_index)
     system = (system or "").strip()
@@ -100,7 +99,7 @@ def build_prompt(
         _add_user_content(prompt, tokenizer, documents, question, images, progress)
         return prompt
     parts = template.split(system=bool(system))
-    own_texts = [tokenizer.encode_control(part) for part in parts[::2]]  # before documents: it may be refused
+    own_texts = [tokenizer.encode_control(part) for part in parts[::2]]  # before any document, as this may fail
     for number, part in enumerate(parts):
         if number % 2 == 0:
             prompt.ids.extend(own_texts[number // 2])
@@ -112,9 +111,9 @@ def build_prompt(
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
-    """Raise PromptLengthError where prompt and answer need more positions than the model has. Nothing is cut off.
+    """Raises PromptLengthError if prompt and answer need more positions than the model has. Never truncates.
 
-    `tokens` is the whole prompt's length where its first part lies in a saved context.
+    `tokens` is the whole prompt's length, if its first part is in a saved context.
     """
     tokens = len(prompt.ids) if tokens is None else tokens
     over = tokens + max_new_tokens - max_position_embeddings
@@ -139,10 +138,10 @@ def _add_user_content(
     progress: Progress | None,
 ) -> None:
     done = 0  # characters
-    for document in documents:  # without enumerate, which would hold on to the document
+    for document in documents:  # not enumerate, which would keep a reference to the document
         length = sum(len(part) for part in document.parts if isinstance(part, str))
         _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress))
-        del document  # its text, before the next one is made
+        del document  # frees its text before the next one is read
         done += length
     prompt.documents_stop = len(prompt.ids)
     tokenizer.encode_data(question.strip(), into=prompt.ids, user="the question")
@@ -192,7 +191,7 @@ def _add_document(
 
 
 def _texts_before_images(parts: Iterable[str | DocumentImage]) -> Iterator[tuple[str, DocumentImage | None]]:
-    """Each image with the text before it; last, with None, the text behind them all."""
+    """Yields each image with the text before it, and finally the text after the last image with None."""
     texts: list[str] = []
     for part in parts:
         if isinstance(part, str):

@@ -1,1 +1,1 @@
-"""Images to tiles, to tokens, to features among a prompt's embeddings."""
+"""From images to tiles, tokens, and features spliced into the prompt's embeddings."""

@@ -1,7 +1,6 @@
-"""What the model sees of a prompt's images: features, computed when a reading reaches them, put among its embeddings.
+"""Image features, computed lazily when the prefill reaches an image, and spliced into the prompt's embeddings.
 
-One image's pixels and the features of a few tiles are held at a time, however many images there are. Which tokens
-are images is settled in `l4ctx.vision.prompter`.
+Only one image's pixels and the features of a few tiles are in memory at a time, however many images there are.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class ImageFeatures:
 
     def __init__(self, tower: VisionTower, prompter: ImagePrompter, images: Sequence[PlacedImage]) -> None:
         self._tower, self._prompter, self._images = tower, prompter, images
-        self._tiles: tuple[PlacedImage, Tensor] | None = None  # pixels of the image that was last looked at
-        self._group: tuple[PlacedImage, int, Tensor] | None = None  # features of some tiles of it, from which one on
+        self._tiles: tuple[PlacedImage, Tensor] | None = None  # pixels of the image used last
+        self._group: tuple[PlacedImage, int, Tensor] | None = None  # image, first tile and features of the last group
 
     @property
     def weight_bytes(self) -> int:
@@ -40,10 +39,10 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
-        """Replaces the embeddings (1, T, C) of the patch tokens among `ids` (1, T), which lie at `positions`.
+        """Replaces, in place, the embeddings (1, T, C) of the patch tokens among `ids` (1, T) at `positions`.
 
-        Raises ImageError for an image that cannot be decoded any more, or whose patch tokens are not as many as its
-        features.
+        Raises ImageError for an image that can no longer be decoded, or whose number of patch tokens is not its number
+        of features.
         """
         for placed in self.among(positions):
             self._splice_one(placed, embeddings[0], ids[0], positions)
@@ -65,8 +64,8 @@ class ImageFeatures:
             raise ImageError(f"{placed.image.source}: {spliced} features for {patches} patch tokens")
 
     def _features(self, placed: PlacedImage, tile: int) -> Tensor:
-        """Of one tile: (tokens_per_tile, C)."""
-        first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # always the same ones together: equal steps give equal bits
+        """The features of one tile, (tokens_per_tile, C)."""
+        first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # fixed groups, so that equal steps give equal bits
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
             pixels = self._pixels(placed)[first : first + TILES_AT_A_TIME]
             self._group = (placed, first, self._tower(normalized(pixels, self._prompter.processing, self._tower.dtype)))

@@ -1,7 +1,4 @@
-"""Images in the prompt: as which tokens, where, and what their features will follow from.
-
-Pixels and features are left to `l4ctx.vision.features`.
-"""
+"""Images in the prompt: their tokens, their positions, and a digest of everything that determines their features."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ class PlacedImage:
     span: ImageSpan
 
     def moved(self, by: int) -> PlacedImage:
-        """The same so many positions later."""
+        """The same image, shifted by `by` positions."""
         return replace(self, span=self.span._replace(start=self.span.start + by, stop=self.span.stop + by))
 
 
 @dataclass(frozen=True)
 class ImagePrompter:
-    """Puts images into prompts; `provenance` is the digest of preprocessing and vision tower, in hex."""
+    """Puts images into prompts; `provenance` is a digest of preprocessing and vision tower, in hex."""
 
     processing: ImageProcessing
     tokens: ImageTokens
@@ -51,5 +48,5 @@ class ImagePrompter:
 
 
 def count_image_tokens(images: Sequence[PlacedImage], start: int, stop: int) -> int:
-    """How many of the positions start .. stop - 1 are images'."""
+    """How many of the positions start .. stop - 1 belong to images."""
     return sum(max(0, min(stop, placed.span.stop) - max(start, placed.span.start)) for placed in images)

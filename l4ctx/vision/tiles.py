@@ -1,8 +1,6 @@
-"""An image becomes the square tiles that the vision tower sees: choice of the canvas, resizing, numbers.
+"""Image preprocessing: choosing a canvas, resizing, cutting into square tiles, normalizing.
 
-Files and decoding are left to `l4ctx.documents.images`, what a checkpoint asks for to
-`l4ctx.checkpoint.image_processor`, the tokens that stand for tiles to `l4ctx.vision.tokens`. The layout alone needs
-neither torch nor Pillow.
+Computing a layout needs neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
     from l4ctx.checkpoint.image_processor import ImageProcessing
 
-_WIDEST_DETOUR = 1 << 22  # pixels between the two passes of a resize, where these are more than the image's own
+_WIDEST_DETOUR = 1 << 22  # most pixels between the two passes of a resize, where that is more than the image itself
 
 
 class TileLayout(NamedTuple):
@@ -30,16 +28,16 @@ class TileLayout(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Tiles that the model sees: with more than one, the whole image in a single tile is added at the end."""
+        """Number of tiles that the model sees: if more than one, a thumbnail of the whole image is added at the end."""
         return self.rows * self.columns + (self.rows * self.columns > 1)
 
 
 def tile_layout(width: int, height: int, processing: ImageProcessing) -> TileLayout:
     """The canvas for an image of `width` x `height` pixels.
 
-    The least enlargement that fits, or else the least reduction; of equals the fewest tiles; of these the first in
-    the order of Meta's and transformers' lists. With `resize_to_max_canvas`: the greatest enlargement. Scales are
-    compared as float32 quotients, as both references do.
+    The smallest upscaling that fits, or else the smallest downscaling; ties go to the fewest tiles, then to the first
+    in the order of Meta's and transformers' lists. With `resize_to_max_canvas`, the largest upscaling. Scales are
+    compared as float32 quotients, as in both references.
     """
     scales = [
         (
@@ -57,13 +55,13 @@ def tile_layout(width: int, height: int, processing: ImageProcessing) -> TileLay
 
 
 def image_tiles(image: Image.Image, processing: ImageProcessing) -> Tensor:
-    """The tiles of an image of mode RGB, row by row, then the whole image as one if there are several.
+    """Tiles of an RGB image in row-major order, followed by a thumbnail of the whole image if there are several.
 
-    Returns uint8 of shape (tiles, 3, size, size), tiles being `tile_layout(...).tiles`. The image keeps its
-    proportions (the last tile, a square, does not) and lies in the top left corner of a black canvas; a side that
-    would vanish keeps 1 pixel. Equal to Meta's reference (meta-llama/llama-models, models/llama4/preprocess.py),
-    which resizes with Pillow and computes sizes in float64; transformers resizes with torch's interpolation, whose
-    bytes differ by 1 here and there, and rounds some sizes from float32.
+    Returns uint8 (tiles, 3, size, size), where tiles is `tile_layout(...).tiles`. The image keeps its aspect ratio
+    (the square thumbnail does not) and is placed at the top left of a black canvas; no side shrinks below 1 pixel.
+    Equal to Meta's reference (meta-llama/llama-models, models/llama4/preprocess.py), which resizes with Pillow and
+    computes sizes in float64; transformers resizes with torch's interpolation, whose bytes differ by 1 here and there,
+    and rounds some sizes from float32.
     """
     import torch
     from PIL import Image
@@ -83,22 +81,22 @@ def image_tiles(image: Image.Image, processing: ImageProcessing) -> Tensor:
 
 
 def tiling_bytes(layout: TileLayout, processing: ImageProcessing) -> int:
-    """Bytes that `image_tiles` needs at its peak, at most, beside the image.
+    """Upper bound on the peak memory of `image_tiles` besides the image, in bytes.
 
-    First the resized image, in Pillow's 4 bytes a pixel, and what lies between the two passes of resizing; then the
-    resized image, the tiles, and copies of one of them. Where the width is reduced, what lies between the passes may be
-    larger: 4 bytes for each of the image's rows and the canvas's columns, less than the image has itself. That and
-    tables of Pillow's, for very long sides, are not in it: `l4ctx.documents.images.decoding_bytes` has room for them,
-    since at most a quarter of that is still held by then.
+    First the resized image, at Pillow's 4 bytes a pixel, and the intermediate image between the two passes of a resize;
+    then the resized image, the tiles, and copies of one of them. If the width shrinks, the intermediate image may be
+    larger: 4 bytes times the image's rows times the canvas's columns, less than the image itself. That, and Pillow's
+    tables for very long sides, is not included: `l4ctx.documents.images.decoding_bytes` covers it, since at most a
+    quarter of that is still allocated by then.
     """
     tile, resized = 3 * processing.size**2, 4 * layout.rows * layout.columns * processing.size**2
     return max(resized, 4 * _WIDEST_DETOUR) + max(resized, tile * (layout.tiles + 5))
 
 
 def normalized(tiles: Tensor, processing: ImageProcessing, dtype: torch.dtype) -> Tensor:
-    """Pixels (n, 3, size, size) of uint8 as what the vision tower takes: `(pixel * rescale_factor - mean) / std`.
+    """uint8 pixels (n, 3, size, size) -> the vision tower's input: `(pixel * rescale_factor - mean) / std`.
 
-    Computed in bfloat16 as transformers' `rescale_and_normalize` does, to the bit, then cast to `dtype`.
+    Computed in bfloat16, bit for bit as in transformers' `rescale_and_normalize`, then cast to `dtype`.
     """
     import torch
 
@@ -117,7 +115,7 @@ def normalized(tiles: Tensor, processing: ImageProcessing, dtype: torch.dtype) -
 def fitted_size(width: int, height: int, layout: TileLayout, processing: ImageProcessing) -> tuple[int, int]:
     """Width and height, in pixels, that an image is resized to on its canvas.
 
-    Unless `resize_to_max_canvas`, an image is enlarged only until its longer side fills one tile.
+    Without `resize_to_max_canvas`, an image is upscaled only until its longer side fills one tile.
     """
     most_width, most_height = layout.columns * processing.size, layout.rows * processing.size
     if not processing.resize_to_max_canvas:
@@ -131,7 +129,7 @@ def fitted_size(width: int, height: int, layout: TileLayout, processing: ImagePr
 
 @functools.cache
 def _canvases(max_patches: int) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of all canvases, in the order of the references: by proportion, as met from the largest on."""
+    """Rows and columns of all canvases in the references' order: grouped by aspect ratio, largest canvas first."""
     by_proportion: dict[float, list[tuple[int, int]]] = {}
     for tiles in range(max_patches, 0, -1):
         for rows in range(1, tiles + 1):
@@ -141,7 +139,7 @@ def _canvases(max_patches: int) -> tuple[tuple[int, int], ...]:
 
 
 def _quotient(dividend: int, divisor: int) -> float:
-    """What float32 tensors give: both sides and the result rounded; the float64 in between changes nothing."""
+    """A float32 division: operands and result are rounded; dividing in float64 in between changes nothing."""
     return _float32(_float32(dividend) / _float32(divisor))
 
 
@@ -151,8 +149,8 @@ def _float32(value: float) -> float:
 
 
 def _resized(image: Image.Image, size: tuple[int, int], processing: ImageProcessing) -> Image.Image:
-    """`image` with this width and height. Pillow resizes the width first, which for an image of a few columns and
-    very many rows would take far more memory than the image: its height goes first."""
+    """`image` resized to this width and height. Pillow resizes the width first, which for a narrow image with very many
+    rows would take far more memory than the image, so such an image has its height resized first."""
     from PIL import Image
 
     if image.size == size:

@@ -1,7 +1,4 @@
-"""Which tokens stand for an image: marks, separators between tiles, and a placeholder for every position.
-
-What the tiles show is left to `l4ctx.vision.tiles`, where an image stands in the prompt to others.
-"""
+"""The token sequence for an image: start and end, tile separators, and a placeholder for every feature."""
 
 from __future__ import annotations
 
@@ -32,10 +29,10 @@ class ImageTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, tokens_per_tile: int, patch_id: int) -> ImageTokens:
-        """The tokenizer's ids; `patch_id` is the configuration's `image_token_index`.
+        """Looks the ids up in the tokenizer; `patch_id` is the configuration's `image_token_index`.
 
-        Raises TokenizerError where a token is missing, `<|patch|>` is not the one that the model replaces, or the
-        model has no embedding for one.
+        Raises TokenizerError if a token is missing, if `<|patch|>` is not the token that the model replaces, or if the
+        model has no embedding for a token.
         """
         from l4ctx.checkpoint.tokenizer import TokenizerError
 
@@ -55,7 +52,7 @@ class ImageTokens:
         return cls(**ids, tokens_per_tile=tokens_per_tile)
 
     def ids(self, layout: TileLayout) -> list[int]:
-        """All tokens of one image: its tiles row by row, then the one that is always there."""
+        """All tokens of one image: its tiles in row-major order, then the whole image as the last tile."""
         patches = [self.patch] * self.tokens_per_tile
         found = [self.image_start]
         if layout.tiles > 1:
@@ -64,12 +61,12 @@ class ImageTokens:
         return [*found, self.image, *patches, self.image_end]
 
     def count(self, layout: TileLayout) -> int:
-        """The length of `ids(layout)`: every tile of the canvas has one separator after it, of either kind."""
+        """The length of `ids(layout)`: every tile of the canvas is followed by one separator."""
         canvas = layout.rows * layout.columns if layout.tiles > 1 else 0
         return canvas * (self.tokens_per_tile + 1) + self.tokens_per_tile + 3
 
     def tile_starts(self, layout: TileLayout) -> list[int]:
-        """Where in `ids(layout)` the first `<|patch|>` of each tile is, in the order of `image_tiles`."""
+        """Index in `ids(layout)` of each tile's first `<|patch|>`, in the order of `image_tiles`."""
         return [1 + tile * (self.tokens_per_tile + 1) for tile in range(layout.tiles - 1)] + [
             self.count(layout) - 1 - self.tokens_per_tile
         ]
