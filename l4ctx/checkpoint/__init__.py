@@ -1,1 +1,1 @@
-"""What a published checkpoint says beside its weights: tokenizer, chat template, generation, images."""
+"""The files beside a checkpoint's weights: tokenizer, chat template, generation config, image preprocessing."""

@@ -1,7 +1,4 @@
-"""Added tokens of a tokenizer: which of them are control tokens, and which are text that data may contain.
-
-Encoding with them is left to `l4ctx.checkpoint.tokenizer`.
-"""
+"""A tokenizer's added tokens: which are control tokens, and which are ordinary text that data may contain."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ _WORDS = re.compile(r"[\w\s'’.-]+")
 def control_tokens(
     added: Iterable[tokenizers.AddedToken], settings: Iterable[Mapping[str, Any]], template: str
 ) -> frozenset[str]:
-    """Those that data must never become, as they are written.
+    """The text of the added tokens that data must never be encoded as.
 
-    They are the special ones; those that one of `settings` (tokenizer_config.json, special_tokens_map.json) names as
-    such, whatever tokenizer.json says; those of Llama's form, `<|name|>`; and those in the chat template's source,
-    unless they are plain words, which it may hold by chance.
+    These are: special tokens; tokens that one of `settings` (tokenizer_config.json, special_tokens_map.json) lists as
+    special, whatever tokenizer.json says; tokens of Llama's form, `<|name|>`; and tokens that occur in the chat
+    template's source, except plain words, which may occur there by chance.
     """
     named = {content for fields in settings for content in _named(fields)}
     return frozenset(
@@ -36,7 +33,7 @@ def control_tokens(
 
 
 def _named(fields: Mapping[str, Any]) -> Iterator[str]:
-    """The special tokens of one settings file."""
+    """The special tokens listed in one settings file."""
     for key, value in fields.items():
         if key.endswith("_token"):
             yield from _contents(value)
@@ -58,8 +55,8 @@ def _contents(value: Any) -> Iterator[str]:
 def add_in_order(
     target: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken], control: frozenset[str]
 ) -> bool:
-    """Adds the same tokens to another tokenizer of the same model, so that `control` are special there and pass as
-    plain text; whether all of them got their own ids."""
+    """Adds the same tokens to another tokenizer of the same model, with `control` as special tokens, which it then
+    encodes as plain text. Returns whether every token kept its id."""
     for _, token in sorted(added.items()):
         if token.content in control:
             target.add_special_tokens([token])
@@ -73,10 +70,9 @@ def add_in_order(
 
 
 class CutCheck:
-    """Whether a text may be cut at a place: no added token may lie across it or end there.
+    """Whether a text can be split at a position: no added token may span it or end there.
 
-    Where none does, the tokens found on either side are those of the whole, with the white space that they take in
-    and the letters that they must not stand beside.
+    Then both sides match the same added tokens as the whole, including stripped whitespace and single-word rules.
     """
 
     def __init__(self, contents: Iterable[str]) -> None:
@@ -85,7 +81,7 @@ class CutCheck:
         self._longest = len(self._contents[0])
 
     def is_clear(self, text: str, cut: int, prefix: str = "", suffix: str = "") -> bool:
-        """For `text[:cut]` and `text[cut:]`, between `prefix` and `suffix`."""
+        """Checks the split of `text` at `cut`, where `prefix` precedes and `suffix` follows the text."""
         n = self._longest
         before, after = text[max(0, cut - n) : cut], text[cut : cut + n]
         if len(before) < n:

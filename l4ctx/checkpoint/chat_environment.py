@@ -1,7 +1,4 @@
-"""The Jinja environment that chat templates are written for: what `transformers` adds to Jinja's own, in a sandbox.
-
-Which variables a template is given, and what becomes of its text, is left to `l4ctx.prompt.builder`.
-"""
+"""The Jinja environment that chat templates expect: Jinja plus the extensions of `transformers`, sandboxed."""
 
 from __future__ import annotations
 
@@ -18,22 +15,22 @@ from jinja2.utils import Namespace
 
 
 class Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: what the model is trained on. Nothing is marked at inference."""
+    """`{% generation %}` … `{% endgeneration %}` marks training targets; at inference it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The tag's body, in a scope of its own: what is set in it is not seen behind it."""
+        """Parses the tag's body into its own scope: variables set in it are not visible after it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
 
 
 class SafeNamespace(Namespace):
-    """`namespace()` that refuses names with an underscore in front, by which a template could reach Python's own."""
+    """`namespace()` that rejects names with a leading underscore, through which a template could reach internals."""
 
     def __init__(*args: Any, **attributes: Any) -> None:
-        self, *rest = args  # so that a template may call an attribute `self`
+        self, *rest = args  # so that a template can name an attribute `self`
         attributes = dict(*rest, **attributes)
         for name in attributes:
             _check_name(name)
@@ -45,7 +42,7 @@ class SafeNamespace(Namespace):
 
 
 class SafeDict:
-    """`dict()` and `dict.fromkeys()`, and nothing else of the type."""
+    """`dict()` and `dict.fromkeys()`, without the type's other attributes."""
 
     def __call__(self, *args: Any, **entries: Any) -> dict[Any, Any]:
         return dict(*args, **entries)
@@ -55,9 +52,9 @@ class SafeDict:
 
 
 def chat_environment(date: datetime.datetime | None = None) -> ImmutableSandboxedEnvironment:
-    """An environment for untrusted templates; `date` is what `strftime_now` tells, None: now."""
+    """An environment for untrusted templates; `strftime_now` formats `date`, or the current time if None."""
 
-    def strftime_now(format: str) -> str:  # its name can be given in a template
+    def strftime_now(format: str) -> str:  # templates may pass `format` by name
         return (date or datetime.datetime.now()).strftime(format)
 
     environment = ImmutableSandboxedEnvironment(
@@ -80,7 +77,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own `tojson` escapes for HTML."""
+    """Plain JSON: Jinja's own `tojson` escapes HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, untrusted: its own text around what it is given."""
+"""A checkpoint's chat template: untrusted Jinja, rendered to find the text around each message."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from l4ctx.formatting import only_printable
 
 
 class PromptError(UnusableCheckpointError):
-    """A prompt that cannot be made, by the template's or the input's fault: one line."""
+    """A prompt that cannot be built, because of the template or the input."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A checkpoint's Jinja chat template, untrusted, the special tokens that it may name, and the date it is told."""
+    """A checkpoint's Jinja chat template, untrusted; the special tokens that it may use; and the date it is given."""
 
     source: str
     special_tokens: dict[str, str] = field(default_factory=dict)
-    date: datetime.datetime | None = None  # None: now
+    date: datetime.datetime | None = None  # None means now
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
         """The chat template of a checkpoint folder; None for a base model, which has none.
 
-        Looked for in `chat_template.jinja`, then in `tokenizer_config.json` (a string, or a list of named ones
-        of which "default" is taken), then in `chat_template.json`. Raises PromptError for broken files.
+        Searches `chat_template.jinja`, then `tokenizer_config.json` (a string, or a list of named templates of which
+        "default" is used), then `chat_template.json`. Raises PromptError for broken files.
         """
         folder = Path(path)
         try:
@@ -49,23 +49,23 @@ class ChatTemplate:
         return None
 
     def split(self, *, system: bool) -> list[str]:
-        """The template's own text around what it puts in: [before, "user", after], with `system` in front
-        [before, "system", between, "user", after], or in the order in which the template shows the two.
+        """The template's own text around the messages: [before, "user", after], or with `system`
+        [before, "system", between, "user", after], in the order in which the template renders the two.
 
-        Raises PromptError where the template fails or does not show each exactly once.
+        Raises PromptError if the template fails or does not render each message exactly once.
         """
         markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
         try:
             return self._split_rendering(markers, as_parts=False)
         except PromptError:
-            try:  # templates of multimodal checkpoints may know only lists of parts
+            try:  # templates of multimodal checkpoints may support only lists of parts
                 return self._split_rendering(markers, as_parts=True)
             except PromptError:
                 pass
             raise
 
     def _marker(self, role: str) -> str:
-        """A stand-in for a message: no filter trims it, and nothing in the template looks like it."""
+        """A placeholder for a message that no filter trims and that occurs nowhere in the template."""
         text = self.source + "".join(self.special_tokens.values())
         return next(marker for n in range(len(text) + 1) if (marker := f"l4ctx{role.title()}Text{n}q") not in text)
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
         text = _render(self.source, self.special_tokens, messages, self.date)
         for role, marker in markers.items():
-            part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # as code, instead of its text
+            part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # the part's repr, not its text
             if text.count(marker) != 1 or part_shown:
                 times = "not at all" if marker not in text else f"{text.count(marker)} times"
                 raise PromptError(f"the chat template shows the {role} message {times}, or altered, instead of once")
@@ -84,7 +84,7 @@ class ChatTemplate:
 
 
 def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-    """Raises TokenizerError where every prompt would hold a token that the model has not, and PromptError."""
+    """Raises TokenizerError if every prompt would contain a token that the model lacks; and PromptError."""
     if template is not None:
         for part in template.split(system=False)[::2]:
             tokenizer.encode_control(part)
@@ -93,7 +93,7 @@ def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
 
 
 def _default_template(source: object, file: Path) -> str:
-    """The template itself of what a JSON file holds as `chat_template`."""
+    """The template in a JSON file's `chat_template`, a string or a list of named templates."""
     if isinstance(source, list):
         named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
@@ -103,7 +103,7 @@ def _default_template(source: object, file: Path) -> str:
 
 
 def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
-    """Render an untrusted template as `transformers` does; whatever goes wrong in it is a PromptError."""
+    """Renders an untrusted template as `transformers` does; any failure in it becomes a PromptError."""
     from l4ctx.checkpoint.chat_environment import chat_environment
 
     variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}

@@ -1,8 +1,7 @@
-"""What a saved context was made with: a digest of the configuration, weights, tokenizer and chat template.
+"""A checkpoint's fingerprint: digests of configuration, weights, tokenizer and chat template.
 
-Two checkpoints with equal digests read a text into the same keys and values, as far as a cheap look can tell: weights
-are sampled, not read. To compare precision, device or the date in a template, and to say what to do about a
-difference, is left to the caller.
+Saved contexts record it. Checkpoints with equal digests compute the same keys and values from a text, as far as a quick
+check can tell: weights are sampled, not read in full. Precision, device and a template's date are not part of it.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ SAMPLE_BYTES = 4096
 def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
     """The SHA-256, in hex, of each of FIELDS, for a checkpoint folder whose text model is `config` and `stored`.
 
-    config: every field but `torch_dtype`, as JSON with sorted keys; 8 and 8.0 are the same.
+    config: every field except `torch_dtype`, as JSON with sorted keys; 8 and 8.0 are equal.
 
     weights: for every tensor of the text model, sorted by name: name, stored dtype, shape, and three samples of
-    SAMPLE_BYTES: the first bytes, the last, and those in the middle; all bytes where they are no more than three
-    samples. How tensors lie in shards makes no difference. Not seen is a change that leaves every sample as it was: of
-    a few weights elsewhere in a large tensor, say of one expert. What training, merging or another conversion does
-    to a tensor reaches all parts of it.
+    SAMPLE_BYTES from the start, the middle and the end; all bytes of a tensor that is no larger than three samples.
+    The division into shards does not matter. A change that misses every sample goes undetected, such as of a few
+    weights elsewhere in a large tensor, say of one expert; but training, merging or converting changes all parts of a
+    tensor.
 
     tokenizer: the bytes of `tokenizer.json`, and the token that begins a prompt without a template (or none).
 
-    template: the chat template's source and its special tokens, or that there is none.
+    template: the chat template's source and its special tokens, or that there is no template.
 
     Raises CheckpointError, TokenizerError and PromptError.
     """
@@ -53,9 +52,9 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
 
 
 def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored: Mapping[str, StoredTensor]) -> str:
-    """The SHA-256, in hex, of all that the features of an image follow from beside its pixels.
+    """The SHA-256, in hex, of everything besides its pixels that determines an image's features.
 
-    It is part of every image's own digest in a saved context, so that those without images do not depend on it.
+    It is part of each image's digest in a saved context, so that contexts without images do not depend on it.
     """
     fields = [_with_plain_numbers(dataclasses.asdict(part)) for part in (config, processing)]
     return _digest(_json(fields), _of_weights(stored).encode("ascii"))
@@ -68,7 +67,7 @@ def _of_config(config: TextConfig) -> str:
 
 
 def _with_plain_numbers(value: Any) -> Any:
-    """Equal configurations may hold 8 or 8.0: whole numbers become integers."""
+    """Converts integral floats to int, since equal configurations may have 8 or 8.0."""
     if isinstance(value, dict):
         return {name: _with_plain_numbers(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -88,7 +87,7 @@ def _of_weights(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
-    """One digest for each of some tensors of one shard. Raises CheckpointError."""
+    """The digest of each of these tensors, which are in one shard. Raises CheckpointError."""
     from model.errors import CheckpointError
 
     digests = []
@@ -104,13 +103,13 @@ def _of_tensors(file: Path, tensors: dict[str, StoredTensor]) -> list[str]:
                             f"{file}: truncated: it ends inside tensor {tensor.name}; download it again"
                         )
                 digests.append(_digest(*parts))
-    except (OSError, ValueError, OverflowError) as error:  # the latter two: offsets that no file has
+    except (OSError, ValueError, OverflowError) as error:  # the latter two for impossible offsets
         raise CheckpointError(f"{file}: its tensors cannot be read ({error})") from None
     return digests
 
 
 def _samples(num_bytes: int) -> list[tuple[int, int]]:
-    """Where the samples of a tensor lie in it: start and stop of each."""
+    """Start and stop of each sample, in bytes from the start of the tensor."""
     if num_bytes <= 3 * SAMPLE_BYTES:
         return [(0, num_bytes)]
     middle, last = (num_bytes - SAMPLE_BYTES) // 2, num_bytes - SAMPLE_BYTES
@@ -118,7 +117,7 @@ def _samples(num_bytes: int) -> list[tuple[int, int]]:
 
 
 def _of_tokenizer(folder: Path) -> str:
-    """Reads what Tokenizer.from_folder reads. Raises TokenizerError."""
+    """Covers the files that Tokenizer.from_folder reads. Raises TokenizerError."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise TokenizerError(f"{file}: no such file")
@@ -140,7 +139,7 @@ def _of_template(folder: Path) -> str:
 
 
 def _json(value: Any) -> bytes:
-    """One line of JSON that is the same for equal values; ASCII, so that lone surrogates do no harm."""
+    """Canonical JSON on one line; ASCII, so that lone surrogates can be encoded."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 

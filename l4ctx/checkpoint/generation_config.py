@@ -1,4 +1,4 @@
-"""What `generation_config.json` says: the tokens that end an answer, and how its authors sample."""
+"""`generation_config.json`: stop tokens and default sampling parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GenerationConfigError(UnusableCheckpointError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn. `top_k` 0 and `top_p` 1 mean all."""
+    """Sampling parameters: greedy at temperature 0. `top_k` 0 and `top_p` 1 disable these filters."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -27,14 +27,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What `generation_config.json` says: the tokens that end an answer, and how its authors sample."""
+    """The stop tokens and sampling parameters that a checkpoint recommends."""
 
     stop_tokens: frozenset[int] = frozenset()
     sampling: Sampling = Sampling()
 
     @classmethod
     def from_folder(cls, folder: Path) -> GenerationConfig:
-        """Stop tokens come from config.json where generation_config.json has none. Raises GenerationConfigError."""
+        """Reads it, with stop tokens from config.json as the fallback. Raises GenerationConfigError."""
         file = folder / "generation_config.json"
         raw = read_object(file, GenerationConfigError)
         config = read_object(folder / CONFIG, GenerationConfigError)
@@ -56,7 +56,7 @@ class GenerationConfig:
         )
 
     def check(self, embeddings: int) -> None:
-        """Raises GenerationConfigError where no answer could end, as the model has only so many tokens."""
+        """Raises GenerationConfigError if no answer could end, since all stop tokens are beyond the embeddings."""
         if self.stop_tokens and min(self.stop_tokens) >= embeddings:
             raise GenerationConfigError(
                 f"eos_token_id: no answer can end with token {min(self.stop_tokens):,}, as the "

@@ -1,7 +1,4 @@
-"""How a checkpoint wants its images cut up and turned into numbers, as its own files say.
-
-Following it is left to `l4ctx.vision.tiles`. Imports neither torch nor Pillow.
-"""
+"""A checkpoint's image preprocessing parameters, read from its own files. Imports neither torch nor Pillow."""
 
 from __future__ import annotations
 
@@ -16,19 +13,19 @@ from model.folder import read_object
 
 MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
-_LEAST, _MOST = 1e-6, 1e6  # divisors and factors beyond make numbers that overflow or vanish somewhere in the model
+_LEAST, _MOST = 1e-6, 1e6  # factors and divisors outside would overflow or underflow somewhere in the model
 
 
 class ImageProcessingError(UnusableCheckpointError):
-    """A checkpoint's image processing that cannot be followed: the file, the field, and what is accepted."""
+    """Unsupported image preprocessing; the message names the file, the field, and what is accepted."""
 
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """How images are cut up and turned into numbers; the fields are those of `preprocessor_config.json`.
+    """Image preprocessing parameters; the fields are named as in `preprocessor_config.json`.
 
-    `size`: side of a tile in pixels. `max_patches`: tiles of the largest canvas. `resample`: Pillow's number.
-    `image_mean` and `image_std`: of red, green and blue, after rescaling.
+    `size`: side of a tile in pixels. `max_patches`: most tiles in a canvas. `resample`: Pillow's filter number.
+    `image_mean` and `image_std`: for red, green and blue, after rescaling.
     """
 
     size: int = 336
@@ -43,10 +40,10 @@ class ImageProcessing:
 
     @classmethod
     def from_folder(cls, folder: Path, image_size: int) -> ImageProcessing:
-        """What a checkpoint says, with Llama 4's values for all that it does not say.
+        """Reads a checkpoint's parameters; Llama 4's values are the defaults.
 
-        Read from "image_processor" in `processor_config.json`, as transformers 5 writes it, else from
-        `preprocessor_config.json`. `image_size`: what the vision tower expects, in pixels. Raises
+        They come from "image_processor" in `processor_config.json`, as transformers 5 writes it, else from
+        `preprocessor_config.json`. `image_size` is the vision tower's input size in pixels. Raises
         ImageProcessingError.
         """
         try:
@@ -68,10 +65,10 @@ class ImageProcessing:
     def _from_fields(cls, get: FieldReader, image_size: int) -> ImageProcessing:
         default = cls()
         if not get.boolean("do_resize", True):
-            raise ConfigError("do_resize: False is not supported; true is (images are always resized to tiles)")
+            raise ConfigError("do_resize: False is not supported; must be true (images are always resized to tiles)")
         do_rescale, do_normalize = get.boolean("do_rescale", True), get.boolean("do_normalize", True)
         if do_normalize and not do_rescale:
-            raise ConfigError("do_rescale: False is not supported where do_normalize is true; true is")
+            raise ConfigError("do_rescale: False is not supported where do_normalize is true; must be true")
         max_patches = get.integer("max_patches", default.max_patches)
         if max_patches > MOST_TILES:
             raise ConfigError(f"max_patches: {max_patches} is more than {MOST_TILES}")
@@ -89,7 +86,7 @@ class ImageProcessing:
 
 
 def _size(get: FieldReader, image_size: int) -> int:
-    """One number, or height and width; they can only be what the vision tower expects."""
+    """One number, or height and width; they must equal the vision tower's input size."""
     value = get.value("size", image_size)
     sides = [value.get("height"), value.get("width")] if isinstance(value, Mapping) else [value, value]
     if any(type(side) is not int or side != image_size for side in sides):
@@ -100,7 +97,7 @@ def _size(get: FieldReader, image_size: int) -> int:
 def _three(
     get: FieldReader, name: str, default: tuple[float, float, float], least: float
 ) -> tuple[float, float, float]:
-    """Of red, green and blue; a single number stands for all three."""
+    """Values for red, green and blue; a single number applies to all three."""
     value = get.value(name, default)
     values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3:
@@ -110,7 +107,7 @@ def _three(
 
 
 def _number(name: str, value: object, least: float) -> float:
-    """From `least` to _MOST."""
+    """A number from `least` to _MOST."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
         raise ConfigError(f"{name}: {shown(value)} is not a number from {least:g} to {_MOST:g}")
     return float(value)
@@ -120,5 +117,5 @@ def _resample(get: FieldReader, default: int) -> int:
     value: object = get.value("resample", default)
     if type(value) is not int or value not in _RESAMPLE_NAMES:
         known = ", ".join(f"{number} ({name.lower()})" for number, name in _RESAMPLE_NAMES.items())
-        raise ConfigError(f"resample: {shown(value)} is not supported; one of {known} is")
+        raise ConfigError(f"resample: {shown(value)} is not supported; must be one of {known}")
     return value

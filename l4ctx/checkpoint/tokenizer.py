@@ -1,8 +1,7 @@
-"""A checkpoint's `tokenizer.json`: template text and data to token ids, token ids to text, also as a stream.
+"""A checkpoint's `tokenizer.json`: encodes template text and data, and decodes token ids, also as a stream.
 
-Text that is data can never become a control token, whatever it contains, and is encoded in pieces cut where the
-result is that of the whole. What is template and what is data, and how documents are wrapped, is left to
-`l4ctx.prompt.builder`; which ids end an answer, to `l4ctx.engine.generate`.
+Data never encodes to a control token, whatever it contains. It is encoded in pieces, split where the token ids are the
+same as for the whole.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
 from model.folder import UNREADABLE, read_json
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; set, a later fork does not warn
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; setting it silences fork warnings
 
 PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many characters
-BATCH_CHARACTERS = 1 << 16  # pieces encoded at once, by as many threads as there are cores: some 2 MB in all
-LONGEST_PIECE = 1 << 17  # without a safe cut within this many characters a piece is cut by force
+BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
+LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
 
-# The pattern of Llama 4's pre-tokenizer, with its groups of up to three digits or with single ones.
+# The pattern of Llama 4's pre-tokenizer, with groups of up to three digits or with single digits.
 _LETTERS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -40,27 +39,27 @@ _LETTERS = (
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA4_PATTERNS = frozenset(_LETTERS + digits + _OTHERS for digits in (r"\p{N}{1,3}", r"\p{N}"))
 
-# Where that pattern always splits, and neither side's split depends on the other (no alternative of the pattern
-# holds a line end or a visible character before what is listed here; its one look-ahead, after white space, sees
-# the same on either side): before what follows a line end, except white space and "/"; before a space that
-# follows something visible; before ASCII punctuation, except "'", that follows an ASCII letter or digit.
+# Where that pattern always splits, with neither side's split depending on the other (no alternative of the pattern
+# matches across such a place; its one look-ahead, after white space, sees the same on either side): after a line end,
+# unless white space or "/" follows; before a space that follows a visible character; before ASCII punctuation, except
+# "'", that follows an ASCII letter or digit.
 _SAFE_CUT = re.compile(r"(?<=[\r\n])[^\s/]|(?<=\S) |(?<=[A-Za-z0-9])[!-&(-/:-@\[-`{-~]")
 
 
 class TokenizerError(UnusableCheckpointError):
-    """A tokenizer that is missing, broken or unfit, or a text it cannot encode: one line."""
+    """A tokenizer that is missing, broken or unsuitable, or a text that it cannot encode."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a text, and the character offsets in it where it was cut by force (normally none)."""
+    """A text's token ids, and the character offsets where it was cut by force (normally none)."""
 
     ids: array[int]
     forced_cuts: tuple[int, ...] = ()
 
 
 class Tokenizer:
-    """Encodes and decodes with the `tokenizers` library; made by `from_folder`."""
+    """Encodes and decodes with the `tokenizers` library; create it with `from_folder`."""
 
     def __init__(
         self,
@@ -71,11 +70,11 @@ class Tokenizer:
         template: str = "",
         embeddings: int | None = None,
     ) -> None:
-        """`control` recognises its added tokens; an encoder for data is made from its parts.
+        """`control` recognises its added tokens; a second encoder, for data, is built from its parts.
 
-        That one recognises no control tokens, but words that were added as text; `settings` and `template` are as in
-        `added_tokens.control_tokens`. `embeddings`: how many tokens the model has; an id beyond them is refused
-        wherever it comes up.
+        The second one recognises no control tokens, only words that were added as text. `settings` and `template` are
+        as in `added_tokens.control_tokens`. `embeddings` is the model's vocabulary size; ids beyond it raise
+        TokenizerError wherever they occur.
         """
         control.no_truncation()
         control.no_padding()
@@ -105,9 +104,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], embeddings: int | None = None) -> Tokenizer:
-        """Load `tokenizer.json` of a checkpoint folder, for a model that has embeddings for so many tokens.
+        """Loads a checkpoint folder's `tokenizer.json`, for a model with this number of embeddings.
 
-        Raises TokenizerError where it is missing or broken.
+        Raises TokenizerError if it is missing or broken.
         """
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
@@ -125,11 +124,11 @@ class Tokenizer:
         )
 
     def special_id(self, content: str) -> int | None:
-        """The id of the added token written `content`, if there is one."""
+        """The id of the added token `content`; None if there is none."""
         return next((token_id for token_id, token in self._added.items() if token == content), None)
 
     def check_ids(self, ids: Iterable[int], user: str) -> None:
-        """Raises TokenizerError where `user`, such as "the chat template", uses an id beyond the model's embeddings."""
+        """Raises TokenizerError if `user`, such as "the chat template", uses an id beyond the model's embeddings."""
         if self._embeddings is None or (largest := max(ids, default=-1)) < self._embeddings:
             return
         raise TokenizerError(
@@ -138,7 +137,7 @@ class Tokenizer:
         )
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of template text: added tokens are recognised; nothing is added before or after."""
+        """Encodes template text: added tokens are recognised; nothing is prepended or appended."""
         with _as_tokenizer_error("the template's text cannot be encoded"):
             ids: list[int] = self._control.encode(without_surrogates(text), add_special_tokens=False).ids
         self.check_ids(ids, "the chat template")
@@ -154,14 +153,14 @@ class Tokenizer:
         user: str = "a text",
         progress: Callable[[int], None] | None = None,
     ) -> Encoded:
-        """Ids of `prefix + text + suffix` as plain text, whatever control tokens it spells, appended to `into`.
+        """Encodes `prefix + text + suffix` as plain text, even where it spells control tokens; appends to `into`.
 
         Words that were added to the vocabulary as text get their own ids, as in transformers.
 
-        Equal to encoding the whole at once, except at `forced_cuts`; with another pre-tokenizer than Llama 4's
-        the whole is what is encoded. Peak memory beyond text and ids follows BATCH_CHARACTERS, not the length.
-        `progress` is called with the number of characters done. Lone surrogates are encoded as U+FFFD. `user` is whose
-        text it is, for errors.
+        Equal to encoding the whole at once, except at `forced_cuts`; with a pre-tokenizer other than Llama 4's, the
+        whole is encoded at once. Peak memory beyond text and ids depends on BATCH_CHARACTERS, not on the length.
+        `progress` is called with the number of characters done. Lone surrogates are encoded as U+FFFD. `user` names the
+        text in errors. Raises TokenizerError.
         """
         ids = array("i") if into is None else into
         forced: list[int] = []
@@ -194,20 +193,20 @@ class Tokenizer:
             ids.extend(piece_ids)
 
     def _check_alphabet(self) -> None:
-        """Every byte of UTF-8 needs a token of its own, or text would be lost without a word."""
+        """Every byte that occurs in UTF-8 needs its own token, or text would be dropped silently."""
         missing = [_BYTES[character] for character in _BYTES if self._data.token_to_id(character) is None]
         missing = [byte for byte in missing if byte in _UTF8_BYTES]
         if missing:
             raise TokenizerError(f"the tokenizer has no token for {len(missing)} bytes (the first: {missing[0]:#04x})")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, control tokens left out; U+FFFD for bytes that are not UTF-8."""
+        """The text of `ids` without special tokens; U+FFFD for bytes that are not UTF-8."""
         with _as_tokenizer_error("token ids cannot be decoded"):
             text: str = self._control.decode(list(ids), skip_special_tokens=True)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token of a byte-level tokenizer; none for control tokens and unknown ids."""
+        """The bytes of one token of a byte-level tokenizer; empty for special tokens and unknown ids."""
         token = None if token_id in self._special else self._control.id_to_token(token_id)
         if token is None:
             return b""
@@ -217,20 +216,20 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of token ids as they come: never half a character; all pieces joined are `Tokenizer.decode` of all ids.
+    """Incremental decoding: never emits a partial character; all pieces joined equal `Tokenizer.decode` of all ids.
 
-    The cost of a push does not depend on how many came before. With a decoder other than ByteLevel, a short
-    window of the last tokens is decoded again at every push.
+    The cost of a push does not depend on the number of earlier tokens. With a decoder other than ByteLevel, each push
+    decodes a short window of recent tokens again.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._shown: list[int] = []  # the window: tokens whose text is out, as context for
-        self._held: list[int] = []  # tokens whose text is not
+        self._shown: list[int] = []  # tokens whose text was emitted last, as context for decoding
+        self._held: list[int] = []  # tokens whose text was not emitted yet
 
     def push(self, token_id: int) -> str:
-        """The text that is complete now that `token_id` has come; often empty."""
+        """The text that `token_id` completes; often empty."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         self._held.append(token_id)
@@ -241,7 +240,7 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that was never completed."""
+        """The remaining text: U+FFFD for a character that was never completed."""
         if self._tokenizer.byte_level:
             return self._utf8.decode(b"", final=True)
         text, self._held = self._held_text(), []
@@ -253,7 +252,7 @@ class StreamDecoder:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint; empty where there is no such file."""
+    """A JSON object from one of the checkpoint's files; empty if there is no such file. Raises TokenizerError."""
     try:
         content = read_json(file)
     except FileNotFoundError:
@@ -266,7 +265,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
-    """`bos_token`, `eos_token`, … of a checkpoint folder: `tokenizer_config.json`, then `special_tokens_map.json`."""
+    """`bos_token`, `eos_token`, … from `tokenizer_config.json`, or else from `special_tokens_map.json`."""
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in read_settings(Path(path) / name).items():
@@ -277,7 +276,7 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
-    """All that a checkpoint has as chat templates, to look for tokens in; what cannot be read is refused elsewhere."""
+    """All of a checkpoint's chat templates, to search for tokens; unreadable ones are reported elsewhere."""
     sources = [config.get("chat_template"), read_settings(folder / "chat_template.json").get("chat_template")]
     with suppress(OSError):
         sources.append((folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace"))
@@ -287,9 +286,9 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], bool] | None = None) -> Iterator[int]:
-    """Ends of the pieces of `text`, the last being its length; forced ones are added to `forced`.
+    """Yields the end of each piece of `text`, the last being its length; appends forced cuts to `forced`.
 
-    `is_clear` has a say in the others.
+    `is_clear` can reject all other cuts.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -309,7 +308,7 @@ def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], boo
 
 
 def _is_llama4(pre_tokenizer: dict[str, Any]) -> bool:
-    """Whether the pre-tokenizer is Llama 4's: its pattern, each match isolated, then bytes."""
+    """Whether the pre-tokenizer is Llama 4's: a Split by its pattern, isolated, followed by ByteLevel."""
     parts = pre_tokenizer.get("pretokenizers", [])
     if pre_tokenizer.get("type") != "Sequence" or [part.get("type") for part in parts] != [
         "Split",
@@ -325,7 +324,7 @@ def _is_llama4(pre_tokenizer: dict[str, Any]) -> bool:
 
 
 def _state(component: Any) -> dict[str, Any]:
-    """The JSON form of a pre-tokenizer or decoder; empty where there is none."""
+    """The JSON form of a pre-tokenizer or decoder; empty if there is none."""
     return {} if component is None else json.loads(component.__getstate__())
 
 
@@ -342,7 +341,7 @@ _UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1} - frozenset(range(0xF5, 0x100
 
 @contextmanager
 def _as_tokenizer_error(what: str) -> Iterator[None]:
-    """Errors of the `tokenizers` library, panics included (they are no `Exception`), become a TokenizerError."""
+    """Converts errors of the `tokenizers` library, including panics (not `Exception`s), into TokenizerError."""
     try:
         yield
     except BaseException as error:

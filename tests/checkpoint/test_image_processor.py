@@ -66,7 +66,7 @@ NUMBER = r"is not a number from 1e-06 to 1e\+06"
         ({"size": {"height": 336.0, "width": 336}}, "size: "),
         ({"size": {}}, "size: {} is not"),
         ({"size": 335}, "size: 335 is not"),
-        ({"do_resize": False}, "do_resize: False is not supported; true is"),
+        ({"do_resize": False}, "do_resize: False is not supported; must be true"),
         ({"image_std": [0.5, 0, 0.5]}, f"image_std: 0 {NUMBER}"),
         ({"image_std": 0}, f"image_std: 0 {NUMBER}"),
         ({"image_std": [0.5, 1e-42, 0.5]}, f"image_std: 1e-42 {NUMBER}"),
@@ -86,7 +86,8 @@ NUMBER = r"is not a number from 1e-06 to 1e\+06"
         ({"max_patches": "16"}, "max_patches: '16' is not a positive integer"),
         (
             {"resample": 4},
-            r"resample: 4 is not supported; one of 0 \(nearest\), 1 \(lanczos\), 2 \(bilinear\), 3 \(bicubic\) is$",
+            r"resample: 4 is not supported; must be one of "
+            r"0 \(nearest\), 1 \(lanczos\), 2 \(bilinear\), 3 \(bicubic\)$",
         ),
         ({"resample": True}, "resample: True"),
         ({"resample": "\x1b[2J"}, r"resample: '\\x1b\[2J' is not"),
