@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and what is damaged in it."""
+"""Inspects a checkpoint folder: its contents and its damage."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
         attempt(report, folder, template.split, system=False)
     if tokenizer and len(report["damage"]) == before:
         attempt(report, folder / "tokenizer.json", check_template, tokenizer, template)
-    generation = None  # it looks into config.json, too
+    generation = None  # also reads config.json
     if raw is not None:
         generation = attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
     report["stop_tokens"] = generation and sorted(generation.stop_tokens)
@@ -82,7 +82,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
 def _check_vision(
     folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None, tokenizer: Tokenizer | None
 ) -> None:
-    """All that `l4ctx ask` checks before it reads images, as far as the rest of the checkpoint can be read."""
+    """The checks that `l4ctx ask` makes before it reads images, where the rest of the checkpoint is readable."""
     from l4ctx.checkpoint.image_processor import ImageProcessing
     from l4ctx.vision.tokens import ImageTokens
     from model.weights.loading import checked_vision_tensors
@@ -109,7 +109,7 @@ def _check_vision(
 
 
 def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
-    """The rest of a configuration that is refused for its quantization."""
+    """A configuration that is rejected for its quantization alone, without that part."""
     plain = {name: value for name, value in raw.items() if name != "quantization_config"}
     text = raw.get("text_config")
     if isinstance(text, dict):
@@ -125,7 +125,7 @@ def _config_fields(config: TextConfig) -> Report:
 
     window = config.attention_chunk_size * layer_bytes_per_token(config, BF16_BYTES)
     fields = asdict(config)
-    del fields["torch_dtype"]  # not checked, not used: what is stored counts
+    del fields["torch_dtype"]  # neither checked nor used: the stored tensors decide
     return fields | {
         "parameters": parameter_count(config),
         "num_rope_layers": config.num_rope_layers,
@@ -174,7 +174,7 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
 
 
 def _owner(tensor: StoredTensor) -> str:
-    """Of a tensor that is not the text model's: the vision part, or nobody."""
+    """Prefix of the report's keys: the vision part's tensors, ignored ones, or none for the text model's."""
     from model.weights.shards import IGNORED_PREFIXES
 
     if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
@@ -183,7 +183,7 @@ def _owner(tensor: StoredTensor) -> str:
 
 
 def _header(shard: Path) -> list[StoredTensor]:
-    """A shard's tensors, in the order in which they lie in it. Raises CheckpointError and SafetensorError."""
+    """A shard's tensors in file order. Raises CheckpointError and SafetensorError."""
     from safetensors import safe_open
 
     from model.errors import CheckpointError
@@ -192,12 +192,12 @@ def _header(shard: Path) -> list[StoredTensor]:
     if not shard.is_file():
         raise CheckpointError(f"{shard}: missing shard; download it again")
     tensors = read_header(shard)
-    with safe_open(shard, framework="pt"):  # it refuses overlaps, gaps, and places outside the file
+    with safe_open(shard, framework="pt"):  # rejects overlaps, gaps, and offsets that are out of bounds
         return sorted(tensors.values(), key=lambda tensor: tensor.offset)
 
 
 def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> None:
-    """Reads the tensors, a piece at a time, and names those that hold NaN or infinities. Raises OSError."""
+    """Reads the tensors piece by piece and reports those that contain NaN or infinities. Raises OSError."""
     import torch
 
     from model.weights.shards import DTYPES

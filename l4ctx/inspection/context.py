@@ -1,4 +1,4 @@
-"""What a saved context holds, and what is damaged in it."""
+"""Inspects a saved context: its contents and its damage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def inspect_context(folder: Path, report: Report, verify: bool) -> None:
 
 
 def _open_to_others(folder: Path) -> list[str]:
-    """Names in the context, "." for the folder, that others than the owner may read, change or search."""
+    """Names in the context, "." for the folder itself, on which anyone but the owner has permissions."""
     from l4ctx.contexts.folder import BLOCKS
     from l4ctx.machine.private import is_open_to_others
 
@@ -69,7 +69,7 @@ def _path_of_checkpoint(folder: Path) -> str | None:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Within it no file that the journal names is deleted, where the folder lets us say so."""
+    """Holds the readers' lock, if the folder allows it, so that no file in the journal is deleted meanwhile."""
     from l4ctx.contexts.locks import readers_lock
 
     lock = readers_lock(folder)
@@ -81,7 +81,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _state(report: Report, context: Context, state: State, bad: set[str]) -> Report:
-    """One set of documents; `bad` are the names of damaged files, to which those found here are added."""
+    """The report on one set of documents; `bad` has the names of damaged files, and gets those found here."""
     spans = images = None
     if state.ids.name not in bad:
         spans = attempt(report, context.folder / state.ids.name, _documents, context, state)
@@ -104,7 +104,7 @@ def _state(report: Report, context: Context, state: State, bad: set[str]) -> Rep
 
 
 def _documents(context: Context, state: State) -> list[Span]:
-    """Raises DiskError, also where token ids and documents are not those of the state."""
+    """The state's documents. Raises DiskError, also if token ids or documents do not match the state."""
     from cache.errors import DiskError
 
     file = context.file(state.ids)
@@ -118,7 +118,7 @@ def _documents(context: Context, state: State) -> list[Span]:
 
 
 def _images(context: Context, state: State) -> list[ImageSpan]:
-    """Raises DiskError, also where an image is not among the tokens of the state."""
+    """The state's images. Raises DiskError, also if an image is out of bounds of the state's tokens."""
     from cache.errors import DiskError
 
     images = context.images(state)
@@ -128,7 +128,7 @@ def _images(context: Context, state: State) -> list[ImageSpan]:
 
 
 def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
-    """Tokens that `l4ctx prefill --verify` need not read anew: those before the first damaged block."""
+    """Tokens that `l4ctx prefill --verify` can keep: those before the first damaged block."""
     if state.ids.name in bad:
         return 0
     if not any(stored.name in bad for stored in state.needs):
@@ -137,7 +137,7 @@ def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
 
 
 def _bytes_on_disk(context: Context) -> dict[str, int]:
-    """By what the files hold; `unused` is what no state needs, a file that is being written among it."""
+    """Bytes by kind of file; `unused` is what no state needs, including files that are being written."""
     from l4ctx.contexts.folder import BLOCKS
     from l4ctx.contexts.states import is_ours
 

@@ -1,7 +1,7 @@
-"""Inspects a folder, whether it is a checkpoint or a saved context: one report, for people and as JSON.
+"""Inspects a folder, a checkpoint or a saved context, and returns one report for the terminal and for JSON.
 
-Changes nothing. All that is read is untrusted: a part that cannot be read becomes a line of damage, and the rest is
-still shown. Prints nothing and exits nowhere.
+Changes nothing. All input is untrusted: a part that cannot be read becomes a line of damage, and the rest is still
+reported.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ READ_WHOLE = (
     MANIFEST,
     "head.json",
 )
-"""Names under which a pipe or a device would be read without end."""
+"""Files that are read whole: a pipe or a device under such a name would be read forever."""
 
 
 def inspect_folder(path: str, *, verify: bool) -> Report:
-    """What is in a checkpoint or a context, as the object that --json prints; `verify` reads every byte.
+    """The report on a checkpoint or a context, as the object that --json prints; `verify` reads every byte.
 
     Raises UsageError for a path that is neither.
     """

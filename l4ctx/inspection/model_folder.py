@@ -1,7 +1,6 @@
-"""What was given as the model, where it is no checkpoint folder: said by its kind, with what to do instead.
+"""Recognises what was given as the model if it is not a checkpoint folder, and says what to do instead.
 
-A few names, and a file's first bytes, are looked at; nothing is loaded. A folder that has a config.json is left to
-`model.config`.
+Looks only at a few names and at a file's first bytes; loads nothing.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ _REPOSITORY = re.compile(
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _EXPECTED = "expected a checkpoint folder"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
-_GGUF = f"llama.cpp's format (GGUF), which is not read; take the safetensors of the same model: {_DOWNLOAD}"
+_GGUF = f"llama.cpp's format (GGUF), which is not supported; use the safetensors of the same model: {_DOWNLOAD}"
 _PICKLE = (
-    "PyTorch's pickled format, which is not loaded, as such a file can run any program; take the safetensors of "
+    "PyTorch's pickle format, which is not loaded, as such a file can execute arbitrary code; use the safetensors of "
     "the same model"
 )
 
 
 def check_model_folder(path: Path) -> None:
-    """Raises ConfigError, with what `path` is and what to give instead, where it holds no config.json."""
+    """Raises ConfigError, saying what `path` is and what to give instead, if it has no config.json."""
     if not os.path.lexists(path / CONFIG):
         raise ConfigError(f"{path}: {what_it_is(path)}")
 
 
 def what_it_is(path: Path) -> str:
-    """Of something that is no checkpoint folder: what it is and what to do, for an error's one line."""
+    """Says, for a one-line error, what something that is not a checkpoint folder is, and what to do."""
     try:
         names = sorted(_names(path))
     except FileNotFoundError:
@@ -54,7 +53,7 @@ def what_it_is(path: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Of at most MAX_NAMES entries. Raises OSError."""
+    """Names of at most MAX_NAMES entries. Raises OSError."""
     with os.scandir(folder) as entries:
         return [entry.name for entry in islice(entries, MAX_NAMES)]
 
@@ -141,7 +140,7 @@ def _folder(path: Path, names: list[str]) -> str:
 
 
 def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
-    """Of a folder of the hub's cache; None for any other."""
+    """For a folder of the hub's cache, what it is; None for any other."""
     root = path.parent if path.name == "snapshots" else path
     if root.name.startswith("models--"):
         repository = root.name.removeprefix("models--").replace("--", "/", 1)
@@ -162,7 +161,7 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
 
 
 def _snapshots(root: Path) -> list[Path]:
-    """Of a repository in the hub's cache, those with a config.json: that of the main branch first, then the newest."""
+    """Snapshots with a config.json of a repository in the hub's cache: the main branch's first, then the newest."""
     main = (_first_bytes(root / "refs" / "main", 100) or b"").decode("ascii", "replace").strip()
     found = [root / "snapshots" / name for name in _names_if_any(root / "snapshots")]
     return sorted(
@@ -172,7 +171,7 @@ def _snapshots(root: Path) -> list[Path]:
 
 
 def _hub() -> Path:
-    """Where the hub's library keeps what it downloads."""
+    """The folder of the hub library's download cache."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
@@ -180,7 +179,7 @@ def _hub() -> Path:
 
 
 def _names_if_any(folder: Path) -> list[str]:
-    """In order; none where the folder cannot be listed."""
+    """Sorted names; empty if the folder cannot be listed."""
     try:
         return sorted(_names(folder))
     except OSError:
@@ -188,7 +187,7 @@ def _names_if_any(folder: Path) -> list[str]:
 
 
 def _first_bytes(file: Path, count: int) -> bytes | None:
-    """None for what is no readable regular file."""
+    """None if it is not a readable regular file."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             return None
@@ -199,7 +198,7 @@ def _first_bytes(file: Path, count: int) -> bytes | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A small JSON object; empty where there is none that can be read."""
+    """A small JSON object; empty if there is none that can be read."""
     try:
         content = read_json(file) if file.is_file() else {}
     except UNREADABLE:

@@ -1,4 +1,4 @@
-"""The report on a folder: a plain object, which damage is added to."""
+"""The report on a folder: a plain dict that damage is added to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def add_damage(report: Report, file: Path, what: str) -> None:
 
 
 def attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """What `work` returns, or None and a line of damage: untrusted files can be broken in any way."""
+    """Returns the result of `work`, or None after adding damage: untrusted files can be broken in any way."""
     try:
         return work(*args, **kwargs)
-    except Exception as error:  # the readers' own errors, and whatever else a broken file makes them raise
+    except Exception as error:  # the readers' own errors, and anything else that a broken file makes them raise
         if exit_code_of(error) is not None and str(error):
             report["damage"].append({"file": str(file), "what": str(error)})
         else:

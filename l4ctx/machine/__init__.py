@@ -1,1 +1,1 @@
-"""This machine: memory, processor, device, files, clocks."""
+"""The machine: memory, processor, devices, files, timing."""

@@ -1,4 +1,4 @@
-"""Of --device: the one to compute on, and what is free there. Imports torch only where it is needed."""
+"""The device to compute on, chosen by --device, and its free memory. Imports torch only where it is needed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def expect_no_numpy() -> None:
-    """Keeps torch from warning, when it is first used, that there is no NumPy: we do without it."""
+    """Silences torch's warning, on first use, that NumPy is missing: nothing here needs it."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def usable_device(name: str) -> torch.device:
-    """Of a --device. Raises RequestError."""
+    """The device that --device names, checked to work. Raises RequestError."""
     import torch
 
     try:
@@ -28,7 +28,7 @@ def usable_device(name: str) -> torch.device:
     except RuntimeError:
         raise RequestError(f"--device {name}: no such device; auto, cpu and cuda are") from None
     try:
-        torch.ones(1, device=device).item()  # fails on what cannot hold numbers, "meta" among them
+        torch.ones(1, device=device).item()  # fails on devices without data, such as "meta"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise RequestError(f"--device {name}: cannot be used here ({reason})") from None
@@ -36,7 +36,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def free_on_accelerator(device: torch.device) -> int | None:
-    """Bytes; None for the CPU."""
+    """Free memory in bytes; None for the CPU."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -49,9 +49,9 @@ class _NVMLMemory(ctypes.Structure):
 
 
 def available_on_gpu(index: int = 0) -> int | None:
-    """Bytes free on an NVIDIA GPU, as its driver's library says: without torch, and without using the GPU.
+    """Free memory of an NVIDIA GPU in bytes, from NVML: without torch, and without initialising the GPU.
 
-    `index` counts those of CUDA_VISIBLE_DEVICES. None without such a GPU or library. Not run on a GPU yet.
+    `index` counts within CUDA_VISIBLE_DEVICES. None without such a GPU or library. Not run on a GPU yet.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
@@ -75,9 +75,9 @@ def available_on_gpu(index: int = 0) -> int | None:
 
 
 def available_on(device: str, *, quick: bool) -> int | None:
-    """Bytes free on the GPU that a --device would use; None for the CPU.
+    """Free memory in bytes of the GPU that --device selects; None for the CPU.
 
-    `quick`: without torch, if that can be known. Raises RequestError.
+    With `quick`, avoids importing torch where possible. Raises RequestError.
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
@@ -96,7 +96,7 @@ def available_on(device: str, *, quick: bool) -> int | None:
 
 
 def _torch_may_use_gpus() -> bool:
-    """Builds of torch that cannot say so in their version."""
+    """Whether torch may be built for GPUs; its version says so if it is not."""
     try:
         return not version("torch").endswith("+cpu")
     except PackageNotFoundError:

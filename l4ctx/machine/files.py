@@ -1,7 +1,4 @@
-"""Bytes of a file as it is now, without ever waiting for a pipe; files that are on the disk once they are written.
-
-What the bytes are is left to others.
-"""
+"""Reading regular files without ever blocking on a pipe, and writing files durably and atomically."""
 
 from __future__ import annotations
 
@@ -16,19 +13,19 @@ from l4ctx.machine.private import open_private, temporary_of
 
 MAX_BYTES = 2**20
 
-SAMPLE_BYTES = 1 << 16  # how much of a file is read to tell what it is
+SAMPLE_BYTES = 1 << 16  # how much of a file is read to recognise its type
 
 
 def kind(mode: int) -> str:
-    """What is neither a file nor a folder, in words."""
+    """Describes something that is neither a regular file nor a folder, by its mode."""
     return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
 
 
 def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = None) -> tuple[bytes, bool]:
-    """The bytes of a file, and whether it changed meanwhile. Never waits for a pipe put in the file's place.
+    """A file's bytes, and whether it changed while being read. Never blocks, even if a pipe replaced the file.
 
-    `check` is told the first SAMPLE_BYTES and the size in bytes before the rest is read, which it prevents by an
-    exception.
+    `check` gets the first SAMPLE_BYTES and the size in bytes before the rest is read; it can raise to prevent that.
+    Raises OSError.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb", buffering=0) as file:
@@ -47,7 +44,7 @@ def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = No
 
 
 def _sample(file: FileIO) -> bytes:
-    """The first bytes; a file system may return fewer at once than were asked for."""
+    """The first bytes; a single read may return fewer than requested."""
     sample = b""
     while len(sample) < SAMPLE_BYTES and (more := file.read(SAMPLE_BYTES - len(sample))):
         sample += more
@@ -55,18 +52,15 @@ def _sample(file: FileIO) -> bytes:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Puts a small file there whole or not at all, for its owner alone, in place of the one of its name.
-
-    Raises OSError.
-    """
+    """Atomically replaces a small file, readable by its owner only, and makes it durable. Raises OSError."""
     os.close(replace_file(file, text.encode("utf-8"), os.O_WRONLY))
     sync_folder(file.parent)
 
 
 def replace_file(file: Path, content: bytes, flags: int) -> int:
-    """Puts a new file, for its owner alone, in place of the one of its name; returns its descriptor, opened by `flags`.
+    """Atomically replaces a file by one readable by its owner only; returns its descriptor, opened with `flags`.
 
-    The content is on the disk, the name only after `sync_folder`. Raises OSError, and has then changed nothing.
+    The content is durable; the name is only after `sync_folder`. On OSError nothing has changed.
     """
     temporary = temporary_of(file)
     descriptor = open_private(temporary, flags | os.O_CREAT | os.O_EXCL)
@@ -83,7 +77,7 @@ def replace_file(file: Path, content: bytes, flags: int) -> int:
 
 
 def read_small(file: Path) -> bytes:
-    """The bytes of a regular file, MAX_BYTES at most; a link, or a pipe in its place, is an OSError."""
+    """At most the first MAX_BYTES of a regular file. Raises OSError, also for a link or a pipe in its place."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -92,9 +86,9 @@ def read_small(file: Path) -> bytes:
 
 
 def sync_folder(folder: Path, *, is_required: bool = False) -> None:
-    """Makes the names of new files in a folder durable, where the system lets one (Windows does not).
+    """Makes the names of new files in a folder durable, where the system supports it (Windows does not).
 
-    Raises OSError where the folder cannot be opened, and with `is_required` where the system says that it failed.
+    Raises OSError if the folder cannot be opened, and with `is_required` also if syncing fails.
     """
     if not hasattr(os, "O_DIRECTORY"):
         return

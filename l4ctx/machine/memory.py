@@ -1,7 +1,4 @@
-"""What the process holds, what is free on this machine, and how sizes are written and read.
-
-Knows nothing of models; plans are made in `l4ctx.planning.memory_plan`. Imports no torch.
-"""
+"""Memory of this process, and free memory and disk space on this machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 SPARE_SHARE = 1 / 4
-"""Of the free memory: what is spent on speed alone."""
+"""Share of the free memory that may be spent for speed alone."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +23,12 @@ class ProcessMemory:
     file_backed: int
 
     def most(self, other: ProcessMemory) -> ProcessMemory:
-        """The larger of each kind."""
+        """The elementwise maximum."""
         return ProcessMemory(max(self.anonymous, other.anonymous), max(self.file_backed, other.file_backed))
 
 
 def process_memory(process: int | str = "self") -> ProcessMemory | None:
-    """Of this process or another, by its number, from /proc/PID/status; None on systems without it."""
+    """Resident memory of this process or another, by PID, from /proc/PID/status; None on systems without it."""
     try:
         with open(f"/proc/{process}/status", "rb") as file:
             fields = dict(line.split(b":", 1) for line in file.read().splitlines())
@@ -42,7 +39,7 @@ def process_memory(process: int | str = "self") -> ProcessMemory | None:
 
 
 class PeakSampler:
-    """Samples process memory in the background, as a context manager; `peak` is the largest seen of each kind."""
+    """Samples process memory in the background while the context is open; `peak` is the maximum of each kind."""
 
     def __init__(self, seconds: float = 0.02) -> None:
         self.peak = process_memory()
@@ -74,7 +71,7 @@ class PeakSampler:
 
 
 def available_memory() -> int | None:
-    """Bytes that can still be allocated: what the machine has free, within what the control group leaves."""
+    """Bytes that can still be allocated: the machine's free memory, limited by what its control groups leave."""
     free = [amount for amount in (_machine_available(), *_cgroup_available()) if amount is not None]
     return min(free, default=None)
 
@@ -94,7 +91,7 @@ def _machine_available() -> int | None:
 
 
 def _cgroup_available(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What every limit from this process's control group up to the root leaves, in version 2 and in version 1."""
+    """Bytes left under each limit from this process's control group up to the root, for cgroup v2 and v1."""
     try:
         entries = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -115,9 +112,9 @@ def _cgroup_available(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
 
 
 def _left_in_group(limit_file: Path, usage_file: Path, stat_file: Path) -> int | None:
-    """The limit less the usage, where file pages that the kernel can drop do not count as used."""
+    """The limit minus the usage, not counting file pages that the kernel can reclaim."""
     try:
-        limit, usage = int(limit_file.read_text()), int(usage_file.read_text())  # "max" is no integer
+        limit, usage = int(limit_file.read_text()), int(usage_file.read_text())  # "max" raises ValueError: no limit
         fields = dict(line.split() for line in stat_file.read_text().splitlines() if len(line.split()) == 2)
     except (OSError, ValueError):
         return None
@@ -126,7 +123,7 @@ def _left_in_group(limit_file: Path, usage_file: Path, stat_file: Path) -> int |
 
 
 def available_disk(folder: Path) -> int | None:
-    """Bytes that a user may still write there, or where the folder would be made; None if that is not known."""
+    """Free disk space in bytes at `folder`, or at its nearest existing parent; None if unknown."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -137,10 +134,10 @@ def available_disk(folder: Path) -> int | None:
 
 
 def give_back_free_memory() -> None:
-    """Returns what was freed to the system, where the allocator would keep it: glibc only, elsewhere nothing.
+    """Returns freed memory that the allocator has kept to the system. Does nothing without glibc.
 
-    The activations of a prefill chunk come and go in pieces of all sizes; without this the allocator keeps a share of
-    them that differs from run to run.
+    A prefill chunk's activations are allocated and freed in all sizes; without this, the allocator keeps a share of
+    them that varies from run to run.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,7 +1,4 @@
-"""Files and folders that only their owner may read, whatever the umask: what a saved context is made of.
-
-Knows nothing of what is in them. Imports no torch.
-"""
+"""Files and folders that only their owner may read, whatever the umask, as in saved contexts."""
 
 from __future__ import annotations
 
@@ -12,27 +9,27 @@ from pathlib import Path
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 OTHERS = 0o077
-"""The permission bits of everybody but the owner."""
+"""Permission bits of group and others."""
 
 
 def open_private(path: Path, flags: int) -> int:
-    """A descriptor; a file that is made has FILE_MODE. Links are not followed. Raises OSError."""
-    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):  # a pipe in its place must not block us
+    """Opens a file, creating it with FILE_MODE, and returns the descriptor. Follows no links. Raises OSError."""
+    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):  # a pipe in its place must not block
         flags |= getattr(os, name, 0)
     descriptor = os.open(path, flags, FILE_MODE)
     if flags & os.O_EXCL and stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE and hasattr(os, "fchmod"):
-        with suppress(PermissionError):  # a file system without modes: `narrow` finds that out, and it is said
-            os.fchmod(descriptor, FILE_MODE)  # the umask took even the owner's rights
+        with suppress(PermissionError):  # a file system without modes, which `narrow` detects and reports
+            os.fchmod(descriptor, FILE_MODE)  # the umask removed even the owner's permissions
     return descriptor
 
 
 def temporary_of(file: Path) -> Path:
-    """A name beside `file` that nobody can foresee, and that `l4ctx.contexts.states.is_temporary` knows."""
+    """An unpredictable name beside `file`, in the form that `l4ctx.contexts.states.is_temporary` recognises."""
     return file.with_name(f".{file.name}.{os.urandom(8).hex()}")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it with FOLDER_MODE, and those above it as usual, unless it is there. Raises OSError."""
+    """Creates the folder with FOLDER_MODE if it does not exist, and its parents as usual. Raises OSError."""
     try:
         folder.mkdir(mode=FOLDER_MODE, parents=True)
     except FileExistsError:
@@ -44,15 +41,15 @@ def make_folder(folder: Path) -> None:
 
 
 def is_open_to_others(path: Path) -> bool:
-    """Whether others than the owner have rights on it; a link is not followed. Raises OSError."""
+    """Whether anyone but the owner has permissions; links are not followed. Raises OSError."""
     mode = path.lstat().st_mode
     return not stat.S_ISLNK(mode) and bool(mode & OTHERS)
 
 
 def narrow(path: Path, *, follow: bool = False) -> bool:
-    """Takes others' rights on a file or folder away; returns whether they had any. Raises OSError.
+    """Removes everyone else's permissions on a file or folder; returns whether there were any. Raises OSError.
 
-    A file that has several names stays as it is: what the others name is not ours to change.
+    A file with several hard links is left unchanged, since the other names are not ours.
     """
     if not follow and not is_open_to_others(path):
         return False

@@ -1,4 +1,4 @@
-"""Which path may have been meant, where one is not there. Only looks at names."""
+"""Suggests an existing path similar to a missing one. Only looks at names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 
 from l4ctx.formatting import printable
 
-COMPARED_NAMES = 2000  # of a folder
+COMPARED_NAMES = 2000  # most entries of a folder that are compared
 
 
 def is_missing(path: str) -> bool:
-    """Whether there is nothing of that name; what cannot be looked at may be there."""
+    """Whether the path certainly does not exist; an inaccessible one may exist."""
     if path in ("", "-"):
         return False
     try:
@@ -24,7 +24,7 @@ def is_missing(path: str) -> bool:
 
 
 def closest(path: str) -> str | None:
-    """A path that is there and differs little: in each part that is missing, by case or by a few letters."""
+    """An existing path that is close to `path`: each missing part differs only in case or in a few letters."""
     here = "/" if path.startswith("/") else ""
     for part in filter(None, path.split("/")):
         there = os.path.join(here, part)
@@ -38,7 +38,7 @@ def closest(path: str) -> str | None:
 
 
 def did_you_mean(path: str) -> str:
-    """For the end of a message about a path that is not there; empty where nothing is like it."""
+    """The end of a message about a missing path; empty if no existing path is similar."""
     meant = closest(path)
     return "" if meant is None else f"; did you mean {printable(meant)}?"
 

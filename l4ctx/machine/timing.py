@@ -1,4 +1,4 @@
-"""How fast some work is here: the best of several runs, with work that grows until a clock can tell."""
+"""Measures the rate of some work: the best of several runs, on sizes that grow until they take long enough."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 import torch
 
 PATIENCE = 4
-"""Work grows until the next size would take so many times SECONDS."""
+"""Sizes grow until the next one would take PATIENCE times SECONDS."""
 GROWTH = 4
 
 SECONDS = 0.3
-"""Of each measurement, but for the first call."""
+"""Duration of each measurement, not counting the first call."""
 
 
 class Work(NamedTuple):
-    """Something to call, and how much is done by it: operations or bytes."""
+    """Something to call, and the amount of work that one call does, in operations or bytes."""
 
     call: Callable[[], Any]
     amount: int
 
 
 def growing(largest: int) -> tuple[int, ...]:
-    """Sizes up to the largest, each GROWTH times the one before."""
+    """Sizes up to `largest`, each GROWTH times the previous one."""
     smaller = itertools.takewhile(lambda size: size < largest, (GROWTH**n for n in itertools.count()))
     return (*smaller, largest)
 
@@ -34,10 +34,9 @@ def growing(largest: int) -> tuple[int, ...]:
 def growing_rate(
     of_size: Callable[[int], Work], sizes: Sequence[int], device: str, seconds: float | None = None
 ) -> float:
-    """What is done a second, at the largest of the ascending sizes that is quick enough; `seconds` is SECONDS unless
-    given."""
+    """Work per second at the largest of the ascending sizes that is fast enough; `seconds` defaults to SECONDS."""
     limit, work = seconds or SECONDS, of_size(sizes[0])
-    best_seconds(work.call, device, 0)  # the very first call of a kernel may load and start what it needs
+    best_seconds(work.call, device, 0)  # a kernel's very first call may include loading and initialisation
     for size in sizes[1:]:
         once, bigger = best_seconds(work.call, device, limit / 32), of_size(size)
         if once * bigger.amount > PATIENCE * limit * work.amount:
@@ -47,7 +46,7 @@ def growing_rate(
 
 
 def best_seconds(work: Callable[[], Any], device: str, seconds: float = SECONDS) -> float:
-    """Of one call, in the best of as many as fit into `seconds`; the first one warms up, unless it took long itself."""
+    """Seconds of the fastest call among as many as fit into `seconds`; the first is a warm-up, unless it is slow."""
 
     def timed() -> float:
         began = time.perf_counter()
