@@ -1,6 +1,6 @@
-"""What the program is doing, on stderr while it lasts: a live line on a screen, elsewhere a plain line now and then.
+"""Shows on stderr what the program is doing: a live line on a terminal, elsewhere a plain line from time to time.
 
-Both are drawn by a thread of their own, so that they go on where one step takes minutes. What is said is the caller's.
+Both are drawn by their own thread, so that they keep updating while a single step takes minutes.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 
 PLAIN_LINE_SECONDS = 30.0
-"""Between the lines that tell where there is no screen what goes on."""
+"""Interval between progress lines where there is no terminal."""
 
 LIVE_SECONDS = 0.25
 
 
 class View(Protocol):
-    """Something to show, asked for from another thread."""
+    """Something to show; called from the drawing thread."""
 
     @property
     def share(self) -> float | None:
-        """How much is done, from 0 to 1, if that is known."""
+        """The completed share, from 0 to 1; None if unknown."""
 
     def line(self, width: int | None, now: float) -> str:
-        """What there is to say at `now` (of time.monotonic), in at most `width` columns."""
+        """The status at `now` (time.monotonic()), in at most `width` columns."""
 
 
 class Activity:
-    """Shows nothing outside of its context, which can be entered again."""
+    """A context manager, reusable, that shows the current view while it is entered."""
 
     def __init__(self, console: Console, *, is_shown: bool = True) -> None:
         self._console, self._is_shown = console, is_shown
         self._view: View = Doing("preparing")
         self._live: Live | None = None
-        self._spinner: RenderableType | None = None  # one for all drawings: it turns by its own clock
+        self._spinner: RenderableType | None = None  # one for all frames, since it animates by its own clock
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._last_line = 0.0
 
     def tell(self, what: str) -> None:
-        """What is being done from now on, such as 'loading weights'."""
+        """Sets what is being done from now on, such as 'loading weights'."""
         if isinstance(self._view, Doing) and self._view.kind == what.partition(":")[0]:
             self._view.what = what
         else:
@@ -122,7 +122,7 @@ class Activity:
 
 
 class Doing:
-    """Work whose end is not known: what is done, and for how long."""
+    """Work of unknown duration: what is being done, and for how long so far."""
 
     share = None
 
@@ -131,7 +131,7 @@ class Doing:
 
     @property
     def kind(self) -> str:
-        """What stays while its numbers change."""
+        """The part of the text that stays the same while its numbers change."""
         return self.what.partition(":")[0]
 
     def line(self, width: int | None, now: float) -> str:

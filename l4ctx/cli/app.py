@@ -1,7 +1,7 @@
-"""The command line: one file a command, and this one, which registers them.
+"""The command line's entry point, which registers the commands; each has its own module.
 
-The answer goes to stdout, all else to stderr. Every error that a user can cause ends as one line and an exit code.
-Heavy modules are imported where they are needed, so that help and argument errors are quick.
+Answers go to stdout, everything else to stderr. Heavy modules are imported where they are needed, so that help and
+argument errors are fast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> NoReturn:
     """Entry point of the `l4ctx` command."""
     share_cores()
     if sys.stderr is None:  # closed by the caller
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process exits)
     try:
         code = app(prog_name="l4ctx", standalone_mode=False)
     except KeyboardInterrupt:

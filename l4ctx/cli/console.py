@@ -1,7 +1,4 @@
-"""Standard streams as a person sees them: what they can show, how wide they are, and text made safe for them.
-
-What is shown there is left to others: `activity`, `answer`, and the tables.
-"""
+"""The terminal: what the standard streams can display, how wide they are, and text that fits them."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ NARROW_COLUMNS = 80
 
 
 class _Unfailing:
-    """A text stream whose failures to write are ignored: a note that is lost must not cost the answer."""
+    """A text stream that ignores failed writes: losing a note must not cost the answer."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -41,7 +38,7 @@ class _Unfailing:
 
 
 def is_screen(stream: TextIO | None) -> bool:
-    """Whether it is a terminal that can move its cursor. Variables that ask for colour make no file a terminal."""
+    """Whether it is a terminal that can move its cursor. Environment variables that force colour do not count."""
     return (
         stream is not None
         and stream.isatty()
@@ -51,7 +48,7 @@ def is_screen(stream: TextIO | None) -> bool:
 
 
 def columns(stream: TextIO) -> int:
-    """The width of the terminal that the stream is, unless COLUMNS says another one."""
+    """The width of the stream's terminal, or COLUMNS if set; 80 if unknown."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
@@ -62,7 +59,7 @@ def columns(stream: TextIO) -> int:
 
 
 def stderr_console() -> Console:
-    """A console on standard error that goes on when that is closed or full, and is animated on a screen alone."""
+    """A console on stderr that keeps working if stderr is closed or full, and animates only on a terminal."""
     from rich.console import Console
 
     is_animated = is_screen(sys.stderr) and os.environ.get("TTY_INTERACTIVE") != "0"
@@ -70,7 +67,7 @@ def stderr_console() -> Console:
 
 
 def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
-    """Where notes go: one line each on the console, broken at words where a screen is narrow; or nowhere."""
+    """Returns a function that prints a note on one line, wrapped at words on a narrow terminal; or not if `quiet`."""
     from l4ctx.cli.wrapping import wrapped
 
     def note(text: str) -> None:
@@ -84,7 +81,7 @@ def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
 
 
 def rendered(content: RenderableType) -> str:
-    """What standard output is to show: as wide as it is if it is a terminal, styled if that is a screen; else plain."""
+    """Renders for stdout: at the terminal's width and styled if it is one, else plain at PIPED_COLUMNS."""
     from rich.console import Console
 
     shown = io.StringIO()
@@ -94,7 +91,7 @@ def rendered(content: RenderableType) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """In at most `width` columns, without its middle if it takes more."""
+    """Shortens `text` to at most `width` columns by replacing its middle with an ellipsis."""
     from l4ctx.cli.wrapping import cells
 
     if cells(text) <= width:

@@ -1,7 +1,4 @@
-"""How a command ends: every error that a user can cause is one line on stderr and an exit code.
-
-Part of the command line, as is writing to stdout. Heavy modules are imported where they are needed.
-"""
+"""Writing to stdout, and ending a command: an error that the user can cause is one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -46,12 +43,12 @@ KINDS = {
     CONTEXT: "context",
     INTERRUPTED: "interrupted",
 }
-"""What --json calls an error of each code."""
+"""The error type that --json reports for each exit code."""
 
 
 @dataclass
 class Interruption:
-    """What to say when Ctrl-C comes: what is kept, as far as it is known by then."""
+    """What to report on Ctrl-C: when it happened and what is kept. Commands update it as they proceed."""
 
     kept: Callable[[], str] = lambda: "nothing is kept"
     when: Callable[[], str] = lambda: ""  # such as " after 3 tokens of the answer"
@@ -59,19 +56,19 @@ class Interruption:
 
 @contextmanager
 def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
-    """What a user can cause becomes one line on stderr and an exit code; anything else keeps its traceback.
+    """Turns errors that the user can cause into one line on stderr and an exit code; others keep their traceback.
 
-    With `json` an object on stdout says the same.
+    With `json`, an object on stdout reports the same.
     """
     interruption = Interruption()
     try:
         yield interruption
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end in a traceback
         fail(f"interrupted{interruption.when()}; {interruption.kept()}", INTERRUPTED, json=json)
     except BrokenPipeError:
         leave(CLOSED)
-    except Exception as error:  # to look at; what is not a user's doing goes on as it was
+    except Exception as error:  # raised again unless the user can cause it
         code = exit_code_of(error)
         if code is None:
             raise
@@ -79,16 +76,16 @@ def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
 
 
 def fail(message: str, code: int, *, json: bool) -> NoReturn:
-    """Ends with one line on stderr, and with `json` an object on stdout."""
+    """Exits with `code` after one line on stderr and, with `json`, an object on stdout."""
     line = tell(message)
     if json and sys.stdout is not None:
-        with suppress(OSError, OutputError):  # closed or full: the exit code says it, too
+        with suppress(OSError, OutputError):  # if stdout is closed or full, the exit code still reports the error
             write_json({"error": {"code": code, "type": KINDS[code], "message": line}})
     leave(code)
 
 
 def tell(message: str) -> str:
-    """One line on stderr, which is returned as it was written."""
+    """Writes one line to stderr, and returns the message as written."""
     from l4ctx.formatting import as_one_line
 
     line = as_one_line(message)
@@ -99,7 +96,7 @@ def tell(message: str) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """Exits without the interpreter's own complaint about a closed stdout."""
+    """Exits without the interpreter's own error message about a closed stdout."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -109,8 +106,10 @@ def leave(code: int) -> NoReturn:
 
 
 def write(text: str, what: str = "the answer") -> None:
-    """To stdout at once; what the stream's encoding lacks is escaped. Raises BrokenPipeError, and OutputError which
-    names `what` cannot be written."""
+    """Writes to stdout and flushes; characters that its encoding lacks are escaped.
+
+    Raises BrokenPipeError, and OutputError, whose message says that `what` cannot be written.
+    """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -122,13 +121,13 @@ def write(text: str, what: str = "the answer") -> None:
 
 
 def check_stdout(what: str) -> None:
-    """Raises UsageError where standard output is closed. `what` ends the sentence: "to", "the answer to"."""
+    """Raises UsageError if standard output is closed. `what` completes the message: "to", "the answer to"."""
     if sys.stdout is None:
         raise UsageError(f"standard output is closed: there is nowhere to write {what}")
 
 
 def write_json(content: dict[str, Any]) -> None:
-    """One object on a line, in ASCII: whole in every locale, harmless on a terminal."""
+    """Writes an object as one line of ASCII: intact in every locale, and safe for a terminal."""
     import json
 
     write(json.dumps(content) + "\n")

@@ -1,6 +1,6 @@
-"""The text of --help: as wide as the terminal, nothing of it cut off, and written as answers are.
+"""Formats --help: as wide as the terminal, never truncated, and written to stdout like an answer.
 
-Works with click itself and with the copy of it that later versions of typer bring along.
+Works with click itself and with the copy of it that later versions of typer bundle.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ MARGIN = 2
 PIPED_WIDTH = 80 - MARGIN
 WIDEST = 120
 TWO_COLUMNS_FROM = 64
-"""Narrower, what an option means stands below it."""
+"""On narrower terminals, an option's description goes below it."""
 
 _Context: Any = TyperGroup.context_class
 _Formatter: Any = _Context.formatter_class
 
 
 class HelpFormatter(_Formatter):  # type: ignore[misc]
-    """click's, but for narrow terminals."""
+    """click's formatter, with a layout for narrow terminals."""
 
     def __init__(self, **options: Any) -> None:
         columns = shutil.get_terminal_size((PIPED_WIDTH + MARGIN, 24)).columns
         super().__init__(**{**options, "width": max(20, min(columns, WIDEST) - MARGIN)})
 
     def write_text(self, text: str) -> None:
-        """Paragraphs; where the line is narrow, options are not broken at their hyphens."""
+        """Writes paragraphs; on narrow terminals without breaking options at their hyphens."""
         from l4ctx.cli.wrapping import wrapped
 
         if self.width >= TWO_COLUMNS_FROM:
@@ -43,7 +43,7 @@ class HelpFormatter(_Formatter):  # type: ignore[misc]
         self.write("\n\n".join(map("\n".join, paragraphs)) + "\n")
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *options: Any, **named: Any) -> None:
-        """Rows of a name and what it means."""
+        """Writes rows of a name and its description."""
         from l4ctx.cli.wrapping import wrapped
 
         rows = [(re.sub(r"^([^-\s]\S*) <.*>$", r"\1", name), meaning) for name, meaning in rows]  # types of arguments
@@ -61,7 +61,7 @@ class HelpFormatter(_Formatter):  # type: ignore[misc]
 
 
 def _joined(parts: Sequence[str], width: int, indent: int) -> list[str]:
-    """Choices such as a|b|c broken behind a bar, words between blanks."""
+    """Lines of choices such as a|b|c, broken after a bar, or of words, broken at spaces."""
     lines = [""]
     for part in parts:
         start = " " * (indent if lines == [""] else indent + 2)
@@ -78,14 +78,14 @@ class HelpContext(_Context):  # type: ignore[misc]
 
 
 class _Help:
-    """What a command and a group of them have in common."""
+    """What commands and groups share."""
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        """The whole first sentence, which the formatter wraps."""
+        """The first sentence untruncated, since the formatter wraps it."""
         return super().get_short_help_str(2**31)  # type: ignore[misc]
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The option, which writes to standard output as every command does."""
+        """The option, with a callback that handles a closed or full standard output."""
         option = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.callback = _show_help
@@ -99,8 +99,8 @@ def _show_help(ctx: Any, parameter: Any, is_wanted: bool) -> None:
 
 
 def show(text: str, what: str) -> None:
-    """Writes a text that is no answer; ends the command where standard output is full or nobody reads it."""
-    if sys.stdout is None:  # closed by the caller, who wants none of it
+    """Writes text other than an answer; ends the command if standard output is full or its reader is gone."""
+    if sys.stdout is None:  # closed by the caller, who does not want it
         return
     with errors_as_exit_codes():
         write(f"{text}\n", what)

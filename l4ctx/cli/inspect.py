@@ -1,4 +1,4 @@
-"""The `inspect` command as a person types it, and its output."""
+"""The `inspect` command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(
             metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not headers and lengths alone.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not only headers and lengths.")] = False,
     json: options.Json = False,
 ) -> None:
     """Show what a checkpoint or a saved context holds, and what is damaged in it. Changes nothing.

@@ -1,6 +1,6 @@
-"""What people mean by the paths that they type: patterns that no shell expanded, slips, and a question out of place.
+"""Interprets paths on the command line: patterns that the shell did not expand, typos, and a misplaced question.
 
-Part of the command line; only looks at names. Reading is left to `l4ctx.documents.reader`.
+Only looks at names.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from l4ctx.errors import UsageError
 from l4ctx.formatting import counted, printable
 from l4ctx.machine.suggestions import closest, is_missing
 
-SHOWN_CHARACTERS = 60  # of a question
+SHOWN_CHARACTERS = 60  # most characters of a question that a message quotes
 _WORD = re.compile(r"[^\W_][\w'’-]*[?!.,:;]*")
 
 
 def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question: str | None = None) -> list[str]:
-    """The paths, with patterns in them expanded where no file has such a name; `tell` is told of these.
+    """The paths, with patterns expanded where no file has that name; `tell` gets a note about each pattern.
 
-    `question` is what stands before them on the command line, if that is the question. Raises UsageError for a path
-    that is not there, and where the question is a path itself.
+    `question` is the argument before the paths, if that is the question. Raises UsageError for a missing path, and if
+    the question is itself an existing path.
     """
     found: list[str] = []
     missing: list[str] = []
@@ -43,7 +43,7 @@ def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question
 
 
 def _matches(pattern: str) -> list[str]:
-    """What a pattern matches, in the order of bytes; of one with ** the files alone, if there are any."""
+    """A pattern's matches in byte order; for one with **, only files, if there are any."""
     import glob
 
     if not glob.has_magic(pattern):
@@ -99,5 +99,5 @@ def _missing(missing: Sequence[str], paths: Sequence[str], question: str | None)
 
 
 def _quoted(text: str) -> str:
-    """As an argument for a shell, cut where it is long."""
+    """Quoted as a shell argument, truncated if it is long."""
     return shlex.quote(printable(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."))

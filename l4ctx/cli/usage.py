@@ -1,4 +1,4 @@
-"""What the parser of arguments refuses, in the style of every other error: one line, exit code 2."""
+"""Reports the argument parser's errors in the style of all other errors: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from l4ctx.cli.exits import fail, leave
 from l4ctx.errors import INPUT
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
-"""click's UsageError, be it click's own or that of the copy which later versions of typer bring along."""
+"""UsageError from click, or from the copy of click that later versions of typer bundle."""
 
 
 def refuse_arguments(error: Exception) -> NoReturn:
-    """Ends the command; where no arguments were given at all, its help is the answer."""
+    """Ends the command with one line, or with its help if there were no arguments at all."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        with suppress(OSError):  # of a stderr that is full
+        with suppress(OSError):  # stderr may be full
             error.show()  # type: ignore[attr-defined]
         leave(INPUT)
     message = re.sub(r"^Invalid value for '([^']*)'(?: / '[^']*')*: ", r"\1: ", error.format_message())  # type: ignore[attr-defined]
@@ -33,6 +33,6 @@ def refuse_arguments(error: Exception) -> NoReturn:
 
 
 def wants_json(arguments: list[str]) -> bool:
-    """Whether --json is among the arguments of a line that cannot be parsed."""
+    """Whether --json is among arguments that could not be parsed."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in options

@@ -1,7 +1,4 @@
-"""Text broken at words by the cells that it takes on a terminal: whole texts, and answers as they come in pieces.
-
-Words are never cut. Writes nothing itself.
-"""
+"""Word wrapping by terminal cells: of whole texts, and of answers as they are streamed. Words are never split."""
 
 from __future__ import annotations
 
@@ -10,22 +7,22 @@ from collections.abc import Callable
 
 TAB_CELLS = 8
 _LIST_ITEM = re.compile(r"(?:[-*+•]|\d{1,3}[.)])")
-_STAYS_BEHIND = frozenset("、。，．：；？！）］｝」』】〉》〕’”々ー…")  # never begins a line
+_STAYS_BEHIND = frozenset("、。，．：；？！）］｝」』】〉》〕’”々ー…")  # never at the start of a line
 
 
 def cells(text: str) -> int:
-    """Columns that it takes: 2 for a wide character, 0 for one that combines."""
+    """Width in terminal columns: 2 for a wide character, 0 for a combining one."""
     from rich.cells import cell_len
 
     return len(text) if text.isascii() else cell_len(text)
 
 
 class WordWrap:
-    """Breaks a text that comes in pieces; holds back the present word and the blanks before it, no more.
+    """Wraps streamed text; holds back only the current word and the blanks before it.
 
-    Left as they are, for the terminal to break: lines inside ``` fences, code indented by four blanks or a tab, rows of
-    tables, and words wider than a line. Wide characters may be broken between. An item of a list is continued below its
-    text. `width` is asked at the start of every line, for a terminal may be resized.
+    Left for the terminal to wrap: lines inside ``` fences, code indented by four blanks or a tab, table rows, and words
+    wider than a line. Lines may break between wide characters. List items get a hanging indent. `width` is called at
+    the start of every line, since the terminal may be resized.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
@@ -35,23 +32,23 @@ class WordWrap:
 
     def _start_line(self) -> None:
         self._width = max(1, self._ask_width())
-        self._column = 0  # after what was given out
-        self._indent = 0  # of lines that continue this one
-        self._start = ""  # of the line, as far as it decides how it is broken
+        self._column = 0  # after the text returned so far
+        self._indent = 0  # of continuation lines
+        self._start = ""  # the line's first characters, which decide how it is wrapped
         self._blanks = self._word = ""  # held back
-        self._has_words = self._is_passing = False  # passing: in a word that fits on no line
+        self._has_words = self._is_passing = False  # passing: inside a word wider than a line
 
     @property
     def is_at_line_start(self) -> bool:
-        """Of what was given out."""
+        """Whether the text returned so far ends at the start of a line."""
         return self._column == 0
 
     def push(self, text: str) -> str:
-        """What can be written now."""
+        """Returns the text that can be written now."""
         return "".join(map(self._push, text))
 
     def finish(self) -> str:
-        """What was held back."""
+        """Returns the text that was held back."""
         shown = self._give_word() + self._blanks
         self._column, self._blanks = self._blank_stop(), ""
         return shown
@@ -74,7 +71,7 @@ class WordWrap:
             self._column += cells(character)
             return shown
         if self._is_passing:
-            self._column = (self._column + cells(character) - 1) % self._width + 1  # as the terminal breaks it
+            self._column = (self._column + cells(character) - 1) % self._width + 1  # as the terminal wraps it
             return character
         shown = self._give_word() if self._may_break_before(character) else ""
         self._word += character
@@ -89,7 +86,7 @@ class WordWrap:
         return self._is_fenced or is_code or self._start.lstrip().startswith(("|", "```"))
 
     def _may_break_before(self, character: str) -> bool:
-        """Inside of a run without blanks."""
+        """Whether a run without blanks may be broken here: between wide characters."""
         if not self._word or character in _STAYS_BEHIND or cells(character) == 0:
             return False
         return 2 in (cells(character), cells(self._word[-1]))
@@ -112,7 +109,7 @@ class WordWrap:
         return shown
 
     def _blank_stop(self) -> int:
-        """The column after the blanks that are held back."""
+        """The column after the held-back blanks."""
         column = self._column
         for blank in self._blanks:
             column += TAB_CELLS - column % TAB_CELLS if blank == "\t" else 1
@@ -120,7 +117,7 @@ class WordWrap:
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    """Lines of at most `width` columns, unless a word alone takes more, each after `indent` blanks."""
+    """Wraps `text` into lines of at most `width` columns, except for longer words, each indented by `indent`."""
     lines: list[str] = []
     for word in text.split():
         if lines and cells(lines[-1]) + 1 + cells(word) <= width:
