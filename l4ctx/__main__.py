@@ -1,4 +1,4 @@
-"""`python -m l4ctx`: the command line, where its script is not on the path."""
+"""`python -m l4ctx`: the command line without its script on PATH."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 
 if sys.path and sys.path[0] == os.getcwd() and not os.path.samefile(os.path.dirname(os.path.dirname(__file__)), "."):
-    del sys.path[0]  # put there by -m: somebody's model.py must not be executed
+    del sys.path[0]  # -m prepends the current folder, and somebody's model.py there must not be executed
 
 from l4ctx.cli.app import main
 

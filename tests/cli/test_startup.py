@@ -1,10 +1,11 @@
-"""What a short run does not load and does not wait for."""
+"""What a short run neither imports nor waits for, and what is never executed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,11 +58,29 @@ def test_errors_plans_and_help_load_nothing_heavy(arguments: tuple[str, ...]) ->
     assert modules.intersection({*NEVER, *NOT_FOR_AN_ERROR}) == set()
 
 
+@pytest.mark.parametrize("name", ["model.py", "cache.py", "typer.py", "model/__init__.py"])
+def test_python_m_executes_nothing_in_the_current_folder(tmp_path: Path, name: str) -> None:
+    """-m puts that folder first on the path, where somebody's file may have the name of a module that is imported."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("open('executed', 'w').close()\nraise SystemExit('executed')\n", encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "l4ctx", "plan", "--tokens", "1000", "--model", str(ROOT / "samples" / "tiny")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert (run.returncode, run.stdout != "") == (0, True), run.stderr
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "5"}, "5")]
 )
 def test_threads_do_not_spin_for_long_unless_the_user_says_so(given: dict[str, str], spins: str) -> None:
-    """It has to be said before torch is loaded."""
+    """The variable must be set before torch is imported."""
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     code = (
