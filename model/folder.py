@@ -1,4 +1,4 @@
-"""What lies in a checkpoint folder, by name, and how its small JSON files are read. Imports no torch."""
+"""File names in a checkpoint folder, and reading its small JSON files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
-"""Never read: such a file can run any program."""
+"""Never read: loading such a file can execute arbitrary code."""
 
 MAX_JSON_BYTES = 2**26  # an index of 18,000 tensors has 2 MB
 UNREADABLE = (OSError, ValueError, RecursionError)
-"""What `read_json` raises; the last for lists or objects that are nested too deeply."""
+"""What `read_json` raises; RecursionError for lists or objects that are nested too deeply."""
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file says, of at most MAX_JSON_BYTES. Raises what is in UNREADABLE.
+    """The content of a JSON file of at most MAX_JSON_BYTES. Raises the errors in UNREADABLE.
 
-    Links are followed: the hub's cache consists of them.
+    Follows links, since the hub's cache consists of them.
     """
     with file.open("rb") as stream:
         text = stream.read(MAX_JSON_BYTES + 1)
@@ -30,7 +30,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
-    """The object that a JSON file holds, empty where there is no such file. Raises `error`, of one line."""
+    """The object in a JSON file; empty if there is no such file. Raises `error` with a one-line message."""
     if not file.exists():
         return {}
     try:
