@@ -171,7 +171,7 @@ def test_help_follows_the_width_and_cuts_nothing(columns: int) -> None:
     for summary in (
         "Read documents and answer a question about them.",
         "141 the output was closed.",
-        "time to the first token and memory, here and in other programs.",
+        "time to first token and memory, of l4ctx and of other engines.",
     ):
         assert summary in words
 
