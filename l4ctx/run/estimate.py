@@ -17,9 +17,9 @@ from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
-from l4ctx.run.inputs import Weights, read_sources
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, workload_of
+from l4ctx.run.weights import Weights
 from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
 
@@ -191,6 +191,7 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.prompt.builder import build_prompt
+    from l4ctx.run.inputs import read_sources
 
     sources = read_sources(request.model, config, request.sources)
     found = sources.documents

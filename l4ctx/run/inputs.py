@@ -22,6 +22,7 @@ from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions, Request, SourceOptions
+from l4ctx.run.weights import Weights
 from model.config import TextConfig
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading
-    from model.weights.shards import StoredTensor
 
 SKIPPED_LINES = 12
 
@@ -43,22 +43,6 @@ class Sources:
     config: TextConfig
     images: ImageUse
     documents: DocumentSet
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The text model's weights as they are stored."""
-
-    parameters: int
-    dtype: str
-    can_be_mapped: bool
-
-    @classmethod
-    def of(cls, tensors: dict[str, StoredTensor], config: TextConfig) -> Weights:
-        from model.weights.loading import can_be_mapped, stored_parameters
-        from model.weights.shards import stored_dtype
-
-        return cls(stored_parameters(tensors, config), stored_dtype(tensors), can_be_mapped(tensors))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from l4ctx.machine.memory import process_memory
 from l4ctx.run.context import with_repair_hint
-from l4ctx.run.inputs import make_inputs, read_request
 from l4ctx.run.memory_report import MemoryReport
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import Request
-from l4ctx.run.sizing import Sized, size
+from l4ctx.run.sizing import Sized
 
 if TYPE_CHECKING:
     from cache.disk import Scratch
@@ -193,9 +192,3 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
             sized.context.restore(cache, sized.reused)
     return Session(sized, monitor, model, cache, features, scratch)
-
-
-def open_session(request: Request, monitor: Monitor) -> Session:
-    """All stages up to prefill."""
-    choices, sources = read_request(request, monitor)
-    return load(size(make_inputs(choices, sources, monitor), monitor), monitor)

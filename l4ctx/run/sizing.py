@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES, StoreLayout
 from l4ctx.machine.device import free_on_accelerator
@@ -13,12 +14,15 @@ from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
-from l4ctx.run.context import ReadContext, Reuse, WrittenContext
-from l4ctx.run.inputs import Inputs, Weights
-from l4ctx.run.monitor import Monitor
 from l4ctx.run.request import ComputeOptions, KVDtype, KVOptions
+from l4ctx.run.weights import Weights
 from model.config import TextConfig
 from model.costs import Operations, reading_operations
+
+if TYPE_CHECKING:
+    from l4ctx.run.context import ReadContext, WrittenContext
+    from l4ctx.run.inputs import Inputs
+    from l4ctx.run.monitor import Monitor
 
 ALL_OF_IT = 2**62
 """What a context that is only read has on disk already, in bytes: nothing will be written."""
@@ -111,6 +115,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
 
     Raises MemoryPlanError when more is needed than is free, ContextError, and DiskFullError.
     """
+    from l4ctx.run.context import Reuse, WrittenContext
+
     monitor.tell("planning memory")
     request, choices = inputs.request, inputs.choices
     before = process_memory()
