@@ -3,8 +3,8 @@
     python -m samples.benchmarks.benchmark_tiers --tokens 524288 --share 8 --rounds 3
 
 A random model with two NoPE layers (hidden 32, one head of 16, bfloat16) reads random tokens, so that every step
-attends to all that came before. Each run is a process of its own, in turn: one without limits, one with a host budget
-of a share of the keys and values and the rest in a scratch file. Compares bytes of sealed blocks, times and memory.
+attends to the whole prefix. Runs alternate, each in a separate process: one without limits, one with a host budget for
+a share of the KV cache and the rest in a scratch file. Compares bytes of sealed blocks, times and memory.
 """
 
 from __future__ import annotations

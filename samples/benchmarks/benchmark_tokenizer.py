@@ -2,8 +2,9 @@
 
     python -m samples.benchmarks.benchmark_tokenizer --tokenizer DIR --characters 1000000 20000000 --cores 1 2
 
-Each length is encoded in a process of its own, held to so many cores. Bytes a token are all anonymous memory that
-encoding adds, the ids included and the text itself not: what loading the tokenizer left free is given back before.
+Each length is encoded in a separate process, limited to the given number of cores. Bytes per token count all anonymous
+memory that encoding adds, including the ids but not the text: memory freed after loading the tokenizer is released
+first.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ ENTITY, CODE = "amber falcon", "48213"
 def fitted(tokenizer: Tokenizer, template: ChatTemplate | None, text: str, tokens: int) -> str:
     """`text` cut or padded so that its prompt has exactly `tokens` tokens.
 
-    Lengths that fill the last prefill chunk alike are compared at the same moment of their last step.
+    Lengths that fill the last prefill chunk equally have their peaks at the same point of the last step.
     """
 
     def count(document: str) -> int:

@@ -224,7 +224,7 @@ def evaluate(kind: str, setup: Setup, args: argparse.Namespace) -> Score:
 
 
 def read_documents(setup: Setup, prompt: Prompt) -> HybridKVCache:
-    """A cache that holds the prompt as far as the question, and has room for that and an answer."""
+    """A cache that holds the prompt up to the question, with capacity for the question and an answer."""
     model = setup.model
     features = setup.reading.load(prompt.images, dtype=model.dtype, device=model.device, is_mapped=False)
     cache = HybridKVCache(model.config, length=prompt.documents_stop + ROOM_FOR_ANSWER, dtype=model.dtype)
@@ -251,7 +251,7 @@ def group_of(asked: Asked, prompt: Prompt, setup: Setup) -> str:
 
 
 def where(asked: Asked, prompt: Prompt) -> str:
-    """For people who look into a wrong answer."""
+    """A description for debugging a wrong answer."""
     if asked.image is None:
         return "text"
     image = prompt.images[asked.image].image

@@ -1,7 +1,7 @@
 """The task that `samples/tiny` is trained for: facts hidden in text, and questions about them.
 
-Words, sentences and entities only; knows nothing of tokens, models or files. Both the training and the
-evaluation script draw from here, so that they speak of the same task.
+Words, sentences and entities only. Both the training and the evaluation script draw from here, so that they share one
+task.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def draw_entities(
 
 
 def distractor(rng: random.Random) -> str:
-    """A sentence that looks a little like a fact and is none."""
+    """A sentence that resembles a fact but is none."""
     noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
     number = rng.randrange(10, 10 ** rng.randrange(2, 8))
     return rng.choice(

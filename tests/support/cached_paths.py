@@ -137,7 +137,7 @@ def forked(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
 
 
 def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
-    """The fork of a fork goes on while the caches that it came from read something else."""
+    """The fork of a fork continues while the caches that it came from read something else."""
     chunk, stop = model.config.attention_chunk_size, ids.shape[1]
     first, second = sorted({min(chunk + 2, stop - 1), min(2 * chunk + 1, stop - 1), stop - 1})[:2]
     cache = new_cache(model, ids, **where)
@@ -153,7 +153,7 @@ def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tens
 
 @contextmanager
 def failing(model: Transformer, layer: int, error: type[BaseException] = RuntimeError) -> Iterator[None]:
-    """Within it, forwards fail once `layer` has stored and attended: in its feed-forward."""
+    """A context in which forwards fail in the feed-forward of `layer`, after it has stored and attended."""
 
     def fail(*_: object) -> None:
         raise error("made to fail")

@@ -93,7 +93,7 @@ def run_process(
 
 
 def _without_ours(environment: Any) -> dict[str, str]:
-    """The environment without what changes the command's output."""
+    """The environment without variables that change the command's output."""
     ours = ("L4CTX_MODEL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONIOENCODING", "TTY_COMPATIBLE")
     return {name: value for name, value in environment.items() if name not in ours}
 
@@ -140,7 +140,7 @@ def _content(file: IO[str]) -> str:
 
 @contextlib.contextmanager
 def _piped(content: bytes) -> Iterator[IO[str]]:
-    """A pipe that holds all of `content` and has no writer any more."""
+    """A pipe that holds all of `content` and whose writing end is closed."""
     reading, writing = os.pipe()
     assert len(content) <= 65536, "more than a pipe holds"
     os.write(writing, content)
@@ -212,7 +212,7 @@ def check_refused(result: Result, code: int, *parts: str, as_json: bool = False)
 
 
 def summaries(stderr: str) -> list[str]:
-    """The lines that tell what reading took."""
+    """The lines that report the time of the prefill."""
     summary = r"^l4ctx: read [\d,]+ tokens? in [\d.]+ s \([\d,.]+ tokens/s\)(?:; [\d.]+ [KM]?i?B on disk)?\n"
     return re.findall(summary, stderr, re.MULTILINE)
 

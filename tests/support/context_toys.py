@@ -96,7 +96,7 @@ class Kind:
 
 @functools.cache
 def model(dtype: str = "float32") -> Transformer:
-    """Random weights, the same each time."""
+    """A model with random weights, the same each time."""
     return randomized(Transformer(CONFIG).to(getattr(torch, dtype)), seed=0)
 
 
@@ -115,7 +115,7 @@ def tokens(count: int, seed: int = 0) -> array[int]:
 
 
 def changed(ids: array[int], *positions: int) -> array[int]:
-    """With another token at each of these positions."""
+    """`ids` with a different token at each of these positions."""
     ids = ids[:]
     for position in positions:
         ids[position] = (ids[position] + 1) % VOCABULARY
@@ -165,7 +165,7 @@ def keep(
     images: Sequence[ImageSpan] = (),
     features: Any = None,
 ) -> int:
-    """All of a run of `l4ctx prefill`, or until so many tokens are read; returns how many there were already."""
+    """What `l4ctx prefill` does, up to a number of tokens if given; returns how many tokens were there before."""
     with closing(ContextWriter(folder, kind.recipe)) as writer:
         writer.drop_damaged(verify=verify)
         start = None
@@ -211,7 +211,7 @@ def answer_of(
 
 
 def fresh_answer(ids: array[int], kind: Kind = Kind()) -> Tensor:
-    """What a run without a context says."""
+    """The answer of a run without a context."""
     return _fresh_answer(bytes(ids), kind)
 
 
@@ -231,7 +231,7 @@ def rounding() -> float:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """But for rounding, which both have: what is asked of a run that goes on where a fresh run's grid has no cut."""
+    """Equal within rounding on both sides, as for a run that resumes where a fresh run's grid has no cut."""
     return difference(a, b) <= 2 * rounding()
 
 
@@ -255,7 +255,7 @@ def block_digests(folder: Path) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of the last change of everything in a folder, by name."""
+    """Content and modification time of everything in a folder, by name."""
     return {
         path.relative_to(folder).as_posix(): (b"" if path.is_dir() else path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))

@@ -30,7 +30,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 class InFloat64(TorchFunctionMode):
-    """Within it what asks for float32 by name gets float64: norms, phases, softmax."""
+    """A context in which explicit requests for float32 get float64: norms, phases, softmax."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
@@ -43,7 +43,7 @@ def _wider(argument: Any) -> Any:
 
 
 def in_float64(module: Module, run: Callable[[Module], Tensor]) -> Tensor:
-    """What `run` computes with a float64 copy of the module, all of it in float64. The module stays as it is."""
+    """The result of `run` on a float64 copy of the module, computed entirely in float64; the module is unchanged."""
     twin = copy.deepcopy(module).double()
     with torch.no_grad(), InFloat64():
         for parent in list(twin.modules()):

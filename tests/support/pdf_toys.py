@@ -39,7 +39,7 @@ def text(*lines: bytes, font: bytes = b"F1") -> bytes:
 
 
 def mark(color: bytes = b"1 0 0", box: bytes = b"0 100 150 100") -> bytes:
-    """Operators that fill a rectangle: unless told, the upper left quarter of the page, in red."""
+    """Operators that fill a rectangle; by default the upper left quarter of the page, in red."""
     return b" " + color + b" rg " + box + b" re f"
 
 
