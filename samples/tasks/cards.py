@@ -87,34 +87,51 @@ Paint = Callable[[list[tuple[float, float]] | Box, bool], None]
 """Fills the outline (True) or cuts it out (False): a polygon's points, or the box of an ellipse."""
 
 
+POLYGONS: dict[str, list[tuple[float, float]]] = {
+    "star": [
+        (0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
+        for i in range(10)
+        for r in [0.21 if i % 2 else 0.52]
+    ],
+    "arrow": [(0, 0.36), (0.52, 0.36), (0.52, 0.1), (1, 0.5), (0.52, 0.9), (0.52, 0.64), (0, 0.64)],
+    "crown": [(0, 0.16), (0.25, 0.5), (0.5, 0.06), (0.75, 0.5), (1, 0.16), (0.92, 0.9), (0.08, 0.9)],
+    "kite": [(0.5, 0), (0.86, 0.38), (0.5, 1), (0.14, 0.38)],
+    "mountain": [(0, 0.92), (0.34, 0.12), (0.52, 0.5), (0.68, 0.3), (1, 0.92)],
+    "tower": [
+        (0.2, 0),
+        (0.36, 0),
+        (0.36, 0.14),
+        (0.42, 0.14),
+        (0.42, 0),
+        (0.58, 0),
+        (0.58, 0.14),
+        (0.64, 0.14),
+        (0.64, 0),
+        (0.8, 0),
+        (0.8, 0.3),
+        (0.7, 0.36),
+        (0.7, 1),
+        (0.3, 1),
+        (0.3, 0.36),
+        (0.2, 0.3),
+    ],
+}
+"""Shapes that are a single polygon in a box from (0, 0) to (1, 1)."""
+
+
 def _paint_shape(name: str, paint: Paint) -> None:
-    """A shape in a box from (0, 0) to (1, 1)."""
-    if name == "star":
-        paint(
-            [
-                (0.5 + r * math.sin(i * math.pi / 5), 0.53 - r * math.cos(i * math.pi / 5))
-                for i in range(10)
-                for r in [0.21 if i % 2 else 0.52]
-            ],
-            True,
-        )
+    """Paints a shape in a box from (0, 0) to (1, 1)."""
+    if name in POLYGONS:
+        paint(POLYGONS[name], True)
     elif name == "moon":
         paint((0.08, 0.0, 1.08, 1.0), True)
         paint((0.36, -0.1, 1.36, 0.9), False)
     elif name == "circle":
         paint((0.04, 0.04, 0.96, 0.96), True)
-    elif name == "arrow":
-        paint([(0, 0.36), (0.52, 0.36), (0.52, 0.1), (1, 0.5), (0.52, 0.9), (0.52, 0.64), (0, 0.64)], True)
     elif name == "cloud":
         for ellipse in ((0.0, 0.42, 0.42, 0.84), (0.2, 0.14, 0.7, 0.66), (0.54, 0.34, 1.0, 0.84)):
             paint(ellipse, True)
         paint([(0.2, 0.5), (0.76, 0.5), (0.78, 0.84), (0.2, 0.84)], True)
-    elif name == "crown":
-        paint([(0, 0.16), (0.25, 0.5), (0.5, 0.06), (0.75, 0.5), (1, 0.16), (0.92, 0.9), (0.08, 0.9)], True)
-    elif name == "kite":
-        paint([(0.5, 0), (0.86, 0.38), (0.5, 1), (0.14, 0.38)], True)
-    elif name == "mountain":
-        paint([(0, 0.92), (0.34, 0.12), (0.52, 0.5), (0.68, 0.3), (1, 0.92)], True)
     elif name == "window":
         paint([(0.06, 0.04), (0.94, 0.04), (0.94, 0.96), (0.06, 0.96)], True)
         for x in (0.17, 0.55):
@@ -125,28 +142,6 @@ def _paint_shape(name: str, paint: Paint) -> None:
             paint([(x, 0), (x + 0.14, 0), (x + 0.14, 1), (x, 1)], True)
         for y in (0.14, 0.44, 0.74):
             paint([(0.2, y), (0.8, y), (0.8, y + 0.13), (0.2, y + 0.13)], True)
-    elif name == "tower":
-        paint(
-            [
-                (0.2, 0),
-                (0.36, 0),
-                (0.36, 0.14),
-                (0.42, 0.14),
-                (0.42, 0),
-                (0.58, 0),
-                (0.58, 0.14),
-                (0.64, 0.14),
-                (0.64, 0),
-                (0.8, 0),
-                (0.8, 0.3),
-                (0.7, 0.36),
-                (0.7, 1),
-                (0.3, 1),
-                (0.3, 0.36),
-                (0.2, 0.3),
-            ],
-            True,
-        )
     elif name == "planet":
         paint(
             [
