@@ -100,7 +100,7 @@ def test_what_a_context_holds_is_not_lost_unasked(place: Path, case: str, comman
     )
     assert files(place) == before
     assert run_here(*line, "--replace", "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0
-    assert run_here(*line, "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0  # it goes on
+    assert run_here(*line, "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0  # it resumes
 
 
 GROWTH: dict[str, tuple[Callable[[], object], list[str]]] = {
@@ -278,7 +278,7 @@ def rewrite_manifest(change: Callable[[dict[str, object]], object]) -> None:
 
 
 def test_a_context_that_does_not_tell_its_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those made before: it opens, answers and goes on."""
+    """Like contexts made before: it opens, answers and resumes."""
     rewrite_manifest(lambda content: content.pop("checkpoint"))
     assert saved_checkpoint(Path("c")) is None and read_manifest(Path("c")).prefill_chunk_size == 512
     check_answers(names="a")

@@ -199,7 +199,7 @@ def test_absurd_sizes() -> None:
 
 
 def test_a_saved_context_keeps_images_by_their_digests() -> None:
-    """What follows an image of the same size but other pixels is read anew."""
+    """Everything after an image of the same size but different pixels is recomputed."""
 
     def prefill(context: str = "c") -> Result:
         return run_here("prefill", "docs", "-o", context)
@@ -262,7 +262,7 @@ def test_an_image_that_changes_before_it_is_reached(monkeypatch: pytest.MonkeyPa
 def test_a_reading_that_is_interrupted_amid_images_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    """Blocks of 1024 tokens, whose ends cut tiles; one image is another one when the reading goes on."""
+    """Blocks of 1024 tokens, whose ends cut tiles; one image has changed when the prefill resumes."""
     import l4ctx.engine.prefill
 
     monkeypatch.setenv("L4CTX_MODEL", str(changed_checkpoint(tmp_path / "short", attention_chunk_size=512)))

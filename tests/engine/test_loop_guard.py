@@ -66,7 +66,7 @@ def test_it_is_the_definition() -> None:
             assert found[1] == naive(tokens[: found[0]])
 
 
-def test_one_slip_begins_it_anew() -> None:
+def test_one_different_token_resets_the_count() -> None:
     five = passage(5)
     almost = five * ((LOOP_TOKENS + LOOP_REPEATS * 5) // 5)
     assert first_loop(almost) is not None

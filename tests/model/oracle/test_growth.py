@@ -148,7 +148,7 @@ def test_operations_equal_the_closed_form_after_every_step(toys: Toys, name: str
 
 @pytest.mark.parametrize("name", ["maverick", "top_2", "nope_first"])
 def test_operations_of_what_follows(toys: Toys, name: str) -> None:
-    """A run that goes on somewhere does the work of the rest, and nothing of what was before."""
+    """A run that resumes somewhere does the remaining work and repeats nothing."""
     model, ids = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32), random_ids(LENGTH)
     cache = new_cache(model, torch.zeros(1, LENGTH))
     cuts = (0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, 6 * CHUNK, LENGTH)

@@ -99,7 +99,7 @@ def test_the_stored_paths_read_from_disk(
 def test_a_restored_run_takes_the_steps_that_were_left(
     toys: Toys, scout: Transformer, tmp_path: Path, offset: int
 ) -> None:
-    """A prefill that stopped anywhere goes on in another cache, with the tail as it was in a file: equal bits."""
+    """A prefill that stopped anywhere resumes in another cache, with the tail restored from a file: equal bits."""
     ids, _ = toys("scout", 0.25).case(1, 61)
     tokens = ids[0, :-1].tolist()
     straight = new_cache(scout, ids, block_chunks=2, segment_chunks=1)
@@ -124,7 +124,7 @@ def test_a_restored_run_takes_the_steps_that_were_left(
 def test_a_run_goes_on_from_whole_blocks_at_every_period(
     toys: Toys, scout: Transformer, tmp_path: Path, size: int
 ) -> None:
-    """Nothing is kept but the blocks, of which the last may be used in part: equal bits."""
+    """Only the blocks are kept, and the last may be used in part: equal bits."""
     ids, _ = toys("scout", 0.25).case(1, 61)
     tokens, block = ids[0, :-1].tolist(), 4 * CHUNK
     saved = SavedRows(tmp_path)
