@@ -38,8 +38,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Prompt lengths. The default ones are shortened if the model has fewer positions.",
-            show_default=DEFAULT_LENGTHS,
+            help=f"Prompt lengths (default: {DEFAULT_LENGTHS}, shortened if the model has fewer positions).",
+            show_default=False,
         ),
     ] = None,
     decode: Annotated[

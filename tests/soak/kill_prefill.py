@@ -3,8 +3,8 @@
     python tests/soak/kill_prefill.py --kills 1000
 
 Each trial makes a context, or changes the documents of one, with a toy model; it is killed (SIGKILL) some time within
-the reading, asked, gone on with, perhaps killed again. In the end the bytes of its blocks and the logits of a question
-must be those of a reading that nobody killed; and amid it no reader may see anything but a whole set of documents.
+the reading, asked, resumed, perhaps killed again. In the end the bytes of its blocks and the logits of a question
+must be those of a reading that nobody killed; and meanwhile no reader may see anything but a whole set of documents.
 Among the documents are images, cards of several tiles each, which block boundaries cut; of the changes one is another
 card in the place of one, with equal token ids. Torch is imported once, and each process is a fork. The models are so
 small that most of the time goes into files.

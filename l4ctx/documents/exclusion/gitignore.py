@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Iterator
@@ -159,10 +160,11 @@ class PatternRules:
     words: str
     above: PatternRules | None = None
     ignore_case: bool = False
-    prefix: int = field(init=False)  # bytes of a path before what is relative to the folder
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prefix", len(os.fsencode(os.path.join(self.folder, ""))))
+    @functools.cached_property
+    def prefix(self) -> int:
+        """Bytes of a path before what is relative to the folder."""
+        return len(os.fsencode(os.path.join(self.folder, "")))
 
     def reason(self, path: str, *, is_folder: bool) -> str | None:
         """Why the entry at `path`, below a folder that is not ignored itself, is left out; None where it is not."""
