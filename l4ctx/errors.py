@@ -47,7 +47,7 @@ class ModelFailureError(UserError):
 
 
 class ContextError(UserError):
-    """A saved context that cannot be used, or must not be touched; the message names it, the reason and the mend."""
+    """A saved context that cannot be used or changed; the message names it, the reason and how to fix it."""
 
     exit_code = CONTEXT
 

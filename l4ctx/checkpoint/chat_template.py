@@ -77,8 +77,8 @@ class ChatTemplate:
         for role, marker in markers.items():
             part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # the part's repr, not its text
             if text.count(marker) != 1 or part_shown:
-                times = "not at all" if marker not in text else f"{text.count(marker)} times"
-                raise PromptError(f"the chat template shows the {role} message {times}, or altered, instead of once")
+                found = f"shows it {text.count(marker)} times" if marker in text else "omits or alters it"
+                raise PromptError(f"the chat template must show the {role} message exactly once, but {found}")
         roles = {marker: role for role, marker in markers.items()}
         return [roles.get(part, part) for part in re.split(f"({'|'.join(roles)})", text)]
 

@@ -26,7 +26,7 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise RequestError(f"--device {name}: no such device; auto, cpu and cuda are") from None
+        raise RequestError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
     try:
         torch.ones(1, device=device).item()  # fails on devices without data, such as "meta"
     except (RuntimeError, AssertionError) as error:
@@ -81,7 +81,7 @@ def available_on(device: str, *, quick: bool) -> int | None:
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise RequestError(f"--device {device}: no such device; auto, cpu and cuda are")
+        raise RequestError(f"--device {device}: no such device; use auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return None
     if quick and (kind == "auto" or available_on_gpu(int(index or 0)) is not None):

@@ -39,7 +39,7 @@ def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = No
         after = os.fstat(file.fileno())
     changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
     if not changed and len(raw) < before.st_size:
-        raise OSError(errno.EIO, f"only {len(raw):,} of its {before.st_size:,} bytes came")
+        raise OSError(errno.EIO, f"only {len(raw):,} of its {before.st_size:,} bytes could be read")
     return raw, changed
 
 

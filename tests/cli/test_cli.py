@@ -388,7 +388,7 @@ def test_the_memory_report(inside: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "part"),
     [
-        ("abacus", "no such device; auto, cpu and cuda are"),
+        ("abacus", "no such device; use auto, cpu, cuda or cuda:N"),
         ("meta", "cannot be used here ("),
         ("cuda:99", "cannot be used here ("),
     ],

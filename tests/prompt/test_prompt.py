@@ -185,10 +185,13 @@ def test_special_tokens_come_from_either_file_in_either_form(tmp_path: Path) -> 
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails: maximum recursion"),
         ("{{ undefined.attribute }}", "fails: 'undefined' is undefined"),
         ("{% include '/etc/passwd' %}", "fails: no loader"),
-        ("nothing of it", "shows the user message not at all, or altered, instead of once"),
-        ("{{ messages[0].content | upper }}", "shows the user message not at all"),
-        ("{{ messages[0].content[:9] }}", "shows the user message not at all"),
-        ("{{ messages[0].content }} {{ messages[0].content }}", "shows the user message 2 times"),
+        ("nothing of it", "must show the user message exactly once, but omits or alters it$"),
+        ("{{ messages[0].content | upper }}", "must show the user message exactly once, but omits or alters it$"),
+        ("{{ messages[0].content[:9] }}", "must show the user message exactly once, but omits or alters it$"),
+        (
+            "{{ messages[0].content }} {{ messages[0].content }}",
+            "must show the user message exactly once, but shows it 2 times$",
+        ),
     ],
 )
 def test_a_bad_template_is_one_line(source: str, message: str) -> None:
@@ -200,7 +203,7 @@ def test_a_bad_template_is_one_line(source: str, message: str) -> None:
 def test_a_template_that_drops_the_system_prompt_is_refused() -> None:
     template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     assert template.split(system=False) == ["", "user", ""]
-    with pytest.raises(PromptError, match="shows the system message not at all"):
+    with pytest.raises(PromptError, match="must show the system message exactly once, but omits or alters it"):
         template.split(system=True)
 
 
