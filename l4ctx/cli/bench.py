@@ -13,7 +13,7 @@ import typer
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, write, write_json
 from l4ctx.errors import UsageError
-from l4ctx.run.request import Dtype
+from l4ctx.run.choices import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l4ctx.run import request
+from l4ctx.run import choices
 
 
 def token_count(minimum: int) -> Callable[[str], int]:
@@ -72,7 +72,7 @@ SkipUnreadable = Annotated[
     typer.Option("--skip-unreadable", help="Skip what cannot be read in a folder instead of ending with exit code 2."),
 ]
 Pdf = Annotated[
-    request.PdfMode,
+    choices.PdfMode,
     typer.Option(
         metavar="text|pages|both", help="Read the text of PDF files, their pages as images, or both (needs l4ctx[pdf])."
     ),
@@ -96,7 +96,7 @@ KeepPayload = Annotated[
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 Dtype = Annotated[
-    request.Dtype,
+    choices.Dtype,
     typer.Option(
         metavar="auto|float32|bfloat16|float16",
         help="Type to compute in. auto: the checkpoint's own; float32 on a "
@@ -104,7 +104,7 @@ Dtype = Annotated[
     ),
 ]
 KVDtype = Annotated[
-    request.KVDtype,
+    choices.KVDtype,
     typer.Option(
         "--kv-dtype",
         metavar="auto|float32|bfloat16|float16|fp8|int8",
@@ -138,7 +138,7 @@ KVDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Attention = Annotated[
-    request.AttentionBackend | None,
+    choices.AttentionBackend | None,
     typer.Option(
         metavar="sdpa|matmul|flex|eager",
         help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "

@@ -10,12 +10,13 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from l4ctx.cli.exits import tell
 from l4ctx.errors import UsageError
-from l4ctx.formatting import printable
-from l4ctx.run.request import Request
+
+if TYPE_CHECKING:
+    from l4ctx.run.request import Request
 
 
 def inputs(
@@ -69,6 +70,8 @@ def _say_how_to_end(what: str, *, quiet: bool) -> None:
 
 
 def _question_text(read: Callable[[], bytes], name: str) -> str:
+    from l4ctx.formatting import printable
+
     try:
         text = read().decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -129,6 +132,7 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     """
     from l4ctx.contexts.folder import FILE
     from l4ctx.contexts.manifest import saved_checkpoint
+    from l4ctx.formatting import printable
     from l4ctx.inspection.model_folder import check_model_folder
 
     if given is not None:

@@ -19,7 +19,8 @@ from l4ctx.contexts.manifest import Recipe, read_manifest, saved_checkpoint, sav
 from l4ctx.documents.folder import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
-from l4ctx.run.request import ComputeOptions, KVDtype, Request
+from l4ctx.run.choices import KVDtype
+from l4ctx.run.request import ComputeOptions, Request
 from model.config import TextConfig
 
 if TYPE_CHECKING:

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from l4ctx.errors import RequestError
+from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
 
 DEFAULT_MAX_NEW_TOKENS = 1024
-
-PdfMode = Literal["text", "pages", "both"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
-AttentionBackend = Literal["sdpa", "matmul", "flex", "eager"]
 
 
 @dataclass(frozen=True)

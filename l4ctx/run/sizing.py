@@ -14,7 +14,8 @@ from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
-from l4ctx.run.request import ComputeOptions, KVDtype, KVOptions
+from l4ctx.run.choices import KVDtype
+from l4ctx.run.request import ComputeOptions, KVOptions
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
 from model.costs import Operations, reading_operations

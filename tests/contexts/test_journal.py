@@ -398,6 +398,9 @@ def test_reading_takes_no_time(tmp_path: Path) -> None:
         data.append(line_of(json.dumps({"number": number, "file": f"{number:08}.bin", "sha256": "0f" * 32}), digits))
         digits = data[-1][:16]
     (tmp_path / "journal").write_bytes(b"".join(data))
-    began = time.process_time()
-    assert len(Journal.read(tmp_path / "journal")) == 20_000
-    assert time.process_time() - began < 0.5  # 0.06 s when nothing else runs
+    seconds = []
+    for _ in range(3):  # a garbage collection of what other tests left may fall into one
+        began = time.process_time()
+        assert len(Journal.read(tmp_path / "journal")) == 20_000
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.5  # 0.06 s when nothing else runs

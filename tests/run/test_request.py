@@ -6,7 +6,7 @@ from typing import get_args
 
 from cache.layout import KV_DTYPES, QUANTIZED
 from l4ctx.documents.pdf import PDF_MODES
-from l4ctx.run.request import AttentionBackend, Dtype, KVDtype, PdfMode
+from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
 from model.config import BACKEND_NAMES
 
 

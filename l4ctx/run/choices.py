@@ -1,0 +1,10 @@
+"""The options that have a fixed set of values, for the command line and for requests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+PdfMode = Literal["text", "pages", "both"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
+AttentionBackend = Literal["sdpa", "matmul", "flex", "eager"]
