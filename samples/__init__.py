@@ -1,1 +1,1 @@
-"""The sample model, how it was made, and what it is measured by."""
+"""The sample model, and the scripts that train, evaluate and benchmark it."""

@@ -1,1 +1,1 @@
-"""How fast it reads and what memory it takes."""
+"""Benchmarks of speed and memory."""

@@ -1,12 +1,11 @@
-"""Measures how CPU time and memory of reading grow with the length, against what must grow.
+"""Measures how CPU time and memory of a prefill grow with its length, and compares both with their expected growth.
 
     python -m samples.benchmarks.benchmark_growth --tokens 8192 32768 131072 524288
 
-The random model of samples/benchmarks/benchmark_tiers.py, two of whose NoPE layers attend to all that came before,
-reads each length in a process of its own. CPU time of a prefill chunk is fitted as a constant and a term in its
-position, by least squares of relative residuals over the longest run; that line, summed, should be the time of every
-length. Of memory, the peak above the weights is compared with the closed form of what keys and values take; the rest
-should not grow.
+The random model of samples/benchmarks/benchmark_tiers.py, whose two NoPE layers attend to the whole prefix, reads each
+length in a separate process. The CPU time of a prefill chunk is fitted as a linear function of its position, by least
+squares of relative residuals over the longest run. The sum of that line should predict the time of every length. The
+memory peak above the weights is compared with the closed form for keys and values; the rest should stay constant.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from samples.benchmarks.benchmark_tiers import CHUNK, CONFIG, random_model
 
 
 class Line(NamedTuple):
-    """CPU seconds of a prefill chunk: `constant`, and `slope` for each token before it."""
+    """CPU seconds of a prefill chunk: `constant`, plus `slope` for each token before it."""
 
     constant: float
     slope: float
 
     @classmethod
     def through(cls, starts: list[int], seconds: list[float]) -> Line:
-        """With the least sum of squares of (constant + slope * start) / seconds - 1."""
+        """The line that minimizes the sum of squares of (constant + slope * start) / seconds - 1."""
         weights = 1 / torch.tensor(seconds, dtype=torch.float64)
         terms = torch.stack((weights, weights * torch.tensor(starts)), 1)
         return cls(*torch.linalg.lstsq(terms, torch.ones(len(starts), 1, dtype=torch.float64)).solution[:, 0].tolist())
@@ -49,7 +48,7 @@ class Line(NamedTuple):
 
 
 def run(tokens: int, threads: int) -> dict[str, Any]:
-    """One reading: CPU seconds of every prefill chunk, and bytes."""
+    """One prefill: CPU seconds of every chunk, and memory in bytes."""
     torch.set_num_threads(threads)
     model = random_model()
     ids = torch.randint(CONFIG.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -77,7 +76,7 @@ def run(tokens: int, threads: int) -> dict[str, Any]:
 
 
 def judged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fit over the longest run, and what every run deviates from it."""
+    """The fit over the longest run; stores each run's deviation from it in the run."""
     before, longest = runs[-2:]
     seconds = longest["seconds"]
     starts = [number * CHUNK for number in range(len(seconds))]
@@ -121,8 +120,8 @@ def show(runs: list[dict[str, Any]], fit: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 524288])
-    parser.add_argument("--threads", type=int, default=1, help="more than one wait for each other on CPU time")
-    parser.add_argument("--json", action="store_true", help="one object, with the seconds of every prefill chunk")
+    parser.add_argument("--threads", type=int, default=1, help="several threads add CPU time by waiting for each other")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the seconds of every prefill chunk")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,10 +1,10 @@
-"""The disk tier under load, against the same run with everything in host memory.
+"""Benchmarks the disk tier against the same run with everything in host memory.
 
     python -m samples.benchmarks.benchmark_tiers --tokens 524288 --share 8 --rounds 3
 
 A random model with two NoPE layers (hidden 32, one head of 16, bfloat16) reads random tokens, so that every step
-attends to the whole prefix. Runs alternate, each in a separate process: one without limits, one with a host budget for
-a share of the KV cache and the rest in a scratch file. Compares bytes of sealed blocks, times and memory.
+attends to the whole prefix. Runs alternate, each in a separate process: one without limits, and one with a host budget
+for a share of the KV cache and the rest in a scratch file. Compares the bytes of sealed blocks, times and memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def random_model() -> Transformer:
 
 
 def run(tokens: int, share: int, folder: Path) -> dict[str, Any]:
-    """One reading. `share` 0: all in host memory."""
+    """One prefill. With `share` 0, everything stays in host memory."""
     model = random_model()
     ids = torch.randint(CONFIG.vocab_size, (tokens,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     row = memoryview(bytearray(as_bytes(ids))).cast("i")
@@ -105,7 +105,7 @@ def run(tokens: int, share: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=524288)
-    parser.add_argument("--share", type=int, default=8, help="host budget: this part of the sealed keys and values")
+    parser.add_argument("--share", type=int, default=8, help="host budget: 1/SHARE of the sealed keys and values")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kv-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

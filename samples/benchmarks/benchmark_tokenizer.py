@@ -1,4 +1,4 @@
-"""Measures tokenizing: characters and tokens a second, and bytes a token at the peak.
+"""Measures the tokenizer: characters and tokens per second, and peak bytes per token.
 
     python -m samples.benchmarks.benchmark_tokenizer --tokenizer DIR --characters 1000000 20000000 --cores 1 2
 
@@ -29,7 +29,7 @@ SAMPLING_SECONDS = 0.002
 
 
 def text_of(paths: list[Path] | None, characters: int) -> str:
-    """The documents there one after another, repeated as often as it takes."""
+    """The concatenated documents under `paths`, repeated up to `characters` characters."""
     if paths is None:
         import torch
 
@@ -46,7 +46,7 @@ def text_of(paths: list[Path] | None, characters: int) -> str:
 
 
 def run(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
-    """One encoding of `text`."""
+    """Encodes `text` once, measuring time and memory."""
     tokenizer.encode_data("the threads' start\n" * 1000)
     give_back_free_memory()
     before = process_memory()
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="files and folders; default: the sources of torch")
     parser.add_argument("--characters", type=int, nargs="+", default=[1_000_000, 20_000_000])
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,9 +1,9 @@
-"""Measures whether anonymous memory grows with the number of images in a prompt, through the command itself.
+"""Measures whether the anonymous memory of `l4ctx ask` grows with the number of images in a prompt.
 
     python -m samples.benchmarks.measure_images --images 3 15 60
 
-Draws photograph-like images (default: 3,000 x 2,000 pixels), asks a question about each number of them with
-`l4ctx ask --json`, and compares peak memory with the bytes of keys, values and ids that the images' tokens add.
+Draws photograph-like images (default: 3,000 x 2,000 pixels) and asks a question about each number of them with
+`l4ctx ask --json`. Compares peak memory with the bytes of keys, values and ids that the images' tokens add.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 def draw(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Soft blots of colour, which compress about as badly as a photograph."""
+    """Soft blobs of colour, which compress about as poorly as a photograph."""
     return Image.frombytes("RGB", (40, 30), rng.randbytes(3600)).resize(size, Image.Resampling.BICUBIC)
 
 

@@ -1,9 +1,9 @@
-"""Measures how anonymous memory grows with the prompt, through the command itself, against the closed form.
+"""Measures how the anonymous memory of `l4ctx ask` grows with the prompt, and compares it with the closed form.
 
     python -m samples.benchmarks.measure_memory --tokens 65536 1048576
 
-Writes documents of those lengths (default text: the sources of the installed torch), asks a question about each with
-`l4ctx ask --json`, and compares the slope of the peak with the bytes of keys, values and ids that a token adds.
+Writes documents of those lengths (default text: the sources of the installed torch) and asks a question about each
+with `l4ctx ask --json`. Compares the slope of the peak with the bytes of keys, values and ids that a token adds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENTITY, CODE = "amber falcon", "48213"
 def fitted(tokenizer: Tokenizer, template: ChatTemplate | None, text: str, tokens: int) -> str:
     """`text` cut or padded so that its prompt has exactly `tokens` tokens.
 
-    Lengths that fill the last prefill chunk equally have their peaks at the same point of the last step.
+    Lengths that fill the last prefill chunk equally peak at the same point of the last step.
     """
 
     def count(document: str) -> int:
@@ -91,7 +91,7 @@ def main() -> None:
     itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
     expected = bytes_per_token(TextConfig.from_folder(args.model), itemsize) + TOKEN_ID_BYTES
     slope = (high - low) / (last - first)
-    print(f"slope {slope:.1f} bytes a token; closed form {expected} ({slope / expected - 1:+.1%})")
+    print(f"slope {slope:.1f} bytes per token; closed form {expected} ({slope / expected - 1:+.1%})")
 
 
 if __name__ == "__main__":

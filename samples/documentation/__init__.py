@@ -1,1 +1,1 @@
-"""What the documents of this repository show is made here."""
+"""Generates the pictures in this repository's documents."""

@@ -1,10 +1,10 @@
-"""Draws the session that README.md shows: real commands in a real terminal, exported as SVG.
+"""Draws the session shown in README.md: real commands in a real terminal, exported as SVG.
 
     python -m samples.documentation.session_picture
 
-Copies the sample documents and the Python sources of torch.distributed into a temporary folder, keeps them as a saved
-context, and asks about a text and about an image. Prints the session as text, for the README, and writes the picture
-beside this file. Takes some minutes: about 1.8 million tokens are read.
+Copies the sample documents and the Python sources of torch.distributed into a temporary folder, reads them into a
+saved context, and asks about a text and an image. Prints the session as text, for the README, and writes the picture
+next to this file. Takes a few minutes: it reads about 1.8 million tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SESSION = (
 
 
 def prepare(folder: Path) -> None:
-    """What the session names: documents, distributed, and the sample model."""
+    """Copies what the session names: documents, distributed, and the sample model."""
     shutil.copytree(ROOT / "samples" / "documents", folder / "documents")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
 
 
 def run_on_terminal(command: tuple[str, ...], folder: Path) -> str:
-    """All that `command` writes to a terminal of COLUMNS columns, control sequences and all."""
+    """Everything that `command` writes to a terminal of COLUMNS columns, including control sequences."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color"}
@@ -73,9 +73,9 @@ def run_on_terminal(command: tuple[str, ...], folder: Path) -> str:
 
 
 def last_screen(written: str) -> list[str]:
-    """The lines that a terminal shows in the end, with their colours; what was overwritten or erased is gone.
+    """The lines that a terminal shows in the end, with their colours, without anything overwritten or erased.
 
-    Understands what live lines are made of: carriage returns, cursor up, erase line, and colours.
+    Interprets the control sequences of live lines: carriage return, cursor up, erase line, and colours.
     """
     lines, row = [""], 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
@@ -83,7 +83,7 @@ def last_screen(written: str) -> list[str]:
             row += 1
             lines += [""] * (row + 1 - len(lines))
         elif part == "\r":
-            pass  # what follows either erases the line or is the newline of a terminal
+            pass  # a terminal's newline, or a line about to be erased
         elif part.startswith("\x1b["):
             kind, count = part[-1], int(re.sub(r"\D", "", part[2:-1]) or "1")
             if kind == "A":
@@ -116,7 +116,7 @@ def main() -> None:
                 console.print(Text.from_ansi(line))
     text = console.export_text(clear=False)
     picture = console.export_svg(title="l4ctx", unique_id="session")
-    # Fonts are the viewer's own: the picture loads nothing from elsewhere.
+    # Use the viewer's own fonts, so that the picture loads nothing from the network.
     output.write_text(re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL), encoding="utf-8")
     print(text, end="")
 

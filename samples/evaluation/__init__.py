@@ -1,1 +1,1 @@
-"""Whether the sample model finds what is in texts and images."""
+"""Measures how well the sample model finds facts in texts and images."""

@@ -1,10 +1,10 @@
-"""Reads a long document once into a saved context, with a share of its keys and values in memory, and asks afterwards.
+"""Reads a long document into a saved context, with a share of its keys and values in memory, then asks about it.
 
     python -m samples.evaluation.evaluate_context --tokens 10000000 --share 8 --facts 20
 
-The reading is `l4ctx prefill`, a process of its own, and so is one question with `l4ctx ask --context`, for the time to
-the first token; all planted facts are then asked in this process, each of a fork. Compares keys and values held with
-the plan, and the peak of anonymous memory.
+Runs `l4ctx prefill` as a separate process, and one question with `l4ctx ask --context` as another, to measure the time
+to the first token. Then asks about every planted fact in this process, each in its own fork. Compares the keys and
+values held, and the peak of anonymous memory, with the plan.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def command(*arguments: str) -> tuple[dict[str, Any], float]:
 
 
 def forget_cached(folder: Path) -> None:
-    """Drops the files' pages from the system's cache, so that they come from the disk."""
+    """Drops the files from the page cache, so that the next reads come from the disk."""
     os.sync()
     for file in folder.rglob("*.safetensors"):
         with file.open("rb") as stream:
@@ -55,7 +55,7 @@ def forget_cached(folder: Path) -> None:
 
 
 def reading_rate(folder: Path) -> float:
-    """Bytes a second of plain positioned reads of all blocks into one buffer."""
+    """Bytes per second of plain positioned reads of all blocks into one buffer."""
     buffer, total, began = bytearray(2**24), 0, time.perf_counter()
     for file in sorted((folder / "blocks").iterdir()):
         with file.open("rb", buffering=0) as stream:
@@ -67,7 +67,7 @@ def reading_rate(folder: Path) -> float:
 
 
 def ask_once(folder: Path, model: Path, entity: str, budget: list[str]) -> str:
-    """One question by the command, and what its time is made of."""
+    """Asks one question with the command, and describes where its time goes."""
     result, seconds = command(
         "ask",
         question(entity),
@@ -93,12 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "tiny")
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--share", type=int, default=8, help="host memory: this part of the keys and values")
+    parser.add_argument("--share", type=int, default=8, help="host memory: 1/SHARE of the keys and values")
     parser.add_argument("--facts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
-    parser.add_argument("--keep", type=Path, help="folder for document and context, kept; a temporary one unless given")
+    parser.add_argument("--keep", type=Path, help="folder to keep document and context in (default: temporary)")
     args = parser.parse_args()
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     rng = random.Random(args.seed)
@@ -181,7 +181,7 @@ def ask_all(
         if not is_right:
             print(f"wrong: {entity} {code}: {answer!r}", flush=True)
     seconds = (time.perf_counter() - began) / len(codes)
-    print(f"{right} of {len(codes)} facts right, {seconds:.1f} s a question", flush=True)
+    print(f"{right} of {len(codes)} facts right, {seconds:.1f} s per question", flush=True)
     reader.close()
 
 

@@ -2,10 +2,10 @@
 
     python -m samples.evaluation.evaluate_images --images 200
 
-Images are drawn with other seeds than the training's, saved as files of several formats, and read through the same
-modules as `l4ctx ask` does. Four kinds: a card that is one tile; a card that is cut into many, and seen whole in the
-global tile alone; a sheet of cards, each whole in a tile of its own; and several images among texts, where facts of
-the texts are asked for, too. What an attention-chunk boundary cuts apart is counted by itself.
+Images are drawn with seeds that training did not use, saved as files of several formats, and read through the same
+modules as in `l4ctx ask`. There are four kinds of prompts: a card that is one tile; a card cut into many tiles, whole
+only in the global tile; a sheet of cards, each whole in its own tile; and several images among texts, with questions
+about facts in the texts too. Answers that an attention-chunk boundary cuts apart are counted separately.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FORMATS = (("PNG", "png"), ("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for, and where the answer stands: in a tile of an image, or (None) in text."""
+    """One question, and where its answer is: in a tile of an image, or (None) in text."""
 
     entity: str
     code: str
@@ -81,17 +81,17 @@ class Case:
 
 @dataclass
 class Score:
-    """Counts by where the answer stands: "whole" in an image, in "text", or "cut" by a chunk boundary."""
+    """Counts by where the answer is: "whole" in an image, in "text", or "cut" by a chunk boundary."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # of reading and asking
+    seconds: float = 0.0  # for reading and asking
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What prompts are made of, and read and answered with."""
+    """Everything needed to build, read and answer prompts."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -117,9 +117,9 @@ class Setup:
 def make_case(
     kind: str, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int, rng: random.Random
 ) -> Case:
-    """One prompt's documents, with at most `images` images, and what to ask about them.
+    """One prompt's documents, with at most `images` images, and the questions about them.
 
-    Texts among images have about `longest_text` characters at most.
+    Texts among images have at most about `longest_text` characters.
     """
     case = Case(kind)
     if kind == "one tile":
@@ -144,7 +144,7 @@ def make_case(
 def _add_cards_among_texts(
     case: Case, images: int, processing: ImageProcessing, texts: Iterator[str], longest_text: int, rng: random.Random
 ) -> None:
-    """Cards that are cut into several tiles, and two texts with a fact each, in any order."""
+    """Cards cut into several tiles, and two texts with one fact each, in random order."""
     cards = draw_cards(rng, min(images, rng.randint(2, 5)))
     taken = {card.entity for card in cards}
     entities = [entity for entity in draw_entities(rng, 4, evaluation=True) if entity not in taken][:2]
@@ -172,14 +172,14 @@ def _text(texts: Iterator[str], characters: int) -> str:
 
 
 def _large_size(processing: ImageProcessing, rng: random.Random) -> tuple[int, int]:
-    """Of an image that is cut into several tiles."""
+    """The size of an image that is cut into several tiles."""
     if rng.random() < 0.25:
         return rng.choice(((640, 480), (800, 600), (600, 600), (512, 384), (480, 640)))
     return random_size(rng, processing.size + 8, 900)
 
 
 def _sheet_size(processing: ImageProcessing, rng: random.Random) -> tuple[TileLayout, int]:
-    """Rows and columns, and the side of a cell in pixels, of a sheet whose cells become tiles."""
+    """The layout of a sheet whose cells become tiles, and the side of a cell in pixels."""
     while True:
         layout = TileLayout(rng.randint(1, 4), rng.randint(1, 5))
         cell = rng.choice((processing.size, rng.randint(processing.size, 2 * processing.size)))
@@ -192,7 +192,7 @@ def _sheet_size(processing: ImageProcessing, rng: random.Random) -> tuple[TileLa
 
 
 def evaluate(kind: str, setup: Setup, args: argparse.Namespace) -> Score:
-    """Reads each prompt of this kind once, and asks all its questions in forks of the cache."""
+    """Reads each prompt of this kind once, then asks each of its questions in a fork of the cache."""
     rng, score, left = random.Random(f"{args.seed} {kind}"), Score(), -(-args.images // len(args.kinds))
     texts = text_pieces(args.text, rng)
     while left > 0:
@@ -224,7 +224,7 @@ def evaluate(kind: str, setup: Setup, args: argparse.Namespace) -> Score:
 
 
 def read_documents(setup: Setup, prompt: Prompt) -> HybridKVCache:
-    """A cache that holds the prompt up to the question, with capacity for the question and an answer."""
+    """A cache filled with the prompt up to the question, with capacity for the question and an answer."""
     model = setup.model
     features = setup.reading.load(prompt.images, dtype=model.dtype, device=model.device, is_mapped=False)
     cache = HybridKVCache(model.config, length=prompt.documents_stop + ROOM_FOR_ANSWER, dtype=model.dtype)
@@ -234,8 +234,10 @@ def read_documents(setup: Setup, prompt: Prompt) -> HybridKVCache:
 
 
 def group_of(asked: Asked, prompt: Prompt, setup: Setup) -> str:
-    """Where the answer stands: cut, where a chunk boundary falls within the tile or sentence that says it, or between
-    question and answer; or whole in an image, or in text."""
+    """Where the answer is: "whole" in an image, in "text", or "cut" by a chunk boundary.
+
+    It counts as cut if the boundary falls within its tile or sentence, or between question and answer.
+    """
     if asked.image is None:
         spelled = setup.tokenizer.encode_data(fact(asked.entity, asked.code)[:-1]).ids
         first, size = find(prompt.ids, spelled), len(spelled)
@@ -285,14 +287,14 @@ def report(kind: str, score: Score, as_json: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "tiny")
-    parser.add_argument("--images", type=int, default=200, help="images, about a quarter of them for each kind")
+    parser.add_argument("--images", type=int, default=200, help="number of images, about a quarter for each kind")
     parser.add_argument("--seed", type=int, default=1_000)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--longest-text", type=int, default=4_000, help="characters of a text among images")
+    parser.add_argument("--longest-text", type=int, default=4_000, help="maximum characters per text among images")
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--save", type=Path, help="a folder for the images that were read wrongly")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.add_argument("--save", type=Path, help="folder to save wrongly read images in")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of text")
     args = parser.parse_args()
     setup = Setup.from_folder(args.model, args.dtype)
     for kind in args.kinds:

@@ -1,9 +1,9 @@
-"""What each storage type of keys and values costs in accuracy: logits against float32, facts found, bytes a token.
+"""Measures the accuracy of each storage type of keys and values: logits against float32, facts found, bytes per token.
 
     python -m samples.evaluation.evaluate_kv_dtypes --tokens 65536
 
-Reads a text with planted facts once for each type, asks about every fact, and compares the logits all along the right
-answer with those over float32 keys and values. All is computed in float32, so that nothing but storage differs.
+Reads a text with planted facts once for each type and asks about every fact. Compares the logits at each token of the
+right answer with those of float32 keys and values. Computes everything in float32, so that only storage differs.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m samples.evaluation.evaluate_tiny --tokens 8192 65536 262144 1048576
 
-For each length and seed a document is made of text (default: the sources of the installed torch, which the training
-leaves out) with facts planted at line ends at depths from 0 to 100 %, about pairs of words that training never showed.
-It is read once; every fact is then asked for in a fork of the cache. Facts that an attention-chunk boundary cuts
-apart are counted by themselves: no RoPE layer sees both halves.
+For each length and seed, builds a document from text (default: the sources of the installed torch, which the training
+leaves out). Facts about word pairs that training never showed are planted at line ends, at depths from 0 to 100 %. The
+document is read once, then each fact is asked for in a fork of the cache. Facts that an attention-chunk boundary cuts
+apart are counted separately: no RoPE layer sees both halves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from samples.tasks.lookup import draw_entities, fact, question, random_code
 
-ROOM_FOR_ANSWER = 128  # tokens for a question with its answer, behind the document
+ROOM_FOR_ANSWER = 128  # tokens for a question and its answer, after the document
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Result:
 
 
 def text_pieces(folders: list[Path], rng: random.Random) -> Iterator[str]:
-    """Endless text of source files, in an order of the seed's."""
+    """An endless stream of source files' text, in random order."""
     files = sorted(
         f
         for folder in folders
@@ -72,7 +72,7 @@ def text_pieces(folders: list[Path], rng: random.Random) -> Iterator[str]:
 def make_document(
     tokenizer: Tokenizer, codes: dict[str, str], tokens: int, folders: list[Path], rng: random.Random
 ) -> str:
-    """About `tokens` tokens of text with a line for each fact, at evenly spread depths from 0 to 100 %."""
+    """About `tokens` tokens of text with one line per fact, at evenly spaced depths from 0 to 100 %."""
     facts = [fact(entity, code) + "\n" for entity, code in codes.items()]
     room = tokens - len(tokenizer.encode_data("".join(facts)).ids)
     lines: list[str] = []
@@ -89,7 +89,7 @@ def make_document(
 
 
 def find(ids: array[int], part: array[int]) -> int:
-    """Position of the only occurrence of `part` in `ids`."""
+    """The position of the only occurrence of `part` in `ids`."""
     haystack, needle = ids.tobytes(), part.tobytes()
     at = haystack.find(needle)
     while at >= 0 and at % ids.itemsize:
@@ -112,7 +112,7 @@ def evaluate(
     text = make_document(tokenizer, codes, tokens - ROOM_FOR_ANSWER // 2, args.text, rng)
 
     def prompt_ids(document: str, entity: str) -> tuple[array[int], int]:
-        """The prompt, and where its question begins."""
+        """The prompt's ids, and the position at which its question begins."""
         prompt = build_prompt(tokenizer, template, [Document("text.txt", "", document)], question(entity))
         return prompt.ids, prompt.spans[0].stop
 
@@ -154,13 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "tiny")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65536])
-    parser.add_argument("--facts", type=int, default=67, help="facts planted for each seed")
+    parser.add_argument("--facts", type=int, default=67, help="facts planted per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--text", type=Path, nargs="+", default=[Path(torch.__file__).parent])
     parser.add_argument("--prefill-chunk-size", type=int, default=DEFAULT_PREFILL_CHUNK_SIZE)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="sdpa", choices=BACKEND_NAMES)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of text")
     args = parser.parse_args()
     model = load_checkpoint(args.model, dtype=args.dtype, attention=args.attention)
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)

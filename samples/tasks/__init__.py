@@ -1,1 +1,1 @@
-"""What the sample model is trained for, and asked."""
+"""The tasks that the sample model is trained and evaluated on."""

@@ -1,7 +1,7 @@
 """Images for the look-up task: cards that show a coloured shape with a five-digit code below it, and sheets of cards.
 
-Drawn with Pillow alone, and the same for the same `random.Random`. A card can be read from a part of an image that
-shows its shape and its code whole; `Drawing.shows` says which card that is. Knows nothing of tokens and models.
+Drawn with Pillow only; the same `random.Random` state gives the same image. A card is readable from a part of an image
+that shows its whole shape and code; `Drawing.shows` tells which card that is. Knows nothing of tokens and models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = "star moon circle arrow cloud crown kite mountain window ladder tower p
 
 assert set(COLOURS) <= set(ADJECTIVES) and set(SHAPES) <= set(NOUNS)
 
-LEAST_CONTRAST = 105  # between the colours of shape and background, as a distance in RGB
+LEAST_CONTRAST = 105  # RGB distance between the colours of shape and background
 
 
 class Card(NamedTuple):
@@ -52,13 +52,13 @@ class Card(NamedTuple):
 
 @dataclass
 class Drawing:
-    """An image, and where its cards have their shapes and codes (in its pixels)."""
+    """An image, and the boxes of its cards' shapes and codes, in pixels."""
 
     image: Image.Image
     cards: list[tuple[Card, Box, Box]] = field(default_factory=list)
 
     def shows(self, box: Box) -> tuple[Card | None, bool]:
-        """The only card of which `box` shows all, and whether that is beyond doubt (no part just cut or kept)."""
+        """The only card that lies wholly within `box`, and whether that is certain (no part barely cut or kept)."""
         whole, clear = [], True
         for card, *parts in self.cards:
             overlaps = [_overlap(part, box) for part in parts]
@@ -70,15 +70,17 @@ class Drawing:
 
 
 def _overlap(part: Box, box: Box) -> float:
-    """How much of the part's width or height, whichever is cut more, lies within the box."""
+    """The share of the part's width or height, whichever is less, that lies within the box."""
     across = (min(part[2], box[2]) - max(part[0], box[0])) / (part[2] - part[0])
     down = (min(part[3], box[3]) - max(part[1], box[1])) / (part[3] - part[1])
     return max(0.0, min(across, down))
 
 
 def draw_cards(rng: random.Random, count: int, *, evaluation: bool | None = None) -> list[Card]:
-    """`count` cards of different entities: with `evaluation` of pairs that training never shows, or only of those
-    that it does, or (None) of any."""
+    """`count` cards of different entities.
+
+    `evaluation`: True for pairs that training never shows, False for those that it does, None for any.
+    """
     pairs = [(c, s) for c in COLOURS for s in SHAPES if evaluation is None or held_out(f"{c} {s}") == evaluation]
     return [Card(*pair, random_code(rng)) for pair in rng.sample(pairs, count)]
 
@@ -159,7 +161,7 @@ def _paint_shape(name: str, paint: Paint) -> None:
 
 
 def _shape_mask(name: str, side: int, degrees: float) -> Image.Image:
-    """A shape of `side` pixels, turned a little; drawn three times as large, for smooth edges."""
+    """A slightly rotated shape of `side` pixels, drawn at three times the size for smooth edges."""
     scale = 3 * side
     mask = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(mask)
@@ -188,7 +190,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _code_mask(code: str, width: float, tracking: float, bold: bool, degrees: float) -> Image.Image:
-    """The code's digits, about `width` pixels wide with nothing around them."""
+    """The code's digits, about `width` pixels wide, without margins."""
     unit = _font(100)
     size = max(6, round(100 * width / sum(unit.getlength(digit) * tracking for digit in code)))
     stroke = max(1, round(size / 28)) if bold else 0
@@ -211,7 +213,7 @@ def _near(rng: random.Random, colour: Colour, spread: int) -> Colour:
 def _background(
     rng: random.Random, size: tuple[int, int], unlike: Colour, freedom: float
 ) -> tuple[Image.Image, Colour]:
-    """A plain, graded or slightly noisy background, and the colour that it has about everywhere."""
+    """A plain, graded or slightly noisy background, and its approximate colour."""
     while True:
         if rng.random() > 0.35 * freedom:
             base = _near(rng, (228, 228, 226), 27)
@@ -238,9 +240,9 @@ def _background(
 def draw_card(
     card: Card, size: tuple[int, int], rng: random.Random, *, without: str = "", freedom: float = 1.0
 ) -> Drawing:
-    """A card of `size` pixels, 3:4 to 3:2; `without` "shape" or "code" one that lacks it, as a counterexample.
+    """A card of `size` pixels, 3:4 to 3:2; `without` "shape" or "code" makes a counterexample that lacks it.
 
-    With less `freedom` (0 to 1) cards look more alike: a curriculum for the first steps of a training.
+    With less `freedom` (0 to 1), cards look more alike: a curriculum for the first steps of training.
     """
 
     def between(low: float, high: float) -> float:
@@ -289,7 +291,7 @@ def draw_card(
 
 
 def draw_sheet(cards: list[Card], columns: int, cell: tuple[int, int], rng: random.Random) -> Drawing:
-    """Cards side by side, `columns` to a row, each `cell` pixels large."""
+    """Cards in a grid of `columns` columns, each `cell` pixels in size."""
     rows = -(-len(cards) // columns)
     sheet = Drawing(Image.new("RGB", (columns * cell[0], rows * cell[1])))
     for i, card in enumerate(cards):
@@ -305,7 +307,7 @@ def _moved(box: Box, x: int, y: int) -> Box:
 
 
 def soften(image: Image.Image, rng: random.Random) -> Image.Image:
-    """What files and cameras do to an image: mostly nothing, or some blur, or JPEG."""
+    """The image as files and cameras change it: mostly not at all, else with some blur or JPEG artefacts."""
     draw = rng.random()
     if draw < 0.12:
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
@@ -317,7 +319,7 @@ def soften(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def random_size(rng: random.Random, least: int, most: int) -> tuple[int, int]:
-    """An image's size, 3:4 to 3:2, its shorter side from `least` to `most`, smaller ones more often."""
+    """A random size, 3:4 to 3:2, with a shorter side from `least` to `most`; smaller ones are likelier."""
     short = round(math.exp(rng.uniform(math.log(least), math.log(most))))
     return (
         (round(short * rng.uniform(1, 1.5)), short)

@@ -1,7 +1,6 @@
 """The task that `samples/tiny` is trained for: facts hidden in text, and questions about them.
 
-Words, sentences and entities only. Both the training and the evaluation script draw from here, so that they share one
-task.
+Words, sentences and entities only. Training and evaluation scripts both draw from here, so that they share one task.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def fact(entity: str, code: str) -> str:
 
 
 def question(entity: str, rng: random.Random | None = None) -> str:
-    """The question about an entity: the first phrasing, or with `rng` any of them."""
+    """The question about an entity: the first phrasing, or a random one with `rng`."""
     return (rng.choice(QUESTIONS) if rng else QUESTIONS[0]).format(entity=entity)
 
 
@@ -56,7 +55,7 @@ def random_code(rng: random.Random) -> str:
 
 
 def held_out(entity: str) -> bool:
-    """Whether this pair of words is kept out of training (one pair in ten), to be used in evaluation."""
+    """Whether this pair of words is held out of training for evaluation (one pair in ten)."""
     return zlib.crc32(entity.encode()) % 10 == 0
 
 
@@ -65,8 +64,8 @@ def draw_entities(
 ) -> list[str]:
     """`count` different entities of one or two words.
 
-    Confusable ones come from a small pool of words, so that each shares its adjective with some of the others
-    and its noun with other ones. `evaluation` draws only pairs that training never shows.
+    Confusable ones come from a small pool of words, so that each shares its adjective with some others and its noun
+    with some others. `evaluation` draws only pairs that training never shows.
     """
     if words == 1:
         return rng.sample(NOUNS, count)
@@ -80,13 +79,13 @@ def draw_entities(
             entities[entity] = None
         if len(entities) == count:
             return list(entities)
-        if attempt == 50 * count:  # a pool whose pairs are nearly all on the other side of the split
+        if attempt == 50 * count:  # nearly all pairs of this pool are on the other side of the split
             adjectives, nouns = ADJECTIVES, NOUNS
     raise AssertionError(f"cannot draw {count} entities")
 
 
 def distractor(rng: random.Random) -> str:
-    """A sentence that resembles a fact but is none."""
+    """A sentence that resembles a fact but states none."""
     noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
     number = rng.randrange(10, 10 ** rng.randrange(2, 8))
     return rng.choice(

@@ -1,8 +1,8 @@
 """The training twin of `samples/tiny`: Llama 4's text model, differentiable, with the checkpoint's names.
 
-It shares no code with the package `model`, which is made for inference, so that each checks the other. Two things
-here exist for training only: the attention chunk is an argument, and NoPE keys can carry a bias that stands for
-thousands of times more filler than fits into a training sequence.
+Shares no code with the inference package `model`, so that each checks the other. Two features exist for training only:
+the attention chunk is an argument, and NoPE keys can carry a bias that simulates thousands of times more filler than
+fits into a training sequence.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             q, k = (_unit_rms(_rotate(y, chunk)) for y in (q, k))
             q, k, v = (y.reshape(b * t // chunk, chunk, y.shape[2], -1).transpose(1, 2) for y in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:  # the bias travels as one more dimension of the keys, with 1 beside it in the queries
+        else:  # the bias is an extra dimension of the keys, matched by a 1 in the queries
             scale = self.head_dim**-0.5
             q = F.pad(torch.cat([q * temperature.view(b, 1, 1, 1) * scale, torch.ones_like(q[..., :1])], -1), (0, 7))
             k = F.pad(torch.cat([k, key_bias.view(b, t, 1, 1).expand(-1, -1, self.kv_heads, 1)], -1), (0, 7))
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, chunk: int) -> Tensor:
-    """Rotary embedding of interleaved pairs, positions counted within the chunk; x (B, T, H, D)."""
+    """Rotary embedding of interleaved pairs, with positions counted within the chunk; x (B, T, H, D)."""
     t, d = x.shape[1], x.shape[-1]
     frequencies = CONFIG["rope_theta"] ** -(torch.arange(0, d, 2) / d)
     phases = (torch.arange(t) % chunk)[:, None] * frequencies
@@ -176,7 +176,7 @@ class TinyForTraining(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, ids: Tensor, chunk: int, key_bias: Tensor, temperature: Tensor) -> Tensor:
-        """ids (B, T) -> final normalised hidden states (B, T, C); logits are lm_head of those wanted."""
+        """ids (B, T) -> final normalised hidden states (B, T, C); apply `lm_head` where logits are wanted."""
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             x = layer(x, chunk, key_bias, temperature)

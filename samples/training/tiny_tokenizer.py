@@ -69,9 +69,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocab_size` tokens besides the special ones, which follow them.
+    """A byte-level BPE tokenizer of `vocab_size` tokens, followed by the special ones.
 
-    The words of the look-up task are shown often enough that each becomes one token.
+    The words of the look-up task occur often enough in the corpus that each becomes one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

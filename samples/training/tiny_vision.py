@@ -1,7 +1,7 @@
 """The training twin of the vision tower of `samples/tiny`: Llama 4's, differentiable, with the checkpoint's names.
 
-It shares no code with the package `model`, which is made for inference, so that each checks the other. Here are also
-the tower's configuration, and how pixels become its input.
+Shares no code with the inference package `model`, so that each checks the other. Also holds the tower's configuration,
+and turns images into its input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VISION_CONFIG: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "intermediate_size": 512,  # of the layers, and four patches side by side in the adapter
+    "intermediate_size": 512,  # of the layers; also four concatenated patches in the adapter
     "hidden_act": "gelu",
     "norm_eps": 1e-5,
     "rope_theta": 10000,
@@ -38,9 +38,9 @@ VISION_CONFIG: dict[str, Any] = {
 }
 _C = VISION_CONFIG
 TILE = _C["image_size"]  # side in pixels
-SIDE = TILE // _C["patch_size"]  # patches along it
+SIDE = TILE // _C["patch_size"]  # patches per side
 TILE_TOKENS = round((SIDE * _C["pixel_shuffle_ratio"]) ** 2)
-HINTED_LAYER = 1  # behind which the training's auxiliary loss looks
+HINTED_LAYER = 1  # whose output the auxiliary loss of the training reads
 
 
 class PatchEmbedding(nn.Module):
@@ -76,7 +76,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _phases() -> Tensor:
-    """Angles (T, head size / 2): a first half by column, a second by row, both counted from 1; none for the class."""
+    """Angles (T, head size / 2): first half by column, second by row, both from 1; zero for the class token."""
     half = _C["hidden_size"] // _C["num_attention_heads"] // 2
     frequencies = _C["rope_theta"] ** -(torch.arange(0, half, 2) / half)
     rows, columns = torch.meshgrid(torch.arange(SIDE) + 1.0, torch.arange(SIDE) + 1.0, indexing="ij")
@@ -122,7 +122,7 @@ class Adapter(nn.Module):
         self.mlp = AdapterMLP()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, patches, C) -> (B, patches / 4, out): squares of 2 x 2 patches side by side, row by row."""
+        """(B, patches, C) -> (B, patches / 4, out): concatenates squares of 2 x 2 patches, in row-major order."""
         b, _, c = x.shape
         squares = x.view(b, SIDE // 2, 2, SIDE // 2, 2, c).transpose(2, 3)
         return self.mlp(squares.reshape(b, TILE_TOKENS, 4 * c))
@@ -153,10 +153,9 @@ class Projector(nn.Module):
 
 
 class VisionForTraining(nn.Module):
-    """From tiles to rows in the text model's embedding space.
+    """Maps tiles into the text model's embedding space.
 
-    `hinted`: the hidden states of the patches (B, patches, C) behind HINTED_LAYER in the last forward, for an
-    auxiliary loss.
+    `hinted`: the patches' hidden states (B, patches, C) after HINTED_LAYER in the last forward, for an auxiliary loss.
     """
 
     hinted: Tensor
@@ -168,7 +167,7 @@ class VisionForTraining(nn.Module):
         self.register_buffer("sin", _phases().sin(), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim > 1 and "embedding_vlm" not in name:
-                gain = 1.5 if "adapter" in name else 1.0  # GELU halves what follows
+                gain = 1.5 if "adapter" in name else 1.0  # makes up for GELU, which halves its input
                 ends = "o_proj" in name or ".mlp.fc2" in name.partition("layers")[2]
                 nn.init.normal_(p, std=gain * (p.shape[1] * (2 * _C["num_hidden_layers"] if ends else 1)) ** -0.5)
 
@@ -186,7 +185,7 @@ class VisionForTraining(nn.Module):
 
 
 def to_pixels(tiles: list[Image.Image]) -> Tensor:
-    """RGB images of TILE x TILE as the tower takes them: from -1 to 1, rounded through bfloat16."""
+    """RGB images of TILE x TILE as the tower's input: from -1 to 1, rounded to bfloat16."""
     rows = [torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8) for tile in tiles]
     pixels = torch.stack(rows).view(-1, TILE, TILE, 3).permute(0, 3, 1, 2)
     return ((pixels.float() / 255 - 0.5) / 0.5).bfloat16().float().contiguous()

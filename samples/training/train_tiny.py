@@ -2,9 +2,10 @@
 
     python -m samples.training.train_tiny --output samples/tiny --minutes 100 --attention-chunk-size 2048
 
-Filler is taken from the folders named by --text (default: Python's own library and installed packages, but not
-torch, which is kept for evaluation). The curriculum goes up a level whenever enough answer tokens are right.
-`--resume` continues from the last saved state, also with a new time limit. Needs no package of ours.
+Filler comes from the folders given by --text (default: Python's standard library and installed packages except torch,
+which is held out for evaluation). The curriculum advances a level whenever enough answer tokens are right.
+`--resume` continues from the last saved state, with a new time limit if given. Imports nothing from l4ctx, model or
+cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from samples.tasks.lookup import CODE_DIGITS, NOUNS, distractor, draw_entities, 
 from samples.training.tiny_model import CONFIG, TinyForTraining, simulated_temperature
 from samples.training.tiny_tokenizer import save_tokenizer, train_tokenizer
 
-VOCAB_SIZE = 2304  # with the special tokens
+VOCAB_SIZE = 2304  # including special tokens
 TOKENS_PER_STEP = 8192
 FILLER_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".pod", ".h", ".c"}
 
@@ -42,8 +43,8 @@ class Level:
     questions: int
     words: int  # words in an entity
     confusable: bool
-    log_bias: float  # largest bias on the keys of filler: log of how much more filler it stands for
-    alone: bool = False  # one question, followed by filler, so that a chunk boundary may cut it from its answer
+    log_bias: float  # largest bias on filler keys: log of the factor by which it multiplies the filler
+    alone: bool = False  # one question, followed by filler, so that a chunk boundary can separate it from its answer
 
 
 LEVELS = (
@@ -56,7 +57,7 @@ LEVELS = (
     Level(2048, (256, 512, 1024), 32, 16, 2, True, math.log(30_000)),
     Level(4096, (512, 1024, 2048), 48, 24, 2, True, math.log(30_000)),
 )
-# A question that a boundary cuts from its answer can be read by the NoPE layer only, and only when there is no other.
+# Across a boundary, only the NoPE layer can read the question, and only if there is no other question.
 ALONE = (
     Level(256, (64, 128), 3, 1, 2, True, math.log(3_000), alone=True),
     Level(512, (64, 128, 256), 6, 1, 2, True, math.log(30_000), alone=True),
@@ -65,14 +66,14 @@ ALONE = (
 
 class Batch(NamedTuple):
     ids: Tensor  # (B, T) int64
-    answer: Tensor  # (B, T) bool: the token at t + 1 is part of an answer that can be known
-    digit: Tensor  # (B, T) bool: ... and a digit of the code
-    filler: Tensor  # (B, T) bool: keys that stand for filler
+    answer: Tensor  # (B, T) bool: the token at t + 1 is part of a knowable answer
+    digit: Tensor  # (B, T) bool: the same, and it is a digit of the code
+    filler: Tensor  # (B, T) bool: the token is filler
     chunk: int
 
 
 def collect_filler(folders: list[Path], exclude: set[str], limit: int, rng: random.Random) -> list[str]:
-    """Texts of at most 40,000 characters from files of known suffixes, about `limit` characters in all."""
+    """Texts of at most 40,000 characters from files with known suffixes, about `limit` characters in total."""
     files = [
         f
         for folder in folders
@@ -93,11 +94,11 @@ def collect_filler(folders: list[Path], exclude: set[str], limit: int, rng: rand
 
 
 class SequenceMaker:
-    """Draws training sequences: wrapped documents of filler with facts in them, then questions with answers."""
+    """Draws training sequences: wrapped documents of filler with facts, then questions with answers."""
 
     def __init__(self, tokenizer: Tokenizer, filler: Tensor, seed: int) -> None:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        self.as_data = Tokenizer(tokenizer.model)  # spells control tokens out
+        self.as_data = Tokenizer(tokenizer.model)  # encodes control tokens as plain text
         self.as_data.pre_tokenizer, self.as_data.decoder = tokenizer.pre_tokenizer, tokenizer.decoder
         self.filler, self.rng = filler, random.Random(seed)
         self.digits = {tokenizer.token_to_id(d) for d in "0123456789"}
@@ -120,7 +121,7 @@ class SequenceMaker:
         codes = {entity: random_code(rng) for entity in entities}
         asked = rng.sample(entities, level.questions)
         tail: list[int] = []
-        turns = []  # (entity, first token of the question, first and last + 1 of the answer), within the tail
+        turns = []  # (entity, start of question, start and end of answer), as positions in the tail
         for i, entity in enumerate(asked):
             begin = len(tail)
             tail += (self.user if i else []) + self.encode(question(entity, rng)) + self.assistant
@@ -146,7 +147,7 @@ class SequenceMaker:
         return ids, answer, digit, is_filler
 
     def body(self, codes: dict[str, str], length: int, level: Level) -> tuple[list[int], dict[str, tuple[int, int]]]:
-        """`length` tokens of documents that hold the facts, and each fact's first and last + 1 position."""
+        """`length` tokens of documents that hold the facts, and each fact's (start, end) positions."""
         rng = self.rng
         inserts: list[tuple[str | None, list[int]]] = []
         for entity, code in codes.items():
@@ -178,7 +179,7 @@ class SequenceMaker:
         return ids, spans
 
     def repetition(self, filler: list[int], length: int) -> list[int]:
-        """`length` tokens of one thing over and over: a control token spelled out, a word, a few tokens of filler."""
+        """`length` tokens of one repeated thing: a control token as plain text, a word, or a few tokens of filler."""
         rng = self.rng
         at = rng.randrange(len(filler))
         spelled = ("<|eot|>", "<|image|>", "<|header_start|>user<|header_end|>\n\n", "a", "0, ", "word ", "-", "\n")
@@ -194,12 +195,12 @@ class SequenceMaker:
 
 
 def _is_cut(first: int, last: int, chunk: int) -> bool:
-    """Whether an attention-chunk boundary cuts positions first .. last - 1 apart."""
+    """Whether an attention-chunk boundary falls within positions first .. last - 1."""
     return first // chunk != (last - 1) // chunk
 
 
 def compute(model: TinyForTraining, batch: Batch, log_bias: Tensor) -> tuple[Tensor, float, float]:
-    """Loss, and shares of answer tokens and of digits right; `log_bias` (B,) is added to the logits of filler keys."""
+    """Loss, and the accuracy on answer tokens and on digits; `log_bias` (B,) is added to the logits of filler keys."""
     length = batch.ids.shape[1] * log_bias.exp()
     hidden = model(batch.ids, batch.chunk, batch.filler * log_bias[:, None], simulated_temperature(length))
     hidden, target = hidden[:, :-1], batch.ids[:, 1:]
@@ -267,7 +268,7 @@ def train(model: TinyForTraining, maker: SequenceMaker, args: argparse.Namespace
 
 
 def draw_level(level: int) -> Level:
-    """The current level mostly; else an earlier one, so that short contexts are not forgotten, or a lone question."""
+    """Mostly the current level; else an earlier one, so that short contexts are not forgotten, or a lone question."""
     if level < 2:
         return LEVELS[level]
     draw = random.random()
@@ -277,7 +278,7 @@ def draw_level(level: int) -> Level:
 
 
 def export(model: TinyForTraining, args: argparse.Namespace) -> None:
-    """Writes the checkpoint in the published format, weights in bfloat16."""
+    """Writes the checkpoint in the published format, with weights in bfloat16."""
     tokenizer = Tokenizer.from_file(str(args.output / "tokenizer.json"))
     ids = {
         name: tokenizer.token_to_id(f"<|{name}|>")
@@ -311,7 +312,7 @@ def export(model: TinyForTraining, args: argparse.Namespace) -> None:
 
 
 def prepare_text(args: argparse.Namespace, rng: random.Random) -> tuple[Tokenizer, Tensor]:
-    """The tokenizer (made unless it is there) and the filler as one row of token ids, cached beside it."""
+    """The tokenizer (trained if missing), and the filler as one row of token ids, cached next to it."""
     tokenizer_file, cache = args.output / "tokenizer.json", args.output / "filler.pt"
     if tokenizer_file.exists() and cache.exists():
         return Tokenizer.from_file(str(tokenizer_file)), torch.load(cache, weights_only=True)

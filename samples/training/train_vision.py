@@ -1,14 +1,14 @@
-"""Trains the vision tower of `samples/tiny`, so that its text model can look codes up in images of cards.
+"""Trains the vision tower of `samples/tiny`, so that its text model can look up codes in images of cards.
 
     python -m samples.training.train_vision --output samples/tiny --minutes 32
     python -m samples.training.train_vision --output samples/tiny --minutes 19 --resume --seed 1 --lr 8e-4 \\
         --batch 36 --hint 0.5
 
-The text model stays as it is. A tile that shows one whole card is to become the embeddings of the sentence that says
-what it shows, in as many tokens as a tile has; any other tile those of empty lines, which lead to no answer. So no
-text model takes part in the training: the loss compares with rows of its embedding table. A second, auxiliary loss
-asks an early layer which digit each patch shows. `--resume` continues from the last saved state with a new time
-limit. Needs no package of ours.
+The text model stays unchanged. The target of a tile that shows one whole card is the embeddings of the sentence that
+describes it, in as many tokens as a tile has; the target of any other tile is those of empty lines, which lead to no
+answer. So the training does not run the text model: the loss compares with rows of its embedding table. A second,
+auxiliary loss asks an early layer which digit each patch shows. `--resume` continues from the last saved state, with a
+new time limit. Imports nothing from l4ctx, model or cache.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from samples.tasks.cards import COLOURS, SHAPES, Box, Card, draw_card, draw_card
 from samples.tasks.lookup import fact
 from samples.training.tiny_vision import SIDE, TILE, TILE_TOKENS, VISION_CONFIG, VisionForTraining, to_pixels
 
-NEUTRAL = "\n\n"  # what a tile says that shows no whole card; one newline instead disturbs the text model
-SHARPNESS = 2.0  # of the comparison with the embedding rows: logits are -SHARPNESS times squared distances
+NEUTRAL = "\n\n"  # the sentence of a tile without a whole card; a single newline disturbs the text model
+SHARPNESS = 2.0  # logits are -SHARPNESS times squared distances from the embedding rows
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 class Example(NamedTuple):
     tile: Image.Image
-    card: Card | None  # the one that it shows
-    code: Box | None = None  # where its digits are, as far as the auxiliary loss knows
+    card: Card | None  # the one whole card that it shows
+    code: Box | None = None  # where its digits are; None: not known to the auxiliary loss
 
 
 def sentence(card: Card | None) -> str:
@@ -49,7 +49,7 @@ def sentence(card: Card | None) -> str:
 
 
 def make_example(rng: random.Random, freedom: float, evaluation: bool) -> Example:
-    """A tile; with less freedom than 1 mostly cards in a tile's size that look alike."""
+    """A tile; with a freedom below 1, mostly cards of a tile's size that look alike."""
     if rng.random() < (0.72 if freedom == 1 else 0.97):
         return _whole_card(rng, freedom, evaluation)
     while True:
@@ -63,7 +63,7 @@ def make_example(rng: random.Random, freedom: float, evaluation: bool) -> Exampl
 def _whole_card(rng: random.Random, freedom: float, evaluation: bool) -> Example:
     (card,) = draw_cards(rng, 1, evaluation=evaluation)
     draw = rng.random() if rng.random() < freedom else 0.0
-    if draw < 0.45:  # a cell of a sheet, or an image of one tile
+    if draw < 0.45:  # a cell of a sheet, or a single-tile image
         size = target = TILE, TILE
     elif draw < 0.85:  # a global tile: the whole image, distorted
         size, target = random_size(rng, TILE, 420), (TILE, TILE)
@@ -117,7 +117,7 @@ def _part_of_an_image(rng: random.Random, evaluation: bool) -> Example | None:
 
 def _small_cards(rng: random.Random, evaluation: bool) -> Example:
     columns, rows = rng.choice(((2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 3), (4, 3), (3, 4), (4, 4)))
-    are_few = columns * rows <= 8  # as are the pairs that training never shows
+    are_few = columns * rows <= 8  # the pairs that training never shows are few too
     cards = draw_cards(rng, columns * rows, evaluation=evaluation if are_few else False)
     side = rng.randint(40, TILE)
     sheet = draw_sheet(cards, columns, (side, side), rng).image
@@ -149,7 +149,7 @@ def _no_card(rng: random.Random, evaluation: bool) -> Example:
 
 
 class Words:
-    """The embedding rows that a tile may become, and the sentences as indices among them."""
+    """The embedding rows that can be targets of a tile, and the sentences as indices into them."""
 
     def __init__(self, tokenizer: Tokenizer, embeddings: Tensor) -> None:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -162,7 +162,7 @@ class Words:
         self.index = {token: i for i, token in enumerate(vocabulary)}
         self.rows = embeddings[vocabulary].float()
         spelled = zip(*(self.encode(sentence(card)) for card in samples), strict=True)
-        self.told = torch.tensor([len(set(column)) > 1 for column in spelled])  # positions that tell cards apart
+        self.told = torch.tensor([len(set(column)) > 1 for column in spelled])  # positions that differ between cards
 
     def targets(self, cards: list[Card | None]) -> Tensor:
         return torch.tensor(
@@ -176,7 +176,7 @@ class Words:
 def compare(features: Tensor, targets: Tensor, words: Words) -> tuple[Tensor, Tensor]:
     """Loss, and whether each position is nearest to its target; features (B, TILE_TOKENS, text size).
 
-    The loss is a cross-entropy, with negative squared distances from the embedding rows as logits, and the squared
+    The loss is the cross-entropy with negative squared distances from the embedding rows as logits, plus the squared
     distance from the right row.
     """
     flat = features.float().flatten(0, 1)
@@ -190,7 +190,7 @@ def compare(features: Tensor, targets: Tensor, words: Words) -> tuple[Tensor, Te
 
 
 def shares_right(right: Tensor, cards: list[Card | None], words: Words) -> dict[str, float]:
-    """Of whole cards: digits, colours and shapes, and whole sentences; of other tiles, those that say nothing."""
+    """Accuracy on digits, colours and shapes, and sentences of whole cards; and of tiles that show no whole card."""
     shown = torch.tensor([card is not None for card in cards])
     told = right[shown][:, words.told]
     values = {
@@ -213,7 +213,7 @@ def evaluate(model: VisionForTraining, words: Words, examples: list[Example]) ->
 
 
 def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> None:
-    hint_head = torch.nn.Linear(VISION_CONFIG["hidden_size"], 11)  # of the auxiliary loss, for training only
+    hint_head = torch.nn.Linear(VISION_CONFIG["hidden_size"], 11)  # for the auxiliary loss, in training only
     groups = [
         {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim > 1], "weight_decay": 0.03},
         {"params": [p for m in (model, hint_head) for p in m.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -266,14 +266,14 @@ def train(model: VisionForTraining, words: Words, args: argparse.Namespace) -> N
 
 
 def text_tensors(folder: Path) -> dict[str, Tensor]:
-    """The text model's tensors under their plain names, from a folder with or without a vision tower."""
+    """The text model's tensors by their text-only names, from a folder with or without a vision tower."""
     whole = folder / "model.safetensors"
     stored = load_file(whole if whole.exists() else folder / SHARDS[0])
-    return {name.removeprefix("language_model."): tensor.clone() for name, tensor in stored.items()}  # free of the file
+    return {name.removeprefix("language_model."): tensor.clone() for name, tensor in stored.items()}  # unmapped
 
 
 def export(model: VisionForTraining, text: dict[str, Tensor], source: Path, output: Path) -> None:
-    """Writes the checkpoint in the published form: two shards, an index, and the nested configuration."""
+    """Writes the checkpoint in the published format: two shards, an index, and the nested configuration."""
     output.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = [{f"language_model.{name}": p for name, p in text.items()}]
     shards.append({name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.state_dict().items()})
@@ -327,7 +327,7 @@ def export(model: VisionForTraining, text: dict[str, Tensor], source: Path, outp
         },
     )
     if source.resolve() == output.resolve():
-        (output / "model.safetensors").unlink(missing_ok=True)  # its tensors are in the first shard now
+        (output / "model.safetensors").unlink(missing_ok=True)  # the first shard has its tensors now
         return
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, output / name)
@@ -342,11 +342,11 @@ def main() -> None:
     here = Path(__file__).parent
     parser.add_argument("--text-model", type=Path, default=here / "tiny", help="the checkpoint to add a tower to")
     parser.add_argument("--output", type=Path, default=here / "tiny")
-    parser.add_argument("--state", type=Path, help="what --resume reads (default: training.pt in the output folder)")
+    parser.add_argument("--state", type=Path, help="state to resume (default: training.pt in the output folder)")
     parser.add_argument("--minutes", type=float, default=32.0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--easy", type=float, default=0.3, help="share of the time in which cards become varied")
+    parser.add_argument("--easy", type=float, default=0.3, help="share of the time over which cards become varied")
     parser.add_argument("--hint", type=float, default=1.0, help="weight of the auxiliary loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
