@@ -16,20 +16,20 @@ from support import torchvision_oracle
 if TYPE_CHECKING:
     from support.toy_checkpoints import Toy, Toys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: further threads only get in each other's way
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's & leaves it ignored, in our processes, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: more threads only slow each other down
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's & ignores it, and our processes inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torchvision_oracle.prepare()  # before anything imports transformers, which imports torchvision where it is installed
+torchvision_oracle.prepare()  # before anything imports transformers, which imports torchvision if installed
 
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """Toy checkpoints by name and standard deviation of the weights, each written once."""
-    import transformers  # here, so that tests without a model import neither this nor torch
+    """Toy checkpoints by name and standard deviation of the weights, each written only once."""
+    import transformers  # imported here, so that tests without a model need neither this nor torch
 
     from support.toy_checkpoints import write_toy
 
-    transformers.logging.set_verbosity_error()  # it warns of what Scout's own files hold: low_freq == high_freq
+    transformers.logging.set_verbosity_error()  # it warns about low_freq == high_freq, which Scout's own files have
     transformers.logging.disable_progress_bar()
     root = tmp_path_factory.mktemp("toys")
 
@@ -42,8 +42,10 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 
 @pytest.fixture(scope="module")
 def small_rows() -> Iterator[None]:
-    """Contexts of toys have several rows of blocks, and do not wait for the disk: that fsync is called is the matter of
-    test_context_kill.py."""
+    """Makes blocks small, so that toy contexts have several rows of them, and disables fsync.
+
+    test_context_kill.py checks that fsync is called.
+    """
     from cache import layout as store_layout
 
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +58,7 @@ def small_rows() -> Iterator[None]:
 
 @pytest.fixture
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of attention by matrix products so small that toys have several, with edges."""
+    """Makes the matmul backend's blocks so small that toys have several, including partial ones."""
     from model.kernels import matmul as matmul_module
 
     sizes = {"KEY_BLOCK": 6, "QUERY_BLOCK": 5, "DIAGONAL": 3, "FEWEST_QUERIES": 1, "SAMPLED_KEYS": 2}
@@ -66,7 +68,7 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_processor() -> Iterator[None]:
-    """Defaults do not depend on the machine that the tests run on: computing is in float32, attention is sdpa."""
+    """Makes defaults independent of the machine that the tests run on: float32 and sdpa."""
     from l4ctx.machine import processor
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +79,7 @@ def _plain_processor() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _importable_torchvision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `torchvision_oracle.prepare` does here, in the processes that tests start too: the benchmark's peers."""
+    """Does what `torchvision_oracle.prepare` does, for processes that tests start: the benchmark's peers."""
     if importlib.util.find_spec("torchvision") is None:
         yield
         return

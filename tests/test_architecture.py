@@ -1,4 +1,4 @@
-"""Imports run down, and what must be quick to import stays free of torch. Read from the sources, not executed."""
+"""Imports only go down, and what must import quickly stays free of torch. Reads the sources; executes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from support.places import ROOT
 
-PACKAGES = (  # from the top down: each may import those in rows below its own
+PACKAGES = (  # from the top down: each may import only those in rows below
     {"l4ctx.__main__"},
     {"l4ctx.cli"},
     {"l4ctx.run", "l4ctx.bench"},
@@ -24,8 +24,8 @@ PACKAGES = (  # from the top down: each may import those in rows below its own
     {"l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"},
     {"model", "l4ctx"},
 )
-ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # modules in no package
-MODEL_LAYERS = (  # from the ground up: each module may import those in rows above its own
+ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
+MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
     {"errors", "folder", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
     {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
@@ -82,7 +82,7 @@ WITHOUT_TORCH = (
 
 
 def modules() -> dict[str, Path]:
-    """Dotted names of all modules of the three packages."""
+    """All modules of the three packages, by dotted name."""
     files = {
         file.relative_to(ROOT).with_suffix(""): file
         for package in ("model", "cache", "l4ctx")
@@ -96,7 +96,7 @@ MODULES = modules()
 
 @functools.cache
 def imports(module: str) -> frozenset[str]:
-    """What a module imports anywhere in it, in functions and for types alone, too; relative imports made absolute."""
+    """Everything a module imports, also in functions and under TYPE_CHECKING; relative imports made absolute."""
     file = MODULES[module]
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     found = set()
@@ -116,17 +116,17 @@ def top(module: str) -> str:
 
 
 def package(module: str) -> str:
-    """As PACKAGES name it: model, cache, or what l4ctx holds."""
+    """The module's package as PACKAGES names it: model, cache, or one in l4ctx."""
     return ".".join(module.split(".")[:2]) if top(module) == "l4ctx" else top(module)
 
 
 def level(module: str) -> int:
-    """Of its package, from the top down."""
+    """The level of the module's package, from the top down."""
     return next(number for number, names in enumerate(PACKAGES) if package(module) in names)
 
 
 def row(module: str) -> int:
-    """Within its package, from the ground up."""
+    """The module's row within its package, from the bottom up."""
     rows = [number for number, names in enumerate(ROWS[top(module)]) if module.split(".", 1)[1] in names]
     assert rows, f"{module} has no place in {top(module).upper()}_LAYERS: give it one"
     return rows[0]
@@ -157,7 +157,7 @@ def test_packages_import_downwards(module: str) -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """Within packages, too, and for types alone. A package's own module holds no more than a docstring."""
+    """Also within packages and under TYPE_CHECKING. A package's own `__init__` holds only a docstring."""
     graph = {name: {other for other in imports(name) if other in MODULES} for name in MODULES}
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -167,7 +167,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if MODULES[name].name == "__init__.py"])
 def test_packages_hold_a_docstring_only(module: str) -> None:
-    """What they handed on would have to be imported with every module of theirs: torch, for plans."""
+    """Every import of a module would also import what its package re-exports: torch, for plans."""
     body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
     assert [type(node) for node in body] == [ast.Expr]
 
@@ -180,7 +180,7 @@ def test_modules_of_a_package_import_downwards(module: str) -> None:
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_plans_import_no_torch(module: str) -> None:
-    """Nor does anything that they import, packages' __init__ included."""
+    """Neither does anything that they import, including the `__init__` of packages."""
     seen, waiting = set(), {module}
     while waiting:
         name = waiting.pop()
@@ -205,7 +205,7 @@ def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """An editable installation finds those that pyproject.toml forgets; a user's does not."""
+    """An editable installation also finds packages missing from pyproject.toml; a normal one does not."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(
         {module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0] for module in MODULES}

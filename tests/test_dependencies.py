@@ -1,4 +1,4 @@
-"""What pyproject.toml allows to be installed, against the advisories that it lists; and what constraints.txt pins."""
+"""The versions that pyproject.toml allows, checked against its list of advisories and the pins of constraints.txt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PINNED = {
 
 
 def minimum(requirement: Requirement) -> Version:
-    """The lowest version that is allowed."""
+    """The lowest allowed version."""
     bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator in (">=", "==", "~=")]
     assert bounds, f"{requirement} allows every version that there ever was"
     return max(bounds)
@@ -39,7 +39,7 @@ def pinned(name: str) -> Version:
 
 @pytest.mark.parametrize("advisory", ADVISORIES, ids=lambda advisory: advisory["id"])
 def test_no_version_before_a_fix_is_allowed(advisory: dict[str, str]) -> None:
-    """Where this fails, raise the minimum in pyproject.toml."""
+    """If this fails, raise the minimum in pyproject.toml."""
     assert advisory.keys() == {"package", "fixed", "id", "what"} and re.match(r"(CVE|GHSA|PYSEC)-", advisory["id"])
     fixed, name = Version(advisory["fixed"]), canonicalize_name(advisory["package"])
     concerned = [(group, each) for group, each in REQUIREMENTS if canonicalize_name(each.name) == name]
@@ -56,7 +56,7 @@ def test_what_is_tested_is_what_is_allowed(group: str, requirement: Requirement)
 
 
 def test_an_exemption_holds_and_has_its_reason() -> None:
-    """Of what nothing here does: pickles are not loaded."""
+    """Exempt is only what the program does not do: it loads no pickles."""
     for advisory in PROJECT["tool"]["l4ctx"]["not_affected"]:
         assert advisory.keys() == {"package", "fixed", "id", "why"} and advisory["why"]
     sources = [file for package in ("l4ctx", "cache", "model") for file in (ROOT / package).rglob("*.py")]

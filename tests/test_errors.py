@@ -1,4 +1,4 @@
-"""Every error of the packages is either one that a user can cause, with an exit code, or known to be caught inside."""
+"""Every error class of the packages either has an exit code, because a user can cause it, or is caught internally."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ CODES = {
     "l4ctx.engine.generate.GenerationError": MODEL,
     "l4ctx.bench.process.WorkerError": MODEL,
 }
-WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError"}  # the root; has its worker's
-INTERNAL = {  # each caught by the package that raises it, which says what it means there
+WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError"}  # root class; has its worker's code
+INTERNAL = {  # each is caught and translated by the package that raises it
     "l4ctx.bench.peers.gguf.GGUFError",
     "l4ctx.contexts.journal.JournalError",
     "l4ctx.documents.content.LeftOutError",
@@ -73,7 +73,7 @@ INTERNAL = {  # each caught by the package that raises it, which says what it me
 
 
 def errors() -> dict[str, type[BaseException]]:
-    """Every exception class that a module of the packages defines, by its dotted name."""
+    """Every exception class defined in the packages, by dotted name."""
     found = {}
     for name in MODULES.keys() - {"l4ctx.__main__"}:
         for value in vars(importlib.import_module(name)).values():

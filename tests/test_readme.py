@@ -1,4 +1,4 @@
-"""The documents: their commands run, or at least parse; their links and the names in them lead somewhere."""
+"""The documents: their commands run, or at least parse; their links and the names in them resolve."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *(file for folder in (*FOLDERS, "samples", "tests") for file in sorted((ROOT / folder).rglob("*.md"))),
 ]
-PLACEHOLDERS = {"DIR": str(TINY), "/fast/disk": "."}  # what a reader puts something of their own in the place of
-ONLY_PARSED = ("bench", "--measure")  # minutes, or as fast as the processor is
+PLACEHOLDERS = {"DIR": str(TINY), "/fast/disk": "."}  # readers replace these with their own
+ONLY_PARSED = ("bench", "--measure")  # take minutes, or depend on the processor's speed
 NOT_OURS = {".", "git", "jq", "mypy", "pytest", "python3", "ruff"}
 PDF = b"""%PDF-1.4
 1 0 obj << /Type /Catalog /Pages 2 0 R >> endobj
@@ -41,11 +41,11 @@ trailer << /Root 1 0 R >>
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a line of shell: its words, and the file that its standard input comes from."""
+    """One command of a shell line: its words, and the file of its standard input."""
 
     words: tuple[str, ...]
     stdin: str | None
-    piped: bool  # from the command before it
+    piped: bool  # from the previous command
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ def commands(line: str) -> Iterator[Command]:
 
 
 def run(command: Command, line: str) -> Result:
-    """The command as a reader would run it, or with --help behind it, which parses all that stands before."""
+    """Runs the command as a reader would, or with --help appended, which still parses what precedes it."""
     arguments = [PLACEHOLDERS.get(word, word) for word in command.words[1:]]
     if any(word in ONLY_PARSED for word in arguments):
         return run_here(*arguments, "--help")
@@ -94,7 +94,7 @@ def run(command: Command, line: str) -> Result:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which everything is that the documents' commands name."""
+    """A folder with everything that the documents' commands name."""
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     text_file(tmp_path / "docs" / "facts.md", "".join(fact_document(name, 80) for name in "ab"))
     for name in ("report.md", "notes/today.md", "contract.txt", "old.txt", "new.txt"):
@@ -110,7 +110,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["README.md", "MANUAL.md", "CONTRIBUTING.md"])
 def test_commands_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of l4ctx in the order of the document, in one folder; of the others only what is known is there."""
+    """Runs l4ctx commands in document order, in one folder. Other commands must be known ones."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for line in blocks(ROOT / name, "sh"):
         for command in commands(line):
@@ -134,7 +134,7 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
 
 
 def test_the_session_is_the_picture_and_gives_right_answers() -> None:
-    """README.md has the picture's text, and the answers are those of the sample documents."""
+    """README.md contains the picture's text, with the right answers from the sample documents."""
     shown = list(blocks(ROOT / "README.md", "console"))
     picture = (ROOT / "samples" / "documentation" / "session.svg").read_text(encoding="utf-8")
     drawn = re.sub(r"<[^>]*>", "\n", picture).replace("&#160;", " ").replace("&quot;", '"')
@@ -147,7 +147,7 @@ def test_the_session_is_the_picture_and_gives_right_answers() -> None:
 
 
 def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
-    """Memory and disk beside the weights of Scout and Maverick, by the shapes of their published configurations."""
+    """Memory and disk besides the weights of Scout and Maverick, from the shapes in their published configurations."""
     text = {
         "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
         "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
@@ -200,7 +200,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "MANUAL.md"])
 def test_options_exist(name: str) -> None:
-    """Those in running text and tables; the options of other programs stand behind the program's name."""
+    """Options in running text and tables; other programs' options follow the program's name."""
     helps = "".join(run_here(command, "--help").stdout for command in ("ask", "prefill", "plan", "inspect", "bench"))
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -217,7 +217,7 @@ def test_every_exit_code_is_in_the_manual() -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """The names by which links reach a document's headings."""
+    """The anchors of a document's headings."""
     prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.+)$", prose, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
@@ -248,7 +248,7 @@ def test_files_scripts_and_their_options_exist(document: Path) -> None:
 
 
 def test_the_design_lists_every_package() -> None:
-    """And every module that it lists is there."""
+    """And every module that it lists exists."""
     table = re.findall(r"^\| `([\w/]+)` \|[^|]*\| (.*) \|$", (ROOT / "DESIGN.md").read_text(encoding="utf-8"), re.M)
     listed = {package for package, _ in table}
     for package, modules in table:

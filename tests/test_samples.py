@@ -1,4 +1,4 @@
-"""The sample checkpoint: its published form, and that it finds facts."""
+"""The sample checkpoint has the published format, and finds facts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokenizer() -> Tokenizer:
 
 
 def own_sources() -> str:
-    """Text that the training has not seen: this repository's own code."""
+    """Text that training has not seen: this repository's own code."""
     return "\n".join(
         file.read_text(encoding="utf-8")
         for folder in ("l4ctx", "model", "cache")
@@ -142,7 +142,7 @@ def test_cards_are_the_same_for_the_same_seed() -> None:
 
 
 def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list[str]]:
-    """The numbers in the answer to the question about each entity; the documents are read once."""
+    """The numbers in the answer about each entity; the documents are read once."""
     from samples.evaluation.evaluate_images import Setup, read_documents
     from samples.evaluation.evaluate_tiny import answer_to
     from samples.tasks.lookup import question
@@ -160,7 +160,7 @@ def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list
 
 
 def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
-    """The text ends amid an attention chunk: no boundary cuts the questions from their answers."""
+    """The text ends inside an attention chunk, so that no boundary separates questions from answers."""
     from samples.evaluation.evaluate_tiny import make_document
     from samples.tasks.lookup import draw_entities, random_code
 
@@ -173,7 +173,7 @@ def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
 
 
 def test_it_reads_cards_in_images() -> None:
-    """A dozen of many sizes in one prompt, of which a chunk boundary may cut one."""
+    """A dozen images of many sizes in one prompt; a chunk boundary may cut one of them."""
     from samples.tasks.cards import draw_card, draw_cards, random_size
 
     rng, documents = random.Random("not the training's"), []

@@ -1,13 +1,13 @@
-"""Kills readings into a saved context at random moments, and looks at what they leave behind.
+"""Kills prefills into a saved context at random moments, and checks what they leave behind.
 
     python tests/soak/kill_prefill.py --kills 1000
 
-Each trial makes a context, or changes the documents of one, with a toy model; it is killed (SIGKILL) some time within
-the reading, asked, resumed, perhaps killed again. In the end the bytes of its blocks and the logits of a question
-must be those of a reading that nobody killed; and meanwhile no reader may see anything but a whole set of documents.
-Among the documents are images, cards of several tiles each, which block boundaries cut; of the changes one is another
-card in the place of one, with equal token ids. Torch is imported once, and each process is a fork. The models are so
-small that most of the time goes into files.
+Each trial creates a context, or changes the documents of one, with a toy model. The process is killed (SIGKILL) at some
+point of the prefill; the context is then asked, resumed, perhaps killed again. In the end, the bytes of its blocks and
+the logits of a question must equal those of an uninterrupted prefill. Until then, readers must never see a partial set
+of documents. The documents include images: cards of several tiles each, which block boundaries cut. One of the changes
+replaces a card with another that has the same token ids. Torch is imported once, and each process is a fork. The models
+are so small that most of the time is spent on files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
+os.environ["OMP_NUM_THREADS"] = "1"  # forking a process with threads may hang
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for samples
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support
 
@@ -84,13 +84,13 @@ PROMPTER = ImagePrompter(
     ),
     "0f" * 32,
 )
-LENGTH = 10 * BLOCK + 23  # of the documents, unless there are many images
+LENGTH = 10 * BLOCK + 23  # tokens of the documents, unless there are many images
 TEXT_BEFORE_IMAGE = 9
 WAYS = {
     "one block a step": Kind(prefill_chunk_size=BLOCK),
     "int8, five blocks a step": Kind("int8", prefill_chunk_size=5 * BLOCK),
 }
-MOST_KILLS = 4  # of one trial
+MOST_KILLS = 4  # per trial
 MOMENTS = (
     "before the manifest",
     "before the documents",
@@ -103,14 +103,14 @@ MOMENTS = (
 
 @dataclass(frozen=True)
 class Documents:
-    """What is read: text as random token ids, images as what stands for them."""
+    """The documents of a prefill: text as random token ids, images as their placeholder tokens."""
 
     ids: array[int]
     images: list[PlacedImage]
 
     @property
     def tiles(self) -> list[range]:
-        """The positions of each tile of the images."""
+        """The positions of each image tile."""
         size = PROMPTER.tokens.tokens_per_tile
         return [
             range(placed.span.start + start, placed.span.start + start + size)
@@ -120,7 +120,7 @@ class Documents:
 
 
 def draw_documents(cards: list[DocumentImage]) -> Documents:
-    """Some tokens of text before each card, and the rest of LENGTH, a tail of 23 at the least, behind the last."""
+    """Some tokens of text before each card, and the rest of LENGTH, at least 23 tokens, after the last."""
     chance, ids, images = random.Random(0), array("i"), []
     for card in cards:
         ids.extend(chance.randrange(VOCABULARY) for _ in range(TEXT_BEFORE_IMAGE))
@@ -138,7 +138,7 @@ def draw_file(size: tuple[int, int], chance: random.Random) -> DocumentImage:
 
 
 def changes(cards: list[DocumentImage], chance: random.Random) -> dict[str, Documents]:
-    """The same documents with another token of text, and with another card that takes as many tokens."""
+    """The same documents with one text token changed, and with one card replaced by another of as many tokens."""
     documents, number = draw_documents(cards), len(cards) // 2
     place = documents.images[number].span.start - 1 if cards else 2 * BLOCK + 19
     found = {"a change of text": Documents(changed(documents.ids, place), documents.images)}
@@ -155,7 +155,7 @@ def tower() -> VisionTower:
 
 
 def keep(folder: Path, documents: Documents, kind: Kind) -> None:
-    """All of a run of `l4ctx prefill`."""
+    """A complete run of `l4ctx prefill`."""
     context_toys.keep(
         folder,
         documents.ids,
@@ -167,24 +167,24 @@ def keep(folder: Path, documents: Documents, kind: Kind) -> None:
 
 @dataclass
 class Case:
-    """A reading: into an existing context (`base`) or a new one, and what must come of it."""
+    """A prefill into an existing context (`base`) or a new one, and its expected outcome."""
 
     name: str
     kind: Kind
     documents: Documents
     base: Path | None
     digests: list[str]
-    answers: list[bytes]  # logits by number of the sets of documents that are complete
+    answers: list[bytes]  # logits by number of complete sets of documents
     seconds: float
 
     @property
     def complete(self) -> int:
-        """Sets of documents that are complete in the end."""
+        """The number of sets of documents that are complete in the end."""
         return len(self.answers) - 1
 
 
 def forked(work: Callable[[], object], moment: float | None = None) -> tuple[int, float]:
-    """Does the work in a process of its own, which is killed `moment` seconds after it begins; exit code and time."""
+    """Does the work in a fork, killed `moment` seconds after it begins; returns exit code and time."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -210,12 +210,12 @@ def forked(work: Callable[[], object], moment: float | None = None) -> tuple[int
 
 
 def in_a_fork(work: Callable[[], object], scratch: Path) -> object:
-    """What the work returns; computed there, so that this process stays without threads."""
+    """What the work returns. It runs in a fork, so that this process starts no threads."""
     file = scratch / "result"
     code, _ = forked(lambda: file.write_bytes(pickle.dumps(work())))
     if code:
         raise SystemExit("what a reading that nobody kills leaves cannot be used")
-    return pickle.loads(file.read_bytes())  # noqa: S301 (our own)
+    return pickle.loads(file.read_bytes())  # noqa: S301 (our own file)
 
 
 def outcome(folder: Path, kind: Kind) -> tuple[list[str], bytes]:
@@ -227,7 +227,7 @@ def answered(folder: Path, kind: Kind) -> bytes:
 
 
 def prepare(images: int, scratch: Path) -> list[Case]:
-    """Draws the documents, and measures readings that nobody kills."""
+    """Draws the documents, and measures uninterrupted prefills."""
     chance, cases = random.Random(0), []
     cards = [draw_file(random_size(chance, 50, 84), chance) for _ in range(images)]
     for way, kind in WAYS.items():
@@ -239,13 +239,13 @@ def prepare(images: int, scratch: Path) -> list[Case]:
 
 
 def measured(name: str, kind: Kind, documents: Documents, before: Case | None, scratch: Path) -> Case:
-    """A reading of new documents, or of others than those of the case before."""
+    """Measures a prefill of new documents, or of documents that differ from those of the case `before`."""
     seconds, base = [], None if before is None else scratch / before.name
     for n in range(3):
         folder = scratch / f"{name}{f', {n}' * (n > 0)}"
         if base is not None:
             shutil.copytree(base, folder)
-        code, took = forked(lambda: keep(folder, documents, kind))  # noqa: B023 (done at once)
+        code, took = forked(lambda: keep(folder, documents, kind))  # noqa: B023 (called at once)
         if code:
             raise SystemExit("the reading that nobody kills fails")
         seconds.append(took)
@@ -256,13 +256,13 @@ def measured(name: str, kind: Kind, documents: Documents, before: Case | None, s
 
 
 def moment_of(folder: Path, case: Case) -> str:
-    """How far a killed reading has come, by what it left."""
+    """How far a killed prefill got, judged by what it left behind."""
     if not (folder / MANIFEST).exists():
         return "before the manifest"
     try:
         states = Context.read(folder).states
     except ContextError:
-        return "and cannot be read"  # whoever asks will find out why
+        return "and cannot be read"  # `check_readers` will find out why
     complete = sum(state.is_complete for state in states)
     if complete == case.complete:
         return "after the end"
@@ -277,7 +277,7 @@ def moment_of(folder: Path, case: Case) -> str:
 
 
 def check_readers(folder: Path, case: Case) -> None:
-    """Whoever asks now gets the answer of the newest set of documents that was read to its end, or is told of none."""
+    """A reader gets the answer from the newest complete set of documents, or the error that there is none."""
     is_there = (folder / MANIFEST).exists()
     complete = sum(state.is_complete for state in Context.read(folder).states) if is_there else 0
     if complete:
@@ -300,7 +300,7 @@ def check_end(folder: Path, case: Case) -> None:
 
 
 def trial(folder: Path, case: Case, chance: random.Random, most: int, moments: Counter[str]) -> bool:
-    """One context, killed until it is whole or `most` times; whether all was right. Counts the kills by moment."""
+    """Kills one context until it is complete, at most `most` times; whether all was right. Counts kills by moment."""
     if case.base is not None:
         shutil.copytree(case.base, folder)
     kills = []
@@ -348,7 +348,7 @@ def main() -> None:
     took = ", ".join(f"{case.seconds * 1000:.0f}" for case in cases)
     print(
         f"{moments.total():,} kills in {trials:,} trials: {where}; {wrong:,} mismatches "
-        f"({time.perf_counter() - began:.0f} s; readings that nobody kills take {took} ms; {args.images} images of "
+        f"({time.perf_counter() - began:.0f} s; uninterrupted prefills take {took} ms; {args.images} images of "
         f"{len(tiles)} tiles, {cut} of them cut by a block boundary)"
     )
     if wrong:

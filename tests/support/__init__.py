@@ -1,1 +1,1 @@
-"""What several test files share: toys, oracles, runners."""
+"""Toys, oracles and runners shared by several test files."""

@@ -61,7 +61,7 @@ def make(
 
 @dataclass
 class Naive:
-    """What a cache should hold: all keys and values of all layers, (B, H_kv, S, D) each."""
+    """The expected content of a cache: all keys and values of all layers, (B, H_kv, S, D) each."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -76,13 +76,13 @@ class Naive:
 
 
 def random_keys_values(cache: HybridKVCache, tokens: int) -> tuple[Tensor, Tensor]:
-    """Strided as the model makes them: (B, T, H_kv, D) transposed."""
+    """Keys and values with the strides that the model gives them: (B, T, H_kv, D), transposed."""
     shape = (cache.batch_size, tokens, HEADS, HEAD_DIM)
     return torch.randn(shape).to(cache.dtype).transpose(1, 2), torch.randn(shape).to(cache.dtype).transpose(1, 2)
 
 
 def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True) -> None:
-    """One forward of `tokens`: appends to every layer, compares what it then shows, and commits."""
+    """One forward of `tokens`: appends to every layer, compares what each then shows, and commits."""
     offset = cache.offset
     for layer in LAYERS:
         keys, values = random_keys_values(cache, tokens)
@@ -99,7 +99,7 @@ def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True
                 assert torch.equal(segment.keys, all_keys[:, :, here.start : here.stop])
                 assert torch.equal(segment.values, all_values[:, :, here.start : here.stop])
                 position = here.stop
-            assert position == offset + tokens  # the new tokens come last, and nothing is left out
+            assert position == offset + tokens  # the new tokens come last, with no gap
         if commit:
             naive.keys[layer], naive.values[layer] = all_keys, all_values
     if commit:
@@ -108,7 +108,7 @@ def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True
 
 
 def storage_bytes(value: object, seen: dict[int, int] | None = None) -> int:
-    """Bytes of all tensors' storages that can be reached from an object of the cache, each counted once."""
+    """Bytes of all tensor storages reachable from an object of the cache, each counted once."""
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()

@@ -1,7 +1,7 @@
 """The ways to compute the logits of a whole sequence through `HybridKVCache`, in the shape of paths.py's PATHS.
 
-All of them use the smallest blocks there are, so that even toy runs seal some and leave one open. Those of CACHED_PATHS
-keep everything in memory; those of STORED_PATHS do not, and take the same steps as one that does.
+All use the smallest possible blocks, so that even toy runs seal some and leave one open. CACHED_PATHS keep everything
+in memory; STORED_PATHS do not, and take the same steps as a path that does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def small_layout(
     block_chunks: int = 1,
     segment_chunks: int | None = None,
 ) -> StoreLayout:
-    """NoPE blocks of so many attention chunks, in segments of so many (default: one segment)."""
+    """NoPE blocks and segments of the given numbers of attention chunks (default: one segment per block)."""
     chunk = config.attention_chunk_size
     chunk_bytes = chunk * store_layout.layer_bytes_per_token(config, store_layout.KV_DTYPES[dtype], batch_size)
     with mock.patch.multiple(
@@ -56,7 +56,7 @@ def small_layout(
 def new_cache(
     model: Transformer, ids: Tensor, *, block_chunks: int = 1, segment_chunks: int | None = None, **where: Any
 ) -> HybridKVCache:
-    """For the whole of `ids` (B, T); `where` its blocks lie."""
+    """A cache with capacity for all of `ids` (B, T); `where` says which tiers hold its blocks."""
     dtype = str(model.dtype).removeprefix("torch.")
     layout = small_layout(
         model.config,
@@ -72,7 +72,7 @@ def new_cache(
 
 
 def feed(model: Transformer, cache: HybridKVCache, ids: Tensor, cuts: Iterable[int]) -> Tensor:
-    """Logits (B, T, V) of all that follows the cache's offset in `ids`, fed in forwards that end at `cuts`."""
+    """Logits (B, T, V) of the tokens of `ids` after the cache's offset, fed in forwards that end at `cuts`."""
     pieces = []
     for cut in cuts:
         logits = model(ids[:, cache.offset : cut], cache, logits="all")
@@ -111,7 +111,7 @@ def token_by_token(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def irregular(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
-    """Pieces of up to three attention chunks that keep to no grid, and blocks of two segments."""
+    """Pieces of up to three attention chunks off the grid, and blocks of two segments."""
     cache = new_cache(model, ids, block_chunks=2, segment_chunks=1, **where)
     return feed(model, cache, ids, irregular_cuts(model, ids))
 
@@ -125,19 +125,19 @@ def one_piece(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def forked(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
-    """Forks of forks, at a boundary, inside a chunk and inside a block; each is misled by other tokens first."""
+    """Forks of forks, at a boundary, inside a chunk and inside a block; a sibling first reads other tokens."""
     chunk, stop = model.config.attention_chunk_size, ids.shape[1]
     pieces, cache = [], new_cache(model, ids, block_chunks=2, segment_chunks=1, **where)
     for cut in (*(c for c in (chunk, chunk + 3, 2 * chunk, 3 * chunk - 2) if c < stop), stop):
         sibling = cache.fork()
         pieces.append(model(ids[:, cache.offset : cut], cache, logits="all"))
-        model(ids[:, sibling.offset :].flip(1), sibling, logits="none")  # writes other tokens, up to the very end
+        model(ids[:, sibling.offset :].flip(1), sibling, logits="none")  # writes other tokens, up to the end
         cache = cache.fork()
     return torch.cat(pieces, dim=1)
 
 
 def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
-    """The fork of a fork continues while the caches that it came from read something else."""
+    """The fork of a fork continues while its parents read something else."""
     chunk, stop = model.config.attention_chunk_size, ids.shape[1]
     first, second = sorted({min(chunk + 2, stop - 1), min(2 * chunk + 1, stop - 1), stop - 1})[:2]
     cache = new_cache(model, ids, **where)
@@ -153,7 +153,7 @@ def continued_by_the_fork(model: Transformer, ids: Tensor, **where: Any) -> Tens
 
 @contextmanager
 def failing(model: Transformer, layer: int, error: type[BaseException] = RuntimeError) -> Iterator[None]:
-    """A context in which forwards fail in the feed-forward of `layer`, after it has stored and attended."""
+    """A context in which forwards fail in the feed-forward of `layer`, after its attention and cache update."""
 
     def fail(*_: object) -> None:
         raise error("made to fail")
@@ -167,7 +167,7 @@ def failing(model: Transformer, layer: int, error: type[BaseException] = Runtime
 
 
 def repeated_after_failures(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
-    """Every step fails first, in another layer each time, with other and more tokens than when it is repeated."""
+    """Before each step, two forwards of other tokens fail, one of them longer; the layer changes with the step."""
     pieces, cache = [], new_cache(model, ids, **where)
     layers, chunk = model.config.num_hidden_layers, model.config.attention_chunk_size
     for number, cut in enumerate(random_cuts(0, ids.shape[1], 11, 2 * chunk)):
@@ -179,7 +179,7 @@ def repeated_after_failures(model: Transformer, ids: Tensor, **where: Any) -> Te
 
 
 def chunk_by_chunk(model: Transformer, ids: Tensor) -> Tensor:
-    """One attention chunk a step, and blocks of four in two segments: most chunks end inside a block."""
+    """One attention chunk per step, and blocks of four chunks in two segments: most chunks end inside a block."""
     return feed(model, blocks_of_four(model, ids), ids, chunk_cuts(model, ids))
 
 
@@ -193,7 +193,7 @@ def chunk_cuts(model: Transformer, ids: Tensor) -> list[int]:
 
 
 class SavedRows:
-    """A durable store, as a saved context is: each row a file. `written` are the rows in the order of their writing."""
+    """A durable store like a saved context, with one file per row. `written` lists the rows in writing order."""
 
     is_durable = True
 
@@ -214,7 +214,7 @@ class SavedRows:
         return self.files[-1]
 
     def reopened(self, rows: int | None = None) -> list[UnitFile]:
-        """The first `rows` as another process finds them: nothing is known of them but what their headers are."""
+        """The first `rows` as another process finds them: only their headers' digests are known."""
         return [UnitFile(file.source, header_sha256=file._header_sha256) for file in self.files[:rows]]
 
 
@@ -238,7 +238,7 @@ def on_disk(path: Callable[..., Tensor], host_rows: int) -> Path:
 
 
 def restored_after_every_piece(model: Transformer, ids: Tensor) -> Tensor:
-    """`irregular`, each piece fed to a new cache that is restored from what was saved of the one before."""
+    """`irregular`, with each piece fed to a new cache, restored from what the previous one saved."""
     pieces = []
     with tempfile.TemporaryDirectory() as folder:
         saved = SavedRows(pathlib.Path(folder))
@@ -248,7 +248,7 @@ def restored_after_every_piece(model: Transformer, ids: Tensor) -> Tensor:
             tail = cache.tail()
             if cut < ids.shape[1]:
                 with failing(model, model.config.num_hidden_layers - 1):
-                    model(ids[:, cut:].flip(1), cache)  # writes other tokens behind those that are kept
+                    model(ids[:, cut:].flip(1), cache)  # writes other tokens after those that are kept
             cache = new_cache(
                 model,
                 ids,
@@ -262,7 +262,7 @@ def restored_after_every_piece(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def restored_inside_blocks(model: Transformer, ids: Tensor) -> Tensor:
-    """`chunk_by_chunk`, each chunk for which there is a whole block fed to a cache that takes a part of it."""
+    """`chunk_by_chunk`, with each chunk of a saved block fed to a new cache, restored up to there within the block."""
     pieces: list[Tensor] = []
     chunk = model.config.attention_chunk_size
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +293,7 @@ CACHED_PATHS: dict[str, Path] = {
     "chunk by chunk in blocks of four": chunk_by_chunk,
 }
 
-STORED_PATHS: dict[str, tuple[Path, Path]] = {  # with the path that takes the same steps in memory
+STORED_PATHS: dict[str, tuple[Path, Path]] = {  # each with the path that takes the same steps in memory
     "all blocks on disk": (on_disk(irregular, 0), irregular),
     "the newest block in memory": (on_disk(irregular, 1), irregular),
     "forked, on disk": (on_disk(forked, 0), forked),

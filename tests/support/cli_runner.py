@@ -1,5 +1,7 @@
-"""Runs the `l4ctx` command as a person does: as a process of its own, on a terminal, or (where torch is needed, which
-takes seconds to import) in this process with its own standard streams, which are real files and pipes."""
+"""Runs the `l4ctx` command as a user does: as a process, on a terminal, or in this process.
+
+The last is for commands that need torch, which takes seconds to import. Its standard streams are real files and pipes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ ON_TERMINAL = [
     "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli.app import main; main()",
 ]
-TIMEOUT = 120  # seconds, for a machine with much else to do
+TIMEOUT = 120  # seconds; generous, for busy machines
 
 FACTS = {
     "a": ("amber falcon", "48213"),
@@ -76,7 +78,7 @@ def run_process(
     folder: Path | None = None,
     **environment: str,
 ) -> Result:
-    """The command as a process. `stdin` is what is piped in, or a descriptor; `shell` redirections such as 2>&-."""
+    """Runs the command as a process. `stdin`: piped bytes or a descriptor; `shell`: redirections such as 2>&-."""
     piped: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", *COMMAND] if shell else COMMAND
     done = subprocess.run(
@@ -101,7 +103,7 @@ def _without_ours(environment: Any) -> dict[str, str]:
 def run_here(
     *arguments: str, stdin: bytes | IO[str] | None = None, stdout: IO[str] | None = None, encoding: str = "utf-8"
 ) -> Result:
-    """The command in this process. `stdin`: bytes piped in, an open file, or None for /dev/null."""
+    """Runs the command in this process. `stdin`: piped bytes, an open file, or None for /dev/null."""
     with contextlib.ExitStack() as stack:
         streams = {
             "out": stack.enter_context(_scratch(encoding, "strict")),
@@ -113,7 +115,7 @@ def run_here(
         if source is None:
             source = stack.enter_context(open(os.devnull, encoding="utf-8"))
         before = sys.argv, sys.stdin, sys.stdout, sys.stderr
-        on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & leaves it ignored
+        on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
         sys.argv = ["l4ctx", *arguments]
         sys.stdin, sys.stdout, sys.stderr = source, streams["out"], streams["err"]
         code: Any = None
@@ -140,7 +142,7 @@ def _content(file: IO[str]) -> str:
 
 @contextlib.contextmanager
 def _piped(content: bytes) -> Iterator[IO[str]]:
-    """A pipe that holds all of `content` and whose writing end is closed."""
+    """A pipe that holds all of `content`, with its write end closed."""
     reading, writing = os.pipe()
     assert len(content) <= 65536, "more than a pipe holds"
     os.write(writing, content)
@@ -151,7 +153,7 @@ def _piped(content: bytes) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def closed_pipe() -> Iterator[int]:
-    """The writing end of a pipe that nobody reads: what `| head -c 1` leaves behind."""
+    """The write end of a pipe without a reader, as after `| head -c 1`."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -161,9 +163,9 @@ def closed_pipe() -> Iterator[int]:
 
 
 def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns: int = 80) -> tuple[int, bytes]:
-    """The command with a terminal as all three streams: exit code and all that was written to it.
+    """Runs the command with a terminal as all three streams; returns the exit code and everything written to it.
 
-    Ctrl-C is typed when `interrupt_at` has been shown.
+    Types Ctrl-C once `interrupt_at` has been shown.
     """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
@@ -191,14 +193,14 @@ def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns:
 def _read_terminal(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError as error:  # Linux says so when the other side has closed it
+    except OSError as error:  # Linux's end of file, once the other side has closed it
         if error.errno != errno.EIO:
             raise
         return b""
 
 
 def check_refused(result: Result, code: int, *parts: str, as_json: bool = False) -> None:
-    """On stderr one line, which holds `parts`; on stdout nothing, or `as_json` an object that says the same."""
+    """Checks that stderr is one line with `parts`, and stdout empty or, `as_json`, an object that says the same."""
     assert result.code == code, result
     assert re.fullmatch(r"l4ctx: [^\n]+\n", result.stderr), result.stderr
     if as_json:
@@ -225,7 +227,7 @@ def text_file(path: Path, text: str) -> Path:
 
 
 def changed_checkpoint(place: Path, without: str | None = None, **changes: Any) -> Path:
-    """A copy of the sample checkpoint in `place`, with `changes` in its config.json and perhaps a file taken away."""
+    """A copy of the sample checkpoint in `place`, with `changes` to its config.json, and `without` one file."""
     copy = place / "checkpoint"
     shutil.copytree(TINY, copy)
     change_config(copy, **changes)
@@ -235,7 +237,7 @@ def changed_checkpoint(place: Path, without: str | None = None, **changes: Any) 
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Changes fields of a config.json: those of the text model, unless it is one that the whole has."""
+    """Changes fields of a config.json: those of the text model, unless the top level has them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in changes.items():
         (config if name in config else config["text_config"])[name] = value
@@ -243,7 +245,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def text_only_checkpoint(place: Path) -> Path:
-    """The sample checkpoint's text model alone, flat and in one file."""
+    """The sample checkpoint's text model alone, with a flat configuration and a single file of weights."""
     copy = place / "text"
     copy.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -261,19 +263,19 @@ def text_only_checkpoint(place: Path) -> Path:
 
 
 def fact_document(name: str, lines: int = 23) -> str:
-    """One fact among lines of filler, 39 tokens each; none that a boundary of chunks of 512 or 2048 tokens cuts."""
+    """One fact among lines of filler, 39 tokens each; no boundary of chunks of 512 or 2048 tokens cuts the fact."""
     before = lines * {"a": 2, "b": 9, "c": 7, "d": 4}[name] // 23
     return f"{FILLER * before}{answer(name)}{FILLER * (lines - before)}"
 
 
 def flip(file: Path, place: int) -> None:
-    """Changes a bit of the byte at `place`."""
+    """Flips one bit of the byte at `place`."""
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
 
 
-# The folder `docs` and the context `c` of it, where the command works
+# By default, these work on the folder `docs` and its context `c`, in the current folder
 
 
 def prefill(*arguments: str, paths: tuple[str, ...] = ("docs",), context: str = "c") -> Result:
@@ -281,7 +283,7 @@ def prefill(*arguments: str, paths: tuple[str, ...] = ("docs",), context: str = 
 
 
 def ask(name: str, *arguments: str, **options: Any) -> Result:
-    """Asks for one of FACTS."""
+    """Asks about one of FACTS."""
     return run_here("ask", question(name), *arguments, **options)
 
 
@@ -291,19 +293,19 @@ def check_answers(*arguments: str, names: str = "abc", context: str = "c") -> No
 
 
 def told(*arguments: str, context: str = "c") -> dict[str, Any]:
-    """What --json prints of a question to a context."""
+    """What a question to a context prints with --json."""
     return json.loads(ask("a", *arguments, "--context", context, "--json", "--quiet").stdout)
 
 
 def spans(context: str = "c") -> list[int]:
-    """Positions at which the documents of a context begin, then that at which the last one ends."""
+    """The positions at which the documents of a context begin, then the end of the last one."""
     state = json.loads(run_here("inspect", context, "--json").stdout)["states"][0]
     tokens = [document["tokens"] for document in state["documents"]]
     return list(itertools.accumulate(tokens, initial=state["tokens"] - sum(tokens)))
 
 
 def write_what_is_read(top: Path) -> Path:
-    """The files and folders that the cases name."""
+    """Writes the files and folders that the test cases name."""
     text_file(top / "docs" / "a.md", DOCUMENT)
     text_file(top / "docs" / "b.txt", "Other words.\n")
     text_file(top / "docs" / ".hidden.md", DOCUMENT)

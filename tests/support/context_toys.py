@@ -1,8 +1,7 @@
-"""A tiny random model and saved contexts of it: made, gone on with and asked in this process, as l4ctx.run.session
-does.
+"""A tiny random model and its saved contexts: created, continued and asked in this process, as l4ctx.run.session does.
 
-A block is two attention chunks and two segments unless said, so that ten of them are ten small files. Knows nothing of
-text: documents are token ids. Imports no pytest, as tests/soak/kill_prefill.py uses it.
+By default a block is two attention chunks in two segments, so that ten blocks are ten small files. Knows nothing of
+text: documents are token ids. Does not import pytest, because tests/soak/kill_prefill.py uses it.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ QUESTION = array("i", [5, 71, 3, 3, 44, 90, 12, 8, 60])
 
 @dataclass(frozen=True)
 class Kind:
-    """How a context is made."""
+    """The settings of a saved context."""
 
     kv_dtype: str = "float32"
     dtype: str = "float32"
@@ -72,7 +71,7 @@ class Kind:
     segment_tokens: int = CHUNK
 
     def layout(self, tokens: int) -> StoreLayout:
-        """Of a run over so many tokens and the question."""
+        """The layout of a run over `tokens` tokens and the question."""
         return StoreLayout(
             CONFIG, tokens + len(QUESTION), self.dtype, self.kv_dtype, 1, self.block_tokens, self.segment_tokens
         )
@@ -96,12 +95,12 @@ class Kind:
 
 @functools.cache
 def model(dtype: str = "float32") -> Transformer:
-    """A model with random weights, the same each time."""
+    """A model with random weights, the same on each call."""
     return randomized(Transformer(CONFIG).to(getattr(torch, dtype)), seed=0)
 
 
 def randomized(module: Module, seed: int) -> Module:
-    """The module, with random weights."""
+    """Gives the module random weights, and returns it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -134,9 +133,9 @@ def reading(
     images: Sequence[ImageSpan] = (),
     features: Any = None,
 ) -> Iterator[int]:
-    """Reads `ids` into the context: how many tokens there were already, then how many there are after each step.
+    """Reads `ids` into the context. Yields how many tokens it had, then how many it has after each step.
 
-    `features` are those of the images among them.
+    `features` are those of the images in `ids`.
     """
     layout = kind.layout(len(ids))
     start = writer.begin(memoryview(ids), spans(ids), layout, system=False, images=images)
@@ -165,7 +164,7 @@ def keep(
     images: Sequence[ImageSpan] = (),
     features: Any = None,
 ) -> int:
-    """What `l4ctx prefill` does, up to a number of tokens if given; returns how many tokens were there before."""
+    """Does what `l4ctx prefill` does, optionally up to a number of tokens; returns how many were there before."""
     with closing(ContextWriter(folder, kind.recipe)) as writer:
         writer.drop_damaged(verify=verify)
         start = None
@@ -185,7 +184,7 @@ def answer(
     residency: Residency = IN_MEMORY,
     dtype: str | None = None,
 ) -> Tensor:
-    """Logits of the question behind what the context holds; or behind `ids`, of which it may hold the first."""
+    """Logits of the question after the context's tokens, or after `ids`, of which it may hold a prefix."""
     with closing(ContextReader(folder)) as reader:
         return answer_of(reader, kind, ids=ids, residency=residency, dtype=dtype)
 
@@ -225,13 +224,13 @@ def _fresh_answer(ids: bytes, kind: Kind) -> Tensor:
 
 @functools.cache
 def rounding() -> float:
-    """The limit of a relative difference of the model's float32 logits from those of float64."""
+    """The limit for the relative difference of the model's float32 logits from float64 ones."""
     ids = as_batch(tokens(8 * BLOCK), torch.device("cpu"))
     return limit(in_float64(model(), lambda model: model(ids)), model()(ids))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal within rounding on both sides, as for a run that resumes where a fresh run's grid has no cut."""
+    """Equal within rounding on both sides, as for a run that resumes off the grid of a fresh run."""
     return difference(a, b) <= 2 * rounding()
 
 
@@ -241,21 +240,21 @@ def read(cache: HybridKVCache, ids: memoryview, kind: Kind) -> None:
 
 
 def logits(cache: HybridKVCache, dtype: str) -> Tensor:
-    """Of the question behind what the cache holds."""
+    """Logits of the question after the cache's tokens."""
     found = model(dtype)(as_batch(QUESTION, torch.device("cpu")), cache)
     assert found is not None and found.isfinite().all()
     return found
 
 
 def block_digests(folder: Path) -> list[str]:
-    """Of the bytes of every block of the newest complete state."""
+    """Digests of the bytes of every block of the newest complete state."""
     state = Context.read(folder).complete
     assert state is not None
     return [hashlib.sha256((folder / block.name).read_bytes()).hexdigest() for block in state.blocks]
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and modification time of everything in a folder, by name."""
+    """Content and modification time of every file in a folder, by name."""
     return {
         path.relative_to(folder).as_posix(): (b"" if path.is_dir() else path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))

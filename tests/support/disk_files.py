@@ -1,4 +1,4 @@
-"""Files of units as tests write, read and break them."""
+"""Writes, reads and damages files of units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors = dict[str, list[tuple[str, Tensor]]]
 
 
 def tensors(seed: int = 0) -> Tensors:
-    """Three units: of every dtype, of an empty and a scalar tensor, of many bytes."""
+    """Three units: one of every dtype, one of an empty and a scalar tensor, one of many bytes."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(3, 5, generator=generator) * 50
     return {
@@ -55,5 +55,5 @@ def path_of(file: UnitFile) -> Path:
 
 
 def again(file: UnitFile) -> UnitFile:
-    """As another process finds it."""
+    """The file as another process finds it."""
     return UnitFile(path_of(file), header_sha256=file._header_sha256)

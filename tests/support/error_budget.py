@@ -1,7 +1,7 @@
-"""How far from the truth a float32 result may be: a few times as far as the float32 reference itself.
+"""Limits the error of a float32 result to a few times that of the float32 reference itself.
 
-The truth is the reference computed in float64. Its float32 error is measured on the processor that the tests run on,
-for the case at hand, so that no limit is fitted to a processor, a library or a thread count.
+Errors are relative to the reference computed in float64. The float32 reference's error is measured for each case on the
+processor that runs the tests, so that no limit is tuned to a processor, a library or a thread count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 class InFloat64(TorchFunctionMode):
-    """A context in which explicit requests for float32 get float64: norms, phases, softmax."""
+    """A context in which explicit requests for float32 (norms, phases, softmax) get float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
@@ -48,7 +48,7 @@ def in_float64(module: Module, run: Callable[[Module], Tensor]) -> Tensor:
     with torch.no_grad(), InFloat64():
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
-                if type(child).__name__.endswith("RotaryEmbedding"):  # of `transformers`: its phases were float32
+                if type(child).__name__.endswith("RotaryEmbedding"):  # from `transformers`: its phases were float32
                     assert "config" in inspect.signature(type(child)).parameters
                     setattr(parent, name, type(child)(config=child.config))
         result = run(twin)
@@ -57,18 +57,18 @@ def in_float64(module: Module, run: Callable[[Module], Tensor]) -> Tensor:
 
 
 def difference(ours: Tensor, exact: Tensor) -> float:
-    """The largest difference, relative to the largest exact number. NaN where there is one, which is below no limit."""
+    """The largest difference, relative to the largest exact number. NaN if there is one, which exceeds every limit."""
     assert ours.shape == exact.shape, (ours.shape, exact.shape)
     return ((ours - exact).abs().max() / exact.abs().max()).item()
 
 
 def limit(exact: Tensor, *references: Tensor) -> float:
-    """What `difference` from `exact` is allowed, by the errors of float32 references of the same numbers."""
+    """The largest allowed `difference` from `exact`, given float32 references of the same numbers."""
     assert exact.dtype == torch.float64 and all(reference.dtype == torch.float32 for reference in references)
     return limit_by(*(difference(reference, exact) for reference in references))
 
 
 def limit_by(*errors: float) -> float:
-    """The same, by the errors' sizes."""
+    """The same, given the errors themselves."""
     assert errors and all(error <= UNFIT for error in errors), errors
     return FACTOR * max(FLOOR, *errors)

@@ -1,4 +1,4 @@
-"""Random `.gitignore` files with paths to ask about, over all that git's patterns know; and what git says of them."""
+"""Random `.gitignore` files that cover all of git's pattern syntax, with paths to match; and git's own verdicts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ENDS = [b" ", b"  ", b"\t", b"\r", b" \r", b"\\ ", b"\\  ", b"/ ", b"\\"]
 
 @dataclass(frozen=True)
 class RuleSet:
-    """The content of a `.gitignore`, and entries of its folder: (path, whether it is a folder)."""
+    """The content of a `.gitignore`, and the entries of its folder: (path, whether it is a folder)."""
 
     rules: bytes
     entries: tuple[tuple[bytes, bool], ...]
@@ -84,12 +84,12 @@ def random_pattern(draw: random.Random) -> bytes:
     kinds = [LITERALS, LITERALS[:5], LITERALS[:5], WILDCARDS, CLASSES, ESCAPES]
     pattern = b"".join(draw.choice(draw.choice(kinds)) for _ in range(draw.choice([1, 1, 2, 2, 3, 3, 4, 6])))
     pattern = b"!" * (draw.random() < 0.2) + b"/" * (draw.random() < 0.15) + pattern + b"/" * (draw.random() < 0.2)
-    pattern = re.sub(rb"^(!?/?[^*?[\\]*[^*?[\\/!])\*\*+", rb"\1*", pattern)  # gits differ about a**/b
+    pattern = re.sub(rb"^(!?/?[^*?[\\]*[^*?[\\/!])\*\*+", rb"\1*", pattern)  # versions of git differ on a**/b
     return pattern + (draw.choice(ENDS) if draw.random() < 0.15 else b"")
 
 
 def random_name(draw: random.Random) -> bytes:
-    """A file's name, which does not begin with a dot."""
+    """A file name that does not begin with a dot."""
     letters = [
         draw.choice(LITERALS[:5] if draw.random() < 0.6 else [*LITERALS, b"[", b"*", b"\\"])
         for _ in range(draw.choice([1, 1, 2, 2, 3, 4]))
@@ -118,7 +118,7 @@ def random_sets(seed: int, count: int) -> list[RuleSet]:
 
 
 def ignored_by_git(repository: Path, sets: list[RuleSet], *, ignore_case: bool) -> list[list[bool]]:
-    """For each entry of each set whether git ignores it, by itself or by a folder that it is in. One git for all."""
+    """Whether git ignores each entry of each set, itself or through a parent folder. Runs git once for all."""
     subprocess.run(["git", "init", "-q", repository], check=True)
     subprocess.run(["git", "-C", repository, "config", "core.ignoreCase", str(ignore_case).lower()], check=True)
     asked = []

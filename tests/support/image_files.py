@@ -1,4 +1,4 @@
-"""Image files to read, whole ones and such as no program would write."""
+"""Image files to read, both valid ones and ones that no program would write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l4ctx.documents.images import pixels_digest, read_image
 
 
 def pattern(width: int = 37, height: int = 23, mode: str = "RGB") -> Image.Image:
-    """Something with a distinct look at every corner."""
+    """An image with a distinct look in every corner."""
     shade = Image.linear_gradient("L")
     bands = [
         shade.resize((width, height)),
@@ -29,7 +29,7 @@ def encoded(image: Image.Image, name: str, **options: object) -> bytes:
 
 
 def decoded(raw: bytes) -> Image.Image:
-    """By `decode()`, which has to agree with what was found at first."""
+    """The image from `decode()`, checked against the size and digest found on first reading."""
     shown, _ = read_image("image", raw, None)
     image = shown.decode()
     assert image.mode == "RGB" and image.size == (shown.width, shown.height)
@@ -52,7 +52,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: by
 
 
 def tiff(*entries: tuple[int, int, int, int], pixels: bytes = b"") -> bytes:
-    """Little-endian, of one directory with these entries: tag, type, count, value."""
+    """A little-endian TIFF file of one directory with these entries: tag, type, count, value."""
     directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
     return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + pixels
 

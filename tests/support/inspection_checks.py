@@ -1,4 +1,4 @@
-"""Inspects checkpoints and contexts for tests, and damages their files."""
+"""Helpers that inspect checkpoints and contexts, and damage their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Break = Callable[[Path], object]
 
 
 def inspected(folder: Path, *, verify: bool = False) -> tuple[dict[str, Any], str]:
-    """The report, which must be plain JSON, and the listing, which must be harmless on a terminal."""
+    """The report, checked to be plain JSON, and the listing, checked to be safe on a terminal."""
     before = snapshot(folder)
     report = inspect_folder(str(folder), verify=verify)
     assert json.loads(json.dumps(report, allow_nan=False)) is not None
@@ -36,7 +36,7 @@ def whats(report: dict[str, Any]) -> list[str]:
 
 
 def check_damage(report: dict[str, Any], damage: list[str]) -> None:
-    """That is all of the checkpoint's damage, line by line a part of each."""
+    """Checks that the checkpoint's damage has exactly these lines; `damage` holds a part of each."""
     found = whats(report)
     assert exit_code(report) == 3 and len(found) == len(damage), found
     for part, line in zip(damage, found, strict=True):
@@ -58,13 +58,13 @@ def cut(file: Path, length: int = -1) -> None:
 
 
 def pipe(file: Path) -> None:
-    """A named pipe takes the file's place."""
+    """Replaces the file with a named pipe."""
     file.unlink()
     os.mkfifo(file)
 
 
 def randomly_damaged(folder: Path, chance: random.Random, limit: int = 10**9) -> Iterator[Path]:
-    """Each file of the folder in turn with some bytes changed, inserted or left out among its first `limit`."""
+    """Each file of the folder in turn, with some bytes among its first `limit` changed, inserted or removed."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         kept, data = file.read_bytes(), bytearray(file.read_bytes())
         for _ in range(chance.randrange(1, 4) if data else 0):

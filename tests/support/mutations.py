@@ -1,7 +1,7 @@
-"""Tools that break our model on purpose, by patching what is wrong into its parts. Used by test_mutations.py.
+"""Tools that break our model on purpose, by patching wrong code into its parts. Used by test_mutations.py.
 
-Each function returns a mutation, which a test applies through pytest's monkeypatch. Given what is right instead of what
-is wrong, the same tools must change nothing: the controls of the controls.
+Each function returns a mutation, which a test applies through pytest's monkeypatch. Given correct code instead, the
+same tools must change nothing; tests check that too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOY = SimpleNamespace(floor_scale=BASE["floor_scale"], attn_scale=BASE["attn_sca
 
 
 def config_with(**changes: Any) -> Mutation:
-    """The config is read wrongly. A callable gets the config; `rope` changes the rope parameters."""
+    """Reads the config wrongly. A callable value gets the config; `rope` changes the rope parameters."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = TextConfig.from_folder
@@ -50,7 +50,7 @@ def config_with(**changes: Any) -> Mutation:
 
 
 def temperature(formula: Callable[[Tensor, TextConfig], Tensor], relative: bool = False) -> Mutation:
-    """`formula` of positions; `relative` counts them from the forward's start, as seen only in paths with a cache."""
+    """Temperature by `formula`; `relative` counts positions from the forward's start (visible only with a cache)."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         def wrong(config: TextConfig, positions: range, device: torch.device) -> Tensor:
@@ -67,7 +67,7 @@ def correct_temperature(position: Tensor, config: Any) -> Tensor:
 
 
 def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> Mutation:
-    """Temperature in the `chosen` layers, on their queries or their keys, after rotation and norm."""
+    """Applies temperature in the `chosen` layers, to their queries or their keys, after rotation and norm."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         forward, attend = Attention.forward, model.attention.attend
@@ -92,7 +92,7 @@ def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> M
 
 
 def rotated(wrong: Callable[[Attention, Tensor, Tensor], Tensor]) -> Mutation:
-    """Rotation and norm of queries and keys (B, T, H, D)."""
+    """Replaces rotation and norm of queries and keys (B, T, H, D)."""
     return lambda patch: patch.setattr(Attention, "_rotated", wrong)
 
 
@@ -115,7 +115,7 @@ def rotated_everywhere(self: Attention, x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def attribute(change: Callable[[Attention, TextConfig], None]) -> Mutation:
-    """Attention layers that differ after their construction."""
+    """Changes attention layers after their construction."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = Attention.__init__
@@ -138,7 +138,7 @@ def qk_eps(value: float, nope_too: bool = False) -> Mutation:
 
 
 def mask(predicate: Callable[[Tensor, Tensor, int], Tensor], nope_too: bool = False) -> Mutation:
-    """A wrong predicate for RoPE layers, read by the eager backend."""
+    """Gives RoPE layers a wrong predicate, which the eager backend reads."""
 
     class Wrong(AttentionMask):
         def mask_mod(self, b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -174,8 +174,9 @@ def moe(
     sort_back: bool = True,
     gate: Callable[[Tensor, Tensor], Tensor] = lambda top, logits: top.sigmoid(),
 ) -> Mutation:
-    """A naive MoE, expert by expert; scores are applied so many times, here or there.
+    """A naive MoE, expert by expert.
 
+    The `score_` exponents say where and how often scores are applied. `sort_back` restores the order of the tokens.
     `gate` gets the top-k and all logits.
     """
 
@@ -200,7 +201,7 @@ def moe(
 
 
 def weights(change: Callable[[Transformer], None]) -> Mutation:
-    """Loaded weights are put in the wrong place."""
+    """Changes the model's weights after loading."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = model.transformer.Transformer.eval
@@ -259,7 +260,7 @@ def frequencies(change: Callable[[TextConfig, Tensor, float], tuple[Tensor, floa
 
 
 def llama3_without_division_guard(rope: Any, unscaled: Tensor) -> Tensor:
-    """A smooth factor as in Llama 3.1's reference, with nothing done about low == high: 0 / 0 or worse."""
+    """The smooth factor of Llama 3.1's reference, without a guard for low == high: 0 / 0 or worse."""
     turns = rope.original_max_position_embeddings * unscaled / (2 * torch.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return unscaled * (smooth + (1 - smooth) / rope.factor)

@@ -1,6 +1,6 @@
-"""Llama 4 by the book: one token, one head, one expert at a time, in float64, from a checkpoint's raw tensors.
+"""Textbook Llama 4: one token, one head, one expert at a time, in float64, from a checkpoint's raw tensors.
 
-Independent of `transformers` and of our model: absolute phases, plain loops. For rope_type default only.
+Independent of `transformers` and of our model: absolute phases, plain loops. Supports only rope_type default.
 """
 
 from __future__ import annotations

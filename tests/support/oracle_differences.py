@@ -1,4 +1,4 @@
-"""A model and `transformers`, loaded from one folder and compared."""
+"""Compares a model with `transformers`, both loaded from the same folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def differences(
     cases: Iterable[tuple[int, int]] = CASES,
     backends: Iterable[str] = BACKEND_NAMES,
 ) -> dict[str, float]:
-    """Largest difference from the oracle, in multiples of the limit, by backend, path, batch and length."""
+    """The largest difference from the oracle, in multiples of the limit, by backend, path, batch and length."""
     found = {}
     for backend in backends:
         model = make_model(toy.folder, backend)

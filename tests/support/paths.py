@@ -1,6 +1,6 @@
-"""The ways in which a model can be made to compute the logits of a whole sequence. All must agree.
+"""The ways to make a model compute the logits of a whole sequence. All must agree.
 
-A new way (a cache, a driver) is added to PATHS, and the oracle suite and the mutation controls then run it.
+Add a new way (a cache, a driver) to PATHS: the oracle suite and the mutation controls then run it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from model.transformer import Transformer
 
 
 class NaiveCache:
-    """Keeps everything for ever, one segment a forward, for every kind of layer; masks alone decide what is seen."""
+    """Keeps everything, one segment per forward, for all layers; masks alone decide what is visible."""
 
     def __init__(self, length: int) -> None:
         self.offset = 0
@@ -41,7 +41,7 @@ def full(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def naive_pieces(model: Transformer, ids: Tensor) -> Tensor:
-    """Forwards of 1, 5, 14, 1, 5, 14, ... tokens: shorter and longer than an attention chunk of 7, across its ends."""
+    """Forwards of 1, 5, 14, 1, 5, 14, ... tokens: shorter and longer than an attention chunk of 7, and across ends."""
     cache = NaiveCache(ids.shape[1])
     pieces, sizes = [], (1, 5, 14)
     while cache.offset < ids.shape[1]:

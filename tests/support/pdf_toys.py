@@ -1,4 +1,4 @@
-"""Small PDFs made by hand: pages of text, images, rotated and cropped, encrypted and broken ones, and bombs."""
+"""Small handmade PDFs: text, images, rotated and cropped pages, encrypted and damaged files, and bombs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _PADDING = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
 _IDENTIFIER = bytes(range(16))
 
-_MAPPED = {  # one byte a character
+_MAPPED = {  # one byte per character
     "A": "00E9", "B": "4E2D", "C": "D83DDE00", "D": "00660069",  # an accent, Chinese, an emoji, a ligature
     "E": "00AD", "F": "D83D", "G": "0000", "H": "000C",  # a soft hyphen, half a surrogate pair, nothing, a page end
 }  # fmt: skip
@@ -25,7 +25,7 @@ _TO_UNICODE = (
 
 @dataclass(frozen=True)
 class Page:
-    """What one page is made of: drawing operators, the box in points, further entries of its dictionary."""
+    """The content of one page: drawing operators, its box in points, more entries of its dictionary."""
 
     content: bytes = b""
     box: bytes = b"/MediaBox [0 0 300 200]"
@@ -33,7 +33,7 @@ class Page:
 
 
 def text(*lines: bytes, font: bytes = b"F1") -> bytes:
-    """Operators that draw the lines from the top of a page that is 200 points high. Bytes are WinAnsi, F2 maps them."""
+    """Operators that draw lines from the top of a page 200 points high. Bytes are WinAnsi, or mapped by font F2."""
     drawn = b"".join(b"(" + line + b") Tj 0 -14 Td " for line in lines)
     return b"BT /" + font + b" 12 Tf 20 170 Td " + drawn + b"ET"
 
@@ -73,7 +73,7 @@ def objects_of(pages: list[Page]) -> list[bytes]:
 
 
 def assembled(objects: list[bytes], trailer: bytes = b"") -> bytes:
-    """A file of these objects, the first being the catalog, with its table of offsets."""
+    """A file of these objects, of which the first is the catalog, with a cross-reference table."""
     out, offsets = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", []
     for number, content in enumerate(objects, 1):
         offsets.append(len(out))
@@ -102,7 +102,7 @@ def _rc4(key: bytes, data: bytes) -> bytes:
 
 
 def encrypted(password: bytes, *pages: Page, scheme: bytes = b"/Filter /Standard") -> bytes:
-    """The oldest scheme of the standard: 40 bits of RC4. `password` is the one to open it with."""
+    """A file encrypted by the oldest scheme of the standard, 40-bit RC4. `password` opens it."""
     padded, permissions = (password + _PADDING)[:32], b"\xfc\xff\xff\xff"
     owner = _rc4(hashlib.md5((b"owner" + _PADDING)[:32]).digest()[:5], padded)
     key = hashlib.md5(padded + owner + permissions + _IDENTIFIER).digest()[:5]
@@ -125,14 +125,14 @@ def _twice_deflated(blanks: int) -> bytes:
 
 
 def memory_bomb(*pages: Page, at: int, count: int) -> bytes:
-    """The page `at` (from 0) has `count` bytes of content, blanks; the file is small, as they are deflated twice."""
+    """A small file whose page `at` (from 0) has `count` bytes of content: blanks, deflated twice."""
     objects = objects_of(list(pages))
     objects[7 + 2 * at] = stream(_twice_deflated(count), b"/Filter [/FlateDecode /FlateDecode] ")
     return assembled(objects)
 
 
 def noise(*, pages: int, side: int) -> bytes:
-    """Every page shows another image of so many bytes, squared."""
+    """A file whose pages each show a different noise image of `side` x `side` pixels."""
     objects, draw = objects_of([Page(b"300 0 0 200 0 0 cm /I1 Do")] * pages), random.Random(0)
     look = b"/Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceGray /BitsPerComponent 8 "
     first = len(objects) + 1
@@ -143,7 +143,7 @@ def noise(*, pages: int, side: int) -> bytes:
 
 
 def time_bomb(*pages: Page, depth: int) -> bytes:
-    """What SCANNED shows is a form here: one that draws the next ten times, and so on, and the last one nothing."""
+    """SCANNED with a form as its image: each form draws the next one ten times, and the last draws nothing."""
     objects = objects_of(list(pages))
     form = b"/Type /XObject /Subtype /Form /BBox [0 0 300 200] "
     chain = [
@@ -155,7 +155,7 @@ def time_bomb(*pages: Page, depth: int) -> bytes:
 
 
 def broken(seed: int) -> dict[str, bytes]:
-    """Damaged documents by the name of the damage; whole, they have the lines "first" and "second", a page each."""
+    """Damaged documents by kind of damage; undamaged, they have the lines "first" and "second", one per page."""
     pages = [Page(text(b"first")), Page(text(b"second"))]
     draw = random.Random(seed)
     whole, objects = pdf(*pages), objects_of(pages)

@@ -1,4 +1,4 @@
-"""Where things lie: this repository, its sample model, and facts about the published models, where they are there."""
+"""Paths: this repository, its sample model, and facts about the published models, if present."""
 
 from __future__ import annotations
 

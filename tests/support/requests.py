@@ -1,4 +1,4 @@
-"""Requests of options by their names on the command line, as tests write them."""
+"""Builds requests from options by their names on the command line."""
 
 from __future__ import annotations
 

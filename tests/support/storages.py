@@ -1,4 +1,4 @@
-"""The tensors that are alive, counted by their storages."""
+"""Counts the memory of live tensors by their storages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages that operations within it allocate and that are still alive."""
+    """Counts the bytes of all live storages that operations within this context allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class LiveStorages(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        with self:  # what is composed of other operations is looked into
+        with self:  # looks into composite operations too
             result = func.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result

@@ -1,4 +1,4 @@
-"""Caches with sealed blocks in every tier, filled, restored and compared."""
+"""Fills, restores and compares caches with sealed blocks in every tier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 2 * CHUNK
 
 
 def shown(cache: HybridKVCache, layer: int, queries: range) -> list[tuple[int, Tensor, Tensor]]:
-    """What the layer's attention would see, copied: each segment is valid only until the next."""
+    """What the layer's attention would see. Copied, because each segment is valid only until the next."""
     return [(s.start, s.keys.clone(), s.values.clone()) for s in cache.segments(layer, queries)]
 
 
@@ -30,7 +30,7 @@ def same(a: list[tuple[int, Tensor, Tensor]], b: list[tuple[int, Tensor, Tensor]
 
 
 def together(caches: Sequence[HybridKVCache], tokens: int, *, layers: Sequence[int] = LAYERS) -> None:
-    """One forward of each with the same new tokens: all show what the first one does."""
+    """One forward of each cache with the same new tokens; all must show what the first one does."""
     offset = caches[0].offset
     assert {cache.offset for cache in caches} == {offset}
     for layer in layers:
@@ -47,7 +47,7 @@ def together(caches: Sequence[HybridKVCache], tokens: int, *, layers: Sequence[i
 
 
 def filled(tokens: int, folder: Path, seed: int = 0, **how: object) -> tuple[HybridKVCache, SavedRows]:
-    """A cache that has read so many tokens, and where its rows are saved."""
+    """A cache that has read `tokens` tokens, and the store with its saved rows."""
     saved = SavedRows(folder)
     cache = make(rows=saved, **how)  # type: ignore[arg-type]
     for count in pieces(seed, tokens):

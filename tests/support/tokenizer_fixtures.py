@@ -1,4 +1,4 @@
-"""A toy tokenizer folder in the published format, made in a moment: Llama 4's pattern, bytes, 400-odd tokens."""
+"""A toy tokenizer folder in the published format, quick to make: Llama 4's pattern, bytes, about 400 tokens."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def _trained(digits: str) -> str:
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
-    tokenizer.add_tokens(["<|python_start|>"])  # special: false, and it matches all the same
+    tokenizer.add_tokens(["<|python_start|>"])  # not special, but still matched in text
     return tokenizer.to_str()
 
 
 def toy_tokenizer_folder(
     path: Path, *, digits: str = r"\p{N}{1,3}", change: Callable[[dict[str, Any]], None] | None = None
 ) -> Path:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja to `path`; `change` edits the first."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja to `path`; `change` edits the first."""
     content = json.loads(_trained(digits))
     if change is not None:
         change(content)

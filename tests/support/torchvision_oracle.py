@@ -1,7 +1,7 @@
-"""Makes torchvision's Python parts importable where its native library does not fit the torch that is installed.
+"""Makes torchvision's Python parts importable if its native library does not match the installed torch.
 
-`transformers`' image processor, our oracle, resizes and pads with those parts alone. Without this, a CUDA build of
-torchvision beside a CPU build of torch fails on import, and with it every import of a Llama 4 class.
+Our oracle, the image processor of `transformers`, resizes and pads with those parts only. Without this, a CUDA build of
+torchvision with a CPU build of torch fails on import, and so does every import of a Llama 4 class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-# What torchvision's Python parts register something for, whether or not the native library could be loaded.
+# Operators for which torchvision's Python parts register kernels, even if the native library could not be loaded.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -22,7 +22,7 @@ _declared: list[object] = []  # a schema lives as long as the library object tha
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Finds nothing itself: just before torchvision is imported for the first time, it sees to the operators."""
+    """Finds no modules; declares the missing operators just before torchvision is first imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -34,13 +34,13 @@ class _BeforeTorchvision(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Let torchvision be imported from now on, by whomever; costs nothing where nobody does."""
+    """Makes torchvision importable in this process; costs nothing if nobody imports it."""
     if "torchvision" not in sys.modules and not any(isinstance(each, _BeforeTorchvision) for each in sys.meta_path):
         sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def prepare_processes(folder: Path) -> None:
-    """Write to `folder` what does the same in every Python process that has `folder` in its PYTHONPATH."""
+    """Writes a file to `folder` that does the same in every Python process with `folder` in PYTHONPATH."""
     here = str(Path(__file__).resolve().parent)
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {here!r})\nimport torchvision_oracle\nsys.path.remove({here!r})\n"
@@ -50,7 +50,7 @@ def prepare_processes(folder: Path) -> None:
 
 
 def declare_missing_operators() -> None:
-    """Declare the operators that the native library would have brought, if it cannot be loaded. Imports torch."""
+    """Declares the operators of the native library if it cannot be loaded. Imports torch."""
     import torch
 
     spec = PathFinder.find_spec("torchvision")
@@ -60,7 +60,7 @@ def declare_missing_operators() -> None:
         try:
             torch.ops.load_library(library)
         except OSError:
-            continue  # another build of torch is what it wants
+            continue  # it was built for another torch
         return
     fragment = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:

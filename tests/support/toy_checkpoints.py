@@ -28,7 +28,7 @@ CHUNK, FLOOR_SCALE, VOCABULARY = 7, 9, 97
 IMAGE_TOKEN = VOCABULARY - 1
 SCALES = (0.02, 0.25)  # small weights hide errors of attention, large ones errors of eps
 MANY_ROWS = (1, 61)  # batch, length
-LENGTHS = (5, CHUNK, 2 * CHUNK + 1, 61)  # within a chunk, exactly one, several, past six floors of the temperature
+LENGTHS = (5, CHUNK, 2 * CHUNK + 1, 61)  # within a chunk, exactly one, several, past six temperature steps
 
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,11 +72,11 @@ LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.7, 2.1], "long_factor": [1.5, 2.0,
 
 @dataclass(frozen=True)
 class Kind:
-    """One named configuration: what differs from BASE, and how it is stored."""
+    """One named configuration: its differences from BASE, and how it is stored."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     nested: bool = False
-    vision: dict[str, Any] = field(default_factory=lambda: VISION)  # of a nested one
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)  # of a nested configuration
     max_shard_size: str = "5GB"
     dtype: torch.dtype = torch.float32
 
@@ -140,22 +140,22 @@ class Toy:
 
     @functools.cache  # noqa: B019 (as long-lived as the session's toys)
     def case(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Token ids (B, T) and the oracle's logits (B, T, V): its full forward in float64, without a cache."""
+        """Token ids (B, T), and the oracle's logits (B, T, V) from a full float64 forward without a cache."""
         generator = torch.Generator().manual_seed(1000 * batch + length)
         ids = torch.randint(VOCABULARY, (batch, length), generator=generator)
         return ids, in_float64(self.oracle, lambda oracle: oracle(ids, use_cache=False).logits)
 
     @functools.cache  # noqa: B019
     def limit(self, batch: int, length: int) -> float:
-        """What `error_budget.difference` from the case's logits is allowed in float32.
+        """The largest allowed `error_budget.difference` from the case's logits in float32.
 
-        A few rows may be computed with luck, so the errors of many rows count too.
+        A few rows may have small errors by luck, so the errors of many rows count too.
         """
         return limit_by(*(error for case in {(batch, length), MANY_ROWS} for error in self.errors(*case)))
 
     @functools.cache  # noqa: B019
     def errors(self, batch: int, length: int) -> list[float]:
-        """Of the float32 oracle, by its two kinds of attention."""
+        """The errors of the float32 oracle, for both of its attention implementations."""
         ids, expected = self.case(batch, length)
         found = []
         for attention in ("sdpa", "eager"):
@@ -169,7 +169,7 @@ Toys = Callable[[str, float], Toy]
 
 
 def oracle_model(kind: Kind, std: float, seed: int) -> Llama4ForCausalLM | Llama4ForConditionalGeneration:
-    """A `transformers` model with eager attention and random weights of `std`; norm weights lie around 1."""
+    """A `transformers` model with eager attention and random weights of `std`; norm weights are around 1."""
     text = Llama4TextConfig(**(BASE | kind.changes))
     if kind.nested:
         vision = Llama4VisionConfig(**kind.vision)
@@ -186,12 +186,12 @@ def oracle_model(kind: Kind, std: float, seed: int) -> Llama4ForCausalLM | Llama
     model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # all of them: attention biases start as zeros
+        for name, parameter in model.named_parameters():  # all of them, because attention biases start as zeros
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name
             parameter.copy_(1 + 0.2 * noise if is_norm else std * noise)
             if kind.dtype != torch.float32:
-                parameter.copy_(parameter.to(kind.dtype))  # what is stored, so that nothing is lost when writing
+                parameter.copy_(parameter.to(kind.dtype))  # round as stored, so that writing loses nothing
     return model.eval()
 
 
@@ -201,7 +201,7 @@ def write_toy(folder: Path, name: str, std: float) -> Toy:
 
 
 def write_kind(folder: Path, name: str, kind: Kind, std: float, seed: int) -> Toy:
-    """Writes a checkpoint of any kind, to be called `name`, into `folder` (created)."""
+    """Writes a checkpoint of any kind, called `name`, into `folder` (created)."""
     model = oracle_model(kind, std, seed)
     stored = model
     if kind.dtype != torch.float32:
