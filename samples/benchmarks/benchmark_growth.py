@@ -112,7 +112,7 @@ def show(runs: list[dict[str, Any]], fit: dict[str, Any]) -> None:
         f"largest {fit['largest_residual']:+.1%}"
     )
     print(
-        f"memory between the two longest: {fit['bytes_per_token']:.1f} bytes a token; closed form "
+        f"memory between the two longest: {fit['bytes_per_token']:.1f} bytes per token; closed form "
         f"{fit['closed_form_per_token']:.1f} ({fit['bytes_per_token'] / fit['closed_form_per_token'] - 1:+.1%})"
     )
 
@@ -128,7 +128,7 @@ def main() -> None:
         print(json.dumps(run(args.tokens[0], args.threads)))
         return
     if len(set(args.tokens)) < 2 or max(args.tokens) < 4 * CHUNK or any(tokens % CHUNK for tokens in args.tokens):
-        parser.error(f"give two multiples of {CHUNK:,} or more, the largest of at least {4 * CHUNK:,}")
+        parser.error(f"give at least two multiples of {CHUNK:,}, the largest at least {4 * CHUNK:,}")
     runs = []
     for tokens in sorted(set(args.tokens)):
         command = [

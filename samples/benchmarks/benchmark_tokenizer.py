@@ -72,8 +72,8 @@ def shown(result: dict[str, Any], cores: int) -> str:
     return (
         f"{result['characters']:>11,} characters, {tokens:>10,} tokens, {cores} core{'s' * (cores > 1)}: "
         f"{result['characters'] / seconds:>10,.0f} characters/s, {tokens / seconds:>9,.0f} tokens/s "
-        f"({result['characters'] / result['cpu_seconds']:,.0f} characters a second of CPU time); peak "
-        f"{human_bytes(result['peak_above'])} beside the text, {result['peak_above'] / tokens:.1f} bytes a token"
+        f"({result['characters'] / result['cpu_seconds']:,.0f} characters per second of CPU time); peak "
+        f"{human_bytes(result['peak_above'])} besides the text, {result['peak_above'] / tokens:.1f} bytes per token"
         f"{cuts}"
     )
 

@@ -68,7 +68,7 @@ def run_on_terminal(command: tuple[str, ...], folder: Path) -> str:
             pass
     os.close(ours)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} exited with code {process.returncode}")
     return written.getvalue().decode()
 
 

@@ -42,7 +42,7 @@ def command(*arguments: str) -> tuple[dict[str, Any], float]:
     began = time.perf_counter()
     done = subprocess.run(["l4ctx", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"l4ctx {arguments[0]} ended with {done.returncode}")
+        raise SystemExit(f"l4ctx {arguments[0]} exited with code {done.returncode}")
     return json.loads(done.stdout), time.perf_counter() - began
 
 

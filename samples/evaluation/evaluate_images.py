@@ -275,7 +275,7 @@ def report(kind: str, score: Score, as_json: bool) -> None:
             flush=True,
         )
         return
-    names = {"whole": "of images", "text": "of texts", "cut": "of what a chunk boundary cuts"}
+    names = {"whole": "of images", "text": "of texts", "cut": "of those cut by a chunk boundary"}
     shares = [
         f"{score.right[group]} of {score.asked[group]} {name}" for group, name in names.items() if score.asked[group]
     ]

@@ -63,8 +63,8 @@ def main() -> None:
         layout = cache.layout
         size = layout.row_bytes / layout.block_tokens
         print(
-            f"{kv_dtype:>8}: {size:7.1f} bytes a token, largest difference of a logit {max(errors):.1e} of the "
-            f"largest (median {sorted(errors)[len(errors) // 2]:.1e}), {right} of {len(codes)} facts; "
+            f"{kv_dtype:>8}: {size:7.1f} bytes per token, largest logit error {max(errors):.1e} of the "
+            f"largest logit (median {sorted(errors)[len(errors) // 2]:.1e}), {right} of {len(codes)} facts; "
             f"read at {len(ids) / seconds:,.0f} tokens/s",
             flush=True,
         )

@@ -176,12 +176,14 @@ def main() -> None:
             f"{tokens:>9,} tokens (prompts {', '.join(f'{r.prompt_tokens:,}' for r in results)}): "
             f"{right} of {asked} right; of facts cut by a chunk boundary {sum(r.right_of_cut for r in results)} of "
             f"{sum(r.cut for r in results)}; prefill {speed:,.0f} tokens/s, "
-            f"{1000 * sum(r.question_seconds for r in results) / len(results):.0f} ms a question",
+            f"{1000 * sum(r.question_seconds for r in results) / len(results):.0f} ms per question",
             flush=True,
         )
         for result in results:
             if result.questions_cut:
-                print(f"          seed {result.seed}: a chunk boundary cuts questions from answers", file=sys.stderr)
+                print(
+                    f"          seed {result.seed}: a chunk boundary separates questions from answers", file=sys.stderr
+                )
             for line in result.wrong:
                 print(f"          seed {result.seed}: {line}", file=sys.stderr)
 

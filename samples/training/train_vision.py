@@ -269,7 +269,7 @@ def text_tensors(folder: Path) -> dict[str, Tensor]:
     """The text model's tensors by their text-only names, from a folder with or without a vision tower."""
     whole = folder / "model.safetensors"
     stored = load_file(whole if whole.exists() else folder / SHARDS[0])
-    return {name.removeprefix("language_model."): tensor.clone() for name, tensor in stored.items()}  # unmapped
+    return {name.removeprefix("language_model."): tensor.clone() for name, tensor in stored.items()}  # copies
 
 
 def export(model: VisionForTraining, text: dict[str, Tensor], source: Path, output: Path) -> None:

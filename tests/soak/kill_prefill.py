@@ -214,7 +214,7 @@ def in_a_fork(work: Callable[[], object], scratch: Path) -> object:
     file = scratch / "result"
     code, _ = forked(lambda: file.write_bytes(pickle.dumps(work())))
     if code:
-        raise SystemExit("what a reading that nobody kills leaves cannot be used")
+        raise SystemExit("the context of an uninterrupted prefill cannot be used")
     return pickle.loads(file.read_bytes())  # noqa: S301 (our own file)
 
 
@@ -247,7 +247,7 @@ def measured(name: str, kind: Kind, documents: Documents, before: Case | None, s
             shutil.copytree(base, folder)
         code, took = forked(lambda: keep(folder, documents, kind))  # noqa: B023 (called at once)
         if code:
-            raise SystemExit("the reading that nobody kills fails")
+            raise SystemExit("the uninterrupted prefill fails")
         seconds.append(took)
     digests, logits = in_a_fork(lambda: outcome(folder, kind), scratch)
     answers = [b""] if before is None else before.answers

@@ -1,4 +1,4 @@
-"""A thousand readings that are killed: what `kill_prefill.py` finds, as a test."""
+"""Runs `kill_prefill.py` with a thousand kills, as a test."""
 
 from __future__ import annotations
 
