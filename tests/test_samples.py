@@ -159,6 +159,7 @@ def codes_found(documents: list[Document], entities: Iterable[str]) -> list[list
     return [re.findall(r"\d+", answer) for answer in answers]
 
 
+@pytest.mark.slow
 def test_it_finds_facts_in_text_it_has_not_seen(tokenizer: Tokenizer) -> None:
     """The text ends inside an attention chunk, so that no boundary separates questions from answers."""
     from samples.evaluation.evaluate_tiny import make_document

@@ -54,6 +54,6 @@ def _what_was_read(session: Session) -> dict[str, Any]:
 
 
 def _read_of(path: str, span: Span | ImageSpan, end: int) -> dict[str, Any]:
-    """Its tokens before `end`; a context that is still being read may end amid a document."""
+    """Its tokens before `end`; a context that is still being read may end within a document."""
     is_whole = span.stop <= end
     return {"path": path, "tokens": min(span.stop, end) - span.start} | ({} if is_whole else {"is_partial": True})

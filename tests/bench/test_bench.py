@@ -212,6 +212,7 @@ def test_a_process_is_watched_and_told_what_to_do() -> None:
     assert last_line("a\n b \n\n") == "b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_worker_and_leaves_no_file(number: signal.Signals, tmp_path: Path) -> None:
     program = script(tmp_path / "llama-bench", f"echo $$ > {tmp_path}/pid; exec sleep 60")

@@ -79,6 +79,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+@pytest.mark.slow
 def test_the_same_work_in_three_engines(config_file: str, tmp_path: Path) -> None:
     """With real processes: JSON alone on stdout, the same first token where weights and ids are the same."""
     program = script(tmp_path / "llama-bench", LLAMA)

@@ -444,7 +444,7 @@ def test_damage_of_what_describes_a_context(place: Path, name: str, byte: int, a
 
 
 def test_a_template_that_tells_the_date(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept goes on with the day of its first reading."""
+    """A resumed context keeps the date of its first run."""
     folder = changed_checkpoint(place, attention_chunk_size=CHUNK)
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     dated = template.replace("{{- bos_token }}", "{{- bos_token + strftime_now('%A, %d %B %Y') }}")

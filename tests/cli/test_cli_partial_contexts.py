@@ -90,7 +90,7 @@ def test_what_is_sealed_is_asked_while_the_rest_is_read(
     asked, report, listed, inspected, beside, asked_beside = found
     kept = spans()
     done = f"{ROW:,} of {kept[-1]:,} tokens"
-    assert kept[1] < ROW < kept[2]  # amid the second document
+    assert kept[1] < ROW < kept[2]  # inside the second document
     assert (asked.code, asked.stdout) == (0, answer("a"))
     assert f"l4ctx: c is still being read: the answer is from the first {done}\n" in asked.stderr
     assert report["reused_tokens"] == ROW and report["context_is_partial"] == {"tokens": ROW, "of": kept[-1]}

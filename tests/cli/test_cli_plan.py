@@ -285,6 +285,7 @@ def test_output_that_is_closed_or_full(place: Path, arguments: list[str]) -> Non
     assert run(shell="2>&-").code == 0
 
 
+@pytest.mark.slow
 def test_output_of_prefill_that_is_closed_or_full(place: Path) -> None:
     run = functools.partial(run_process, "prefill", "docs/a.md", "-o", "c", "-q", L4CTX_MODEL=str(TINY))
     check_refused(run("--json", shell=">&-"), 2, "standard output is closed")
@@ -301,6 +302,7 @@ def needed(*arguments: str) -> tuple[int, int]:
     return report["memory"]["predicted"]["needed"] + MARGIN_BYTES, report["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_keys_and_values(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--dtype", "float32", "--prefill-chunk-size", "256", "--quiet")
     free = needed("docs", *options)[0]

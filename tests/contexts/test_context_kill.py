@@ -51,6 +51,7 @@ OsFunction = Callable[..., Any]
 Failure = Callable[[int, str, OsFunction, tuple[Any, ...]], Any]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "soak" / "kill_prefill.py"), "--kills", "30", "--seed", "7"],

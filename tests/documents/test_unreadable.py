@@ -178,6 +178,7 @@ def run(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_every_command_ends_and_a_kept_context_stays(folder: Path, tmp_path: Path) -> None:
     context = tmp_path / "context"
     assert run("prefill", folder, "-o", context, "--model", TINY).returncode == 0

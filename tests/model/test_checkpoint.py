@@ -377,6 +377,7 @@ print(sum(p.nbytes for p in loaded.parameters()), max(p.numel() * 4 for p in loa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc (Linux)")
 def test_memory_while_loading(tmp_path: Path) -> None:
     """Stored dtype: mapped, not copied. Another one: the converted weights plus one tensor."""

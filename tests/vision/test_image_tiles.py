@@ -124,6 +124,7 @@ def some_size(rng: random.Random, n: int) -> tuple[int, int]:
     return rng.randint(1, 330), rng.randint(1, 330)
 
 
+@pytest.mark.slow
 def test_tiles_equal_those_of_transformers(tmp_path: Path) -> None:
     """200 images; every fifth with the defaults, and the others with small tiles. Resizing differs by rounding."""
     rng = random.Random(4)
@@ -219,6 +220,7 @@ print(*layout, memory("VmHWM") - before, tiling_bytes(layout, processing), tiles
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     ("size", "processing", "layout"),

@@ -38,6 +38,7 @@ def tokens(folder: Path, per_tile: int) -> ImageTokens:
     return ImageTokens.from_tokenizer(tokenizer, per_tile, patch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_layout_as_transformers_writes_it(folder: Path) -> None:
     side, per_tile = 84, 9  # 6 x 6 patches, of which pixel shuffle makes 3 x 3
@@ -51,6 +52,7 @@ def test_every_layout_as_transformers_writes_it(folder: Path) -> None:
         assert ours.ids(layout) == list(found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_texts_with_several_images(folder: Path) -> None:
     side, per_tile = 56, 4
