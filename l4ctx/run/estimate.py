@@ -18,7 +18,7 @@ from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
-from l4ctx.run.sizing import PromptSize, capacity_here, workload_of
+from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
@@ -89,20 +89,16 @@ class _Read:
     images: ImageReading | None = None
     skipped: Sequence[Skipped] = ()
 
-    @property
-    def documents(self) -> list[tuple[str, int]]:
-        return [(span.source, span.stop - span.start) for span in self.prompt.spans] if self.prompt else []
-
     def size(self, max_new_tokens: int) -> PromptSize:
-        images = self.images.workload(self.prompt.images) if self.images and self.prompt else None
-        return PromptSize(self.tokens, max_new_tokens, self.documents, images)
+        if self.prompt is None:
+            return PromptSize(self.tokens, max_new_tokens)
+        return PromptSize.of(self.prompt, self.images, self.tokens, max_new_tokens)
 
     def operations(self, config: TextConfig) -> Operations:
         """Of reading all of it."""
-        operations = reading_operations(config, 0, self.tokens)
-        if self.images is None or self.prompt is None:
-            return operations
-        return self.images.with_images(operations, self.prompt.images, 0, self.tokens)
+        if self.prompt is None:
+            return reading_operations(config, 0, self.tokens)
+        return prompt_operations(config, self.prompt, self.images, 0, self.tokens)
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
@@ -139,7 +135,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         plan,
         capacity,
         plan.shortfalls(capacity),
-        read.documents,
+        list(size.documents),
         list(read.skipped),
         notes,
         tokens_in_memory=tokens_that_fit(workload, capacity.without_disk),

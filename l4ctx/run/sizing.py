@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.layout import KV_DTYPES, StoreLayout
+from cache.layout import KV_DTYPES
 from l4ctx.machine.device import free_on_accelerator
 from l4ctx.machine.memory import ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
@@ -21,7 +21,9 @@ from model.config import TextConfig
 from model.costs import Operations, reading_operations
 
 if TYPE_CHECKING:
+    from l4ctx.prompt.builder import Prompt
     from l4ctx.run.context import ReadContext, WrittenContext
+    from l4ctx.run.images import ImageReading
     from l4ctx.run.inputs import Inputs
     from l4ctx.run.monitor import Monitor
 
@@ -37,6 +39,12 @@ class PromptSize:
     max_new_tokens: int
     documents: Sequence[tuple[str, int]] = ()  # each with its tokens
     images: ImageWorkload | None = None
+
+    @classmethod
+    def of(cls, prompt: Prompt, images: ImageReading | None, prompt_tokens: int, max_new_tokens: int) -> PromptSize:
+        """`prompt_tokens` includes those that a saved context holds."""
+        documents = [(span.source, span.stop - span.start) for span in prompt.spans]
+        return cls(prompt_tokens, max_new_tokens, documents, images.workload(prompt.images) if images else None)
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,15 @@ class Sized:
 
     def operations(self, start: int, stop: int) -> Operations:
         """What reading positions start .. stop - 1 of the prompt takes."""
-        inputs = self.inputs
-        operations = reading_operations(inputs.config, start, stop)
-        return inputs.images.with_images(operations, inputs.prompt.images, start, stop) if inputs.images else operations
+        return prompt_operations(self.inputs.config, self.inputs.prompt, self.inputs.images, start, stop)
+
+
+def prompt_operations(
+    config: TextConfig, prompt: Prompt, images: ImageReading | None, start: int, stop: int
+) -> Operations:
+    """To prefill positions start .. stop - 1 of a prompt, the features of images there included."""
+    operations = reading_operations(config, start, stop)
+    return images.with_images(operations, prompt.images, start, stop) if images else operations
 
 
 def workload_of(
@@ -154,21 +168,14 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
 def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
     """With what a saved context determines: the layout, and what is on disk already."""
     request, choices, prompt = inputs.request, inputs.choices, inputs.prompt
-    spans = sorted(prompt.spans, key=lambda span: span.start - span.stop)
-    size = PromptSize(
-        inputs.prompt_tokens,
-        inputs.max_new_tokens,
-        [(span.source, span.stop - span.start) for span in spans],
-        inputs.images.workload(prompt.images) if inputs.images else None,
-    )
+    size = PromptSize.of(prompt, inputs.images, inputs.prompt_tokens, inputs.max_new_tokens)
     workload = workload_of(inputs.config, inputs.checked.weights, size, choices.compute, choices.kv_dtype, capacity)
-    layout: StoreLayout | None = choices.saved_layout(inputs.config, inputs.length, workload.dtype)
     return replace(
         workload,
         is_saved=request.context.folder is not None,
         on_disk_already=ALL_OF_IT if request.context.answer_from is not None else 0,
         new_tokens=len(prompt.ids),
-        saved_layout=layout,
+        saved_layout=choices.saved_layout(inputs.config, inputs.length, workload.dtype),
     )
 
 
