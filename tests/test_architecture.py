@@ -26,7 +26,10 @@ PACKAGES = (  # from the top down: each may import only those in rows below
 )
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
-    {"errors", "folder", "layers", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead"},
+    {"errors", "folder", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead", "quantization"},
+    {"quantization.form"},
+    {"quantization.plain", "weights.sources"},
+    {"layers"},
     {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
     {"kernels.attend", "vision.tower"},

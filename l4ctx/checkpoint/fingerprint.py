@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from l4ctx.checkpoint.image_processor import ImageProcessing
     from model.config import TextConfig
     from model.vision.config import VisionConfig
-    from model.weights.shards import StoredTensor
+    from model.weights.sources import StoredTensor
 
 FIELDS = ("config", "weights", "tokenizer", "template")
 SAMPLE_BYTES = 4096

@@ -16,7 +16,7 @@ from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from model.weights.shards import StoredTensor
+    from model.weights.sources import StoredTensor
 
 
 PIECE_BYTES = 16 * 2**20

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from l4ctx.documents.document import Skipped
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading, ImageUse
-    from model.weights.shards import StoredTensor
+    from model.weights.sources import StoredTensor
 
 Note = Callable[[str], None]
 

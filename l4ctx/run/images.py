@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.vision.features import ImageFeatures
-    from model.weights.shards import StoredTensor
+    from model.weights.sources import StoredTensor
 
 
 class ImageUse:
@@ -96,13 +96,15 @@ class ImageReading:
         """For a memory plan; None where there are no images."""
         if not images:
             return None
+        from model.weights.shards import dtype_name
+
         largest = max(images, key=self._pixel_bytes)
         stored = self.stored
         if stored is None:
             parameters, dtype = vision_parameter_count(self.vision, self.config.hidden_size), None
         else:
             parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
-            dtypes = {tensor.dtype_name for tensor in stored.values()}
+            dtypes = {dtype_name(tensor) for tensor in stored.values()}
             dtype = dtypes.pop() if len(dtypes) == 1 else None
         return ImageWorkload(
             self.vision,

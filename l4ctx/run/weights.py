@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from model.config import TextConfig
 
 if TYPE_CHECKING:
-    from model.weights.shards import StoredTensor
+    from model.weights.sources import StoredTensor
 
 
 @dataclass(frozen=True)

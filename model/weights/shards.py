@@ -6,13 +6,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from model.errors import CheckpointError
 from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
+from model.weights.sources import StoredTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
@@ -22,26 +22,14 @@ EMBEDDINGS = "model.embed_tokens.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as a shard's header describes it."""
-
-    file: Path
-    name: str  # in the file
-    dtype: str  # in safetensors' spelling: F32, BF16, ...
-    shape: tuple[int, ...]
-    num_bytes: int
-    offset: int  # file offset of its first byte
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype in torch's spelling: float32, bfloat16, ..."""
-        return str(DTYPES[self.dtype]).removeprefix("torch.")
-
-
 def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
     """Name of the dtype of the stored embeddings."""
-    return tensors[EMBEDDINGS].dtype_name
+    return dtype_name(tensors[EMBEDDINGS])
+
+
+def dtype_name(tensor: StoredTensor) -> str:
+    """A tensor's dtype in torch's spelling: float32, bfloat16, ..."""
+    return str(DTYPES[tensor.dtype]).removeprefix("torch.")
 
 
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -1,0 +1,92 @@
+"""A weight matrix that stays as it is stored and is expanded, part by part, into the dtype that products run in.
+
+A product with many rows expands a tile of the matrix into a buffer, multiplies, and goes on with the next tile, so that
+nothing is ever held twice. A form may have a kernel of its own that multiplies a few rows by the stored form directly.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+TILE_ELEMENTS = 2**21
+"""Elements of a tile: 8 MiB in float32. Every product fills and reads the buffer, so it should stay in a cache."""
+
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class StoredMatrix(nn.Module):
+    """A weight matrix (C_out, C_in) in its stored form. Its tensors are buffers, so that they count and move.
+
+    Subclasses implement `expand`, and may implement `product_of_few_rows`.
+    """
+
+    is_transposed = False
+    """Whether it is stored as (C_in, C_out), as published fused experts are."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> None:
+        """Writes the rows, a slice or their indices (n,), to `out` (n, C_in), which may be a transposed view.
+
+        `out` is float32 or 16-bit; each value is the exact one rounded once to that dtype.
+        """
+        raise NotImplementedError
+
+    def product_of_few_rows(self, x: Tensor) -> Tensor | None:
+        """x (N, C_in), N small -> (N, C_out), from the stored form directly; None if there is no quicker way here."""
+        return None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C_in) -> (..., C_out) in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        out = self.product_of_few_rows(rows)
+        if out is None:
+            out = self._tiled(rows)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows by index (...) -> (..., C_in), a new tensor, as an embedding looks them up."""
+        out = torch.empty(indices.numel(), self.in_features, dtype=dtype, device=indices.device)
+        self.expand(indices.reshape(-1), out)
+        return out.view(*indices.shape, self.in_features)
+
+    def expanded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole matrix (C_out, C_in), a new tensor."""
+        device = next(self.buffers()).device
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        self.expand(slice(0, self.out_features), out)
+        return out
+
+    def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The rows (n, C_in) in a buffer that the next tile overwrites."""
+        device, count = next(self.buffers()).device, rows.stop - rows.start
+        size = count * self.in_features
+        buffer = _buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = _buffers[device, dtype] = torch.empty(max(size, TILE_ELEMENTS), dtype=dtype, device=device)
+        shape = (self.in_features, count) if self.is_transposed else (count, self.in_features)
+        out = buffer[:size].view(shape)
+        out = out.t() if self.is_transposed else out
+        self.expand(rows, out)
+        return out
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), self.out_features)
+        step = max(32, TILE_ELEMENTS // self.in_features // 32 * 32)
+        for start in range(0, self.out_features, step):
+            here = slice(start, min(start + step, self.out_features))
+            torch.mm(x, self.tile(here, x.dtype).t(), out=out[:, here])
+        return out
+
+
+Weight: TypeAlias = Tensor | StoredMatrix
