@@ -22,7 +22,8 @@ from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 from model.weights.linearized import ExpertPart, empty_fused, expert_parts, missing_part, surplus_part
-from model.weights.shards import DTYPES, EMBEDDINGS, StoredTensor, text_tensors, vision_tensors
+from model.weights.shards import DTYPES, EMBEDDINGS, text_tensors, vision_tensors
+from model.weights.sources import StoredTensor
 
 
 def load_checkpoint(
