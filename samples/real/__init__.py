@@ -1,0 +1,1 @@
+"""A small language model that answers English questions, in the published form."""
