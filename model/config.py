@@ -109,8 +109,6 @@ class TextConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError("the top level is not an object")
         text = _text_part(raw)
-        if raw.get("quantization_config") or text.get("quantization_config"):
-            raise ConfigError("quantization_config: quantized checkpoints are not supported yet; use the bf16 one")
         get = FieldReader(text)
         layers = get.integer("num_hidden_layers", 48)
         heads = get.integer("num_attention_heads", 40)

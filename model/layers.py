@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.quantization.form import StoredMatrix, Weight
+
 PIECE_ELEMENTS = 2**19
 """Input elements processed at a time."""
 
 
 class Linear(nn.Linear):
-    """nn.Linear without initialisation, which even on the meta device costs most of a second and 70 MB."""
+    """nn.Linear without initialisation, which even on the meta device costs most of a second and 70 MB.
+
+    Its weight may be a StoredMatrix.
+    """
 
     def reset_parameters(self) -> None:
         pass
@@ -26,12 +31,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., C_in) and weight (C_out, C_in) -> (..., C_out).
 
     For one row on a CPU and contiguous 16-bit weights, oneDNN is disabled: PyTorch's native loop runs at about memory
     bandwidth, and oneDNN, which PyTorch prefers, at half of that.
     """
+    if isinstance(weight, StoredMatrix):
+        out = weight.product(x)
+        return out if bias is None else out.add_(bias)
     is_one_row = x.numel() == x.shape[-1]
     if not is_one_row or weight.device.type != "cpu" or weight.dtype == torch.float32 or not weight.is_contiguous():
         return F.linear(x, weight, bias)
@@ -44,8 +52,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Embedding(nn.Embedding):
+    """nn.Embedding without initialisation. Its weight may be a StoredMatrix, of which rows are expanded."""
+
     def reset_parameters(self) -> None:
         pass
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Token ids (...) -> embeddings (..., C) in this dtype, a new tensor."""
+        return looked_up(ids, self.weight, dtype)
+
+
+def looked_up(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows (..., C) of a matrix by index (...)."""
+    if isinstance(weight, StoredMatrix):
+        return weight.rows(ids, dtype)
+    return F.embedding(ids, weight).to(dtype)
+
+
+def set_weight(module: nn.Module, name: str, weight: Weight | nn.Module) -> None:
+    """Replaces a parameter or submodule; a tensor becomes a parameter."""
+    if isinstance(weight, nn.Module):
+        module._parameters.pop(name, None)
+        setattr(module, name, weight)
+        return
+    module._modules.pop(name, None)
+    is_parameter = isinstance(weight, nn.Parameter)
+    setattr(module, name, weight if is_parameter else nn.Parameter(weight, requires_grad=False))
 
 
 class RMSNorm(nn.Module):

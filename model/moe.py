@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.layers import Linear, linear
+from model.layers import Linear, linear, set_weight
+from model.quantization.form import Weight
 
 FEW_COPIES = 8
 """Up to this many token-expert pairs run one by one, without sorting by expert."""
@@ -26,17 +30,12 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
-class Experts(nn.Module):
-    """The routed experts' weights in the published layout, which is transposed relative to nn.Linear.
+class RoutedExperts(nn.Module):
+    """A layer's routed experts, whatever form their weights have."""
 
-    `model.weights.loading` may give them nn.Linear's strides in memory, which makes decoding one token faster.
-    """
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        e, c, i = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(e, c, 2 * i))
-        self.down_proj = nn.Parameter(torch.empty(e, i, c))
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        """x (N, C), all routed to one expert -> (N, C)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """x (N + padding, C) sorted by expert, with `counts[e]` rows for expert e and N in total -> (N, C).
@@ -51,17 +50,64 @@ class Experts(nn.Module):
             if count == 0:
                 continue
             rows = slice(start, start + -(-count // granularity) * granularity)
-            torch.mm(self._gated(x[rows], e), self.down_proj[e], out=out[rows])
+            out[rows] = self.one(x[rows], e)
             start += count
         return out[:start]
 
-    def one(self, x: Tensor, expert: int) -> Tensor:
-        """x (N, C), all routed to one expert -> (N, C)."""
-        return linear(self._gated(x, expert), self.down_proj[expert].t())
 
-    def _gated(self, x: Tensor, expert: int) -> Tensor:
-        gate, up = linear(x, self.gate_up_proj[expert].t()).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+class FusedExperts(RoutedExperts):
+    """Weights in the published layout, which is transposed relative to nn.Linear.
+
+    `model.weights.loading` may give them nn.Linear's strides in memory, which makes decoding one token faster.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        e, c, i = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, c, 2 * i))
+        self.down_proj = nn.Parameter(torch.empty(e, i, c))
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        return linear(_gated(linear(x, self.gate_up_proj[expert].t())), self.down_proj[expert].t())
+
+
+class SplitExperts(RoutedExperts):
+    """Experts that are stored one by one, or in a stored form."""
+
+    def __init__(self, experts: Iterable[Expert]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def one(self, x: Tensor, expert: int) -> Tensor:
+        return self.experts[expert](x)
+
+
+class Expert(nn.Module):
+    """One expert's matrices (C_out, C_in): gate and up apart, or joined in this order."""
+
+    def __init__(self, gate: Weight | None, up: Weight | None, gate_up: Weight | None, down: Weight) -> None:
+        super().__init__()
+        for name, weight in (("gate", gate), ("up", up), ("gate_up", gate_up), ("down", down)):
+            if weight is not None:
+                set_weight(self, name, weight)
+        self.is_joined = gate_up is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) -> (N, C)."""
+        if self.is_joined:
+            gated = _gated(self._product("gate_up", x))
+        else:
+            gated = F.silu(self._product("gate", x), inplace=True).mul_(self._product("up", x))
+        return self._product("down", gated)
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        weight: Any = getattr(self, name)
+        return linear(x, weight)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class MoE(nn.Module):
@@ -71,7 +117,7 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_local_experts, bias=False)
-        self.experts = Experts(config)
+        self.experts: RoutedExperts = FusedExperts(config)
         self.shared_expert = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -65,10 +65,15 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.norm.weight.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in their stored forms; tied ones count once."""
+        return sum(tensor.nbytes for part in (self.parameters(), self.buffers()) for tensor in part)
+
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> embeddings (B, T, C), a new tensor that may be modified in place."""
-        return self.model.embed_tokens(ids)
+        return self.model.embed_tokens.look_up(ids, self.dtype)
 
     @torch.inference_mode()
     def forward(

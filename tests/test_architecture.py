@@ -26,7 +26,7 @@ PACKAGES = (  # from the top down: each may import only those in rows below
 )
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
-    {"errors", "folder", "kernels", "vision", "weights", "weights.linearized", "weights.read_ahead", "quantization"},
+    {"errors", "folder", "kernels", "vision", "weights", "weights.expert_parts", "weights.read_ahead", "quantization"},
     {"quantization.form"},
     {"quantization.plain", "weights.sources"},
     {"layers"},
@@ -38,7 +38,8 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"kernels.registry"},
     {"attention"},
     {"transformer"},
-    {"weights.shards"},
+    {"weights.plain", "weights.mapping"},
+    {"weights.shards", "weights.formats"},
     {"weights.loading"},
 )
 CACHE_LAYERS = (

@@ -61,9 +61,7 @@ def own_candidates(subject: Subject, note: Note) -> list[Candidate]:
             weights=parameters * KV_DTYPES[dtype],
             dtype=dtype,
             stored_dtype=stored,
-            weights_are_mapped=(
-                asked.model is not None and dtype == stored and not on_accelerator and bool(machine["can_be_mapped"])
-            ),
+            weights_are_mapped=(asked.model is not None and dtype == stored and not on_accelerator),
             prefill_chunk_size=asked.prefill_chunk_size,
         )
         plans[dtype] = MemoryPlan.of(workload, capacity)

@@ -58,15 +58,13 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
 
     from l4ctx.machine.device import usable_device
     from model.costs import parameter_count
-    from model.weights.loading import can_be_mapped, checked_tensors, stored_parameters
-    from model.weights.shards import stored_dtype
+    from model.weights.loading import checked_sources, stored_dtype, stored_parameters
 
     config, device = text_config(job), usable_device(job.device)
-    parameters, stored, is_mappable = parameter_count(config), config.torch_dtype, True
+    parameters, stored = parameter_count(config), config.torch_dtype
     if job.folder is not None:
-        tensors = checked_tensors(Path(job.folder), config)
-        stored, is_mappable = stored_dtype(tensors), can_be_mapped(tensors)
-        parameters = stored_parameters(tensors, config)
+        sources = checked_sources(Path(job.folder), config)
+        stored, parameters = stored_dtype(sources), stored_parameters(sources, config)
     on_gpu = device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -75,7 +73,6 @@ def measure_machine(job: WorkerJob) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
         "accelerator_free": torch.cuda.mem_get_info(device)[0] if on_gpu else None,
         "parameters": parameters,
-        "can_be_mapped": is_mappable,
         "stored_dtype": stored if stored in ("float32", "bfloat16", "float16") else "float32",
     }
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from l4ctx.inspection.report import Report, add_damage, attempt
 from model.config import TextConfig
 from model.costs import parameter_count
-from model.errors import ConfigError
 from model.folder import CONFIG, INDEX
 from model.vision.config import VisionConfig
 
@@ -27,24 +26,23 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
     from l4ctx.checkpoint.generation_config import GenerationConfig
     from l4ctx.checkpoint.tokenizer import Tokenizer, read_settings
-    from model.weights.loading import can_be_mapped, checked_tensors
+    from model.weights.loading import checked_sources
     from model.weights.shards import unused_weights
 
     raw = attempt(report, folder / CONFIG, read_settings, folder / CONFIG)
     config = None if raw is None else attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
-    shown = config or _without_quantization(raw or {})
     names = (raw or {}).get("architectures")
     report["architecture"] = ", ".join(map(str, names)) if isinstance(names, list) else None
-    report["config"] = shown and _config_fields(shown)
+    report["config"] = config and _config_fields(config)
 
     before = len(report["damage"])
     shards = attempt(report, folder / INDEX, _shards, folder)
     weights = report["weights"] = None if shards is None else _weights(report, shards, verify)
     is_sound = bool(shards) and len(report["damage"]) == before
-    tensors = attempt(report, folder, checked_tensors, folder, config) if is_sound and config else None
+    if is_sound and config:
+        attempt(report, folder, checked_sources, folder, config)
     if weights is not None:
         weights["not_read"] = attempt(report, folder, unused_weights, folder)
-        weights["can_be_mapped"] = None if tensors is None else can_be_mapped(tensors)
 
     tokenizer = None
     if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
@@ -53,7 +51,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
             folder / "tokenizer.json",
             Tokenizer.from_folder,
             folder,
-            None if shown is None else shown.vocab_size,
+            None if config is None else config.vocab_size,
         )
     report["tokenizer_vocabulary"] = tokenizer and tokenizer.vocab_size
     vision = None if raw is None else attempt(report, folder / CONFIG, VisionConfig.from_folder, folder)
@@ -63,7 +61,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
         "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None,
     }
     if vision and report["vision"]["has_tensors"] is not False:
-        _check_vision(folder, report, vision, shown, tokenizer)
+        _check_vision(folder, report, vision, config, tokenizer)
     before = len(report["damage"])
     template = attempt(report, folder, ChatTemplate.from_folder, folder)
     report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
@@ -75,8 +73,8 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     if raw is not None:
         generation = attempt(report, folder / "generation_config.json", GenerationConfig.from_folder, folder)
     report["stop_tokens"] = generation and sorted(generation.stop_tokens)
-    if generation and shown:
-        attempt(report, folder / "generation_config.json", generation.check, shown.vocab_size)
+    if generation and config:
+        attempt(report, folder / "generation_config.json", generation.check, config.vocab_size)
 
 
 def _check_vision(
@@ -85,10 +83,10 @@ def _check_vision(
     """The checks that `l4ctx ask` makes before it reads images, where the rest of the checkpoint is readable."""
     from l4ctx.checkpoint.image_processor import ImageProcessing
     from l4ctx.vision.tokens import ImageTokens
-    from model.weights.loading import checked_vision_tensors
+    from model.weights.loading import checked_vision_sources
 
     if text and report["vision"]["has_tensors"]:
-        attempt(report, folder, checked_vision_tensors, folder, vision, text.hidden_size)
+        attempt(report, folder, checked_vision_sources, folder, vision, text.hidden_size)
     if text and vision.image_token_index >= text.vocab_size:
         add_damage(
             report,
@@ -106,18 +104,6 @@ def _check_vision(
             vision.tokens_per_tile,
             vision.image_token_index,
         )
-
-
-def _without_quantization(raw: dict[str, Any]) -> TextConfig | None:
-    """A configuration that is rejected for its quantization alone, without that part."""
-    plain = {name: value for name, value in raw.items() if name != "quantization_config"}
-    text = raw.get("text_config")
-    if isinstance(text, dict):
-        plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
-    try:
-        return TextConfig.from_dict(plain) if plain != raw else None
-    except ConfigError:
-        return None
 
 
 def _config_fields(config: TextConfig) -> Report:
@@ -143,7 +129,8 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
-    from model.weights.shards import DTYPES
+    from model.weights.mapping import DTYPES
+    from model.weights.plain import DTYPE_NAMES
 
     dtypes: Counter[str] = Counter()  # tensors of the text model
     sums: Counter[str] = Counter()
@@ -156,7 +143,7 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
             sums[f"{owner}bytes"] += tensor.num_bytes
             if not owner:
                 dtypes[tensor.dtype] += 1
-                if tensor.dtype in DTYPES:
+                if tensor.dtype in DTYPE_NAMES:
                     sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
         if verify and tensors:
             attempt(report, shard, _check_numbers, report, shard, tensors)
@@ -200,12 +187,13 @@ def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> 
     """Reads the tensors piece by piece and reports those that contain NaN or infinities. Raises OSError."""
     import torch
 
-    from model.weights.shards import DTYPES
+    from model.weights.mapping import DTYPES
+    from model.weights.plain import DTYPE_NAMES
 
     buffer = bytearray(PIECE_BYTES)
     with shard.open("rb") as stream:
         for tensor in tensors:
-            dtype = DTYPES.get(tensor.dtype, torch.uint8)
+            dtype = DTYPES[tensor.dtype] if tensor.dtype in DTYPE_NAMES else torch.uint8
             nans = infinities = 0
             stream.seek(tensor.offset)
             for start in range(0, tensor.num_bytes, PIECE_BYTES):

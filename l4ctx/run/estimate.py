@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on, expect_no_numpy
 from l4ctx.planning.memory_plan import MemoryPlan
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from l4ctx.documents.document import Skipped
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading, ImageUse
-    from model.weights.sources import StoredTensor
+    from model.weights.sources import WeightSource
 
 Note = Callable[[str], None]
 
@@ -160,25 +161,24 @@ def _published_weights(config: TextConfig, note: Note) -> Weights:
         named = "no dtype" if dtype is None else repr(dtype)
         note(f"config.json says {named}; bfloat16 is taken for the weights")
         dtype = "bfloat16"
-    return Weights(parameter_count(config), dtype, can_be_mapped=True)
+    parameters = parameter_count(config)
+    return Weights(parameters, dtype, parameters * KV_DTYPES[dtype])
 
 
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
     """By the shards' headers; without shards by config.json."""
     expect_no_numpy()
     from model.errors import CheckpointError
-    from model.weights.loading import checked_tensors
+    from model.weights.loading import checked_sources
     from model.weights.shards import unused_weights
 
     try:
-        weights = Weights.of(checked_tensors(request.model, config), config)
+        weights = Weights.of(checked_sources(request.model, config), config)
         if (text := unused_weights(request.model)) is not None:
             note(text)
     except CheckpointError as error:
         note(f"{error}; the weights are counted by config.json")
         return _published_weights(config, note)
-    if not weights.can_be_mapped:
-        note("the experts are stored one by one: they are joined in memory, which takes room for all weights")
     return weights
 
 
@@ -203,12 +203,12 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     return _Read(len(prompt.ids), prompt, images, found.skipped)
 
 
-def _tower(images: ImageUse, note: Note) -> dict[str, StoredTensor] | None:
-    """The vision tower's tensors; None where they have to be counted by config.json."""
+def _tower(images: ImageUse, note: Note) -> dict[str, WeightSource] | None:
+    """The vision tower's weights; None where they have to be counted by config.json."""
     from model.errors import CheckpointError
 
     try:
-        return images.stored_tensors()
+        return images.sources()
     except CheckpointError as error:
         note(f"{error}; the vision tower's weights are counted by config.json")
         return None

@@ -5,7 +5,6 @@ Documents are read, prompts built and features computed elsewhere. Imports torch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.vision.features import ImageFeatures
-    from model.weights.sources import StoredTensor
+    from model.weights.sources import WeightSource
 
 
 class ImageUse:
@@ -51,16 +50,16 @@ class ImageUse:
                 f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads their text"
             )
 
-    def stored_tensors(self) -> dict[str, StoredTensor]:
-        """Of the vision tower, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
-        from model.weights.loading import checked_vision_tensors
+    def sources(self) -> dict[str, WeightSource]:
+        """Of the vision tower's weights, all checked by the shards' headers. Raises CheckpointError and ConfigError."""
+        from model.weights.loading import checked_vision_sources
 
-        return checked_vision_tensors(self._model, self._usable_vision(), self._config.hidden_size)
+        return checked_vision_sources(self._model, self._usable_vision(), self._config.hidden_size)
 
     def prepare(
-        self, tokenizer: Tokenizer, stored: Mapping[str, StoredTensor] | None, *, with_digests: bool = False
+        self, tokenizer: Tokenizer, stored: Mapping[str, WeightSource] | None, *, with_digests: bool = False
     ) -> ImageReading:
-        """What it takes to read images. `stored`: as `stored_tensors` gives it, or None where there are no shards.
+        """What it takes to read images. `stored`: as `sources` gives it, or None where there are no shards.
 
         `with_digests`: what images' features follow from is to be known, for a saved context. Raises ConfigError,
         ImageProcessingError, TokenizerError and CheckpointError.
@@ -68,11 +67,13 @@ class ImageUse:
         from l4ctx.checkpoint.fingerprint import vision_fingerprint
         from l4ctx.checkpoint.image_processor import ImageProcessing
         from l4ctx.vision.tokens import ImageTokens
+        from model.weights.loading import stored_tensors
 
         vision = self._usable_vision()
         processing = ImageProcessing.from_folder(self._model, vision.image_size)
         tokens = ImageTokens.from_tokenizer(tokenizer, vision.tokens_per_tile, vision.image_token_index)
-        provenance = vision_fingerprint(vision, processing, stored) if with_digests and stored else ""
+        tensors = stored_tensors(stored) if with_digests and stored else {}
+        provenance = vision_fingerprint(vision, processing, tensors) if tensors else ""
         return ImageReading(self._model, self._config, vision, ImagePrompter(processing, tokens, provenance), stored)
 
     def _usable_vision(self) -> VisionConfig:
@@ -90,21 +91,19 @@ class ImageReading:
     config: TextConfig
     vision: VisionConfig
     prompter: ImagePrompter
-    stored: Mapping[str, StoredTensor] | None
+    stored: Mapping[str, WeightSource] | None
 
     def workload(self, images: Sequence[PlacedImage]) -> ImageWorkload | None:
         """For a memory plan; None where there are no images."""
         if not images:
             return None
-        from model.weights.shards import dtype_name
-
         largest = max(images, key=self._pixel_bytes)
         stored = self.stored
         if stored is None:
             parameters, dtype = vision_parameter_count(self.vision, self.config.hidden_size), None
         else:
-            parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
-            dtypes = {dtype_name(tensor) for tensor in stored.values()}
+            parameters = sum(source.parameters for source in stored.values())
+            dtypes = {source.scheme.label for source in stored.values()}
             dtype = dtypes.pop() if len(dtypes) == 1 else None
         return ImageWorkload(
             self.vision,

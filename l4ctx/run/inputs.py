@@ -158,7 +158,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     reading = None
     if sources.documents.has_images:
         has_context = request.context.folder is not None
-        reading = sources.images.prepare(tokenizer, sources.images.stored_tensors(), with_digests=has_context)
+        reading = sources.images.prepare(tokenizer, sources.images.sources(), with_digests=has_context)
     held = _drop_held_documents(request, context, sources.documents, monitor.note)
     prompt = build_prompt(
         tokenizer,
@@ -196,12 +196,12 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     """What can be refused before any text is tokenized: device, shards, generation settings."""
     expect_no_numpy()
     from l4ctx.checkpoint.generation_config import GenerationConfig
-    from model.weights.loading import checked_tensors
+    from model.weights.loading import checked_sources, stored_tensors
     from model.weights.shards import unused_weights
 
     request = choices.request
     device = usable_device(request.compute.device)
-    tensors = checked_tensors(request.model, config)
+    weights = checked_sources(request.model, config)
     if (text := unused_weights(request.model)) is not None:
         note(text)
     generation = GenerationConfig.from_folder(request.model)
@@ -211,9 +211,9 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     if request.context.folder is not None:
         from l4ctx.checkpoint.fingerprint import fingerprint
 
-        provenance = fingerprint(request.model, config, tensors)
+        provenance = fingerprint(request.model, config, stored_tensors(weights))
         choices.check(provenance, config)
-    return Checked(Weights.of(tensors, config), generation, sampling, device, provenance)
+    return Checked(Weights.of(weights, config), generation, sampling, device, provenance)
 
 
 def _sampling(asked: AnswerOptions, generation: GenerationConfig, note: Callable[[str], None]) -> Sampling:

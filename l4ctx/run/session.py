@@ -110,7 +110,7 @@ class Session:
         tower = self.features.weight_bytes if self.features else 0
         return MemoryReport(
             predicted=self.sized.plan,
-            weights=sum(p.nbytes for p in self.model.parameters()) + tower,
+            weights=self.model.weight_bytes + tower,
             rope_windows=held.rope_windows,
             nope_device=held.nope_device,
             nope_host=held.nope_host,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.layout import KV_DTYPES
 from l4ctx.machine.device import free_on_accelerator
 from l4ctx.machine.memory import ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
@@ -96,11 +95,11 @@ def workload_of(
         config,
         prompt_tokens=size.prompt_tokens,
         max_new_tokens=size.max_new_tokens,
-        weights=weights.parameters * KV_DTYPES[dtype],
-        weights_are_mapped=dtype == weights.dtype and not on_accelerator and weights.can_be_mapped,
+        weights=weights.bytes_in(dtype),
+        weights_are_mapped=weights.are_mapped(dtype) and not on_accelerator,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        stored_dtype=weights.dtype if weights.can_be_mapped else None,
+        stored_dtype=weights.dtype,
         prefill_chunk_size=compute.prefill_chunk_size,
         largest=size.documents,
         images=size.images,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cache.layout import KV_DTYPES
 from model.config import TextConfig
 
 if TYPE_CHECKING:
-    from model.weights.sources import StoredTensor
+    from model.weights.sources import WeightSource
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,29 @@ class Weights:
     """The text model's weights as they are stored."""
 
     parameters: int
-    dtype: str
-    can_be_mapped: bool
+    dtype: str  # of the embeddings; bfloat16 if they are quantized
+    kept_bytes: int  # of those that keep their stored form
+    converted: int = 0  # number of the others: norms, biases, routers
 
     @classmethod
-    def of(cls, tensors: dict[str, StoredTensor], config: TextConfig) -> Weights:
-        from model.weights.loading import can_be_mapped, stored_parameters
-        from model.weights.shards import stored_dtype
+    def of(cls, sources: dict[str, WeightSource], config: TextConfig) -> Weights:
+        from model.weights.loading import stored_dtype, stored_parameters
 
-        return cls(stored_parameters(tensors, config), stored_dtype(tensors), can_be_mapped(tensors))
+        counted = {n: s for n, s in sources.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
+        others = {name for name, source in counted.items() if len(source.shape) < 2 or name.endswith("router.weight")}
+        return cls(
+            stored_parameters(sources, config),
+            stored_dtype(sources),
+            sum(source.num_bytes for name, source in counted.items() if name not in others),
+            sum(source.parameters for name, source in counted.items() if name in others),
+        )
+
+    def bytes_in(self, dtype: str) -> int:
+        """Bytes when the model computes in `dtype`: stored forms stay, but 32-bit ones are converted to 16 bits."""
+        if self.dtype == "float32" and dtype != "float32":
+            return self.parameters * KV_DTYPES[dtype]
+        return self.kept_bytes + self.converted * KV_DTYPES[dtype]
+
+    def are_mapped(self, dtype: str) -> bool:
+        """Whether all but a few can stay mapped on a CPU."""
+        return not (self.dtype == "float32" and dtype != "float32")

@@ -1,29 +1,37 @@
-"""Loads safetensors shards of a published checkpoint into a Transformer or a VisionTower built on the meta device.
+"""Loads a published checkpoint into a Transformer or a VisionTower built on the meta device.
 
 Headers are checked before any tensor is read: missing or extra tensors, wrong shapes, truncated files. On a CPU,
-tensors already stored in the requested dtype stay memory-mapped; others are converted one at a time, so that peak
-memory is the weights plus one tensor. Checkpoints are untrusted: no pickle, and no path outside the folder.
+weights stay memory-mapped in their stored form. Checkpoints are untrusted: no pickle, and no path outside the folder.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.errors import CheckpointError
+from model.layers import Embedding, Linear, looked_up, set_weight
+from model.moe import Expert, SplitExperts
+from model.quantization.form import StoredMatrix, Weight
+from model.quantization.plain import PlainMatrix
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
-from model.weights.linearized import ExpertPart, empty_fused, expert_parts, missing_part, surplus_part
-from model.weights.shards import DTYPES, EMBEDDINGS, text_tensors, vision_tensors
-from model.weights.sources import StoredTensor
+from model.weights.expert_parts import ExpertPart
+from model.weights.formats import find_sources, quantization_settings
+from model.weights.mapping import MappedFiles
+from model.weights.plain import PlainScheme
+from model.weights.shards import EMBEDDINGS, text_tensors, vision_tensors
+from model.weights.sources import StoredTensor, WeightSource
+
+COMPUTED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that a model can compute in."""
+
+COMPARED_ROWS = 1024
 
 
 def load_checkpoint(
@@ -36,16 +44,17 @@ def load_checkpoint(
 ) -> Transformer:
     """Loads the text model of the checkpoint folder `path`.
 
-    `dtype` is a torch.dtype, its name, or "auto", which keeps the dtype of the stored embeddings. On a CPU, weights
-    stored in that dtype stay memory-mapped, unless `is_mapped` is false; per-expert weights are fused in memory.
-    Raises CheckpointError and ConfigError.
+    `dtype`, in which it computes, is a torch.dtype, its name, or "auto": the dtype of the stored embeddings, or
+    bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
+    CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. Raises CheckpointError and ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
-    model, stored = _checked_text(folder, config, attention)
-    _fill(model, stored, _wanted_dtype(dtype, stored[EMBEDDINGS]), device, is_mapped)
+    model, sources = _checked_text(folder, config, attention)
+    wanted = _wanted_dtype(dtype, sources[EMBEDDINGS])
+    _Loader(wanted, torch.device(device), is_mapped).fill_text(model, sources)
     if config.tie_word_embeddings:
-        _tie(folder, model, "lm_head.weight" in stored)
+        _tie(folder, model, "lm_head.weight" in sources)
     return model.eval()
 
 
@@ -60,123 +69,58 @@ def load_vision(
 ) -> VisionTower:
     """Loads the vision tower of the checkpoint folder `path`, for a text model of width `text_hidden_size`.
 
-    `dtype`, `device` and `is_mapped` are as in `load_checkpoint`; "auto" keeps the dtype of the stored class
-    embedding. Raises CheckpointError.
+    `dtype`, `device` and `is_mapped` are as in `load_checkpoint`, but all weights are converted to `dtype`; "auto"
+    keeps the dtype of the stored class embedding. Raises CheckpointError.
     """
-    tower, stored = _checked_vision(Path(path), config, text_hidden_size)
-    _fill(tower, stored, _wanted_dtype(dtype, stored["vision_model.class_embedding"]), device, is_mapped)
+    tower, sources = _checked_vision(Path(path), config, text_hidden_size)
+    wanted = _wanted_dtype(dtype, sources["vision_model.class_embedding"])
+    _Loader(wanted, torch.device(device), is_mapped).fill(tower, sources)
     return tower.eval()
 
 
-def checked_tensors(folder: Path, config: TextConfig) -> dict[str, StoredTensor]:
-    """The text model's tensors by their names in Transformer, checked to be complete, of the right shapes, no others.
+def checked_sources(path: Path, config: TextConfig) -> dict[str, WeightSource]:
+    """How the text model's weights are stored, by their names in Transformer, checked to be complete, with no others.
 
-    Per-expert weights keep their own names (see model.weights.linearized). Reads only the shards' headers. Raises
+    Experts that are stored apart keep names of their own (see model.weights.expert_parts). Reads only headers. Raises
     CheckpointError.
     """
-    return _checked_text(folder, config)[1]
+    return _checked_text(path, config)[1]
 
 
-def checked_vision_tensors(folder: Path, config: VisionConfig, text_hidden_size: int) -> dict[str, StoredTensor]:
-    """The vision tower's tensors by their names in VisionTower, checked as in `checked_tensors`.
-
-    Reads only the shards' headers. Raises CheckpointError.
-    """
-    return _checked_vision(folder, config, text_hidden_size)[1]
+def checked_vision_sources(path: Path, config: VisionConfig, text_hidden_size: int) -> dict[str, WeightSource]:
+    """The same for the vision tower's weights, by their names in VisionTower. Raises CheckpointError."""
+    return _checked_vision(path, config, text_hidden_size)[1]
 
 
-def can_be_mapped(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether the weights can stay memory-mapped, which per-expert weights cannot, as they must be fused."""
-    return not expert_parts(tensors)
+def stored_tensors(sources: Mapping[str, WeightSource]) -> dict[str, StoredTensor]:
+    """The tensors of these weights, each by its weight's name and, for those of quantized weights, its role."""
+    return {
+        name if len(source.tensors) == 1 else f"{name}:{role}": tensor
+        for name, source in sources.items()
+        for role, tensor in source.tensors.items()
+    }
 
 
-def stored_parameters(tensors: dict[str, StoredTensor], config: TextConfig) -> int:
+def stored_parameters(sources: Mapping[str, WeightSource], config: TextConfig) -> int:
     """Number of weights; tied embeddings count once."""
     return sum(
-        math.prod(tensor.shape)
-        for name, tensor in tensors.items()
+        source.parameters
+        for name, source in sources.items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     )
 
 
-def _wanted_dtype(dtype: torch.dtype | str, example: StoredTensor) -> torch.dtype:
-    if dtype == "auto":
-        return DTYPES[example.dtype]
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or wanted not in DTYPES.values():
-        raise CheckpointError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-    return wanted
-
-
-def _checked_text(
-    folder: Path,
-    config: TextConfig,
-    attention: str = "sdpa",
-) -> tuple[Transformer, dict[str, StoredTensor]]:
-    """The model on the meta device, and its tensors."""
-    with torch.device("meta"):
-        model = Transformer(config, attention)
-    stored = text_tensors(folder)
-    if config.tie_word_embeddings and EMBEDDINGS not in stored and "lm_head.weight" in stored:
-        stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # files may store either of the two
-    _check_tensors(folder, model, stored, frozenset(["lm_head.weight"] if config.tie_word_embeddings else []))
-    return model, stored
-
-
-def _checked_vision(
-    folder: Path,
-    config: VisionConfig,
-    text_hidden_size: int,
-) -> tuple[VisionTower, dict[str, StoredTensor]]:
-    with torch.device("meta"):
-        tower = VisionTower(config, text_hidden_size)
-    stored = vision_tensors(folder)
-    if not stored:
-        raise CheckpointError(
-            f"{folder}: config.json describes a vision model, but none of its tensors is there; "
-            "--no-images reads the text alone"
-        )
-    _check_tensors(folder, tower, stored)
-    return tower, stored
-
-
-def _check_tensors(
-    folder: Path, model: nn.Module, stored: dict[str, StoredTensor], optional: frozenset[str] = frozenset()
-) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    shapes, joined = dict(expected), {name: parts for name, parts in expert_parts(stored).items() if name in expected}
-    for fused, parts in joined.items():
-        experts = expected[fused][0]
-        surplus = (min(parts), f"{fused} holds all experts") if fused in stored else surplus_part(parts, experts)
-        if surplus is not None:
-            raise CheckpointError(f"{stored[surplus[0]].file}: extra tensor {stored[surplus[0]].name}: {surplus[1]}")
-        if (missing := missing_part(parts, experts)) is not None:
-            raise CheckpointError(f"{folder}: tensor {missing} is missing, though other experts are there")
-        shapes |= {name: part.shape(expected[fused]) for name, part in parts.items()}
-    extra = sorted(stored.keys() - shapes.keys())
-    for name in expected:
-        if name not in stored and name not in optional and name not in joined:
-            near = difflib.get_close_matches(name, extra, 1, 0.8)
-            hint = f", though {stored[near[0]].name} is there" if near else ""
-            raise CheckpointError(f"{folder}: tensor {name} is missing{hint}")
-    for name in extra:
-        raise CheckpointError(f"{stored[name].file}: extra tensor {stored[name].name}, which the model does not have")
-    for name, tensor in stored.items():
-        if tensor.shape != shapes[name]:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} instead of {list(shapes[name])}"
-            )
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: {error}") from None
+def stored_dtype(sources: Mapping[str, WeightSource]) -> str:
+    """Name of the dtype that the embeddings are stored in, or bfloat16 if they are quantized."""
+    scheme = sources[EMBEDDINGS].scheme
+    return scheme.dtype if isinstance(scheme, PlainScheme) else "bfloat16"
 
 
 def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU. 16-bit experts (E, C_in, C_out) get the strides of (E, C_out, C_in), as in `empty_fused`."""
+    """A copy on the CPU. 16-bit experts (E, C_in, C_out) get the strides of (E, C_out, C_in).
+
+    `model.layers.linear` is faster with those strides.
+    """
     if weights.dim() < 3 or dtype == torch.float32:
         return weights.to(dtype, copy=True)
     turned = torch.empty(len(weights), weights.shape[2], weights.shape[1], dtype=dtype)
@@ -185,40 +129,140 @@ def in_memory(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return turned.transpose(1, 2)
 
 
-def _fill(
-    model: nn.Module, stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str, is_mapped: bool
-) -> None:
-    """Loads the model's tensors file by file; on a CPU those of the requested dtype stay mapped if `is_mapped`."""
-    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
-    for name, tensor in stored.items():
-        by_file.setdefault(tensor.file, []).append((name, tensor))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    on_cpu = torch.device(device).type == "cpu"
-    for file, tensors in by_file.items():
-        with _opened(file) as shard:
-            for name, tensor in tensors:
-                weights = shard.get_tensor(tensor.name)
-                if (part := ExpertPart.of(name)) is not None:
-                    if model.get_parameter(part.fused).is_meta:
-                        _assign(model, part.fused, empty_fused(shapes[part.fused], dtype, device))
-                    part.place(model.get_parameter(part.fused)).copy_(weights)
-                elif on_cpu and not (is_mapped and weights.dtype == dtype):
-                    _assign(model, name, in_memory(weights, dtype))
-                else:
-                    _assign(model, name, weights.to(device=device, dtype=dtype))
+def _wanted_dtype(dtype: torch.dtype | str, example: WeightSource) -> torch.dtype:
+    if dtype == "auto":
+        return COMPUTED[stored_dtype({EMBEDDINGS: example})]
+    wanted = COMPUTED.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted is None or wanted not in COMPUTED.values():
+        raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(COMPUTED)}")
+    return wanted
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    module_name, _, parameter = name.rpartition(".")
-    setattr(model.get_submodule(module_name), parameter, nn.Parameter(tensor, requires_grad=False))
+def _checked_text(
+    folder: Path, config: TextConfig, attention: str = "sdpa"
+) -> tuple[Transformer, dict[str, WeightSource]]:
+    """The model on the meta device, and how its weights are stored."""
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    stored = text_tensors(folder)
+    if config.tie_word_embeddings and EMBEDDINGS not in stored and "lm_head.weight" in stored:
+        stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # files may store either of the two
+    optional = frozenset(["lm_head.weight"] if config.tie_word_embeddings else [])
+    return model, find_sources(folder, stored, _shapes(model), quantization_settings(folder), optional)
+
+
+def _checked_vision(
+    folder: Path, config: VisionConfig, text_hidden_size: int
+) -> tuple[VisionTower, dict[str, WeightSource]]:
+    with torch.device("meta"):
+        tower = VisionTower(config, text_hidden_size)
+    stored = vision_tensors(folder)
+    if not stored:
+        raise CheckpointError(
+            f"{folder}: config.json describes a vision model, but none of its tensors is there; "
+            "--no-images reads the text alone"
+        )
+    return tower, find_sources(folder, stored, _shapes(tower), quantization_settings(folder))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+class _Loader:
+    """Builds weights from mapped tensors, for a model that computes in `dtype` on `device`."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, is_mapped: bool) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.is_mapped = is_mapped and device.type == "cpu"
+        self.files = MappedFiles()
+
+    def fill_text(self, model: Transformer, sources: Mapping[str, WeightSource]) -> None:
+        """Matrices keep their stored form, other weights are converted."""
+        apart: dict[str, dict[str, WeightSource]] = {}
+        for name, source in sources.items():
+            part = ExpertPart.of(name)
+            if part is not None and not (part.is_fused and self._stays_a_tensor(source)):
+                apart.setdefault(part.experts, {})[name] = source
+                continue
+            path, _, parameter = name.rpartition(".")
+            module, weight = model.get_submodule(path), self._weight(source)
+            if isinstance(weight, Tensor) and weight.dtype != self.dtype:
+                weight = PlainMatrix(weight) if weight.dim() == 2 else weight
+            if path.endswith(".router") or not isinstance(module, Linear | Embedding):
+                weight = self._converted(weight)
+            set_weight(module, parameter, self._converted(weight) if isinstance(weight, Tensor) else weight)
+        for path, those in apart.items():
+            set_weight(model.get_submodule(path.rpartition(".")[0]), "experts", self._experts(those))
+
+    def fill(self, model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
+        """All weights are converted."""
+        for name, source in sources.items():
+            path, _, parameter = name.rpartition(".")
+            set_weight(model.get_submodule(path), parameter, self._converted(self._weight(source)))
+
+    def _stays_a_tensor(self, source: WeightSource) -> bool:
+        """Whether it is computed in its stored dtype, or in a narrower one that it is converted to."""
+        if not isinstance(source.scheme, PlainScheme):
+            return False
+        stored = COMPUTED[source.scheme.dtype]
+        return stored == self.dtype or stored.itemsize > self.dtype.itemsize
+
+    def _weight(self, source: WeightSource, expert: int | None = None, *, is_turned: bool = False) -> Weight:
+        """The weight, or one matrix of a stack, transposed if asked for; in memory unless it may stay mapped."""
+        tensors = {role: self.files.tensor(tensor) for role, tensor in source.tensors.items()}
+        shape = source.shape
+        if expert is not None:
+            tensors = {role: t[expert] if t.dim() and len(t) == shape[0] else t for role, t in tensors.items()}
+            shape = shape[1:]
+        if not isinstance(source.scheme, PlainScheme):
+            if not self.is_mapped:
+                tensors = {role: tensor.to(self.device, copy=True) for role, tensor in tensors.items()}
+            return source.scheme.build(tensors, shape)
+        weight = tensors["weight"].t() if is_turned else tensors["weight"]
+        dtype = self.dtype if self._stays_a_tensor(source) else weight.dtype
+        if self.is_mapped and weight.dtype == dtype:
+            return weight
+        if self.device.type == "cpu":
+            return in_memory(weight, dtype)
+        return weight.to(device=self.device, dtype=dtype)
+
+    def _converted(self, weight: Weight) -> Tensor:
+        """As a tensor of the computing dtype."""
+        if isinstance(weight, StoredMatrix):
+            return weight.expanded(self.dtype)
+        return weight.to(device=self.device, dtype=self.dtype)
+
+    def _experts(self, sources: Mapping[str, WeightSource]) -> SplitExperts:
+        """One layer's experts, from whatever parts they are stored in."""
+        found: dict[int, dict[str, Weight]] = {}
+        for name, source in sources.items():
+            part = ExpertPart.of(name)
+            assert part is not None, name
+            for number in range(source.shape[0]) if part.expert is None else (part.expert,):
+                weight = self._weight(source, number if part.expert is None else None, is_turned=part.is_fused)
+                if isinstance(weight, Tensor) and weight.dtype != self.dtype:
+                    weight = PlainMatrix(weight)
+                found.setdefault(number, {})[part.kind] = weight
+        return SplitExperts(
+            Expert(gate=kinds.get("gate"), up=kinds.get("up"), gate_up=kinds.get("gate_up"), down=kinds["down"])
+            for _, kinds in sorted(found.items())
+        )
 
 
 def _tie(folder: Path, model: Transformer, stored_apart: bool) -> None:
     embeddings = model.model.embed_tokens.weight
-    if stored_apart and not torch.equal(model.lm_head.weight, embeddings):
+    if stored_apart and not _equal(model.lm_head.weight, embeddings):
         raise CheckpointError(
             f"{folder}: lm_head.weight differs from the embeddings, though tie_word_embeddings is "
             "true (transformers 4 would take the embeddings, 5 lm_head.weight, which false in "
             "config.json makes plain)"
         )
-    model.lm_head.weight = embeddings
+    set_weight(model.lm_head, "weight", embeddings)
+
+
+def _equal(a: Weight, b: Weight) -> bool:
+    """Whether two matrices hold the same numbers."""
+    indices = torch.arange(a.shape[0]).split(COMPARED_ROWS)
+    return all(torch.equal(looked_up(here, a, torch.float32), looked_up(here, b, torch.float32)) for here in indices)

@@ -8,13 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-import torch
-
 from model.errors import CheckpointError
 from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
+from model.weights.mapping import DTYPES
 from model.weights.sources import StoredTensor
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
 """Prefixes of tensors that do not belong to the text model; like transformers, with and without `model.`."""
@@ -22,20 +20,10 @@ EMBEDDINGS = "model.embed_tokens.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 
-def stored_dtype(tensors: dict[str, StoredTensor]) -> str:
-    """Name of the dtype of the stored embeddings."""
-    return dtype_name(tensors[EMBEDDINGS])
-
-
-def dtype_name(tensor: StoredTensor) -> str:
-    """A tensor's dtype in torch's spelling: float32, bfloat16, ..."""
-    return str(DTYPES[tensor.dtype]).removeprefix("torch.")
-
-
 def text_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The text model's tensors by their names in Transformer, from the shards' headers alone.
 
-    Raises CheckpointError for a missing or damaged shard, and for dtypes other than those in DTYPES.
+    Raises CheckpointError for a missing or damaged shard.
     """
     return _named_tensors(folder, _text_name)
 
@@ -62,11 +50,6 @@ def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[s
         name = name_of(stored.name)
         if name is None:
             continue
-        if stored.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}; "
-                f"only {', '.join(DTYPES)} are supported (quantized checkpoints are not, yet)"
-            )
         if name in tensors:
             raise CheckpointError(
                 f"{stored.file}: tensor {stored.name} appears twice (also in {tensors[name].file.name})"
@@ -209,8 +192,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if size != end:
         state = "truncated" if size < end else "longer than its header says"
         raise CheckpointError(f"{file}: {state}: {size} bytes instead of {end}; download it again")
-    tensors = {}
-    for name, dtype, shape, begin, stop in entries:
+    tensors, reached = {}, 0
+    for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
+        if begin != reached or stop < begin:
+            raise CheckpointError(f"{file}: tensor {name} overlaps another one, or leaves a gap before it")
+        reached = stop
         if dtype in DTYPES and (min(shape, default=1) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != stop - begin):
             raise CheckpointError(f"{file}: tensor {name}: shape {list(shape)} in {dtype} is not {stop - begin} bytes")
         tensors[name] = StoredTensor(file, name, dtype, shape, stop - begin, 8 + length + begin)

@@ -24,7 +24,7 @@ import model.transformer
 from model.attention import Attention
 from model.config import TextConfig
 from model.kernels.masks import AttentionMask
-from model.moe import MLP, Experts, MoE
+from model.moe import MLP, FusedExperts, MoE
 from model.transformer import Transformer
 from support.toy_checkpoints import BASE
 
@@ -224,7 +224,7 @@ def each(kind: type, change: Callable[[Any], None]) -> Mutation:
     return weights(change_all)
 
 
-def swap_gate_and_up(experts: Experts) -> None:
+def swap_gate_and_up(experts: FusedExperts) -> None:
     experts.gate_up_proj.data = experts.gate_up_proj.data.roll(experts.gate_up_proj.shape[-1] // 2, -1)
 
 
@@ -232,11 +232,11 @@ def swap_dense_gate_and_up(mlp: MLP) -> None:
     mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
 
 
-def interleave_gate_and_up(experts: Experts) -> None:
+def interleave_gate_and_up(experts: FusedExperts) -> None:
     experts.gate_up_proj.data = experts.gate_up_proj.data.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def transpose(experts: Experts) -> None:
+def transpose(experts: FusedExperts) -> None:
     for weight in (experts.gate_up_proj, experts.down_proj):
         weight.data = weight.data.transpose(1, 2).reshape(weight.shape)
 

@@ -137,12 +137,15 @@ def write_gguf(folder: Path, config: TextConfig, file: Path, kind: str) -> None:
     import gguf
     from safetensors import safe_open
 
-    from model.weights.loading import can_be_mapped, checked_tensors
+    from model.weights.loading import checked_sources
+    from model.weights.plain import PlainScheme
 
     check_supported(config)
-    stored = checked_tensors(folder, config)
-    if not can_be_mapped(stored):
-        raise GGUFError(f"{folder}: its experts are stored one by one, which is not converted to GGUF")
+    sources = checked_sources(folder, config)
+    is_fused = all(entry.source in sources for entry in entries(config))
+    if not (is_fused and all(isinstance(source.scheme, PlainScheme) for source in sources.values())):
+        raise GGUFError(f"{folder}: its experts are stored apart, or it is quantized: that is not converted to GGUF")
+    stored = {name: source.tensors["weight"] for name, source in sources.items()}
     types = {
         "f32": gguf.GGMLQuantizationType.F32,
         "f16": gguf.GGMLQuantizationType.F16,

@@ -65,8 +65,6 @@ def _model_lines(report: Report) -> Iterator[Line]:
             yield "", "vision: described in config.json, but no tensors are there; --no-images reads the text alone"
         if weights["not_read"]:
             yield "", weights["not_read"]
-        if weights["can_be_mapped"] is False:
-            yield "", "the experts are stored one by one; they are joined in memory"
     if config:
         yield from _config_lines(config)
     if vision and vision["has_tensors"] is not False:

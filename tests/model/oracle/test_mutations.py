@@ -16,7 +16,7 @@ from torch import Tensor
 import model.rope
 import model.transformer
 from model.errors import CheckpointError
-from model.moe import MLP, Experts
+from model.moe import MLP, FusedExperts
 from support.mutations import (
     Mutation,
     config_with,
@@ -106,9 +106,9 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "experts' results left sorted": (moe(sort_back=False), "scout"),
     "second expert left out": (config_with(num_experts_per_tok=1), "top_2"),
     "third expert left out": (config_with(num_experts_per_tok=2), "top_3"),
-    "experts' gate and up swapped": (each(Experts, swap_gate_and_up), "scout"),
-    "experts' gate and up interleaved": (each(Experts, interleave_gate_and_up), "scout"),
-    "experts transposed": (each(Experts, transpose), "scout"),
+    "experts' gate and up swapped": (each(FusedExperts, swap_gate_and_up), "scout"),
+    "experts' gate and up interleaved": (each(FusedExperts, interleave_gate_and_up), "scout"),
+    "experts transposed": (each(FusedExperts, transpose), "scout"),
     "dense gate and up swapped": (each(MLP, swap_dense_gate_and_up), "moe_none"),
     "gelu": (gelu, "scout"),
     "llama3 ignored": (config_with(rope={"rope_type": "default"}), "scout"),
@@ -204,7 +204,7 @@ CONTROLS: dict[str, Mutation] = {
     "qk_eps": qk_eps(1e-5),
     "config_with": config_with(rope={}),
     "rotate_halves": rotate_with(lambda x, r: to_pairs(rotate_halves(to_halves(x), r))),
-    "each": each(Experts, lambda experts: None),
+    "each": each(FusedExperts, lambda experts: None),
     "frequencies": frequencies(lambda config, f, factor: (f, factor)),
 }
 
