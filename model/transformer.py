@@ -5,7 +5,7 @@ For inference only. A forward over the whole sequence without a cache and any sp
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from model.config import TextConfig
 from model.kernels.registry import backend
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
+
+
+class LayerWatcher(Protocol):
+    """Is told which layer computes, for how many tokens: weights that memory does not hold are read ahead."""
+
+    def entering(self, layer: int, tokens: int) -> None: ...
+
+    def leaving(self, layer: int, tokens: int) -> None: ...
 
 
 class DecoderLayer(nn.Module):
@@ -52,6 +60,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend(attention)
+        self.watcher: LayerWatcher | None = None
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -91,9 +100,13 @@ class Transformer(nn.Module):
         assert positions, "no tokens"
         wanted = {"all": positions, "last": positions[-1:], "none": positions[:0]}[logits]
         step = Step.at(self.config, positions, self.backend, cache, x.device)
-        for layer in self.model.layers:
-            is_last = layer is self.model.layers[-1]
-            x = layer(x, step, wanted if is_last else positions)
+        last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
+        for number, layer in enumerate(self.model.layers):
+            if self.watcher is not None:
+                self.watcher.entering(number, tokens)
+            x = layer(x, step, wanted if number == last else positions)
+            if self.watcher is not None:
+                self.watcher.leaving(number, tokens)
         if cache is not None:
             cache.advance(len(positions))
         if not wanted:

@@ -27,6 +27,7 @@ PACKAGES = (  # from the top down: each may import only those in rows below
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
     {"errors", "folder", "kernels", "vision", "weights", "weights.expert_parts", "weights.read_ahead", "quantization"},
+    {"weights.pages", "weights.residency"},
     {"quantization.form"},
     {"quantization.plain", "weights.sources"},
     {"layers"},
@@ -40,7 +41,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"transformer"},
     {"weights.plain", "weights.mapping"},
     {"weights.shards", "weights.formats"},
-    {"weights.loading"},
+    {"weights.loading", "weights.streaming"},
 )
 CACHE_LAYERS = (
     {"errors", "layout", "grid"},
@@ -59,6 +60,7 @@ WITHOUT_TORCH = (
     "model.config",
     "model.costs",
     "model.vision.config",
+    "model.weights.residency",
     "cache.layout",
     "cache.residency",
     "l4ctx.planning.workload",
