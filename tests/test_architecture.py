@@ -28,8 +28,11 @@ ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.s
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
     {"errors", "folder", "kernels", "vision", "weights", "weights.expert_parts", "weights.read_ahead", "quantization"},
     {"weights.pages", "weights.residency"},
+    {"quantization.gguf_types", "quantization.gguf_simple", "quantization.gguf_library"},
+    {"quantization.gguf_k"},
     {"quantization.form"},
     {"quantization.plain", "weights.sources"},
+    {"quantization.gguf_blocks"},
     {"layers"},
     {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},
@@ -61,6 +64,7 @@ WITHOUT_TORCH = (
     "model.costs",
     "model.vision.config",
     "model.weights.residency",
+    "model.quantization.gguf_types",
     "cache.layout",
     "cache.residency",
     "l4ctx.planning.workload",
@@ -204,10 +208,15 @@ def test_model_and_cache_know_no_command_line(module: str) -> None:
 
 
 def test_other_engines_are_imported_by_the_benchmark_alone() -> None:
-    """They are optional: nothing else may need them."""
+    """They are optional: nothing else may need them, but for block types that only the package gguf expands."""
     assert {
         module for module in MODULES if {"transformers", "gguf", "numpy"} & {top(name) for name in imports(module)}
-    } == {"l4ctx.bench.peers.transformers", "l4ctx.bench.worker", "l4ctx.bench.peers.gguf"}
+    } == {
+        "l4ctx.bench.peers.transformers",
+        "l4ctx.bench.worker",
+        "l4ctx.bench.peers.gguf",
+        "model.quantization.gguf_library",
+    }
 
 
 def test_every_package_is_installed() -> None:

@@ -1,0 +1,90 @@
+"""Weights in GGUF's blocks: each holds 32 or 256 weights of a row, as small integers and their scales.
+
+How a type is laid out is in `gguf_simple` (blocks of 32) and `gguf_k` (of 256); other types go through the package
+gguf, by `gguf_library`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.quantization import gguf_k, gguf_library, gguf_simple
+from model.quantization.form import TILE_ELEMENTS, StoredMatrix
+from model.quantization.gguf_types import BY_NAME, NATIVE, BlockType
+
+PIECE_ELEMENTS = 2**17
+"""Weights that are expanded at once on a CPU: with what they are computed from, they fit a second-level cache."""
+
+Expand = Callable[[Tensor, Tensor], None]
+"""Writes the weights of blocks (n, bytes), uint8, to float32 (n, weights)."""
+
+EXPANDED_BY: Mapping[str, Expand] = {
+    "Q4_0": gguf_simple.expand_q4_0,
+    "Q4_1": gguf_simple.expand_q4_1,
+    "Q5_0": gguf_simple.expand_q5_0,
+    "Q5_1": gguf_simple.expand_q5_1,
+    "Q8_0": gguf_simple.expand_q8_0,
+    "IQ4_NL": gguf_simple.expand_iq4_nl,
+    "MXFP4": gguf_simple.expand_mxfp4,
+    "Q2_K": gguf_k.expand_q2_k,
+    "Q3_K": gguf_k.expand_q3_k,
+    "Q4_K": gguf_k.expand_q4_k,
+    "Q5_K": gguf_k.expand_q5_k,
+    "Q6_K": gguf_k.expand_q6_k,
+    "IQ4_XS": gguf_k.expand_iq4_xs,
+}
+assert EXPANDED_BY.keys() == {kind.name for kind in NATIVE}
+
+
+@dataclass(frozen=True)
+class GgufScheme:
+    """One of GGUF's block types, by name. Its tensor is `blocks`: uint8 (C_out, bytes of a row)."""
+
+    type_name: str
+
+    @property
+    def label(self) -> str:
+        return self.type_name
+
+    def build(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> GgufMatrix:
+        """Raises CheckpointError for a type that needs the package gguf, where that is not installed."""
+        return GgufMatrix(tensors["blocks"], BY_NAME[self.type_name], shape)
+
+
+class GgufMatrix(StoredMatrix):
+    """A matrix (C_out, C_in) in blocks of one type: uint8 (C_out, bytes of a row)."""
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor, kind: BlockType, shape: tuple[int, ...]) -> None:
+        out_features, in_features = shape
+        assert blocks.dtype == torch.uint8
+        assert blocks.shape == (out_features, kind.row_bytes(in_features)), (kind, blocks.shape, shape)
+        super().__init__(out_features, in_features)
+        self.register_buffer("blocks", blocks, persistent=False)
+        self.kind = kind
+        self.expand_blocks = EXPANDED_BY.get(kind.name) or gguf_library.expansion(kind.name)
+
+    def expand(self, rows: slice | Tensor, out: Tensor) -> None:
+        stored = self.blocks[rows]
+        limit = PIECE_ELEMENTS if stored.device.type == "cpu" else TILE_ELEMENTS
+        step = max(1, limit // self.in_features)
+        is_direct = out.dtype == torch.float32 and out.is_contiguous()
+        scratch = out if is_direct else out.new_empty(step, self.in_features, dtype=torch.float32)
+        for start in range(0, len(stored), step):
+            piece = stored[start : start + step]
+            here = scratch[start : start + step] if is_direct else scratch[: len(piece)]
+            self.expand_blocks(
+                aligned(piece.reshape(-1, self.kind.block_bytes)), here.view(-1, self.kind.block_weights)
+            )
+            if not is_direct:
+                out[start : start + step].copy_(here)
+
+
+def aligned(blocks: Tensor) -> Tensor:
+    """The same bytes where 32-bit numbers in them can be read; tensors of a file nearly always are."""
+    return blocks.clone() if blocks.storage_offset() % 4 or blocks.data_ptr() % 4 else blocks
