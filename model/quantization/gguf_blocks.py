@@ -16,7 +16,7 @@ from model.quantization import gguf_k, gguf_library, gguf_simple
 from model.quantization.form import TILE_ELEMENTS, StoredMatrix
 from model.quantization.gguf_types import BY_NAME, NATIVE, BlockType
 
-PIECE_ELEMENTS = 2**17
+PIECE_ELEMENTS = 2**18
 """Weights that are expanded at once on a CPU: with what they are computed from, they fit a second-level cache."""
 
 Expand = Callable[[Tensor, Tensor], None]
@@ -74,7 +74,7 @@ class GgufMatrix(StoredMatrix):
         limit = PIECE_ELEMENTS if stored.device.type == "cpu" else TILE_ELEMENTS
         step = max(1, limit // self.in_features)
         is_direct = out.dtype == torch.float32 and out.is_contiguous()
-        scratch = out if is_direct else out.new_empty(step, self.in_features, dtype=torch.float32)
+        scratch = out if is_direct else out.new_empty(min(step, len(stored)), self.in_features, dtype=torch.float32)
         for start in range(0, len(stored), step):
             piece = stored[start : start + step]
             here = scratch[start : start + step] if is_direct else scratch[: len(piece)]
@@ -86,5 +86,5 @@ class GgufMatrix(StoredMatrix):
 
 
 def aligned(blocks: Tensor) -> Tensor:
-    """The same bytes where 32-bit numbers in them can be read; tensors of a file nearly always are."""
-    return blocks.clone() if blocks.storage_offset() % 4 or blocks.data_ptr() % 4 else blocks
+    """The same bytes at an even offset, where float16 numbers in them can be viewed; nearly always they are there."""
+    return blocks.clone() if blocks.storage_offset() % 2 else blocks

@@ -19,62 +19,80 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.quantization.gguf_simple import IQ4_VALUES, halves, looked_up
+from model.quantization.gguf_simple import IQ4_VALUES, halves, look_up, nibbles, planes
 
 
 def expand_q2_k(blocks: Tensor, out: Tensor) -> None:
+    codes = planes(runs_of_32(blocks[:, 16:80]), (0, -2, -4, -6), mask=3)
+    write_groups(codes, (0, 4, 1, 5, 2, 6, 3, 7), out)
+    scales, minimums = nibbles(blocks[:, :16])
     scale, minimum = halves(blocks[:, 80:84]).split(1, 1)
-    codes = torch.stack([(blocks[:, 16:80].unflatten(1, (2, 32)) >> shift) & 3 for shift in (0, 2, 4, 6)], 2)
-    groups = out.view(-1, 16, 16).copy_(codes.view(-1, 16, 16))
-    groups.mul_((scale * (blocks[:, :16] & 15))[..., None])
-    groups.sub_((minimum * (blocks[:, :16] >> 4))[..., None])
+    groups = out.view(-1, 16, 16)
+    groups.mul_(scales.float().mul_(scale)[..., None])
+    groups.sub_(minimums.float().mul_(minimum)[..., None])
 
 
 def expand_q3_k(blocks: Tensor, out: Tensor) -> None:
-    low = torch.stack([(blocks[:, 32:96].unflatten(1, (2, 32)) >> shift) & 3 for shift in (0, 2, 4, 6)], 2).flatten(
-        1, 2
-    )
-    high = torch.stack([(blocks[:, :32] >> shift) & 1 for shift in range(8)], 1)
-    stored = blocks[:, 96:108]
-    scales = torch.cat([stored[:, :8] & 15, stored[:, :8] >> 4], 1)
-    scales |= torch.cat([((stored[:, 8:] >> shift) & 3) << 4 for shift in (0, 2, 4, 6)], 1)
-    groups = out.view(-1, 16, 16).copy_((low | (high << 2)).sub_(4).view(torch.int8).view(-1, 16, 16))
-    groups.mul_((halves(blocks[:, 108:110]) * scales.sub_(32).view(torch.int8))[..., None])
+    codes = planes(runs_of_32(blocks[:, 32:96]), (0, -2, -4, -6), mask=3).flatten(0, 1)
+    codes |= planes(blocks[:, :32], (2, -2, 1, -3, 0, -4, -1, -5), mask=4)
+    write_groups(codes.sub_(4).view(torch.int8), (0, 4, 1, 5, 2, 6, 3, 7), out)
+    stored = bytes_first(blocks[:, 96:108])  # low bits 8, the high ones' halves in turn; high bits 4
+    scales = nibbles(stored[:8]).view(4, 4, -1)
+    scales |= planes(stored[8:], (4, 2, 0, -2), mask=48)
+    scales = bytes_first(scales.view(16, -1)).sub_(32).view(torch.int8)
+    out.view(-1, 16, 16).mul_(scales.float().mul_(halves(blocks[:, 108:110]))[..., None])
 
 
 def expand_q4_k(blocks: Tensor, out: Tensor) -> None:
     codes = blocks[:, 16:144].unflatten(1, (4, 32))
     groups = out.view(-1, 8, 32)
-    groups[:, ::2], groups[:, 1::2] = codes & 15, codes >> 4
+    groups[:, ::2] = codes & 15
+    groups[:, 1::2] = codes >> 4
     scales, minimums = group_scales(blocks)
     groups.mul_(scales).sub_(minimums)
 
 
 def expand_q5_k(blocks: Tensor, out: Tensor) -> None:
-    low = blocks[:, 48:176].unflatten(1, (4, 32))
-    high = torch.stack([((blocks[:, 16:48] >> shift) & 1) << 4 for shift in range(8)], 1)
-    groups = out.view(-1, 8, 32)
-    groups[:, ::2], groups[:, 1::2] = (low & 15) | high[:, ::2], (low >> 4) | high[:, 1::2]
+    codes = nibbles(runs_of_32(blocks[:, 48:176])).flatten(0, 1)
+    codes |= planes(blocks[:, 16:48], (4, 2, 0, -2, 3, 1, -1, -3), mask=16)
+    write_groups(codes, (0, 2, 4, 6, 1, 3, 5, 7), out)
     scales, minimums = group_scales(blocks)
-    groups.mul_(scales).sub_(minimums)
+    out.view(-1, 8, 32).mul_(scales).sub_(minimums)
 
 
 def expand_q6_k(blocks: Tensor, out: Tensor) -> None:
-    low, high = blocks[:, :128].unflatten(1, (2, 64)), blocks[:, 128:192].unflatten(1, (2, 32))
-    codes = torch.cat([low & 15, low >> 4], 2)
-    codes |= torch.cat([((high >> shift) & 3) << 4 for shift in (0, 2, 4, 6)], 2)
-    groups = out.view(-1, 16, 16).copy_(codes.sub_(32).view(torch.int8).view(-1, 16, 16))
-    groups.mul_((halves(blocks[:, 208:210]) * blocks[:, 192:208].view(torch.int8))[..., None])
+    codes = nibbles(runs_of_32(blocks[:, :128]))  # (low or high half, 4, n, 32)
+    high = planes(runs_of_32(blocks[:, 128:192]), (4, 2, 0, -2), mask=48)  # (4, 2, n, 32)
+    codes.unflatten(1, (2, 2)).bitwise_or_(high.unflatten(0, (2, 2)).transpose(1, 2))
+    write_groups(codes.sub_(32).view(torch.int8).flatten(0, 1), (0, 1, 4, 5, 2, 3, 6, 7), out)
+    scales = blocks[:, 192:208].view(torch.int8)
+    out.view(-1, 16, 16).mul_(scales.float().mul_(halves(blocks[:, 208:210]))[..., None])
 
 
 def expand_iq4_xs(blocks: Tensor, out: Tensor) -> None:
-    codes = blocks[:, 8:136].unflatten(1, (8, 16))
+    look_up(nibbles(blocks[:, 8:136]).view(2, -1, 16), IQ4_VALUES, out.view(-1, 32))
+    stored = bytes_first(blocks[:, 2:8])  # high bits 2, low bits 4, each with the first group's lowest
+    scales = nibbles(stored[2:]).transpose(0, 1).contiguous().view(2, 4, -1)
+    scales |= planes(stored[:2], (4, 2, 0, -2), mask=48).transpose(0, 1)
+    scales = bytes_first(scales.view(8, -1)).sub_(32).view(torch.int8)
+    out.view(-1, 8, 32).mul_(scales.float().mul_(halves(blocks[:, :2]))[..., None])
+
+
+def runs_of_32(stored: Tensor) -> Tensor:
+    """Bytes (n, 32 k) -> (k, n, 32), contiguous."""
+    return stored.unflatten(1, (-1, 32)).transpose(0, 1).contiguous()
+
+
+def bytes_first(stored: Tensor) -> Tensor:
+    """Bytes (n, k) -> (k, n), contiguous, or back: few bytes of many blocks are quicker to work on this way."""
+    return stored.t().contiguous()
+
+
+def write_groups(codes: Tensor, order: tuple[int, ...], out: Tensor) -> None:
+    """Codes of 8 groups of 32 weights (8, n, 32), or so once flattened, in this order -> float32 `out` (n, 256)."""
     groups = out.view(-1, 8, 32)
-    groups[..., :16], groups[..., 16:] = looked_up(codes & 15, IQ4_VALUES), looked_up(codes >> 4, IQ4_VALUES)
-    low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).flatten(1)
-    high = torch.stack([(blocks[:, 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], 2).flatten(1)
-    scales = (low | (high << 4)).sub_(32).view(torch.int8)
-    groups.mul_((halves(blocks[:, :2]) * scales)[..., None])
+    for group, plane in zip(order, codes.view(8, -1, 32), strict=True):
+        groups[:, group] = plane
 
 
 def group_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +102,11 @@ def group_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     bits. The last four hold the low 4 bits of groups 4 to 7, scales in the low halves; their top 2 bits are those that
     the first eight bytes have left.
     """
-    first, second, third = blocks[:, 4:16].split(4, 1)
-    scales = torch.cat([first & 63, (third & 15) | ((first >> 2) & 48)], 1)
-    minimums = torch.cat([second & 63, (third >> 4) | ((second >> 2) & 48)], 1)
-    scale, minimum = halves(blocks[:, :4]).split(1, 1)
-    return (scale * scales)[..., None], (minimum * minimums)[..., None]
+    stored = bytes_first(blocks[:, 4:16]).view(3, 4, -1)
+    codes = stored.new_empty(2, 2, 4, len(blocks))  # (scales or minimums, half of the groups, 4, n)
+    torch.bitwise_and(stored[:2], 63, out=codes[:, 0])
+    torch.bitwise_right_shift(stored[:2], 2, out=codes[:, 1])
+    codes[:, 1].bitwise_and_(48).bitwise_or_(nibbles(stored[2]))
+    values = bytes_first(codes.view(16, -1)).float().view(-1, 2, 8)
+    values.mul_(halves(blocks[:, :4])[..., None])
+    return values[:, 0, :, None], values[:, 1, :, None]
