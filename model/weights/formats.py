@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.config import shown
 from model.errors import CheckpointError
 from model.folder import CONFIG, read_object
-from model.weights import plain
+from model.weights import bitsandbytes, mlx, plain, refused
 from model.weights.expert_parts import ExpertPart, missing_part, parts_by_weight, surplus_part
 from model.weights.plain import PlainScheme
 from model.weights.sources import Group, Reader, StoredTensor, WeightSource
 
-READERS: tuple[Reader, ...] = (plain.read,)
+READERS: tuple[Reader, ...] = (plain.read, refused.read, mlx.read, bitsandbytes.read)
 """Asked in this order; the first that knows a group's tensors says what they mean."""
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -131,12 +130,7 @@ def _unknown(group: Group) -> CheckpointError:
     others = [tensor for _, tensor in sorted(group.tensors.items()) if tensor is not itself]
     if others and itself is not None and itself.dtype in plain.DTYPE_NAMES:
         return CheckpointError(f"{others[0].file}: extra tensor {others[0].name}, which the model does not have")
-    tensor = itself or others[0]
-    method = group.settings.get("quant_method")
-    of = f" (quant_method {shown(method)})" if method is not None else ""
-    return CheckpointError(
-        f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}: a quantized form that is not read{of}"
-    )
+    return refused.unknown(group)
 
 
 def _first(source: WeightSource) -> StoredTensor:
