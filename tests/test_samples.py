@@ -23,7 +23,7 @@ from l4ctx.vision.tiles import image_tiles, normalized
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.vision.config import VisionConfig, vision_parameter_count
-from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
+from model.weights.loading import checked_vision_sources, load_checkpoint, load_vision
 from model.weights.shards import text_tensors
 from support.places import ROOT, TINY
 
@@ -62,7 +62,7 @@ def test_the_checkpoint_has_the_published_form() -> None:
     }
     vision = VisionConfig.from_folder(TINY)
     assert vision is not None
-    stored = checked_vision_tensors(TINY, vision, config.hidden_size)
+    stored = checked_vision_sources(TINY, vision, config.hidden_size)
     assert sum(torch.Size(tensor.shape).numel() for tensor in stored.values()) == vision_parameter_count(
         vision, config.hidden_size
     )

@@ -115,7 +115,6 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(monkeypatch: pytest
         lambda job: {
             "stored_dtype": "float32",
             "parameters": 3_000_000,
-            "can_be_mapped": True,
             "accelerator_free": None,
             "device": "cpu",
         },

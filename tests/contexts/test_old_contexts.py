@@ -82,10 +82,10 @@ def test_the_checkpoint_has_the_same_fingerprints(saved: str) -> None:
     """Those of the text model; the vision model's is part of an image's digest, which decides whether it is reused."""
     from l4ctx.checkpoint.fingerprint import FIELDS, fingerprint
     from model.config import TextConfig
-    from model.weights.loading import checked_tensors
+    from model.weights.loading import checked_sources, stored_tensors
 
     config = TextConfig.from_folder(TINY)
-    now = fingerprint(TINY, config, checked_tensors(TINY, config))
+    now = fingerprint(TINY, config, stored_tensors(checked_sources(TINY, config)))
     assert now == {name: manifest()["made_with"][name] for name in FIELDS}
     assert "checkpoint" not in manifest()
 

@@ -30,7 +30,7 @@ from model.vision.config import (
     vision_parameter_count,
 )
 from model.vision.tower import VisionTower
-from model.weights.loading import checked_vision_tensors, load_checkpoint, load_vision
+from model.weights.loading import checked_vision_sources, load_checkpoint, load_vision
 from model.weights.shards import text_tensors
 from support.error_budget import difference, in_float64, limit
 from support.places import SHARED
@@ -380,7 +380,7 @@ def test_each_tensor_is_where_it_belongs(vision_toys: VisionToys, folder: Path) 
     for dtype, is_mapped in itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False)):
         tower = load_vision(str(folder), config, WIDTH, dtype=dtype, is_mapped=is_mapped)
         loaded = dict(tower.named_parameters())
-        assert loaded.keys() == stored.keys() == checked_vision_tensors(folder, config, WIDTH).keys()
+        assert loaded.keys() == stored.keys() == checked_vision_sources(folder, config, WIDTH).keys()
         assert all(torch.equal(loaded[name], stored[name].to(dtype)) for name in stored)
         assert not any(p.requires_grad for p in loaded.values()) and not tower.training
         assert tower.dtype == dtype and tower.device == torch.device("cpu")
@@ -452,7 +452,7 @@ def test_damage_is_named(
     config = vision_toys("halved").config
     reads: list[Callable[[], object]] = [
         lambda: load_vision(folder, config, WIDTH, dtype=torch.float32),
-        lambda: checked_vision_tensors(folder, config, WIDTH),
+        lambda: checked_vision_sources(folder, config, WIDTH),
     ]
     for read in reads:
         with pytest.raises(CheckpointError) as caught:
@@ -464,7 +464,7 @@ def test_damage_is_named(
 
 def test_a_projector_of_another_width(vision_toys: VisionToys, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=LINEAR):
-        checked_vision_tensors(folder, vision_toys("halved").config, WIDTH + 1)
+        checked_vision_sources(folder, vision_toys("halved").config, WIDTH + 1)
 
 
 def test_a_checkpoint_without_its_vision_tensors(vision_toys: VisionToys, folder: Path) -> None:
