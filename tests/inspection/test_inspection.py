@@ -210,7 +210,7 @@ BROKEN_MODELS: dict[str, tuple[Break, list[str], list[str]]] = {  # damage, one 
     "cut shard": (lambda m: cut(m / SECOND), [f"{SECOND}: truncated"], ["2 of 3 shards"]),
     "overlapping tensors": (
         lambda m: _overlap(m / SECOND),
-        [SECOND, "overlaps another one"],
+        ["overlaps another one"],
         ["2 of 3 shards"],
     ),
     "a shard of another model": (
