@@ -7,11 +7,12 @@ no torch, so that planning and errors are fast.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import CheckpointFiles, checkpoint_files
 from model.errors import ConfigError
 from model.folder import CONFIG, UNREADABLE, read_json
 
@@ -20,7 +21,10 @@ MAX_LAYERS = 10_000
 BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
 """Attention backends, implemented in model/kernels/."""
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "factors")
+"""Those of transformers, and "factors": a divisor for each frequency, as GGUF files have for any type."""
+TABLES = ("short_factor", "long_factor", "factors")
+"""Rope parameters that are lists, with a number for each frequency."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class RopeParameters:
     truncate: bool = True
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    factors: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,19 @@ class TextConfig:
         return layer in self.moe_layers
 
     @classmethod
-    def from_folder(cls, folder: Path) -> TextConfig:
-        """Reads `config.json` in a checkpoint folder. Raises ConfigError."""
-        return cls.from_file(folder / CONFIG, no_config(folder))
+    def from_folder(cls, path: Path) -> TextConfig:
+        """Reads `config.json` in a checkpoint folder, or the metadata of a GGUF file. Raises ConfigError."""
+        files = checkpoint_files(path)
+        return cls._named(read_config(files, no_config(path)), files.place(CONFIG))
 
     @classmethod
     def from_file(cls, file: Path, missing: str) -> TextConfig:
         """Reads a config.json. Raises ConfigError, with the message `missing` if there is no such file."""
-        raw = read_config(file, missing)
+        return cls._named(_read(file, missing, read_json), file)
+
+    @classmethod
+    def _named(cls, raw: Any, file: Path) -> TextConfig:
+        """From what a file holds, which errors name."""
         try:
             return cls.from_dict(raw)
         except ConfigError as error:
@@ -146,10 +156,14 @@ def no_config(folder: Path) -> str:
     return f"{folder}: no {CONFIG} there; expected a checkpoint folder"
 
 
-def read_config(file: Path, missing: str) -> Any:
-    """Parses a config.json. Raises ConfigError, with the message `missing` if there is no such file."""
+def read_config(files: CheckpointFiles, missing: str) -> Any:
+    """The content of config.json. Raises ConfigError, with the message `missing` if there is no such file."""
+    return _read(files.place(CONFIG), missing, lambda _: files.json(CONFIG))
+
+
+def _read(file: Path, missing: str, read: Callable[[Path], Any]) -> Any:
     try:
-        return read_json(file)
+        return read(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(missing) from None
     except UNREADABLE as error:
@@ -271,6 +285,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
         "yarn": ("original_max_position_embeddings",),
         "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "factors": ("factors",),
     }.get(rope_type, ())
     for name in needed:
         if not getattr(parameters, name):
@@ -280,7 +295,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
 
 def _positive(name: str, value: Any) -> Any:
     """Returns a rope parameter unchanged, lists as tuples, after checking that its numbers are positive and finite."""
-    is_table = name in ("short_factor", "long_factor")
+    is_table = name in TABLES
     if value is None or (isinstance(value, bool) and name == "truncate"):
         return value
     if is_table != isinstance(value, list):
@@ -314,7 +329,7 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
         raise ConfigError(f"num_experts_per_tok: {config.num_experts_per_tok} of {config.num_local_experts} experts")
     if text.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act: {text['hidden_act']!r} is not supported; must be silu")
-    for name in ("short_factor", "long_factor"):
+    for name in TABLES:
         factors = getattr(config.rope_parameters, name)
         if factors is not None and len(factors) != config.head_dim // 2:
             raise ConfigError(f"rope_parameters.{name}: {len(factors)} factors for {config.head_dim // 2} pairs")

@@ -1,4 +1,4 @@
-"""Rotary position embedding over interleaved pairs: six rope types, with phases relative to the attention chunk.
+"""Rotary position embedding over interleaved pairs: seven rope types, with phases relative to the attention chunk.
 
 Frequencies are computed in float64. Within an attention chunk, rotary attention depends only on relative positions, so
 position p gets the phase of p % attention_chunk_size: equal in exact arithmetic, and still precise at ten million
@@ -43,6 +43,8 @@ def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
             return _longrope(config, frequencies, length)
         case "llama3":
             return _llama3(rope, frequencies), 1.0
+        case "factors":
+            return frequencies / torch.tensor(rope.factors, dtype=torch.float64), 1.0
     raise AssertionError(rope.rope_type)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_settings, special_tokens
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import only_printable
+from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, checkpoint_files
 
 
 class PromptError(UnusableCheckpointError):
@@ -28,22 +29,22 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
-        """The chat template of a checkpoint folder; None for a base model, which has none.
+        """The chat template of a checkpoint; None for a base model, which has none.
 
         Searches `chat_template.jinja`, then `tokenizer_config.json` (a string, or a list of named templates of which
         "default" is used), then `chat_template.json`. Raises PromptError for broken files.
         """
-        folder = Path(path)
+        files = checkpoint_files(Path(path))
         try:
-            tokens = special_tokens(folder)
-            if (folder / "chat_template.jinja").is_file():
-                return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokens, date)
-            for name in ("tokenizer_config.json", "chat_template.json"):
-                source = read_settings(folder / name).get("chat_template")
+            tokens = special_tokens(files)
+            if files.place(CHAT_TEMPLATE).is_file():
+                return cls(files.content(CHAT_TEMPLATE).decode("utf-8"), tokens, date)
+            for name in (TOKENIZER_CONFIG, "chat_template.json"):
+                source = read_settings(files, name).get("chat_template")
                 if source is not None:
-                    return cls(_default_template(source, folder / name), tokens, date)
+                    return cls(_default_template(source, files.place(name)), tokens, date)
         except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"{folder / 'chat_template.jinja'}: cannot be read: {_one_line(error)}") from None
+            raise PromptError(f"{files.place(CHAT_TEMPLATE)}: cannot be read: {_one_line(error)}") from None
         except TokenizerError as error:
             raise PromptError(str(error)) from None
         return None

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.checkpoint.chat_template import ChatTemplate
-from l4ctx.checkpoint.tokenizer import TokenizerError, read_settings, special_tokens
+from l4ctx.checkpoint.tokenizer import read_settings, special_tokens, tokenizer_content
+from model.checkpoint_files import TOKENIZER_CONFIG, checkpoint_files
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.image_processor import ImageProcessing
@@ -26,10 +27,11 @@ FIELDS = ("config", "weights", "tokenizer", "template")
 SAMPLE_BYTES = 4096
 
 
-def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
-    """The SHA-256, in hex, of each of FIELDS, for a checkpoint folder whose text model is `config` and `stored`.
+def fingerprint(path: Path, config: TextConfig, stored: dict[str, StoredTensor]) -> dict[str, str]:
+    """The SHA-256, in hex, of each of FIELDS, for a checkpoint whose text model is `config` and `stored`.
 
-    config: every field except `torch_dtype`, as JSON with sorted keys; 8 and 8.0 are equal.
+    config: every field except `torch_dtype`, as JSON with sorted keys; 8 and 8.0 are equal. Rope factors count only
+    where there are some, as they came later than the first contexts.
 
     weights: for every tensor of the text model, sorted by name: name, stored dtype, shape, and three samples of
     SAMPLE_BYTES from the start, the middle and the end; all bytes of a tensor that is no larger than three samples.
@@ -37,7 +39,8 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
     weights elsewhere in a large tensor, say of one expert; but training, merging or converting changes all parts of a
     tensor.
 
-    tokenizer: the bytes of `tokenizer.json`, and the token that begins a prompt without a template (or none).
+    tokenizer: the bytes of `tokenizer.json`, or of what a GGUF file's tokenizer is as one, and the token that begins a
+    prompt without a template (or none).
 
     template: the chat template's source and its special tokens, or that there is no template.
 
@@ -46,8 +49,8 @@ def fingerprint(folder: Path, config: TextConfig, stored: dict[str, StoredTensor
     return {
         "config": _of_config(config),
         "weights": _of_weights(stored),
-        "tokenizer": _of_tokenizer(folder),
-        "template": _of_template(folder),
+        "tokenizer": _of_tokenizer(path),
+        "template": _of_template(path),
     }
 
 
@@ -63,6 +66,8 @@ def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored
 def _of_config(config: TextConfig) -> str:
     fields = dataclasses.asdict(config)
     del fields["torch_dtype"]
+    if config.rope_parameters.factors is None:
+        del fields["rope_parameters"]["factors"]
     return _digest(_json(_with_plain_numbers(fields)))
 
 
@@ -116,23 +121,18 @@ def _samples(num_bytes: int) -> list[tuple[int, int]]:
     return [(start, start + SAMPLE_BYTES) for start in (0, middle, last)]
 
 
-def _of_tokenizer(folder: Path) -> str:
+def _of_tokenizer(path: Path) -> str:
     """Covers the files that Tokenizer.from_folder reads. Raises TokenizerError."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(f"{file}: no such file")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{file}: cannot be read ({error.strerror})") from None
-    has_bos = read_settings(folder / "tokenizer_config.json").get("add_bos_token") is not False
-    bos_token = special_tokens(folder).get("bos_token", "<|begin_of_text|>") if has_bos else None
+    files = checkpoint_files(path)
+    content = tokenizer_content(files)
+    has_bos = read_settings(files, TOKENIZER_CONFIG).get("add_bos_token") is not False
+    bos_token = special_tokens(files).get("bos_token", "<|begin_of_text|>") if has_bos else None
     return _digest(_json(bos_token), b"\n", content)
 
 
-def _of_template(folder: Path) -> str:
+def _of_template(path: Path) -> str:
     """Raises PromptError."""
-    template = ChatTemplate.from_folder(folder)
+    template = ChatTemplate.from_folder(path)
     if template is None:
         return _digest(b"none")
     return _digest(_json({"source": template.source, "special_tokens": template.special_tokens}))

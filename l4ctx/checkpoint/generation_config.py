@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.errors import UnusableCheckpointError
-from model.folder import CONFIG, read_object
+from model.checkpoint_files import GENERATION_CONFIG, checkpoint_files
+from model.folder import CONFIG
 
 
 class GenerationConfigError(UnusableCheckpointError):
@@ -33,17 +34,18 @@ class GenerationConfig:
     sampling: Sampling = Sampling()
 
     @classmethod
-    def from_folder(cls, folder: Path) -> GenerationConfig:
+    def from_folder(cls, path: Path) -> GenerationConfig:
         """Reads it, with stop tokens from config.json as the fallback. Raises GenerationConfigError."""
-        file = folder / "generation_config.json"
-        raw = read_object(file, GenerationConfigError)
-        config = read_object(folder / CONFIG, GenerationConfigError)
+        files = checkpoint_files(path)
+        file = files.place(GENERATION_CONFIG)
+        raw = files.object(GENERATION_CONFIG, GenerationConfigError)
+        config = files.object(CONFIG, GenerationConfigError)
         text_config = config.get("text_config")
         places = (raw, config, text_config if isinstance(text_config, dict) else {})
         stop: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
         ids = stop if isinstance(stop, list) else [stop]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise GenerationConfigError(f"{folder}: eos_token_id {stop!r} is not a token id or a list of them")
+            raise GenerationConfigError(f"{path}: eos_token_id {stop!r} is not a token id or a list of them")
         if not raw.get("do_sample", raw.get("temperature") is not None):
             return cls(frozenset(ids))
         return cls(

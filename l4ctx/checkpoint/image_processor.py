@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4ctx.errors import UnusableCheckpointError
+from model.checkpoint_files import checkpoint_files
 from model.config import FieldReader, shown
 from model.errors import ConfigError
-from model.folder import read_object
 
 MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
@@ -39,7 +39,7 @@ class ImageProcessing:
     resample: int = 2
 
     @classmethod
-    def from_folder(cls, folder: Path, image_size: int) -> ImageProcessing:
+    def from_folder(cls, path: Path, image_size: int) -> ImageProcessing:
         """Reads a checkpoint's parameters; Llama 4's values are the defaults.
 
         They come from "image_processor" in `processor_config.json`, as transformers 5 writes it, else from
@@ -47,11 +47,12 @@ class ImageProcessing:
         ImageProcessingError.
         """
         try:
-            file = folder / "processor_config.json"
-            content = read_object(file, ConfigError).get("image_processor")
+            files = checkpoint_files(path)
+            file = files.place("processor_config.json")
+            content = files.object(file.name, ConfigError).get("image_processor")
             if content is None:
-                file = folder / "preprocessor_config.json"
-                content = read_object(file, ConfigError)
+                file = files.place("preprocessor_config.json")
+                content = files.object(file.name, ConfigError)
             if not isinstance(content, Mapping):
                 raise ConfigError(f"{file}: image_processor: not an object")
             try:

@@ -23,7 +23,9 @@ import tokenizers
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
-from model.folder import UNREADABLE, read_json
+from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, CheckpointFiles, checkpoint_files
+from model.folder import UNREADABLE
+from model.gguf.tokenizer import LLAMA4_PATTERN
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; setting it silences fork warnings
 
@@ -31,15 +33,10 @@ PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many ch
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
 LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
 
-# The pattern of Llama 4's pre-tokenizer, with groups of up to three digits or with single digits.
-_LETTERS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-)
-_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA4_PATTERNS = frozenset(_LETTERS + digits + _OTHERS for digits in (r"\p{N}{1,3}", r"\p{N}"))
+_LLAMA4_PATTERNS = frozenset({LLAMA4_PATTERN, LLAMA4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")})
+"""The pattern of Llama 4's pre-tokenizer, with groups of up to three digits or with single digits."""
 
-# Where that pattern always splits, with neither side's split depending on the other (no alternative of the pattern
+# Where these patterns always split, with neither side's split depending on the other (no alternative of the pattern
 # matches across such a place; its one look-ahead, after white space, sees the same on either side): after a line end,
 # unless white space or "/" follows; before a space that follows a visible character; before ASCII punctuation, except
 # "'", that follows an ASCII letter or digit.
@@ -104,22 +101,21 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], embeddings: int | None = None) -> Tokenizer:
-        """Loads a checkpoint folder's `tokenizer.json`, for a model with this number of embeddings.
+        """Loads `tokenizer.json`, or a GGUF file's tokenizer, for a model with this number of embeddings.
 
-        Raises TokenizerError if it is missing or broken.
+        Raises TokenizerError if it is missing or broken, and CheckpointError for that of a GGUF file.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(f"{file}: no such file (a checkpoint's tokenizer is read from tokenizer.json)")
-        with _as_tokenizer_error(f"{file}: cannot be loaded"):
-            control = tokenizers.Tokenizer.from_file(os.fspath(file))
-        config = read_settings(Path(path) / "tokenizer_config.json")
-        bos_token = special_tokens(path).get("bos_token", "<|begin_of_text|>")
+        files = checkpoint_files(Path(path))
+        content = tokenizer_content(files)
+        with _as_tokenizer_error(f"{files.place(TOKENIZER)}: cannot be loaded"):
+            control = tokenizers.Tokenizer.from_buffer(content)
+        config = read_settings(files, TOKENIZER_CONFIG)
+        bos_token = special_tokens(files).get("bos_token", "<|begin_of_text|>")
         return cls(
             control,
             None if config.get("add_bos_token") is False else bos_token,
-            settings=(config, read_settings(Path(path) / "special_tokens_map.json")),
-            template=_template_source(Path(path), config),
+            settings=(config, read_settings(files, "special_tokens_map.json")),
+            template=_template_source(files, config),
             embeddings=embeddings,
         )
 
@@ -251,35 +247,46 @@ class StreamDecoder:
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def tokenizer_content(files: CheckpointFiles) -> bytes:
+    """The content of `tokenizer.json`. Raises TokenizerError, and CheckpointError for that of a GGUF file."""
+    file = files.place(TOKENIZER)
+    if not file.is_file():
+        raise TokenizerError(f"{file}: no such file (a checkpoint's tokenizer is read from {TOKENIZER})")
+    try:
+        return files.content(TOKENIZER)
+    except OSError as error:
+        raise TokenizerError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def read_settings(files: CheckpointFiles, name: str) -> dict[str, Any]:
     """A JSON object from one of the checkpoint's files; empty if there is no such file. Raises TokenizerError."""
     try:
-        content = read_json(file)
+        content = files.json(name)
     except FileNotFoundError:
         return {}
     except UNREADABLE as error:
-        raise TokenizerError(f"{file}: cannot be read as JSON: {_one_line(error)}") from None
+        raise TokenizerError(f"{files.place(name)}: cannot be read as JSON: {_one_line(error)}") from None
     if not isinstance(content, dict):
-        raise TokenizerError(f"{file}: holds no JSON object")
+        raise TokenizerError(f"{files.place(name)}: holds no JSON object")
     return content
 
 
-def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
+def special_tokens(files: CheckpointFiles) -> dict[str, str]:
     """`bos_token`, `eos_token`, … from `tokenizer_config.json`, or else from `special_tokens_map.json`."""
     tokens: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_settings(Path(path) / name).items():
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        for key, value in read_settings(files, name).items():
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
                 tokens[key] = content
     return tokens
 
 
-def _template_source(folder: Path, config: dict[str, Any]) -> str:
+def _template_source(files: CheckpointFiles, config: dict[str, Any]) -> str:
     """All of a checkpoint's chat templates, to search for tokens; unreadable ones are reported elsewhere."""
-    sources = [config.get("chat_template"), read_settings(folder / "chat_template.json").get("chat_template")]
+    sources = [config.get("chat_template"), read_settings(files, "chat_template.json").get("chat_template")]
     with suppress(OSError):
-        sources.append((folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace"))
+        sources.append(files.content(CHAT_TEMPLATE).decode("utf-8", "replace"))
     return "\n".join(
         source if isinstance(source, str) else json.dumps(source, ensure_ascii=False) for source in sources if source
     )

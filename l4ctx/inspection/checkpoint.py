@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.inspection.report import Report, add_damage, attempt
+from model.checkpoint_files import checkpoint_files
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.folder import CONFIG, INDEX
@@ -29,7 +30,8 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from model.weights.loading import checked_sources
     from model.weights.shards import unused_weights
 
-    raw = attempt(report, folder / CONFIG, read_settings, folder / CONFIG)
+    files = checkpoint_files(folder)
+    raw = attempt(report, files.place(CONFIG), read_settings, files, CONFIG)
     config = None if raw is None else attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
     names = (raw or {}).get("architectures")
     report["architecture"] = ", ".join(map(str, names)) if isinstance(names, list) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import checkpoint_files
 from model.config import MAX_LAYERS, FieldReader, no_config, read_config
 from model.errors import ConfigError
 from model.folder import CONFIG
@@ -63,14 +64,17 @@ class VisionConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_folder(cls, folder: Path) -> VisionConfig | None:
-        """Reads `config.json` in a checkpoint folder; None for a text-only checkpoint. Raises ConfigError."""
-        file = folder / CONFIG
-        raw = read_config(file, no_config(folder))
+    def from_folder(cls, path: Path) -> VisionConfig | None:
+        """Reads `config.json` in a checkpoint folder, or a GGUF file's metadata; None for a text-only checkpoint.
+
+        Raises ConfigError.
+        """
+        files = checkpoint_files(path)
+        raw = read_config(files, no_config(path))
         try:
             return cls.from_dict(raw)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(f"{files.place(CONFIG)}: {error}") from None
 
     @classmethod
     def from_dict(cls, raw: Any) -> VisionConfig | None:

@@ -7,25 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import checkpoint_files
 from model.errors import CheckpointError
-from model.folder import CONFIG, read_object
-from model.weights import bitsandbytes, mlx, plain, refused
+from model.folder import CONFIG
+from model.weights import bitsandbytes, gguf, mlx, plain, refused
 from model.weights.expert_parts import ExpertPart, missing_part, parts_by_weight, surplus_part
 from model.weights.plain import PlainScheme
 from model.weights.sources import Group, Reader, StoredTensor, WeightSource
 
-READERS: tuple[Reader, ...] = (plain.read, refused.read, mlx.read, bitsandbytes.read)
+READERS: tuple[Reader, ...] = (plain.read, refused.read, gguf.read, mlx.read, bitsandbytes.read)
 """Asked in this order; the first that knows a group's tensors says what they mean."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def quantization_settings(folder: Path) -> Mapping[str, Any]:
+def quantization_settings(path: Path) -> Mapping[str, Any]:
     """What config.json says of quantization: `quantization_config`, or MLX's `quantization`; empty if it says nothing.
 
     Raises CheckpointError.
     """
-    config = read_object(folder / CONFIG, CheckpointError)
+    config = checkpoint_files(path).object(CONFIG, CheckpointError)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name in ("quantization_config", "quantization"):

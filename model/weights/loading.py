@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.config import TextConfig
 from model.errors import CheckpointError
+from model.gguf.files import find_gguf, read_gguf
 from model.layers import Embedding, Linear, looked_up, set_weight
 from model.moe import Expert, SplitExperts
 from model.quantization.form import StoredMatrix, Weight
@@ -23,6 +24,7 @@ from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 from model.weights.expert_parts import ExpertPart
 from model.weights.formats import find_sources, quantization_settings
+from model.weights.gguf import check_complete
 from model.weights.mapping import MappedFiles
 from model.weights.plain import PlainScheme
 from model.weights.shards import EMBEDDINGS, text_tensors, vision_tensors
@@ -42,7 +44,7 @@ def load_checkpoint(
     attention: str = "sdpa",
     is_mapped: bool = True,
 ) -> Transformer:
-    """Loads the text model of the checkpoint folder `path`.
+    """Loads the text model of the checkpoint `path`, a folder or a GGUF file.
 
     `dtype`, in which it computes, is a torch.dtype, its name, or "auto": the dtype of the stored embeddings, or
     bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
@@ -139,16 +141,19 @@ def _wanted_dtype(dtype: torch.dtype | str, example: WeightSource) -> torch.dtyp
 
 
 def _checked_text(
-    folder: Path, config: TextConfig, attention: str = "sdpa"
+    path: Path, config: TextConfig, attention: str = "sdpa"
 ) -> tuple[Transformer, dict[str, WeightSource]]:
     """The model on the meta device, and how its weights are stored."""
     with torch.device("meta"):
         model = Transformer(config, attention)
-    stored = text_tensors(folder)
+    stored = text_tensors(path)
     if config.tie_word_embeddings and EMBEDDINGS not in stored and "lm_head.weight" in stored:
         stored[EMBEDDINGS] = stored.pop("lm_head.weight")  # files may store either of the two
     optional = frozenset(["lm_head.weight"] if config.tie_word_embeddings else [])
-    return model, find_sources(folder, stored, _shapes(model), quantization_settings(folder), optional)
+    expected = _shapes(model)
+    if (file := find_gguf(path)) is not None:
+        check_complete(read_gguf(file), stored, expected.keys() - optional)
+    return model, find_sources(path, stored, expected, quantization_settings(path), optional)
 
 
 def _checked_vision(

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from model.errors import CheckpointError
 from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
+from model.gguf.files import find_gguf, read_gguf
+from model.weights.gguf import gguf_tensors
 from model.weights.mapping import DTYPES
 from model.weights.sources import StoredTensor
 
@@ -20,17 +22,21 @@ EMBEDDINGS = "model.embed_tokens.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 
-def text_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The text model's tensors by their names in Transformer, from the shards' headers alone.
+def text_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The text model's tensors by their names in Transformer, from the headers of shards or of GGUF files alone.
 
-    Raises CheckpointError for a missing or damaged shard.
+    Raises CheckpointError for a missing or damaged file.
     """
-    return _named_tensors(folder, _text_name)
+    file = find_gguf(path)
+    return _named_tensors(path, _text_name) if file is None else gguf_tensors(read_gguf(file))
 
 
-def vision_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The vision model's and the projector's tensors by their names in VisionTower; otherwise as `text_tensors`."""
-    return _named_tensors(folder, _vision_name)
+def vision_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The vision model's and the projector's tensors by their names in VisionTower; otherwise as `text_tensors`.
+
+    Those of a model in GGUF files are not read yet.
+    """
+    return _named_tensors(path, _vision_name) if find_gguf(path) is None else {}
 
 
 def _text_name(stored: str) -> str | None:
@@ -74,8 +80,10 @@ def shard_files(folder: Path) -> list[Path]:
 def unused_weights(folder: Path) -> str | None:
     """A line that names weight files in the folder that are not read, such as those of an earlier training run.
 
-    None if there are none. Raises CheckpointError.
+    None if there are none, and for a GGUF file, which names what is read. Raises CheckpointError.
     """
+    if find_gguf(folder) is not None:
+        return None
     used = {file.name for file in shard_files(folder)}
     if SINGLE not in used:
         used.add(INDEX)
