@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.inspection.model_folder import check_model_folder
+from model.checkpoint_files import checkpoint_files
 from model.config import TextConfig
-from model.folder import read_json
+from model.folder import CONFIG, read_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def read_config(request: BenchRequest) -> tuple[dict[str, Any], TextConfig]:
         if file != where
         else TextConfig.from_file(file, f"{file}: no such file; a config.json is expected")
     )
-    return read_json(file), config
+    return (read_json(file) if request.model is None else checkpoint_files(where).json(CONFIG)), config
 
 
 def fitted_to_positions(request: BenchRequest, config: TextConfig, note: Callable[[str], None]) -> BenchRequest:

@@ -16,7 +16,9 @@ def inspect(
     path: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL|CONTEXT", help="Checkpoint folder, or folder of a saved context.", show_default=False
+            metavar="MODEL|CONTEXT",
+            help="Checkpoint (folder or GGUF file), or a saved context.",
+            show_default=False,
         ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not only headers and lengths.")] = False,

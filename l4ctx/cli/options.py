@@ -55,7 +55,9 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
 
 Model = Annotated[
     Path | None,
-    typer.Option("--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder.", show_default=False),
+    typer.Option(
+        "--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder or GGUF file.", show_default=False
+    ),
 ]
 Paths = Annotated[
     list[str] | None,

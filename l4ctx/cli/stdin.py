@@ -134,6 +134,7 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     from l4ctx.contexts.manifest import saved_checkpoint
     from l4ctx.formatting import printable
     from l4ctx.inspection.model_folder import check_model_folder
+    from model.gguf.header import is_gguf
 
     if given is not None:
         check_model_folder(given)
@@ -142,7 +143,7 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     known = saved_checkpoint(context) if context is not None and is_there else None
     if known is None:
         raise UsageError("no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL")
-    if not known.is_dir():
+    if not known.is_dir() and not is_gguf(known):
         raise UsageError(
             f"no model: {context} was made with {printable(str(known))}, and no such folder is there now; "
             "give the checkpoint with --model DIR"

@@ -1,17 +1,21 @@
-"""Inspects a checkpoint folder: its contents and its damage."""
+"""Inspects a checkpoint, a folder or GGUF files: its contents and its damage."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.inspection.report import Report, add_damage, attempt
-from model.checkpoint_files import checkpoint_files
+from model.checkpoint_files import TOKENIZER, GgufFiles, checkpoint_files
 from model.config import TextConfig
 from model.costs import parameter_count
 from model.folder import CONFIG, INDEX
+from model.gguf.config import config_of
+from model.gguf.header import is_gguf
+from model.gguf.names import ROPE_FACTORS
 from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
@@ -30,11 +34,16 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     from model.weights.loading import checked_sources
     from model.weights.shards import unused_weights
 
-    files = checkpoint_files(folder)
+    files = attempt(report, folder, checkpoint_files, folder)
+    if files is None:
+        return
     raw = attempt(report, files.place(CONFIG), read_settings, files, CONFIG)
     config = None if raw is None else attempt(report, folder / CONFIG, TextConfig.from_folder, folder)
     names = (raw or {}).get("architectures")
     report["architecture"] = ", ".join(map(str, names)) if isinstance(names, list) else None
+    if isinstance(files, GgufFiles):
+        report["architecture"] = f"{files.model.metadata.get('general.architecture')} (GGUF)"
+        report["assumed"] = list(config_of(files.model).assumed) if config else []
     report["config"] = config and _config_fields(config)
 
     before = len(report["damage"])
@@ -47,7 +56,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
         weights["not_read"] = attempt(report, folder, unused_weights, folder)
 
     tokenizer = None
-    if shards != [] or (folder / "tokenizer.json").exists():  # a lone config.json is not a damaged checkpoint
+    if shards != [] or files.place(TOKENIZER).exists():  # a lone config.json is not a damaged checkpoint
         tokenizer = attempt(
             report,
             folder / "tokenizer.json",
@@ -131,6 +140,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
+    from model.quantization.gguf_types import BY_NAME
     from model.weights.mapping import DTYPES
     from model.weights.plain import DTYPE_NAMES
 
@@ -147,6 +157,8 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
                 dtypes[tensor.dtype] += 1
                 if tensor.dtype in DTYPE_NAMES:
                     sums["parameters"] += tensor.num_bytes // DTYPES[tensor.dtype].itemsize
+                elif tensor.dtype in BY_NAME:
+                    sums["parameters"] += math.prod(tensor.shape)
         if verify and tensors:
             attempt(report, shard, _check_numbers, report, shard, tensors)
     names = (
@@ -168,17 +180,19 @@ def _owner(tensor: StoredTensor) -> str:
 
     if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
         return "vision_"
-    return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") else ""
+    return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") or tensor.name == ROPE_FACTORS else ""
 
 
 def _header(shard: Path) -> list[StoredTensor]:
     """A shard's tensors in file order. Raises CheckpointError."""
     from model.errors import CheckpointError
+    from model.weights.gguf import stored_in
     from model.weights.shards import read_header
 
     if not shard.is_file():
         raise CheckpointError(f"{shard}: missing shard; download it again")
-    return sorted(read_header(shard).values(), key=lambda tensor: tensor.offset)
+    tensors = stored_in(shard) if is_gguf(shard) else list(read_header(shard).values())
+    return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
 def _check_numbers(report: Report, shard: Path, tensors: list[StoredTensor]) -> None:

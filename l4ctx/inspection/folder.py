@@ -1,4 +1,4 @@
-"""Inspects a folder, a checkpoint or a saved context, and returns one report for the terminal and for JSON.
+"""Inspects a checkpoint or a saved context, and returns one report for the terminal and for JSON.
 
 Changes nothing. All input is untrusted: a part that cannot be read becomes a line of damage, and the rest is still
 reported.
@@ -17,6 +17,7 @@ from l4ctx.inspection.model_folder import what_it_is
 from l4ctx.inspection.report import Report, add_damage
 from l4ctx.machine.device import expect_no_numpy
 from model.folder import CONFIG, INDEX, SINGLE
+from model.gguf.files import find_gguf
 
 READ_WHOLE = (
     CONFIG,
@@ -44,18 +45,23 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     folder = Path(path)
     if not path:
         raise UsageError("the path is empty")
-    if not any(os.path.lexists(folder / name) for name in (CONFIG, MANIFEST)):
-        neither = f"neither a checkpoint, which has {CONFIG}, nor a saved context, which has {MANIFEST}; it is "
+    gguf = find_gguf(folder)
+    if gguf is None and not any(os.path.lexists(folder / name) for name in (CONFIG, MANIFEST)):
+        neither = (
+            f"neither a checkpoint, which has {CONFIG} or is a GGUF file, nor a saved context, which has {MANIFEST}; "
+            "it is "
+        )
         raise UsageError(f"{path}: {neither if os.path.isdir(path) else ''}{what_it_is(folder)}")
+    inside = folder if gguf is None else gguf.parent
     try:
-        names = os.listdir(path)
+        names = os.listdir(inside)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    is_model = CONFIG in names
+    is_model = gguf is not None or CONFIG in names
     report: Report = {"kind": "model" if is_model else "context", "path": path, "verified": verify, "damage": []}
     for name in READ_WHOLE:
-        if (folder / name).exists() and not (folder / name).is_file():
-            add_damage(report, folder / name, "not a regular file")
+        if (inside / name).exists() and not (inside / name).is_file():
+            add_damage(report, inside / name, "not a regular file")
     expect_no_numpy()
     if not report["damage"]:
         (inspect_model if is_model else inspect_context)(folder, report, verify)

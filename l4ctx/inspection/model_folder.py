@@ -1,4 +1,4 @@
-"""Recognises what was given as the model if it is not a checkpoint folder, and says what to do instead.
+"""Recognises what was given as the model if it is no checkpoint, and says what to do instead.
 
 Looks only at a few names and at a file's first bytes; loads nothing.
 """
@@ -17,6 +17,7 @@ from l4ctx.documents.recognition import is_archive
 from l4ctx.machine.suggestions import did_you_mean
 from model.errors import ConfigError
 from model.folder import CONFIG, PICKLED_WEIGHTS, UNREADABLE, read_json
+from model.gguf.files import SUFFIX, find_gguf, models_in
 
 MAX_NAMES = 5000
 _REPOSITORY = re.compile(
@@ -26,7 +27,6 @@ _REPOSITORY = re.compile(
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _EXPECTED = "expected a checkpoint folder"
 _DOWNLOAD = "hf download meta-llama/Llama-4-Scout-17B-16E-Instruct --local-dir DIR, then --model DIR"
-_GGUF = f"llama.cpp's format (GGUF), which is not supported; use the safetensors of the same model: {_DOWNLOAD}"
 _PICKLE = (
     "PyTorch's pickle format, which is not loaded, as such a file can execute arbitrary code; use the safetensors of "
     "the same model"
@@ -34,8 +34,11 @@ _PICKLE = (
 
 
 def check_model_folder(path: Path) -> None:
-    """Raises ConfigError, saying what `path` is and what to give instead, if it has no config.json."""
-    if not os.path.lexists(path / CONFIG):
+    """Raises ConfigError, saying what `path` is and what to give instead, if it is no checkpoint.
+
+    A folder with a config.json, and a GGUF model, count as one.
+    """
+    if not os.path.lexists(path / CONFIG) and find_gguf(path) is None:
         raise ConfigError(f"{path}: {what_it_is(path)}")
 
 
@@ -81,8 +84,8 @@ def _file(path: Path) -> str:
     name, start = path.name.lower(), _first_bytes(path, 512)
     if start is None:
         return f"not a folder; {_EXPECTED}"
-    if start.startswith(b"GGUF") or name.endswith(".gguf"):
-        return f"a file of {_GGUF}"
+    if name.endswith(SUFFIX):
+        return "named as a GGUF file, but does not begin like one; download it again (git lfs pull in a clone)"
     if os.path.lexists(path.parent / CONFIG):
         part = "one shard of a checkpoint" if name.endswith(".safetensors") else "one file of a checkpoint"
         return f"{part}; give its folder: --model {path.parent}"
@@ -121,8 +124,8 @@ def _folder(path: Path, names: list[str]) -> str:
             "a checkpoint in Meta's own format, which is not read: convert it with "
             "convert_llama4_weights_to_hf.py of transformers, or download the converted one: " + _DOWNLOAD
         )
-    if ".gguf" in endings:
-        return f"no config.json there, but files of {_GGUF}"
+    if SUFFIX in endings:
+        return _gguf_files(path)
     inner = [name for name in names[:200] if os.path.lexists(path / name / CONFIG)]
     if inner:
         others = f" (or {', '.join(inner[1:4])})" if len(inner) > 1 else ""
@@ -137,6 +140,16 @@ def _folder(path: Path, names: list[str]) -> str:
     if any(PICKLED_WEIGHTS.fullmatch(name) for name in names):
         return f"no config.json there, but files in {_PICKLE}"
     return f"{'an empty folder, ' * (not names)}no config.json there; {_EXPECTED}"
+
+
+def _gguf_files(path: Path) -> str:
+    models = models_in(path)
+    if not models:
+        return "GGUF files of a vision tower alone (mmproj); the text model's file is needed, too"
+    if len(models) == 1:
+        return f"a GGUF model and safetensors; give the file: --model {models[0]}"
+    others = ", ".join(model.name for model in models[1:4])
+    return f"{len(models)} GGUF models; give one of them: --model {models[0]} (or {others})"
 
 
 def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:

@@ -132,7 +132,7 @@ class ContextChoices:
         if known is None:
             return ""
         is_this = known == model.absolute() or (known.exists() and model.exists() and known.samefile(model))
-        return f" ({known}{', which has changed since' if is_this else '' if known.is_dir() else ', not there now'})"
+        return f" ({known}{', which has changed since' if is_this else '' if known.exists() else ', not there now'})"
 
 
 class Reuse(NamedTuple):

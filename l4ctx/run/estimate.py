@@ -23,6 +23,7 @@ from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workl
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
 from model.costs import Operations, parameter_count, reading_operations
+from model.gguf.files import find_gguf, read_gguf
 
 if TYPE_CHECKING:
     from l4ctx.documents.document import Skipped
@@ -118,7 +119,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         note(text)
 
     if request.tokens is not None:
-        weights, read = _published_weights(config, noted), _Read(request.tokens)
+        weights, read = _counted_weights(request, config, noted), _Read(request.tokens)
     else:
         weights, read = _stored_weights(request, config, noted), _tokenized(request, config, noted)
     if read.tokens < 1:
@@ -152,6 +153,12 @@ def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int
     if request.max_new_tokens is not None or request.tokens is not None:
         return request.max_new_tokens or 0
     return max(1, min(DEFAULT_MAX_NEW_TOKENS, config.max_position_embeddings - prompt_tokens))
+
+
+def _counted_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
+    """By the headers of GGUF files; for a checkpoint folder by config.json, so that its shards need not be there."""
+    file = find_gguf(request.model)
+    return _published_weights(config, note) if file is None else Weights.of_gguf(read_gguf(file))
 
 
 def _published_weights(config: TextConfig, note: Note) -> Weights:

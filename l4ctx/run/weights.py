@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
 from model.config import TextConfig
+from model.gguf.files import GgufModel
+from model.gguf.names import ROPE_FACTORS
 
 if TYPE_CHECKING:
     from model.weights.sources import WeightSource
@@ -32,6 +35,20 @@ class Weights:
             stored_dtype(sources),
             sum(source.num_bytes for name, source in counted.items() if name not in others),
             sum(source.parameters for name, source in counted.items() if name in others),
+        )
+
+    @classmethod
+    def of_gguf(cls, model: GgufModel) -> Weights:
+        """By the headers of GGUF files alone, without torch."""
+        tensors = {name: tensor for name, tensor in model.tensors.items() if name != ROPE_FACTORS}
+        others = {name for name, tensor in tensors.items() if len(tensor.shape) < 2 or "ffn_gate_inp" in name}
+        embeddings = tensors.get("token_embd.weight")
+        dtypes = {"F32": "float32", "F16": "float16"}
+        return cls(
+            sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            "bfloat16" if embeddings is None else dtypes.get(embeddings.kind.name, "bfloat16"),
+            sum(tensor.num_bytes for name, tensor in tensors.items() if name not in others),
+            sum(math.prod(tensors[name].shape) for name in others),
         )
 
     def bytes_in(self, dtype: str) -> int:

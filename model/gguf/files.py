@@ -37,7 +37,7 @@ def find_gguf(path: Path) -> Path | None:
 
     A folder with other weights, or with several models, is none. Only looks at names and first bytes.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         models = models_in(path)
         return models[0] if len(models) == 1 and not any(map(is_of_safetensors, names_in(path))) else None
     return first_part(path) if is_gguf(path) else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from model.errors import CheckpointError
 from model.gguf.files import GgufModel
+from model.gguf.header import TensorInfo, read_header
 from model.gguf.names import ROPE_FACTORS, stored_name, weight_name
 from model.quantization.gguf_blocks import GgufScheme
 from model.quantization.gguf_library import check_installed
@@ -26,8 +28,13 @@ def gguf_tensors(model: GgufModel) -> dict[str, StoredTensor]:
         name = weight_name(info.name)
         if name is None:
             raise CheckpointError(f"{info.file}: extra tensor {info.name}, which the model does not have")
-        tensors[name] = StoredTensor(info.file, info.name, info.kind.name, info.shape, info.num_bytes, info.offset)
+        tensors[name] = _stored(info)
     return tensors
+
+
+def stored_in(file: Path) -> list[StoredTensor]:
+    """All tensors of one file. Raises CheckpointError."""
+    return [_stored(info) for info in read_header(file).tensors.values()]
 
 
 def check_complete(model: GgufModel, stored: Mapping[str, StoredTensor], expected: Iterable[str]) -> None:
@@ -52,6 +59,10 @@ def read(group: Group) -> WeightSource | None:
     if kind.name in _LIBRARY:
         check_installed(kind.name)
     return WeightSource(tensor.shape, GgufScheme(kind.name), {"blocks": tensor})
+
+
+def _stored(info: TensorInfo) -> StoredTensor:
+    return StoredTensor(info.file, info.name, info.kind.name, info.shape, info.num_bytes, info.offset)
 
 
 def _parts(weight: str) -> Iterator[str]:

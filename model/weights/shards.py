@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from model.errors import CheckpointError
 from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
-from model.gguf.files import find_gguf, read_gguf
+from model.gguf.files import SUFFIX, find_gguf, read_gguf
 from model.weights.gguf import gguf_tensors
 from model.weights.mapping import DTYPES
 from model.weights.sources import StoredTensor
@@ -67,8 +67,11 @@ def _named_tensors(folder: Path, name_of: Callable[[str], str | None]) -> dict[s
 def shard_files(folder: Path) -> list[Path]:
     """The files that hold the weights, even if some are missing; empty if there is neither a single file nor an index.
 
-    As in transformers, model.safetensors takes precedence over an index, and other files are not read.
+    As in transformers, model.safetensors takes precedence over an index, and other files are not read. Of a model in
+    GGUF files, all parts.
     """
+    if (file := find_gguf(folder)) is not None:
+        return list(read_gguf(file).parts)
     single, index_file = folder / SINGLE, folder / INDEX
     if single.is_file():
         return [single]
@@ -114,6 +117,8 @@ def _no_weights(folder: Path) -> CheckpointError:
         message += f", though there is {_listed(safe)}: download the index, too"
     elif safe:
         message += f", though there is {_listed(safe)}"
+    elif gguf := [name for name in others if name.endswith(SUFFIX)]:
+        message += f"; of the GGUF files there, give one: --model {folder / gguf[0]}"
     elif others:
         message += (
             f"; {_listed(others)} is not read: convert it to safetensors with save_pretrained of transformers, "

@@ -41,7 +41,9 @@ def said(path: str) -> str:
         (["m/consolidated.00.pth", "m/params.json", "m/tokenizer.model"], ["Meta's own format", "convert_llama4"]),
         (["m/params.json", "m/checklist.chk"], ["Meta's own format", "hf download"]),
         (["m/adapter_config.json", "m/adapter_model.safetensors"], ["an adapter (LoRA)", "merge"]),
-        (["m/model-q4.gguf"], ["GGUF", "safetensors"]),
+        (["m/a.gguf", "m/b.gguf"], ["2 GGUF models; give one of them: --model m/a.gguf (or b.gguf)"]),
+        (["m/mmproj-F16.gguf"], ["a vision tower alone (mmproj)"]),
+        (["m/a.gguf", "m/model-00001-of-00002.safetensors"], ["a GGUF model and safetensors", "--model m/a.gguf"]),
         (["m/pytorch_model.bin"], ["pickle", "safetensors"]),
         (["m/model.onnx"], ["ONNX"]),
         (["m/weights.00.npz"], ["MLX"]),
@@ -69,8 +71,7 @@ def test_an_adapter_names_its_base() -> None:
 @pytest.mark.parametrize(
     ("file", "content", "parts"),
     [
-        ("a.gguf", b"GGUF\3\0", ["GGUF", "hf download"]),
-        ("renamed", b"GGUF\3\0", ["GGUF"]),
+        ("a.gguf", b"version https://git-lfs", ["named as a GGUF file", "git lfs pull"]),
         ("w.pth", b"PK\3\4", ["pickle", "arbitrary code"]),
         ("w.bin", b"\x80\2", ["pickle"]),
         ("m.tar.gz", b"\x1f\x8b\x08", ["an archive; unpack"]),

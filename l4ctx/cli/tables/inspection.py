@@ -67,6 +67,8 @@ def _model_lines(report: Report) -> Iterator[Line]:
             yield "", weights["not_read"]
     if config:
         yield from _config_lines(config)
+    for number, text in enumerate(report.get("assumed", ())):
+        yield "" if number else "assumed", text + " (not in the file: as llama.cpp computes)" * (number == 0)
     if vision and vision["has_tensors"] is not False:
         yield (
             "images",
