@@ -17,6 +17,7 @@ from l4ctx.vision.tiles import tiling_bytes
 from model.config import TextConfig
 from model.costs import Operations
 from model.errors import ConfigError
+from model.gguf.files import find_gguf
 from model.vision.config import VisionConfig, vision_operations, vision_parameter_count
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class ImageUse:
             except ConfigError as error:
                 self._vision = error
             if self._vision is None:
-                self.why_not = "the checkpoint reads text alone"
+                is_gguf = find_gguf(model) is not None
+                self.why_not = f"the checkpoint reads text alone{' (mmproj files are not read yet)' * is_gguf}"
         if pdf != "text" and self.why_not is not None:
             raise RequestError(
                 f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads their text"
