@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Quantized:
     folder: Path
     plain: Path  # the same weights, dequantized to float32 and fused as published
     weights: Mapping[str, Tensor]  # dequantized, by the names of the parts
+
+    def copy(self, folder: Path) -> Quantized:
+        """A copy of the quantized folder, to be damaged."""
+        return replace(self, folder=Path(shutil.copytree(self.folder, folder)))
 
     def change(self, edit: Callable[[dict[str, Tensor]], object]) -> None:
         """Changes the stored tensors, by full name, and saves them."""
