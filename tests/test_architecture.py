@@ -27,6 +27,7 @@ PACKAGES = (  # from the top down: each may import only those in rows below
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
     {"errors", "folder", "kernels", "vision", "weights", "weights.expert_parts", "weights.read_ahead", "quantization"},
+    {"weights.owners"},
     {"weights.pages", "weights.residency"},
     {"quantization.gguf_types", "quantization.gguf_simple", "quantization.gguf_library"},
     {"quantization.gguf_k"},
@@ -50,6 +51,9 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"transformer"},
     {"weights.plain", "weights.mapping", "weights.gguf"},
     {"weights.checks"},
+    {"weights.census"},
+    {"weights.checks"},
+    {"weights.checks"},
     {"weights.mlx", "weights.bitsandbytes", "weights.refused"},
     {"weights.shards", "weights.formats"},
     {"weights.loading", "weights.streaming"},
@@ -66,6 +70,7 @@ ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
     "model.errors",
     "model.folder",
+    "model.weights.owners",
     "model.gguf.config",
     "model.gguf.tokenizer",
     "model.checkpoint_files",

@@ -20,7 +20,7 @@ from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from model.weights.sources import StoredTensor
+    from model.weights.sources import StoredTensor, WeightSource
 
 
 PIECE_BYTES = 16 * 2**20
@@ -50,8 +50,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     shards = attempt(report, folder / INDEX, _shards, folder)
     weights = report["weights"] = None if shards is None else _weights(report, shards, verify)
     is_sound = bool(shards) and len(report["damage"]) == before
-    if is_sound and config:
-        attempt(report, folder, checked_sources, folder, config)
+    sources = attempt(report, folder, checked_sources, folder, config) if is_sound and config else None
     if weights is not None:
         weights["not_read"] = attempt(report, folder, unused_weights, folder)
 
@@ -71,8 +70,11 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
         "tokens_per_tile": vision.tokens_per_tile,
         "has_tensors": weights["vision_tensors"] > 0 if weights and is_readable else None,
     }
+    vision_sources = None
     if vision and report["vision"]["has_tensors"] is not False:
-        _check_vision(folder, report, vision, config, tokenizer)
+        vision_sources = _check_vision(folder, report, vision, config, tokenizer)
+    if weights is not None:
+        weights |= _stored_forms(folder, sources, vision_sources)
     before = len(report["damage"])
     template = attempt(report, folder, ChatTemplate.from_folder, folder)
     report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
@@ -90,14 +92,18 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
 
 def _check_vision(
     folder: Path, report: Report, vision: VisionConfig, text: TextConfig | None, tokenizer: Tokenizer | None
-) -> None:
-    """The checks that `l4ctx ask` makes before it reads images, where the rest of the checkpoint is readable."""
+) -> dict[str, WeightSource] | None:
+    """The checks that `l4ctx ask` makes before it reads images, where the rest of the checkpoint is readable.
+
+    Returns how the vision tower's weights are stored, None if that is not known.
+    """
     from l4ctx.checkpoint.image_processor import ImageProcessing
     from l4ctx.vision.tokens import ImageTokens
     from model.weights.loading import checked_vision_sources
 
+    sources = None
     if text and report["vision"]["has_tensors"]:
-        attempt(report, folder, checked_vision_sources, folder, vision, text.hidden_size)
+        sources = attempt(report, folder, checked_vision_sources, folder, vision, text.hidden_size)
     if text and vision.image_token_index >= text.vocab_size:
         add_damage(
             report,
@@ -115,6 +121,30 @@ def _check_vision(
             vision.tokens_per_tile,
             vision.image_token_index,
         )
+    return sources
+
+
+def _stored_forms(folder: Path, text: dict[str, WeightSource] | None, vision: dict[str, WeightSource] | None) -> Report:
+    """How weights are stored, as a sentence and by owner; nothing where that could not be made out."""
+    from model.weights.census import census, description
+    from model.weights.formats import quantization_settings
+
+    if text is None:
+        return {"stored_as": None, "by_owner": []}
+    sources = text | (vision or {})
+    return {
+        "stored_as": description(sources, quantization_settings(folder)),
+        "by_owner": [
+            {
+                "owner": share.owner,
+                "stored": share.stored,
+                "parameters": share.parameters,
+                "bytes": share.num_bytes,
+            }
+            for share in census(sources)
+        ],
+        "parameters": sum(source.parameters for source in text.values()),
+    }
 
 
 def _config_fields(config: TextConfig) -> Report:

@@ -73,6 +73,9 @@ architecture     Llama4ForConditionalGeneration
 parameters       2,952,320 by the configuration, 2,952,320 are stored
 weights          5.6 MiB in 3 shards, 51 tensors in BF16
                  vision: 2 tensors, 160 B
+stored as        bfloat16, not quantized
+by owner         attention                 393,216 weights  768 KiB  bfloat16
+                 routers, norms, biases      3,200 weights  6.2 KiB  bfloat16
 layers           4: 3 RoPE, 1 NoPE; 4 with experts (MoE)
 experts          4 in each MoE layer, 1 a token
 hidden size      128
@@ -104,6 +107,9 @@ def test_a_checkpoint_for_programs() -> None:
     assert shown["kv_bytes_per_token_bf16"] == 2 * 2 * 64 * 2 and shown["window_bytes_bf16"] == 3 * 2048 * 512
     assert weights["bytes"] == 2 * weights["parameters"] and weights["dtypes"] == {"BF16": weights["tensors"]}
     assert (weights["shards"], weights["ignored_tensors"]) == (2, 0)
+    assert weights["stored_as"] == "bfloat16, not quantized"
+    assert sum(share["bytes"] for share in weights["by_owner"]) == weights["bytes"] + weights["vision_bytes"]
+    assert {"owner": "vision", "stored": "bfloat16", "parameters": 1106688, "bytes": 2213376} in weights["by_owner"]
     assert weights["vision_tensors"] == 74 and report["vision"]["tokens_per_tile"] == 16
 
 

@@ -65,6 +65,7 @@ def _model_lines(report: Report) -> Iterator[Line]:
             yield "", "vision: described in config.json, but no tensors are there; --no-images reads the text alone"
         if weights["not_read"]:
             yield "", weights["not_read"]
+        yield from _stored_lines(weights)
     if config:
         yield from _config_lines(config)
     for number, text in enumerate(report.get("assumed", ())):
@@ -88,6 +89,21 @@ def _model_lines(report: Report) -> Iterator[Line]:
         yield "chat template", {True: "yes", False: "no", None: "cannot be read"}[report["chat_template"]]
     if report.get("stop_tokens") is not None:
         yield "stop tokens", ", ".join(map(str, report["stop_tokens"])) or "none"
+
+
+def _stored_lines(weights: Report) -> Iterator[Line]:
+    if weights["stored_as"]:
+        yield "stored as", weights["stored_as"]
+    shares = weights["by_owner"]
+    widths = [max(map(len, column)) for column in zip(*map(_share_cells, shares), strict=True)]
+    for number, share in enumerate(shares):
+        owner, parameters, size = _share_cells(share)
+        line = f"{owner:{widths[0]}}  {parameters:>{widths[1]}}  {size:>{widths[2]}}  {share['stored']}"
+        yield "by owner" if number == 0 else "", line
+
+
+def _share_cells(share: Report) -> tuple[str, str, str]:
+    return share["owner"], f"{share['parameters']:,} weights", human_bytes(share["bytes"])
 
 
 def _config_lines(config: Report) -> Iterator[Line]:

@@ -1,0 +1,40 @@
+"""The parts of the model that weights belong to."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+
+class Owner(StrEnum):
+    """In the order of tables."""
+
+    ATTENTION = "attention"
+    SHARED = "shared experts"
+    ROUTED = "routed experts"
+    DENSE = "dense layers"
+    SMALL = "routers, norms, biases"
+    EMBEDDINGS = "embeddings"
+    HEAD = "head"
+    VISION = "vision"
+
+
+_PATTERNS = (  # the first that a name matches
+    (Owner.VISION, re.compile(r"(vision_model|multi_modal_projector)\.")),
+    (Owner.SMALL, re.compile(r".*(\.bias|norm\.weight|\.feed_forward\.router\.weight)$")),
+    (Owner.EMBEDDINGS, re.compile(r"model\.embed_tokens\.")),
+    (Owner.HEAD, re.compile(r"lm_head\.")),
+    (Owner.ATTENTION, re.compile(r".*\.self_attn\.")),
+    (Owner.SHARED, re.compile(r".*\.feed_forward\.shared_expert\.")),
+    (Owner.ROUTED, re.compile(r".*\.feed_forward\.experts\.")),
+    (Owner.DENSE, re.compile(r".*\.feed_forward\.")),
+)
+
+
+def owner_of(name: str) -> Owner:
+    """By a weight's name in Transformer or VisionTower."""
+    return next((owner for owner, pattern in _PATTERNS if pattern.match(name)), Owner.SMALL)
+
+
+def is_router(name: str) -> bool:
+    return name.endswith(".feed_forward.router.weight")
