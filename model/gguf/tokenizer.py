@@ -6,7 +6,7 @@ Byte-level BPE alone is read; what the metadata calls `pre`, the rule that split
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.errors import CheckpointError
@@ -72,7 +72,8 @@ def tokenizer_of(model: GgufModel) -> str:
         raise CheckpointError(f"{model.path}: {_PREFIX}model {kind!r} is not read; {_BESIDE}")
     if pre not in list(_PRE_TOKENIZERS):
         raise CheckpointError(f"{model.path}: {_PREFIX}pre {pre!r} is not known; {_BESIDE}")
-    tokens, kinds = _tokens(model), _kinds(model)
+    tokens = _tokens(model)
+    kinds = _kinds(model, len(tokens))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
@@ -100,7 +101,7 @@ def tokenizer_of(model: GgufModel) -> str:
             "byte_fallback": False,
             "ignore_merges": pre in _WHOLE_WORDS_FIRST,
             "vocab": {token: token_id for token, token_id in ids.items() if token_id < words},
-            "merges": list(_merges(model)),
+            "merges": _merges(model),
         },
     }
     return json.dumps(content, ensure_ascii=False)
@@ -147,9 +148,9 @@ def _tokens(model: GgufModel) -> list[str]:
     return list(tokens)
 
 
-def _kinds(model: GgufModel) -> Sequence[int]:
-    """The type of each token."""
-    count, kinds = len(_tokens(model)), model.metadata.get(f"{_PREFIX}token_type")
+def _kinds(model: GgufModel, count: int) -> Sequence[int]:
+    """The type of each of `count` tokens."""
+    kinds = model.metadata.get(f"{_PREFIX}token_type")
     if kinds is None:
         return [_NORMAL] * count
     if not isinstance(kinds, tuple) or len(kinds) != count:
@@ -157,12 +158,13 @@ def _kinds(model: GgufModel) -> Sequence[int]:
     return [int(kind) for kind in kinds]
 
 
-def _merges(model: GgufModel) -> Iterator[tuple[str, str]]:
+def _merges(model: GgufModel) -> list[str]:
+    """Each two tokens with a space between them, which no token has: bytes are spelled as visible characters."""
     merges = model.metadata.get(f"{_PREFIX}merges")
     if not isinstance(merges, Strings):
         raise CheckpointError(f"{model.path}: metadata key {_PREFIX}merges is missing; {_BESIDE}")
-    for merge in merges:
-        space = merge.find(" ", 1)
-        if space < 0:
+    listed = list(merges)
+    for merge in listed:
+        if merge.count(" ") != 1:
             raise CheckpointError(f"{model.path}: {_PREFIX}merges: {merge[:40]!r} is not two tokens; {_BESIDE}")
-        yield merge[:space], merge[space + 1 :]
+    return listed
