@@ -11,6 +11,7 @@ from model.folder import CONFIG, read_json, read_object
 from model.gguf.config import config_of
 from model.gguf.files import GgufModel, find_gguf, read_gguf
 from model.gguf.tokenizer import generation_config_of, tokenizer_config_of, tokenizer_of
+from model.gguf.vision import with_vision
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -81,7 +82,7 @@ class GgufFiles(CheckpointFiles):
 
 
 _FIELDS: Mapping[str, Callable[[GgufModel], Mapping[str, Any]]] = {
-    CONFIG: lambda model: config_of(model).fields,
+    CONFIG: lambda model: with_vision(dict(config_of(model).fields), model),
     TOKENIZER_CONFIG: tokenizer_config_of,
     GENERATION_CONFIG: generation_config_of,
 }

@@ -39,7 +39,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"layers"},
     {"gguf", "gguf.header"},
     {"gguf.files", "gguf.names"},
-    {"gguf.config", "gguf.tokenizer"},
+    {"gguf.config", "gguf.tokenizer", "gguf.vision"},
     {"checkpoint_files"},
     {"config"},
     {"costs", "rope", "kernels.masks", "moe", "vision.config"},

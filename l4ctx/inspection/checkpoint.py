@@ -15,7 +15,7 @@ from model.costs import parameter_count
 from model.folder import CONFIG, INDEX
 from model.gguf.config import config_of
 from model.gguf.header import is_gguf
-from model.gguf.names import ROPE_FACTORS
+from model.gguf.names import GGUF_VISION_PREFIXES, ROPE_FACTORS
 from model.vision.config import VisionConfig
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _owner(tensor: StoredTensor) -> str:
     """Prefix of the report's keys: the vision part's tensors, ignored ones, or none for the text model's."""
     from model.weights.shards import IGNORED_PREFIXES
 
-    if tensor.name.removeprefix("language_model.").startswith(IGNORED_PREFIXES):
+    if tensor.name.removeprefix("language_model.").startswith((*IGNORED_PREFIXES, *GGUF_VISION_PREFIXES)):
         return "vision_"
     return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") or tensor.name == ROPE_FACTORS else ""
 

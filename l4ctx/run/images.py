@@ -46,7 +46,7 @@ class ImageUse:
                 self._vision = error
             if self._vision is None:
                 is_gguf = find_gguf(model) is not None
-                self.why_not = f"the checkpoint reads text alone{' (mmproj files are not read yet)' * is_gguf}"
+                self.why_not = f"the checkpoint reads text alone{' (its mmproj file is not beside it)' * is_gguf}"
         if pdf != "text" and self.why_not is not None:
             raise RequestError(
                 f"--pdf {pdf}: pages cannot be read as images: {self.why_not}; --pdf text reads their text"

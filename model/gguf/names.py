@@ -6,6 +6,7 @@ import re
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, one a pair: part of the configuration, not a weight."""
+GGUF_VISION_PREFIXES = ("v.", "mm.")
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _OF_LAYER = {

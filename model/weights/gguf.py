@@ -10,6 +10,7 @@ from model.errors import CheckpointError
 from model.gguf.files import GgufModel
 from model.gguf.header import TensorInfo, read_header
 from model.gguf.names import ROPE_FACTORS, stored_name, weight_name
+from model.gguf.vision import vision_weight_name
 from model.quantization.gguf_blocks import GgufScheme
 from model.quantization.gguf_library import check_installed
 from model.quantization.gguf_types import BY_LIBRARY, NATIVE
@@ -28,6 +29,17 @@ def gguf_tensors(model: GgufModel) -> dict[str, StoredTensor]:
         name = weight_name(info.name)
         if name is None:
             raise CheckpointError(f"{info.file}: extra tensor {info.name}, which the model does not have")
+        tensors[name] = _stored(info)
+    return tensors
+
+
+def gguf_vision_tensors(model: GgufModel) -> dict[str, StoredTensor]:
+    """A vision tower's tensors by their names in VisionTower. Raises CheckpointError."""
+    tensors = {}
+    for info in model.tensors.values():
+        name = vision_weight_name(info.name)
+        if name is None:
+            raise CheckpointError(f"{info.file}: extra tensor {info.name}, which the vision tower does not have")
         tensors[name] = _stored(info)
     return tensors
 

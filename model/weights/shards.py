@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from model.errors import CheckpointError
 from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
 from model.gguf.files import SUFFIX, find_gguf, read_gguf
-from model.weights.gguf import gguf_tensors
+from model.gguf.vision import find_vision
+from model.weights.gguf import gguf_tensors, gguf_vision_tensors
 from model.weights.mapping import DTYPES
 from model.weights.sources import StoredTensor
 
@@ -34,9 +35,13 @@ def text_tensors(path: Path) -> dict[str, StoredTensor]:
 def vision_tensors(path: Path) -> dict[str, StoredTensor]:
     """The vision model's and the projector's tensors by their names in VisionTower; otherwise as `text_tensors`.
 
-    Those of a model in GGUF files are not read yet.
+    Those of a model in GGUF files are in a file beside them; there may be none.
     """
-    return _named_tensors(path, _vision_name) if find_gguf(path) is None else {}
+    file = find_gguf(path)
+    if file is None:
+        return _named_tensors(path, _vision_name)
+    vision = find_vision(file.parent)
+    return {} if vision is None else gguf_vision_tensors(read_gguf(vision))
 
 
 def _text_name(stored: str) -> str | None:
@@ -68,10 +73,11 @@ def shard_files(folder: Path) -> list[Path]:
     """The files that hold the weights, even if some are missing; empty if there is neither a single file nor an index.
 
     As in transformers, model.safetensors takes precedence over an index, and other files are not read. Of a model in
-    GGUF files, all parts.
+    GGUF files, all parts and the vision tower's file.
     """
     if (file := find_gguf(folder)) is not None:
-        return list(read_gguf(file).parts)
+        vision = find_vision(file.parent)
+        return [*read_gguf(file).parts, *([] if vision is None else [vision])]
     single, index_file = folder / SINGLE, folder / INDEX
     if single.is_file():
         return [single]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.cli_runner import ANSWER, DOCUMENT, QUESTION, Result, check_refused, run_here, text_file
-from support.gguf_files import all_in, write_gguf
+from support.gguf_files import all_in, write_gguf, write_mmproj
 from support.places import TINY
 
 
@@ -74,4 +74,20 @@ def test_plan_counts_the_weights_of_the_file(model: Path) -> None:
 
 def test_images_need_a_vision_tower(model: Path) -> None:
     shutil.copy(TINY.parent / "documents" / "cards.png", "card.png")
-    check_refused(run_here("ask", QUESTION, "card.png", "--model", str(model)), 2, "mmproj files are not read yet")
+    check_refused(run_here("ask", QUESTION, "card.png", "--model", str(model)), 2, "its mmproj file is not beside it")
+
+
+def test_images_are_read_with_the_vision_tower_beside(model: Path) -> None:
+    Path("m").mkdir()
+    for name in ("tiny.gguf", "tokenizer.json"):
+        shutil.copy(model.parent / name, "m")
+    write_mmproj(Path("m/mmproj-tiny-F32.gguf"), TINY)
+    shutil.copy(TINY.parent / "documents" / "cards.png", "card.png")
+    question = "What is the access code for the amber falcon?"
+    answers = [
+        run_here("ask", question, "card.png", "--model", named, "--quiet", "--max-new-tokens", "24")
+        for named in ("m/tiny.gguf", str(TINY))
+    ]
+    assert answers[0] == answers[1] and answers[0].code == 0 and answers[0].stdout
+    report = json.loads(run_here("inspect", "m", "--json").stdout)
+    assert report["damage"] == [] and report["vision"]["has_tensors"] and report["weights"]["shards"] == 2

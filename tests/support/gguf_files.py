@@ -158,3 +158,43 @@ def add_tokenizer(writer: Any, folder: Path, pre: str = "llama4") -> None:
         writer.add_chat_template(template.read_text(encoding="utf-8"))
     elif isinstance(settings.get("chat_template"), str):
         writer.add_chat_template(settings["chat_template"])
+
+
+VISION_NAMES = {
+    "vision_model.class_embedding": "v.class_embd",
+    "vision_model.positional_embedding_vlm": "v.position_embd.weight",
+    "vision_model.patch_embedding.linear.weight": "v.patch_embd.weight",
+    "vision_model.layernorm_pre.weight": "v.pre_ln.weight",
+    "vision_model.layernorm_pre.bias": "v.pre_ln.bias",
+    "vision_model.layernorm_post.weight": "v.post_ln.weight",
+    "vision_model.layernorm_post.bias": "v.post_ln.bias",
+    "vision_model.vision_adapter.mlp.fc1.weight": "mm.model.mlp.1.weight",
+    "vision_model.vision_adapter.mlp.fc2.weight": "mm.model.mlp.2.weight",
+    "multi_modal_projector.linear_1.weight": "mm.model.fc.weight",
+}
+
+
+def write_mmproj(file: Path, folder: Path, projector: str = "llama4") -> None:
+    """The vision tower of the checkpoint in `folder`, in float32; the library's own name map finds its layers."""
+    fields = json.loads((folder / "config.json").read_text())["vision_config"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, fields["num_hidden_layers"])
+    writer = gguf.GGUFWriter(file, "clip")
+    writer.add_clip_projector_type(projector)
+    writer.add_vision_image_size(fields["image_size"])
+    writer.add_vision_patch_size(fields["patch_size"])
+    writer.add_vision_embedding_length(fields["hidden_size"])
+    writer.add_vision_feed_forward_length(fields["intermediate_size"])
+    writer.add_vision_block_count(fields["num_hidden_layers"])
+    writer.add_vision_head_count(fields["num_attention_heads"])
+    writer.add_vision_projector_scale_factor(round(1 / fields["pixel_shuffle_ratio"]))
+    for shard in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            text = name.removeprefix("model.")
+            if text.startswith(("vision_model.", "multi_modal_projector.")):
+                stored = VISION_NAMES.get(text) or names.get_name(text, (".weight", ".bias"))
+                assert stored is not None, name
+                writer.add_tensor(stored, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

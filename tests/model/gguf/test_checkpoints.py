@@ -20,8 +20,9 @@ from model.errors import CheckpointError, ConfigError
 from model.gguf.config import config_of
 from model.gguf.files import read_gguf
 from model.rope import rotary_frequencies
-from model.weights.loading import checked_sources, load_checkpoint, stored_tensors
-from support.gguf_files import LAYER_NAMES, TOP_NAMES, all_in, write_gguf
+from model.vision.config import VisionConfig
+from model.weights.loading import checked_sources, load_checkpoint, load_vision, stored_tensors
+from support.gguf_files import LAYER_NAMES, TOP_NAMES, all_in, write_gguf, write_mmproj
 from support.gguf_headers import ARRAY, BOOL, F32, I32, STRING, U32, File, key, tensor
 from support.toy_checkpoints import MAVERICK, SCOUT, Kind, Toy, write_kind
 
@@ -293,3 +294,42 @@ def test_wrong_tensors_are_named_in_one_line(
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         checked_sources(path, TextConfig.from_folder(path))
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_the_vision_tower_beside_a_file(tmp_path: Path, toys: Callable[[str], Toy]) -> None:
+    folder, file = toys("nested").folder, tmp_path / "toy.gguf"
+    write_gguf(file, folder)
+    assert VisionConfig.from_folder(file) is None
+    write_mmproj(tmp_path / "mmproj-F32.gguf", folder)
+    ours, theirs = VisionConfig.from_folder(file), VisionConfig.from_folder(folder)
+    assert ours is not None and theirs is not None
+    assert dataclasses.replace(ours, image_token_index=theirs.image_token_index) == theirs
+    hidden = TextConfig.from_folder(file).hidden_size
+    towers = [load_vision(path, theirs, hidden, dtype="float32") for path in (file, folder)]
+    pixels = torch.rand(2, 3, theirs.image_size, theirs.image_size)
+    with torch.no_grad():
+        assert torch.equal(*(tower(pixels) for tower in towers))
+
+
+def test_vision_towers_of_other_models_are_passed_over(tmp_path: Path, toys: Callable[[str], Toy]) -> None:
+    folder, file = toys("nested").folder, tmp_path / "toy.gguf"
+    write_gguf(file, folder)
+    write_mmproj(tmp_path / "mmproj-a.gguf", folder, "qwen2vl_merger")
+    (tmp_path / "mmproj-b.gguf").write_bytes(b"none")
+    assert VisionConfig.from_folder(file) is None
+    write_mmproj(tmp_path / "mmproj-c.gguf", folder)
+    assert VisionConfig.from_folder(file) is not None
+
+
+def test_a_damaged_vision_tower_is_named(tmp_path: Path, toys: Callable[[str], Toy]) -> None:
+    folder, file = toys("nested").folder, tmp_path / "toy.gguf"
+    write_gguf(file, folder)
+    write_mmproj(tmp_path / "mmproj.gguf", folder)
+    whole = (tmp_path / "mmproj.gguf").read_bytes()
+    (tmp_path / "mmproj.gguf").write_bytes(whole[:-9])
+    with pytest.raises(CheckpointError, match=r"mmproj\.gguf: truncated: tensor"):
+        VisionConfig.from_folder(file)
+    keys = [key("clip.projector_type", STRING, "llama4")]
+    File(keys, [tensor("mm.model.mlp.2.weight", (2, 2), 0)], bytes(16)).write(tmp_path / "mmproj.gguf")
+    with pytest.raises(ConfigError, match=r"mmproj\.gguf: clip.vision.embedding_length: 'None' is not a positive"):
+        VisionConfig.from_folder(file)
