@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from model.quantization import gguf_k, gguf_library, gguf_simple
-from model.quantization.form import TILE_ELEMENTS, StoredMatrix
+from model.quantization.form import StoredMatrix
 from model.quantization.gguf_types import BY_NAME, NATIVE, BlockType
-
-PIECE_ELEMENTS = 2**18
-"""Weights that are expanded at once on a CPU: with what they are computed from, they fit a second-level cache."""
+from model.quantization.pieces import through_float32
 
 Expand = Callable[[Tensor, Tensor], None]
 """Writes the weights of blocks (n, bytes), uint8, to float32 (n, weights)."""
@@ -71,18 +69,12 @@ class GgufMatrix(StoredMatrix):
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         stored = self.blocks[rows]
-        limit = PIECE_ELEMENTS if stored.device.type == "cpu" else TILE_ELEMENTS
-        step = max(1, limit // self.in_features)
-        is_direct = out.dtype == torch.float32 and out.is_contiguous()
-        scratch = out if is_direct else out.new_empty(min(step, len(stored)), self.in_features, dtype=torch.float32)
-        for start in range(0, len(stored), step):
-            piece = stored[start : start + step]
-            here = scratch[start : start + step] if is_direct else scratch[: len(piece)]
-            self.expand_blocks(
-                aligned(piece.reshape(-1, self.kind.block_bytes)), here.view(-1, self.kind.block_weights)
-            )
-            if not is_direct:
-                out[start : start + step].copy_(here)
+
+        def fill(here: slice, into: Tensor) -> None:
+            blocks = aligned(stored[here].reshape(-1, self.kind.block_bytes))
+            self.expand_blocks(blocks, into.view(-1, self.kind.block_weights))
+
+        through_float32(out, fill)
 
 
 def aligned(blocks: Tensor) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.errors import CheckpointError
 from model.quantization.gguf_blocks import GgufMatrix, GgufScheme
 from model.quantization.gguf_types import BY_LIBRARY, BY_NAME, BY_NUMBER, NATIVE, PLAIN, BlockType
 
+BY_LLAMA_CPP = Path(__file__).with_name("blocks_by_llama_cpp") / "blocks.safetensors"
 TYPES = pytest.mark.parametrize("kind", [*NATIVE, *BY_LIBRARY], ids=lambda kind: kind.name)
 
 
@@ -129,3 +132,15 @@ def finite_blocks(kind: BlockType, rows: int, width: int) -> Tensor:
     for place in places.get(kind.name, (1, 3) if kind.name in ("Q4_K", "Q5_K") else (1,)):
         blocks.view(-1, kind.block_bytes)[:, place] &= 0x9F  # a high byte of float16: its exponent's top bits
     return blocks
+
+
+@TYPES
+def test_blocks_of_llama_cpp_are_read_as_it_reads_them(kind: BlockType) -> None:
+    """They and their values in float32 were written by its quantizer: see blocks_by_llama_cpp/make.py.txt."""
+    tensors = load_file(BY_LLAMA_CPP)
+    original, blocks, expected = (tensors[name] for name in ("original", f"{kind.name}.blocks", f"{kind.name}.values"))
+    found = built(blocks, kind, original.shape[1]).expanded(torch.float32)
+    assert_same(found, expected)
+    bits = 8 * kind.block_bytes / kind.block_weights
+    error = (found - original).square().mean() / original.square().mean()
+    assert error < 12 * 4**-bits  # rounding halves its error with each bit: these are blocks of this matrix
