@@ -11,6 +11,8 @@ import os
 import platform
 from pathlib import Path
 
+from l4ctx.machine.memory import SPARE_SHARE
+
 CPUINFO = Path("/proc/cpuinfo")
 WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 WITHOUT_AMX = frozenset({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512"})
@@ -46,11 +48,6 @@ def processor_name(cpuinfo: Path = CPUINFO) -> str:
     return _field(cpuinfo, "model name") or platform.processor() or platform.machine() or os.name
 
 
-def processor_vendor(cpuinfo: Path = CPUINFO) -> str:
-    """What the processor says of its maker, such as "GenuineIntel"; empty where Linux does not list it."""
-    return _field(cpuinfo, "vendor_id")
-
-
 def _field(cpuinfo: Path, name: str) -> str:
     """The first field called `name`; empty if there is none."""
     try:
@@ -77,13 +74,9 @@ def bfloat16_units() -> frozenset[str]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether bfloat16 products are faster than float32 ones.
-
-    With AVX512_BF16 alone they are 2.2 times as fast on AMD's processors and half as fast on Intel's, which compute
-    twice as many float32 products at a time. Without either unit they are many times slower.
-    """
-    units = bfloat16_units()
-    return "amx_bf16" in units or (bool(units) and processor_vendor() != "GenuineIntel")
+    """Whether bfloat16 products are faster than float32 ones; without such instructions they take twice as long, or
+    much longer."""
+    return bool(bfloat16_units())
 
 
 def default_attention(dtype: str, *, on_accelerator: bool) -> str:
@@ -97,13 +90,10 @@ def default_attention(dtype: str, *, on_accelerator: bool) -> str:
     return "sdpa"
 
 
-def computing_dtype(asked: str, stored: str, *, on_accelerator: bool) -> str:
-    """Resolves "auto" to what this processor multiplies quickly, whatever the checkpoint's size.
-
-    Weights keep their stored form: computing in float32 does not enlarge them.
-    """
+def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
+    """Resolves "auto": the checkpoint's own dtype, or float32 on a CPU whose 16-bit products are slower, if it fits."""
     if asked != "auto":
         return asked
     if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
         return stored
-    return "float32"
+    return "float32" if available is None or 4 * parameters < SPARE_SHARE * available else stored

@@ -84,7 +84,13 @@ def workload_of(
 ) -> Workload:
     """The workload in the dtype that this machine computes it in."""
     on_accelerator = capacity.accelerator is not None
-    dtype = computing_dtype(compute.dtype, weights.dtype, on_accelerator=on_accelerator)
+    dtype = computing_dtype(
+        compute.dtype,
+        weights.dtype,
+        weights.parameters,
+        on_accelerator=on_accelerator,
+        available=capacity.host,
+    )
     return Workload(
         config,
         prompt_tokens=size.prompt_tokens,
