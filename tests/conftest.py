@@ -74,6 +74,7 @@ def _plain_processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processor, "processor_flags", lambda: frozenset[str]())
         patch.setattr(processor, "newest_instructions", lambda: "")
+        patch.setattr(processor, "processor_vendor", lambda: "")
         yield
 
 

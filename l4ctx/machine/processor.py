@@ -48,6 +48,11 @@ def processor_name(cpuinfo: Path = CPUINFO) -> str:
     return _field(cpuinfo, "model name") or platform.processor() or platform.machine() or os.name
 
 
+def processor_vendor(cpuinfo: Path = CPUINFO) -> str:
+    """What the processor says of its maker, such as "GenuineIntel"; empty where Linux does not list it."""
+    return _field(cpuinfo, "vendor_id")
+
+
 def _field(cpuinfo: Path, name: str) -> str:
     """The first field called `name`; empty if there is none."""
     try:
@@ -74,9 +79,13 @@ def bfloat16_units() -> frozenset[str]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether bfloat16 products are faster than float32 ones; without such instructions they take twice as long, or
-    much longer."""
-    return bool(bfloat16_units())
+    """Whether bfloat16 products are faster than float32 ones.
+
+    With AVX512_BF16 alone they are 2.2 times as fast on AMD's processors and half as fast on Intel's, which compute
+    twice as many float32 products at a time. Without either unit they are many times slower.
+    """
+    units = bfloat16_units()
+    return "amx_bf16" in units or (bool(units) and processor_vendor() != "GenuineIntel")
 
 
 def default_attention(dtype: str, *, on_accelerator: bool) -> str:

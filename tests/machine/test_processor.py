@@ -84,3 +84,20 @@ def test_instructions_that_onednn_must_not_use(
     assert processor.default_attention("bfloat16", on_accelerator=False) == (
         "matmul" if expected == ["avx512_bf16"] else "sdpa"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "vendor", "expected"),
+    [
+        ({"avx512_bf16"}, "AuthenticAMD", True),
+        ({"avx512_bf16"}, "GenuineIntel", False),
+        ({"avx512_bf16", "amx_bf16"}, "GenuineIntel", True),
+        ({"avx2"}, "AuthenticAMD", False),
+    ],
+)
+def test_where_bfloat16_products_are_faster(
+    flags: set[str], vendor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(processor, "processor_vendor", lambda: vendor)
+    assert processor.has_fast_bfloat16() == expected
