@@ -73,7 +73,9 @@ class StoredMatrix(nn.Module):
         size = count * self.in_features
         buffer = _buffers.get((device, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = _buffers[device, dtype] = torch.empty(max(size, TILE_ELEMENTS), dtype=dtype, device=device)
+            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+                buffer = torch.empty(max(size, TILE_ELEMENTS), dtype=dtype, device=device)
+            _buffers[device, dtype] = buffer
         shape = (self.in_features, count) if self.is_transposed else (count, self.in_features)
         out = buffer[:size].view(shape)
         out = out.t() if self.is_transposed else out

@@ -10,21 +10,31 @@ from typing import Any
 from model.checkpoint_files import checkpoint_files
 from model.errors import CheckpointError
 from model.folder import CONFIG
-from model.weights import bitsandbytes, gguf, mlx, plain, refused
+from model.weights import bitsandbytes, compressed_tensors, fbgemm, gguf, mlx, modelopt, plain, refused
+from model.weights.companions import skipped
 from model.weights.expert_parts import ExpertPart, missing_part, parts_by_weight, surplus_part
 from model.weights.plain import PlainScheme
 from model.weights.sources import Group, Reader, StoredTensor, WeightSource
 
-READERS: tuple[Reader, ...] = (plain.read, refused.read, gguf.read, mlx.read, bitsandbytes.read)
+READERS: tuple[Reader, ...] = (
+    plain.read,
+    compressed_tensors.read,
+    modelopt.read,
+    fbgemm.read,
+    gguf.read,
+    mlx.read,
+    bitsandbytes.read,
+    refused.read,
+)
 """Asked in this order; the first that knows a group's tensors says what they mean."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def quantization_settings(path: Path) -> Mapping[str, Any]:
-    """What config.json says of quantization: `quantization_config`, or MLX's `quantization`; empty if it says nothing.
+    """What config.json says of quantization: `quantization_config`, or MLX's `quantization`; else modelopt's own file.
 
-    Raises CheckpointError.
+    Empty if nothing is said. Raises CheckpointError.
     """
     config = checkpoint_files(path).object(CONFIG, CheckpointError)
     text = config.get("text_config")
@@ -32,7 +42,7 @@ def quantization_settings(path: Path) -> Mapping[str, Any]:
         for name in ("quantization_config", "quantization"):
             if isinstance(part.get(name), dict) and part[name]:
                 return dict(part[name])
-    return {}
+    return modelopt.settings(path) if path.is_dir() else {}
 
 
 def find_sources(
@@ -75,6 +85,8 @@ def _grouped(
     found: dict[str, dict[str, StoredTensor]] = {}
     extra: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
+        if skipped(name) is not None:
+            continue
         weight = _weight_of(name, stored, expected)
         if weight is None:
             extra[name] = tensor
