@@ -50,6 +50,7 @@ INT4 = {"num_bits": 4, "type": "int", "symmetric": True}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+INT8_TOKENS = TOKENS | {"type": "int"}
 
 RECIPES = {
     "w4a16": Recipe("pack-quantized", INT4 | {"strategy": "group", "group_size": 16}),
@@ -61,7 +62,7 @@ RECIPES = {
     "w8a16": Recipe("pack-quantized", INT8 | {"strategy": "group", "group_size": 16}),
     "w8a16_asym": Recipe("pack-quantized", INT8 | {"symmetric": False, "strategy": "group", "group_size": 16}),
     "w8a16_channel": Recipe("pack-quantized", INT8 | {"strategy": "channel"}, torch.float32),
-    "int8": Recipe("int-quantized", INT8 | {"strategy": "channel"}),
+    "int8": Recipe("int-quantized", INT8 | {"strategy": "channel"}, activations=INT8_TOKENS),
     "int8_tensor": Recipe("int-quantized", INT8 | {"strategy": "tensor"}),
     "int8_asym": Recipe("int-quantized", INT8 | {"symmetric": False, "strategy": "channel"}),
     "fp8_dynamic": Recipe("float-quantized", FP8 | {"strategy": "channel"}, activations=TOKENS),

@@ -55,7 +55,7 @@ def write_compressed(
 
     `groups`: recipes and their targets by name.
     """
-    model = oracle_model(kind, 0.25, seed=11).to(kind.dtype)
+    model = _model(kind)
     for feed_forward in _feed_forwards(model):
         feed_forward.experts = Apart(feed_forward.experts)
     schemes = {
@@ -83,17 +83,17 @@ def write_compressed(
     _write_twin(folder / "twin", kind, model)
 
 
-def write_fused(folder: Path, kind: Kind, form: str, prefix: str = "") -> None:
+def write_fused(folder: Path, kind: Kind, form: str, *, has_prefix: bool = True) -> None:
     """Writes a toy of this kind as modelopt ("FP8", "NVFP4") or FBGEMM ("fbgemm_fp8") would, and its twin.
 
-    `prefix` replaces that of the text model in a nested checkpoint.
+    Without a prefix, the text model's tensors in a nested checkpoint are named as if there were nothing else.
     """
-    model = oracle_model(kind, 0.25, seed=11).to(kind.dtype)
+    model = _model(kind)
     _write(model, folder / "stored")
     file = folder / "stored" / STORED
     stored, exact = {}, {}
     for name, tensor in load_file(file).items():
-        stored_name = prefix + name.removeprefix("language_model.") if prefix and "language_model" in name else name
+        stored_name = name if has_prefix else name.removeprefix("language_model.")
         if not name.endswith(("_proj", "_proj.weight")) or "vision" in name:
             stored[stored_name] = tensor
             continue
@@ -108,9 +108,17 @@ def write_fused(folder: Path, kind: Kind, form: str, prefix: str = "") -> None:
     ignored = ["vision_model*", "multi_modal_projector*", "*router", "*lm_head"]
     config["quantization_config"] = method | {"ignore": ignored, "activation_scale_ub": 1200.0}
     (folder / "stored/config.json").write_text(json.dumps(config))
-    _write(model.float(), folder / "twin")
+    _write(oracle_model(kind, 0.25, seed=11), folder / "twin")
     twin = load_file(folder / "twin" / STORED)
     save_file(twin | {name: value.contiguous() for name, value in exact.items()}, folder / "twin" / STORED)
+
+
+def _model(kind: Kind) -> Any:
+    """Its parameters in the kind's dtype; rotary frequencies, which are complex numbers, stay as they are."""
+    model = oracle_model(kind, 0.25, seed=11)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(kind.dtype)
+    return model
 
 
 def _quantized(form: str, matrix: Tensor, is_fused: bool, is_down: bool) -> tuple[dict[str, Tensor], Tensor]:
