@@ -26,7 +26,18 @@ PACKAGES = (  # from the top down: each may import only those in rows below
 )
 ALONE = {"l4ctx", "l4ctx.__main__", "l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"}  # not in a subpackage
 MODEL_LAYERS = (  # from the bottom up: each module may import only those in rows above
-    {"errors", "folder", "kernels", "vision", "weights", "weights.expert_parts", "weights.read_ahead", "quantization"},
+    {
+        "errors",
+        "folder",
+        "kernels",
+        "vision",
+        "weights",
+        "weights.expert_parts",
+        "weights.read_ahead",
+        "quantization",
+        "quantization.choice",
+        "quantization.rounding",
+    },
     {"weights.owners"},
     {"weights.pages", "weights.residency"},
     {"quantization.gguf_types", "quantization.gguf_simple", "quantization.gguf_library"},
@@ -50,7 +61,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"attention"},
     {"transformer"},
     {"weights.plain", "weights.mapping", "weights.gguf", "weights.companions", "weights.targets"},
-    {"weights.checks", "weights.census"},
+    {"weights.checks", "weights.census", "weights.quantizing"},
     {"weights.compressed_tensors", "weights.fbgemm", "weights.mlx", "weights.bitsandbytes", "weights.refused"},
     {"weights.modelopt"},
     {"weights.shards", "weights.formats"},

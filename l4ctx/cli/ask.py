@@ -97,6 +97,7 @@ def ask(
         bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop an answer that keeps repeating itself.")
     ] = True,
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
     kv_host_memory: options.KVHostMemory = None,
@@ -161,7 +162,7 @@ def ask(
                 seed=seed,
                 loop_guard=loop_guard,
             ),
-            ComputeOptions(device=device, dtype=dtype, attention=attention, prefill_chunk_size=prefill_chunk_size),
+            ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize),
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
         )
 

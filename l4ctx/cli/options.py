@@ -32,6 +32,12 @@ def _size(text: str) -> int:
     return _parsed(parse_size, text)
 
 
+def _quantization(text: str) -> str:
+    from model.quantization.choice import NONE, Quantization
+
+    return text if text == NONE else str(_parsed(Quantization.parse, text))
+
+
 def _encoding(name: str) -> str:
     """Python's own name of an encoding of text."""
     from l4ctx.documents.text import check_encoding
@@ -103,6 +109,16 @@ Dtype = Annotated[
         metavar="auto|float32|bfloat16|float16",
         help="Type to compute in. auto: the checkpoint's own; float32 on a "
         "CPU that is slower with it, if the weights then take less than a quarter of the free memory.",
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        parser=_quantization,
+        metavar="int8|int4|int4-g32|fp8",
+        help="Quantize 16-bit weights of experts and dense layers while they are loaded; with +attention, as in "
+        "int8+attention, those of attention, too. int4 has groups of 128, int4-g32 of 32.",
+        show_default=False,
     ),
 ]
 KVDtype = Annotated[

@@ -43,6 +43,7 @@ def prefill(
         typer.Option("--verify", help="Check every byte that CONTEXT holds, and read again from the first damage on."),
     ] = False,
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
     kv_host_memory: options.KVHostMemory = None,
@@ -83,9 +84,7 @@ def prefill(
             ),
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
-            compute=ComputeOptions(
-                device=device, dtype=dtype, attention=attention, prefill_chunk_size=prefill_chunk_size
-            ),
+            compute=ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize),
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
         )
 

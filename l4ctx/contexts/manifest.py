@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, RECREATE, 
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import write_atomically
 from model.config import BACKEND_NAMES
+from model.quantization.choice import NONE, Quantization
 
 _WHAT = {
     "block_tokens": "block size",
@@ -33,7 +34,7 @@ class Recipe:
 
     The first four are the SHA-256 fingerprints of `l4ctx.checkpoint.fingerprint`. `dtype` is what the model computed
     in, `kv_dtype` what sealed blocks are stored in; sizes are in tokens. `date` is the date that the chat template was
-    given, in ISO format.
+    given, in ISO format; `quantize` how weights were quantized on loading, as `Quantization.parse` reads it.
     """
 
     config: str
@@ -47,6 +48,7 @@ class Recipe:
     block_tokens: int
     segment_tokens: int
     date: str
+    quantize: str = NONE  # absent from contexts of version 0.1.0
 
     def __post_init__(self) -> None:
         """A manifest is untrusted input, and its values are used as sizes and names."""
@@ -61,6 +63,8 @@ class Recipe:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}")
         datetime.datetime.fromisoformat(self.date)
+        if self.quantize != NONE:
+            Quantization.parse(self.quantize)
 
     @property
     def pinned_date(self) -> datetime.datetime:
@@ -77,6 +81,7 @@ class Recipe:
                 "kv_dtype": "--kv-dtype",
                 "attention": "--attention",
                 "prefill_chunk_size": "--prefill-chunk-size",
+                "quantize": "--quantize",
             }.get(name)
             if option:
                 raise ContextError(f"{folder}: made with {option} {mine}, not {other}; use that, or another folder")
@@ -124,7 +129,8 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         if digest(content) != said:
             raise ValueError("its checksum does not match")
         made = content["made_with"]
-        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in fields(Recipe)})
+        known = [field for field in fields(Recipe) if field.default is MISSING or field.name in made]
+        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in known})
         said_path = content.get("checkpoint")
         if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
             raise ValueError(f"checkpoint {said_path!r}")

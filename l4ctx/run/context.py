@@ -22,6 +22,7 @@ from l4ctx.machine.processor import default_attention
 from l4ctx.run.choices import KVDtype
 from l4ctx.run.request import ComputeOptions, Request
 from model.config import TextConfig
+from model.quantization.choice import NONE
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from l4ctx.prompt.builder import Prompt
     from l4ctx.spans import ImageSpan, Span
 
-CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size")
+CHOICES = ("dtype", "kv_dtype", "attention", "prefill_chunk_size", "quantize")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class ContextChoices:
             recipe = saved_recipe(context.save_to)
         choices = cls(request, recipe)
         if recipe is not None and context.folder is not None:
-            fixed = CHOICES if context.save_to else ("kv_dtype",)  # an answer may be computed in another dtype
+            fixed = (
+                CHOICES if context.save_to else ("kv_dtype", "quantize")
+            )  # an answer may be computed in another dtype
             given = {name: choices._given(name) for name in fixed}
             recipe.check(context.folder, {name: value for name, value in given.items() if value not in (None, "auto")})
         return choices
@@ -64,7 +67,10 @@ class ContextChoices:
     @property
     def compute(self) -> ComputeOptions:
         return replace(
-            self.request.compute, dtype=self._choice("dtype"), prefill_chunk_size=self._choice("prefill_chunk_size")
+            self.request.compute,
+            dtype=self._choice("dtype"),
+            prefill_chunk_size=self._choice("prefill_chunk_size"),
+            quantize=self._choice("quantize"),
         )
 
     @property
@@ -112,6 +118,7 @@ class ContextChoices:
             block_tokens=layout.block_tokens,
             segment_tokens=layout.segment_tokens,
             date=self.date.isoformat(),
+            quantize=self.request.compute.quantize or NONE,
         )
 
     def kept(self) -> str:

@@ -22,7 +22,7 @@ from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
-from model.costs import Operations, parameter_count, reading_operations
+from model.costs import Operations, parameter_count, quantized_weights, reading_operations
 from model.gguf.files import find_gguf, read_gguf
 
 if TYPE_CHECKING:
@@ -158,18 +158,22 @@ def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int
 def _counted_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
     """By the headers of GGUF files; for a checkpoint folder by config.json, so that its shards need not be there."""
     file = find_gguf(request.model)
-    return _published_weights(config, note) if file is None else Weights.of_gguf(read_gguf(file))
+    return _published_weights(request, config, note) if file is None else Weights.of_gguf(read_gguf(file))
 
 
-def _published_weights(config: TextConfig, note: Note) -> Weights:
-    """Counted by config.json, in the dtype that it names."""
+def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
+    """Counted by config.json, in the dtype that it names, but for those that are quantized on loading."""
     dtype = config.torch_dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         named = "no dtype" if dtype is None else repr(dtype)
         note(f"config.json says {named}; bfloat16 is taken for the weights")
         dtype = "bfloat16"
     parameters = parameter_count(config)
-    return Weights(parameters, dtype, parameters * KV_DTYPES[dtype])
+    quantized, size = 0, 0
+    if request.compute.quantization is not None:
+        quantized, size = quantized_weights(config, request.compute.quantization)
+    kept = (parameters - quantized) * KV_DTYPES[dtype] + size
+    return Weights(parameters, dtype, kept, quantized=quantized, quantized_bytes=size)
 
 
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
@@ -177,15 +181,17 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Wei
     expect_no_numpy()
     from model.errors import CheckpointError
     from model.weights.loading import checked_sources
+    from model.weights.quantizing import quantized_sources
     from model.weights.shards import unused_weights
 
     try:
-        weights = Weights.of(checked_sources(request.model, config), config)
+        sources = quantized_sources(checked_sources(request.model, config), request.compute.quantization)
+        weights = Weights.of(sources, config)
         if (text := unused_weights(request.model)) is not None:
             note(text)
     except CheckpointError as error:
         note(f"{error}; the weights are counted by config.json")
-        return _published_weights(config, note)
+        return _published_weights(request, config, note)
     return weights
 
 

@@ -197,11 +197,12 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     expect_no_numpy()
     from l4ctx.checkpoint.generation_config import GenerationConfig
     from model.weights.loading import checked_sources, stored_tensors
+    from model.weights.quantizing import quantized_sources
     from model.weights.shards import unused_weights
 
     request = choices.request
     device = usable_device(request.compute.device)
-    weights = checked_sources(request.model, config)
+    weights = quantized_sources(checked_sources(request.model, config), choices.compute.quantization)
     if (text := unused_weights(request.model)) is not None:
         note(text)
     generation = GenerationConfig.from_folder(request.model)

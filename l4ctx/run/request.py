@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from l4ctx.errors import RequestError
 from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
+from model.quantization.choice import NONE, Quantization
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
@@ -36,6 +37,11 @@ class ComputeOptions:
     dtype: Dtype = "auto"
     attention: AttentionBackend | None = None
     prefill_chunk_size: int | None = None  # tokens
+    quantize: str | None = None  # as Quantization.parse reads it, or "none"
+
+    @property
+    def quantization(self) -> Quantization | None:
+        return None if self.quantize in (None, NONE) else Quantization.parse(self.quantize)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             device=device,
             attention=sized.attention,
             is_mapped=plan.weights_are_mapped,
+            quantization=inputs.choices.compute.quantization,
         )
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
         if inputs.images is not None and unread:

@@ -23,11 +23,15 @@ class Weights:
     dtype: str  # of the embeddings; bfloat16 if they are quantized
     kept_bytes: int  # of those that keep their stored form
     converted: int = 0  # number of the others: norms, biases, routers
+    quantized: int = 0  # number of those that will be quantized on loading
+    quantized_bytes: int = 0  # once they are; among `kept_bytes`
 
     @classmethod
     def of(cls, sources: dict[str, WeightSource], config: TextConfig) -> Weights:
         from model.weights.loading import stored_dtype, stored_parameters
+        from model.weights.quantizing import QuantizedSource
 
+        quantized = [source for source in sources.values() if isinstance(source, QuantizedSource)]
         counted = {n: s for n, s in sources.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
         others = {name for name, source in counted.items() if len(source.shape) < 2 or name.endswith("router.weight")}
         return cls(
@@ -35,6 +39,8 @@ class Weights:
             stored_dtype(sources),
             sum(source.num_bytes for name, source in counted.items() if name not in others),
             sum(source.parameters for name, source in counted.items() if name in others),
+            sum(source.parameters for source in quantized),
+            sum(source.num_bytes for source in quantized),
         )
 
     @classmethod
@@ -54,9 +60,9 @@ class Weights:
     def bytes_in(self, dtype: str) -> int:
         """Bytes when the model computes in `dtype`: stored forms stay, but 32-bit ones are converted to 16 bits."""
         if self.dtype == "float32" and dtype != "float32":
-            return self.parameters * KV_DTYPES[dtype]
+            return (self.parameters - self.quantized) * KV_DTYPES[dtype] + self.quantized_bytes
         return self.kept_bytes + self.converted * KV_DTYPES[dtype]
 
     def are_mapped(self, dtype: str) -> bool:
         """Whether all but a few can stay mapped on a CPU."""
-        return not (self.dtype == "float32" and dtype != "float32")
+        return not self.quantized and not (self.dtype == "float32" and dtype != "float32")

@@ -17,6 +17,7 @@ from model.errors import CheckpointError
 from model.gguf.files import find_gguf, read_gguf
 from model.layers import Embedding, Linear, looked_up, set_weight
 from model.moe import Expert, SplitExperts
+from model.quantization.choice import Quantization
 from model.quantization.form import StoredMatrix, Weight
 from model.quantization.plain import PlainMatrix
 from model.transformer import Transformer
@@ -27,6 +28,7 @@ from model.weights.formats import find_sources, quantization_settings
 from model.weights.gguf import check_complete
 from model.weights.mapping import MappedFiles
 from model.weights.plain import PlainScheme
+from model.weights.quantizing import quantized_sources
 from model.weights.shards import EMBEDDINGS, text_tensors, vision_tensors
 from model.weights.sources import StoredTensor, WeightSource
 
@@ -43,16 +45,19 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
     is_mapped: bool = True,
+    quantization: Quantization | None = None,
 ) -> Transformer:
     """Loads the text model of the checkpoint `path`, a folder or a GGUF file.
 
     `dtype`, in which it computes, is a torch.dtype, its name, or "auto": the dtype of the stored embeddings, or
     bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
-    CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. Raises CheckpointError and ConfigError.
+    CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. With `quantization`, weights that are
+    stored in a floating-point dtype are quantized in memory, one at a time. Raises CheckpointError and ConfigError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
     model, sources = _checked_text(folder, config, attention)
+    sources = quantized_sources(sources, quantization)
     wanted = _wanted_dtype(dtype, sources[EMBEDDINGS])
     _Loader(wanted, torch.device(device), is_mapped).fill_text(model, sources)
     if config.tie_word_embeddings:
@@ -185,11 +190,15 @@ class _Loader:
 
     def fill_text(self, model: Transformer, sources: Mapping[str, WeightSource]) -> None:
         """Matrices keep their stored form, other weights are converted."""
-        apart: dict[str, dict[str, WeightSource]] = {}
+        apart: dict[str, dict[str, WeightSource]] = {
+            part.experts: {}
+            for name, source in sources.items()
+            if (part := ExpertPart.of(name)) is not None and not (part.is_fused and self._stays_a_tensor(source))
+        }
         for name, source in sources.items():
             part = ExpertPart.of(name)
-            if part is not None and not (part.is_fused and self._stays_a_tensor(source)):
-                apart.setdefault(part.experts, {})[name] = source
+            if part is not None and part.experts in apart:
+                apart[part.experts][name] = source
                 continue
             path, _, parameter = name.rpartition(".")
             module, weight = model.get_submodule(path), self._weight(source)

@@ -38,6 +38,7 @@ from cache.layout import KV_DTYPES, StoreLayout
 from cache.packing import pack, unpack
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.engine.prefill import as_batch
+from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=4096, help="tokens (default: 4096)")
     parser.add_argument("--limit-tokens", type=int, help="of all windows together")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")
+    parser.add_argument("--quantize", type=Quantization.parse, metavar="KIND", help="as l4ctx ask has it, such as int8")
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", *KV_DTYPES])
     parser.add_argument("--step", type=int, default=512, help="tokens per prefill chunk (default: 512)")
     parser.add_argument("--device", default="cpu")
@@ -140,9 +142,9 @@ def main() -> None:
     ids = Tokenizer.from_folder(args.model).encode_data(text).ids[: args.limit_tokens]
     if len(ids) < args.window:
         raise SystemExit(f"evaluate_perplexity: {len(ids):,} tokens do not fill a window of {args.window:,}")
-    settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "kv_dtype")}
+    settings = {name: str(getattr(args, name)) for name in ("model", "dtype", "kv_dtype", "quantize")}
     settings |= {"window": args.window, "text": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()}
-    model = load_checkpoint(args.model, dtype=args.dtype, device=args.device)
+    model = load_checkpoint(args.model, dtype=args.dtype, device=args.device, quantization=args.quantize)
     began, found = time.perf_counter(), []
     for window in windows(model, ids, settings, args.step, args.results):
         found.append(window)

@@ -32,6 +32,7 @@ from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
 from l4ctx.prompt.builder import build_prompt
 from model.config import BACKEND_NAMES
+from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from samples.tasks.lookup import draw_entities, fact, question, random_code
@@ -160,9 +161,10 @@ def main() -> None:
     parser.add_argument("--prefill-chunk-size", type=int, default=DEFAULT_PREFILL_CHUNK_SIZE)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="sdpa", choices=BACKEND_NAMES)
+    parser.add_argument("--quantize", type=Quantization.parse, metavar="KIND", help="as l4ctx ask has it, such as int8")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of text")
     args = parser.parse_args()
-    model = load_checkpoint(args.model, dtype=args.dtype, attention=args.attention)
+    model = load_checkpoint(args.model, dtype=args.dtype, attention=args.attention, quantization=args.quantize)
     tokenizer, template = Tokenizer.from_folder(args.model), ChatTemplate.from_folder(args.model)
     stop_tokens = GenerationConfig.from_folder(args.model).stop_tokens
     for tokens in args.tokens:
