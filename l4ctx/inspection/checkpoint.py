@@ -206,11 +206,13 @@ def _weights(report: Report, shards: list[Path], verify: bool) -> Report:
 
 def _owner(tensor: StoredTensor) -> str:
     """Prefix of the report's keys: the vision part's tensors, ignored ones, or none for the text model's."""
+    from model.weights.companions import skipped
     from model.weights.shards import IGNORED_PREFIXES
 
     if tensor.name.removeprefix("language_model.").startswith((*IGNORED_PREFIXES, *GGUF_VISION_PREFIXES)):
         return "vision_"
-    return "ignored_" if tensor.name.endswith("rotary_emb.inv_freq") or tensor.name == ROPE_FACTORS else ""
+    is_left_out = tensor.name.endswith("rotary_emb.inv_freq") or tensor.name == ROPE_FACTORS or skipped(tensor.name)
+    return "ignored_" if is_left_out else ""
 
 
 def _header(shard: Path) -> list[StoredTensor]:

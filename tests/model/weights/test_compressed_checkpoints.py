@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from l4ctx.inspection.folder import inspect_folder
 from model.config import TextConfig
 from model.errors import CheckpointError
 from model.quantization.form import StoredMatrix, Weight
@@ -245,6 +246,8 @@ def test_scales_of_activations_and_caches_are_left_out(copy: Callable[..., Path]
         tensors[f"{EXPERT}.input_scale"] = torch.tensor(0.5)
 
     folder = copy("FP8 dynamic as published", change)
+    report = inspect_folder(folder)
+    assert report["weights"]["ignored_tensors"] == 6 and report["weights"]["ignored_bytes"] == 6 * 4
     ids = torch.randint(VOCABULARY, (1, 9))
     expected = load_checkpoint(copy_of(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if skipped(n)]))
     assert torch.equal(load_checkpoint(folder)(ids), expected(ids))
