@@ -246,7 +246,7 @@ def test_scales_of_activations_and_caches_are_left_out(copy: Callable[..., Path]
         tensors[f"{EXPERT}.input_scale"] = torch.tensor(0.5)
 
     folder = copy("FP8 dynamic as published", change)
-    report = inspect_folder(folder)
+    report = inspect_folder(str(folder), verify=True)
     assert report["weights"]["ignored_tensors"] == 6 and report["weights"]["ignored_bytes"] == 6 * 4
     ids = torch.randint(VOCABULARY, (1, 9))
     expected = load_checkpoint(copy_of(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if skipped(n)]))
