@@ -54,6 +54,13 @@ def quantized_weights(config: TextConfig, quantization: Quantization) -> tuple[i
     return sum(n for n, size in sizes if size is not None), sum(size for _, size in sizes if size is not None)
 
 
+def small_parameter_count(config: TextConfig) -> int:
+    """Number of weights in norms, biases and routers, which are converted to the dtype that the model computes in."""
+    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
+    a_layer = 2 * c + (q + 2 * kv + c if config.attention_bias else 0)
+    return config.num_hidden_layers * a_layer + len(config.moe_layers) * c * config.num_local_experts + c
+
+
 def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     """Operations to prefill tokens start .. stop - 1: in the last layer only keys and values, and no logits."""
     tokens = stop - start

@@ -108,11 +108,15 @@ class Workload:
         return replace(self, images=None, prompt_tokens=self.prompt_tokens - tokens, new_tokens=new_tokens)
 
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Workload:
-        """The same workload in another dtype. On a CPU, weights that need no conversion stay mapped."""
+        """The same workload in another dtype.
+
+        Weights keep their stored form, and stay mapped on a CPU, but for 32-bit ones that are computed in 16 bits.
+        """
         itemsize, before = KV_DTYPES[dtype], KV_DTYPES[self.dtype]
+        is_narrow = self.stored_dtype in ("bfloat16", "float16")
         return replace(
             self,
             dtype=dtype,
-            weights=self.weights * itemsize // before,
-            weights_are_mapped=dtype == self.stored_dtype and not on_accelerator,
+            weights=self.weights if is_narrow else self.weights * itemsize // before,
+            weights_are_mapped=(is_narrow or dtype == self.stored_dtype) and not on_accelerator,
         )

@@ -22,7 +22,7 @@ from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
-from model.costs import Operations, parameter_count, quantized_weights, reading_operations
+from model.costs import Operations, parameter_count, quantized_weights, reading_operations, small_parameter_count
 from model.gguf.files import find_gguf, read_gguf
 
 if TYPE_CHECKING:
@@ -172,8 +172,9 @@ def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> 
     quantized, size = 0, 0
     if request.compute.quantization is not None:
         quantized, size = quantized_weights(config, request.compute.quantization)
-    kept = (parameters - quantized) * KV_DTYPES[dtype] + size
-    return Weights(parameters, dtype, kept, quantized=quantized, quantized_bytes=size)
+    converted = small_parameter_count(config)
+    kept = (parameters - quantized - converted) * KV_DTYPES[dtype] + size
+    return Weights(parameters, dtype, kept, converted, quantized, size)
 
 
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:

@@ -110,7 +110,7 @@ class Setup:
             tokenizer,
             ChatTemplate.from_folder(folder),
             GenerationConfig.from_folder(folder).stop_tokens,
-            use.prepare(tokenizer, use.stored_tensors()),
+            use.prepare(tokenizer, use.sources()),
         )
 
 
