@@ -15,7 +15,7 @@ from support.places import ROOT
 PACKAGES = (  # from the top down: each may import only those in rows below
     {"l4ctx.__main__"},
     {"l4ctx.cli"},
-    {"l4ctx.run", "l4ctx.bench"},
+    {"l4ctx.run", "l4ctx.bench", "l4ctx.conversion"},
     {"l4ctx.engine", "l4ctx.prompt", "l4ctx.inspection"},
     {"l4ctx.vision"},
     {"l4ctx.documents", "l4ctx.planning"},

@@ -48,7 +48,7 @@ def fingerprint(path: Path, config: TextConfig, stored: dict[str, StoredTensor])
     """
     return {
         "config": _of_config(config),
-        "weights": _of_weights(stored),
+        "weights": weights_digest(stored),
         "tokenizer": _of_tokenizer(path),
         "template": _of_template(path),
     }
@@ -60,7 +60,7 @@ def vision_fingerprint(config: VisionConfig, processing: ImageProcessing, stored
     It is part of each image's digest in a saved context, so that contexts without images do not depend on it.
     """
     fields = [_with_plain_numbers(dataclasses.asdict(part)) for part in (config, processing)]
-    return _digest(_json(fields), _of_weights(stored).encode("ascii"))
+    return _digest(_json(fields), weights_digest(stored).encode("ascii"))
 
 
 def _of_config(config: TextConfig) -> str:
@@ -80,7 +80,8 @@ def _with_plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _of_weights(stored: Mapping[str, StoredTensor]) -> str:
+def weights_digest(stored: Mapping[str, StoredTensor]) -> str:
+    """See `fingerprint`."""
     by_file: dict[Path, list[str]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append(name)

@@ -19,6 +19,7 @@ from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
+from l4ctx.cli.quantize import quantize
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments
 from l4ctx.errors import INTERRUPTED
 from l4ctx.machine.processor import share_cores
@@ -66,5 +67,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, prefill, inspect, plan, bench):
+for command in (ask, prefill, inspect, plan, bench, quantize):
     app.command(cls=Command, epilog=EXIT_CODES)(command)

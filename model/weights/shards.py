@@ -29,7 +29,7 @@ def text_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError for a missing or damaged file.
     """
     file = find_gguf(path)
-    return _named_tensors(path, _text_name) if file is None else gguf_tensors(read_gguf(file))
+    return _named_tensors(path, text_name) if file is None else gguf_tensors(read_gguf(file))
 
 
 def vision_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -44,7 +44,7 @@ def vision_tensors(path: Path) -> dict[str, StoredTensor]:
     return {} if vision is None else gguf_vision_tensors(read_gguf(vision))
 
 
-def _text_name(stored: str) -> str | None:
+def text_name(stored: str) -> str | None:
     name = stored.removeprefix("language_model.")
     return None if name.startswith(IGNORED_PREFIXES) or name.endswith("rotary_emb.inv_freq") else name
 

@@ -1,0 +1,1 @@
+"""A checkpoint folder with quantized weights, made from one with 16-bit weights."""
