@@ -148,6 +148,15 @@ KVHostMemory = Annotated[
         help="Host memory for them, such as 8GiB (default: what is free).",
     ),
 ]
+WeightsMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--weights-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="Memory for weights that are read from the checkpoint's files, such as 16GiB (default: what is free).",
+    ),
+]
 KVDir = Annotated[
     Path | None,
     typer.Option(

@@ -44,6 +44,7 @@ def prefill(
     ] = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    weights_memory: options.WeightsMemory = None,
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
     kv_host_memory: options.KVHostMemory = None,
@@ -84,7 +85,7 @@ def prefill(
             ),
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
-            compute=ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize),
+            compute=ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize, weights_memory),
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
         )
 

@@ -38,6 +38,7 @@ class ComputeOptions:
     attention: AttentionBackend | None = None
     prefill_chunk_size: int | None = None  # tokens
     quantize: str | None = None  # as Quantization.parse reads it, or "none"
+    weights_memory: int | None = None  # bytes for weights that stay mapped
 
     @property
     def quantization(self) -> Quantization | None:

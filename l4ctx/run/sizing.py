@@ -11,7 +11,7 @@ from l4ctx.machine.device import free_on_accelerator
 from l4ctx.machine.memory import ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
-from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
+from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from l4ctx.run.choices import KVDtype
 from l4ctx.run.request import ComputeOptions, KVOptions
@@ -56,6 +56,7 @@ class Sized:
     written: WrittenContext | None  # the context that what is read is kept in
     reused: int  # tokens
     before: ProcessMemory | None  # what the process held before weights and cache were made
+    weights_room: int | None  # bytes for mapped weights; None: unlimited, or nothing is mapped
 
     @property
     def context(self) -> ReadContext | WrittenContext | None:
@@ -161,7 +162,16 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     for text in reuse.notes:
         monitor.note(text)
     _check_unsaved_rows(inputs, plan, reuse.tokens)
-    return Sized(inputs, plan, attention, written, reuse.tokens, before)
+    room = _weights_room(plan, capacity, request.compute.weights_memory)
+    return Sized(inputs, plan, attention, written, reuse.tokens, before, room)
+
+
+def _weights_room(plan: MemoryPlan, capacity: Capacity, asked: int | None) -> int | None:
+    """Memory that nothing else of the plan needs, within what the user allows, in bytes."""
+    if not plan.weights_are_mapped or capacity.host is None:
+        return asked if plan.weights_are_mapped else None
+    free = max(0, capacity.host - plan.needed - MARGIN_BYTES)
+    return free if asked is None else min(free, asked)
 
 
 def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
