@@ -50,7 +50,7 @@ def own_candidates(subject: Subject, note: Note) -> list[Candidate]:
     asked, machine, stored = subject.request, subject.machine, str(subject.machine["stored_dtype"])
     capacity = Capacity(host=available_memory(), accelerator=machine["accelerator_free"])
     on_accelerator, parameters = capacity.accelerator is not None, int(machine["parameters"])
-    auto = computing_dtype(asked.dtype, stored, parameters, on_accelerator=on_accelerator, available=capacity.host)
+    auto = computing_dtype(asked.dtype, stored, on_accelerator=on_accelerator)
     dtypes = dict.fromkeys([auto, *(CANDIDATE_DTYPES if asked.dtype == "auto" else ())])
     plans = {}
     for dtype in dtypes:

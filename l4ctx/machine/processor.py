@@ -11,8 +11,6 @@ import os
 import platform
 from pathlib import Path
 
-from l4ctx.machine.memory import SPARE_SHARE
-
 CPUINFO = Path("/proc/cpuinfo")
 WITHOUT_BFLOAT16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 WITHOUT_AMX = frozenset({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512"})
@@ -99,10 +97,13 @@ def default_attention(dtype: str, *, on_accelerator: bool) -> str:
     return "sdpa"
 
 
-def computing_dtype(asked: str, stored: str, parameters: int, *, on_accelerator: bool, available: int | None) -> str:
-    """Resolves "auto": the checkpoint's own dtype, or float32 on a CPU whose 16-bit products are slower, if it fits."""
+def computing_dtype(asked: str, stored: str, *, on_accelerator: bool) -> str:
+    """Resolves "auto" to what this processor multiplies quickly, whatever the checkpoint's size.
+
+    Weights keep their stored form: computing in float32 does not enlarge them.
+    """
     if asked != "auto":
         return asked
     if on_accelerator or (stored == "bfloat16" and has_fast_bfloat16()):
         return stored
-    return "float32" if available is None or 4 * parameters < SPARE_SHARE * available else stored
+    return "float32"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.machine.device import free_on_accelerator
-from l4ctx.machine.memory import ProcessMemory, available_disk, available_memory, process_memory
+from l4ctx.machine.memory import SPARE_SHARE, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning import remedies
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
@@ -85,13 +85,7 @@ def workload_of(
 ) -> Workload:
     """The workload in the dtype that this machine computes it in."""
     on_accelerator = capacity.accelerator is not None
-    dtype = computing_dtype(
-        compute.dtype,
-        weights.dtype,
-        weights.parameters,
-        on_accelerator=on_accelerator,
-        available=capacity.host,
-    )
+    dtype = computing_dtype(compute.dtype, weights.dtype, on_accelerator=on_accelerator)
     return Workload(
         config,
         prompt_tokens=size.prompt_tokens,
@@ -99,12 +93,24 @@ def workload_of(
         weights=weights.bytes_in(dtype),
         weights_are_mapped=weights.are_mapped(dtype) and not on_accelerator,
         dtype=dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=_stored_kv_dtype(kv_dtype, dtype, compute, weights, capacity),
         stored_dtype=weights.dtype,
         prefill_chunk_size=compute.prefill_chunk_size,
         largest=size.documents,
         images=size.images,
     )
+
+
+def _stored_kv_dtype(
+    asked: KVDtype, dtype: str, compute: ComputeOptions, weights: Weights, capacity: Capacity
+) -> KVDtype:
+    """Resolves "auto" for a large checkpoint in 16 bits that a processor computes in float32: keys and values are
+    stored in the checkpoint's dtype, in which the model was trained, so that the processor does not double them."""
+    is_large = capacity.host is not None and 4 * weights.parameters >= SPARE_SHARE * capacity.host
+    is_widened = compute.dtype == "auto" and dtype == "float32" != weights.dtype
+    if asked != "auto" or not (is_large and is_widened):
+        return asked
+    return "float16" if weights.dtype == "float16" else "bfloat16"
 
 
 def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, context: Path | None = None) -> Capacity:

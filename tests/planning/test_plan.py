@@ -521,19 +521,23 @@ def test_weights_are_held_in_memory_where_it_is_plenty() -> None:
         assert not MemoryPlan.of(long, replace(tight, host=2**45)).weights_are_mapped
 
 
-def test_which_dtype_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = {"on_accelerator": False, "available": 1600}
-    for flags in ({"avx512_bf16"}, {"amx_bf16", "avx512_bf16"}):
-        monkeypatch.setattr(processor, "processor_flags", lambda flags=flags: frozenset(flags))
-        assert computing_dtype("auto", "bfloat16", 99, **auto) == "bfloat16"
-        assert computing_dtype("auto", "float32", 99, **auto) == "float32"
-        assert computing_dtype("auto", "float16", 99, **auto) == "float32"
-    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2", "bf16"}))
-    assert computing_dtype("auto", "bfloat16", 99, **auto) == "float32"
-    assert computing_dtype("auto", "bfloat16", 100, **auto) == "bfloat16"
-    assert computing_dtype("auto", "float16", 100, on_accelerator=False, available=None) == "float32"
-    assert computing_dtype("auto", "float16", 1, on_accelerator=True, available=None) == "float16"
-    assert computing_dtype("float16", "bfloat16", 1, **auto) == "float16"
+@pytest.mark.parametrize(
+    ("flags", "vendor", "expected"),
+    [
+        ({"avx512_bf16"}, "AuthenticAMD", "bfloat16"),
+        ({"avx512_bf16"}, "GenuineIntel", "float32"),
+        ({"amx_bf16", "avx512_bf16"}, "GenuineIntel", "bfloat16"),
+        ({"avx2", "bf16"}, "AuthenticAMD", "float32"),
+    ],
+)
+def test_which_dtype_auto_is(flags: set[str], vendor: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(processor, "processor_vendor", lambda: vendor)
+    assert computing_dtype("auto", "bfloat16", on_accelerator=False) == expected
+    for stored in ("float32", "float16"):
+        assert computing_dtype("auto", stored, on_accelerator=False) == "float32"
+    assert computing_dtype("auto", "float16", on_accelerator=True) == "float16"
+    assert computing_dtype("float16", "bfloat16", on_accelerator=False) == "float16"
 
 
 @pytest.mark.parametrize(

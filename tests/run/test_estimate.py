@@ -27,6 +27,7 @@ from l4ctx.engine.prefill import prefill
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.machine import device as device_module
+from l4ctx.machine import processor
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
@@ -39,7 +40,7 @@ from model.weights.loading import load_checkpoint
 from support.places import ROOT, TINY
 from support.requests import plan_request
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+KIB, GIB = 2**10, 2**30
 
 SCOUT = {
     "architectures": ["Llama4ForConditionalGeneration"],
@@ -60,7 +61,8 @@ def scout(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 GiB of memory, 100 GiB on disk, no GPU."""
+    """24 GiB of memory, 100 GiB on disk, no GPU, quick bfloat16 products."""
+    monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: True)
     monkeypatch.setattr(sizing, "available_memory", lambda: 24 * GIB)
     monkeypatch.setattr(sizing, "available_disk", lambda folder: 100 * GIB)
     monkeypatch.setattr(device_module, "available_on_gpu", lambda index: None)
@@ -83,7 +85,8 @@ def test_a_number_of_tokens_needs_neither_torch_nor_shards(scout: Path, tokens: 
     code = (
         "import json, pathlib, sys; from l4ctx.run.estimate import make_plan; "
         "from l4ctx.run.request import ComputeOptions, PlanRequest; "
-        f"request = PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, compute=ComputeOptions('cpu')); "
+        f"request = PlanRequest(pathlib.Path({str(scout)!r}), tokens={tokens}, "
+        "compute=ComputeOptions('cpu', 'bfloat16')); "
         "report = make_plan(request, str); "
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'rich', 'jinja2'} & set(sys.modules); "
         "print(json.dumps([sorted(heavy), report.as_dict()]))"
@@ -158,10 +161,20 @@ def test_the_dtype(scout: Path) -> None:
     assert "'float64'" in planned(scout, tokens=9).notes[0]
 
 
-def test_small_models_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planned(TINY, tokens=9).plan.workload.dtype == "float32"
-    monkeypatch.setattr(sizing, "available_memory", lambda: 40 * MIB)
-    assert planned(TINY, tokens=9).plan.workload.dtype == json.loads((TINY / "config.json").read_text())["torch_dtype"]
+def test_without_quick_bfloat16_products_models_of_any_size_are_computed_in_float32(
+    scout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones with keys and values in the checkpoint's dtype: they are as many bytes as on other processors."""
+    quick = planned(scout, tokens=10**6)
+    monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: False)
+    small = planned(TINY, tokens=9).plan.as_dict()
+    assert (small["dtype"], small["kv_dtype"]) == ("float32", "float32")
+    large = planned(scout, tokens=10**6)
+    plan = large.plan.as_dict()
+    assert (plan["dtype"], plan["kv_dtype"]) == ("float32", "bfloat16") and plan["weights_are_mapped"]
+    assert plan["nope_host"] == pytest.approx(quick.plan.as_dict()["nope_host"], rel=0.001)  # but for open blocks
+    assert planned(scout, tokens=9, kv_dtype="float32").plan.as_dict()["kv_dtype"] == "float32"
+    assert planned(scout, tokens=9, dtype="float32").plan.as_dict()["kv_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(("device", "accelerator"), [("auto", 300), ("cuda", 300), ("cuda:1", 400), ("cpu", None)])
@@ -234,7 +247,7 @@ def test_speed_is_measured_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert report.as_dict()["operations_per_second"] == {"linear": 1e9, "attention": 2e9}
     gpus(monkeypatch, GIB)
     planned(TINY, tokens=10, measure=True, dtype="bfloat16")
-    assert asked == [("float32", "cpu", 8192), ("bfloat16", "cuda", 10)]
+    assert asked == [("bfloat16", "cpu", 8192), ("bfloat16", "cuda", 10)]
 
 
 @pytest.fixture
