@@ -46,7 +46,7 @@ def quantize(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a checkpoint with quantized weights, in the form of compressed-tensors.
+    """Write a checkpoint with quantized weights, in a form that other programs load.
 
     l4ctx quantize MODEL -o DIR --to w4a16
 
