@@ -75,6 +75,7 @@ def _plain_processor() -> Iterator[None]:
         patch.setattr(processor, "processor_flags", lambda: frozenset[str]())
         patch.setattr(processor, "newest_instructions", lambda: "")
         patch.setattr(processor, "processor_vendor", lambda: "")
+        patch.setattr(processor, "usable_cores", lambda: 2)
         yield
 
 

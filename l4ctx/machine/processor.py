@@ -86,6 +86,26 @@ def has_fast_bfloat16() -> bool:
     return "amx_bf16" in units or (bool(units) and processor_vendor() != "GenuineIntel")
 
 
+def assumed_operations() -> float:
+    """Floating-point operations a second in large matrix products, of all cores that this process may use.
+
+    Rates a core, measured on one or two processors of each kind and rounded down; plans with --measure do better.
+    """
+    flags = processor_flags()
+    rate = 60e9 if not flags or "avx2" in flags else 20e9
+    if "avx512f" in flags:
+        rate = 120e9
+    if "amx_bf16" in bfloat16_units():
+        rate = 500e9
+    return rate * usable_cores()
+
+
+def usable_cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 def default_attention(dtype: str, *, on_accelerator: bool) -> str:
     """The fastest attention backend for this dtype, one of model.config.BACKEND_NAMES.
 

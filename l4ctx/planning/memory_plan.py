@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
@@ -16,8 +17,9 @@ from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
 from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
-from model.costs import activation_bytes
+from model.costs import activation_bytes, reading_operations
 from model.errors import UserError
+from model.weights.residency import WeightResidency
 
 TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20
@@ -26,8 +28,14 @@ MARGIN_BYTES = 256 * 2**20
 FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
 """Disk space of a block beside its keys and values: the file's header, and the unused end of its last page."""
 
+STREAMING_CHUNK_SIZES = (16384, 32768, 65536, 131072, 262144)
+"""Tried in this order while reading weights again for each prefill chunk takes longer than computing it."""
+
 PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 """Tried in this order by default. Larger chunks are faster and need more memory for activations."""
+
+WORTH_GROWING = 0.95
+"""A larger prefill chunk is taken if a token takes less than this share of the time."""
 
 KV_HOST_LIMIT = "--kv-host-memory"
 
@@ -49,6 +57,7 @@ class MemoryPlan:
     end: KVBytes  # keys and values at the end of the run
     peak: KVBytes  # by tier
     activations: int
+    weights_budget: int | None = None  # memory for mapped weights; None: no limit
     notes: tuple[str, ...] = ()  # for the user, one line each
 
     @classmethod
@@ -58,7 +67,8 @@ class MemoryPlan:
         Weights that could be mapped are copied into memory where there is plenty: computing is faster that way.
         """
         plan = _within(workload, capacity)
-        if workload.weights_are_mapped and capacity.host is not None and plan.weights < SPARE_SHARE * capacity.host:
+        is_plenty = capacity.host is not None and plan.weights < SPARE_SHARE * capacity.host
+        if workload.weights_are_mapped and is_plenty and capacity.weights is None:
             held = _within(replace(workload, weights_are_mapped=False), capacity)
             if not held.shortfalls(capacity) and (held.residency, held.prefill_chunk_size) == (
                 plan.residency,
@@ -82,6 +92,20 @@ class MemoryPlan:
     @property
     def weights_are_mapped(self) -> bool:
         return self.workload.weights_are_mapped
+
+    @cached_property
+    def weight_residency(self) -> WeightResidency:
+        """What of the layers' mapped weights stays in memory, and what is read again in each prefill step."""
+        return self.workload.weight_residency(self.weights_budget)
+
+    @property
+    def resident_weights(self) -> int:
+        """The most bytes of mapped weights in memory at a time."""
+        if not self.weights_are_mapped:
+            return 0
+        if not self.weight_residency.is_streamed:
+            return self.weights - self.workload.held_weights
+        return self.weight_residency.peak + self.workload.looked_up
 
     @property
     def images(self) -> int:
@@ -155,6 +179,7 @@ class MemoryPlan:
             for name in (
                 "weights",
                 "weights_are_mapped",
+                "resident_weights",
                 "token_ids",
                 "activations",
                 "images",
@@ -169,6 +194,7 @@ class MemoryPlan:
         return {
             "tokens": self.workload.length,
             **numbers,
+            "streamed_a_step": self.weight_residency.read_a_step,
             "rope_windows": end.rope_windows,
             "nope_device": end.nope_device,
             "nope_host": end.nope_host,
@@ -182,10 +208,22 @@ class MemoryPlan:
         }
 
 
-def host_budget(plan: MemoryPlan, capacity: Capacity) -> int | None:
-    """The most bytes that `host_keys_values` may take; None where nothing limits them."""
-    free = None if capacity.host is None else capacity.host - plan.beside_on_host - MARGIN_BYTES
-    return _least(capacity.kv_host, free)
+def host_budget(plan: MemoryPlan, capacity: Capacity, *, with_weights: bool = False) -> int | None:
+    """The most bytes that `host_keys_values` may take, and leave room for streaming weights if asked to; None where
+    nothing limits them."""
+    if capacity.host is None:
+        return _least(capacity.kv_host)
+    free = capacity.host - plan.beside_on_host - MARGIN_BYTES
+    return _least(capacity.kv_host, free - (_room_for_weights(plan.workload, free) if with_weights else 0))
+
+
+def _room_for_weights(workload: Workload, free: int) -> int:
+    """For two layers, or all of them if that is less; but at most half of free memory."""
+    if workload.stored is None or not workload.weights_are_mapped:
+        return 0
+    layers = workload.stored.layers
+    enough = min(2 * max(layer.total for layer in layers), sum(layer.total for layer in layers))
+    return min(enough + workload.looked_up, free // 2)
 
 
 def _within(workload: Workload, capacity: Capacity) -> MemoryPlan:
@@ -197,7 +235,48 @@ def _within(workload: Workload, capacity: Capacity) -> MemoryPlan:
             break
     else:
         plans.append(plans[0])  # does not fit; refused in terms of the size that the user expects
-    return replace(plans[-1], notes=tuple(_notes(plans[-1], capacity)))
+    plan = plans[-1]
+    if workload.prefill_chunk_size is None and plan.prefill_chunk_size == PREFILL_CHUNK_SIZES[0]:
+        plan = _grown(plan, capacity)
+    return replace(plan, notes=tuple(_notes(plan, capacity)))
+
+
+def _grown(plan: MemoryPlan, capacity: Capacity) -> MemoryPlan:
+    """With a prefill chunk that is large enough for computing to hide the reading of streamed weights, or as large as
+    still pays: activations take memory from the weights that stay."""
+    for size in STREAMING_CHUNK_SIZES:
+        time = StepTime.of(plan, capacity)
+        if time.is_hidden or plan.prefill_chunk_size >= plan.workload.read_tokens:
+            break
+        larger = _with_chunk_size(plan.workload, capacity, size)
+        if larger.shortfalls(capacity) or StepTime.of(larger, capacity).a_token > WORTH_GROWING * time.a_token:
+            break
+        plan = larger
+    return plan
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a prefill step at the beginning of a text, by the machine's speed."""
+
+    tokens: int
+    computing: float
+    reading: float  # weights that are streamed
+
+    @classmethod
+    def of(cls, plan: MemoryPlan, capacity: Capacity) -> StepTime:
+        tokens = max(1, min(plan.prefill_chunk_size, plan.workload.read_tokens))
+        operations = reading_operations(plan.workload.config, 0, tokens).total
+        return cls(tokens, operations / capacity.operations, plan.weight_residency.read_a_step / capacity.reading)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether reading takes no longer than computing, at the same time."""
+        return self.reading <= self.computing
+
+    @property
+    def a_token(self) -> float:
+        return max(self.computing, self.reading) / self.tokens
 
 
 def _with_chunk_size(workload: Workload, capacity: Capacity, prefill_chunk_size: int) -> MemoryPlan:
@@ -212,11 +291,15 @@ def _with_chunk_size(workload: Workload, capacity: Capacity, prefill_chunk_size:
         left = _least(capacity.kv_device, capacity.accelerator - plan.beside_on_accelerator - MARGIN_BYTES)
         device_rows = min(rows, rows_within(layout, left or 0, step, is_open_here=True, is_read_here=False))
     plan = plan.placed(Residency(None, device_rows, on_accelerator), step)
-    budget = host_budget(plan, capacity)
-    if capacity.has_disk and budget is not None and plan.host_keys_values > budget:
-        fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
-        plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
-    return plan
+    for with_weights in (True, False) if capacity.has_disk else ():
+        budget = host_budget(plan, capacity, with_weights=with_weights)
+        if budget is not None and (plan.host_keys_values > budget or plan.residency.host_rows is not None):
+            fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
+            plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
+        if capacity.disk is None or plan.needed_on_disk <= capacity.disk:
+            break  # else keys and values need more memory than is left beside weights
+    left = None if capacity.host is None else capacity.host - plan.needed - MARGIN_BYTES
+    return replace(plan, weights_budget=_least(capacity.weights, left))
 
 
 def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
@@ -230,14 +313,31 @@ def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
             f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks need at "
             f"least {human_bytes(plan.peak.nope_device)}"
         )
-    if plan.weights_are_mapped and capacity.host is not None and plan.weights > capacity.host:
-        yield (
-            f"the weights ({human_bytes(plan.weights)}) exceed the free memory: they are read from the "
-            "checkpoint's files again and again, which predicted times do not include"
-        )
+    yield from _streaming_notes(plan, capacity)
     chosen = plan.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
     if plan.prefill_chunk_size < chosen:
         yield f"the prefill chunk is {plan.prefill_chunk_size} tokens, so that the activations fit"
+
+
+def _streaming_notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
+    residency = plan.weight_residency
+    if not residency.is_streamed:
+        return
+    yield (
+        f"{human_bytes(residency.kept)} of the layers' {human_bytes(residency.total)} of weights stay in memory; "
+        f"{human_bytes(residency.read_a_step)} are read again for each prefill chunk"
+    )
+    if residency.budget is not None and residency.peak > residency.budget:
+        yield (
+            f"a layer takes {human_bytes(residency.peak)}, more than the {human_bytes(residency.budget)} for weights: "
+            "it is read as it is used"
+        )
+    if plan.prefill_chunk_size > PREFILL_CHUNK_SIZES[0] and plan.workload.prefill_chunk_size is None:
+        hides = "so that" if StepTime.of(plan, capacity).is_hidden else "to shorten the time in which"
+        yield (
+            f"the prefill chunk is {plan.prefill_chunk_size} tokens, {hides} computing hides the reading of weights "
+            f"({capacity.operations / 1e9:,.0f} GFLOP/s and {human_bytes(round(capacity.reading))}/s are taken for it)"
+        )
 
 
 def _least(*limits: int | None) -> int | None:

@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cache.layout import KV_DTYPES, StoreLayout
+from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
+from model.weights.owners import Owner
+from model.weights.residency import WeightResidency
+
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes that may be used. None: unknown, or not limited by the user."""
+    """Bytes that may be used, and the machine's speed. None: unknown, or not limited by the user."""
 
     host: int | None = None  # free now
     accelerator: int | None = None  # free now; None without an accelerator
@@ -21,6 +26,9 @@ class Capacity:
     kv_host: int | None = None  # --kv-host-memory
     disk: int | None = None  # free where sealed blocks can be written
     disk_folder: str | None = None  # None: no disk is used
+    weights: int | None = None  # --weights-memory: for mapped weights
+    operations: float = 1e11  # a second, in matrix products
+    reading: float = 1e9  # bytes a second from the checkpoint's files
 
     @property
     def has_disk(self) -> bool:
@@ -53,7 +61,7 @@ class Workload:
     config: TextConfig
     prompt_tokens: int
     max_new_tokens: int
-    weights: int  # of the text model
+    weights: int  # of the text model, in its stored form
     weights_are_mapped: bool  # or could be: pages of the checkpoint's files, which the system can drop and read again
     dtype: str
     kv_dtype: str = "auto"
@@ -65,6 +73,7 @@ class Workload:
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context; overrides the dtypes
     images: ImageWorkload | None = None  # None: the documents have no images
+    stored: StoredWeights | None = None  # the weights by owner and layer; None: not known, and never streamed
 
     @property
     def length(self) -> int:
@@ -83,7 +92,27 @@ class Workload:
         """Bytes of weights that the process allocates: those that are not pages of mapped files."""
         if not self.weights_are_mapped:
             return self.weights + self.tower_weights
-        return self.tower_weights if self.images and self.images.stored_dtype != self.dtype else 0
+        tower = self.tower_weights if self.images and self.images.stored_dtype != self.dtype else 0
+        return tower + (self.stored.converted(self.dtype) if self.stored else 0)
+
+    @property
+    def looked_up(self) -> int:
+        """Bytes of mapped embeddings that the tokens bring into memory, in whole pages."""
+        if self.stored is None or not self.weights_are_mapped:
+            return 0
+        embeddings = self.stored.owned_by(Owner.EMBEDDINGS)
+        return min(embeddings, self.length * (embeddings // self.config.vocab_size + PAGE_BYTES))
+
+    def weight_residency(self, budget: int | None) -> WeightResidency:
+        """How the mapped layers share `budget` bytes of memory with what else is mapped; None: no limit."""
+        if self.stored is None or not self.weights_are_mapped:
+            return WeightResidency(())  # nothing is streamed
+        if budget is None:
+            return WeightResidency(self.stored.layers)
+        left, head = max(0, budget - self.looked_up), self.stored.owned_by(Owner.HEAD)
+        if sum(layer.total for layer in self.stored.layers) <= left:
+            left = max(0, left - head)  # generating needs it; where layers are streamed, their room serves for it
+        return WeightResidency(self.stored.layers, left)
 
     @property
     def tower_activations(self) -> int:

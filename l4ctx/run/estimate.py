@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on, expect_no_numpy
+from l4ctx.machine.reading import reading_rate
+from l4ctx.planning.declared import declared_form, declared_method
 from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.published import Form, plain
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
+from l4ctx.run.forms import FormPlan, form_plans
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
-from model.config import TextConfig
+from model.config import TextConfig, shown
 from model.costs import Operations, parameter_count, quantized_weights, reading_operations, small_parameter_count
+from model.errors import ConfigError
+from model.folder import CONFIG, read_object
 from model.gguf.files import find_gguf, read_gguf
 
 if TYPE_CHECKING:
@@ -48,7 +55,9 @@ class PlanReport:
     tokens_with_disk: int | None  # None: no disk is given
     speed: Speed | None
     seconds: float | None  # to read the prompt; None: no rate is known
-    read_from_disk: int  # bytes, in all steps of the prefill together
+    read_from_disk: int  # bytes of keys and values, in all steps of the prefill together
+    weights_read: int  # bytes that are read in these steps again, as memory does not hold them
+    forms: Sequence[FormPlan]  # other forms of the model, where this one is not held in memory
 
     @property
     def exceeds_positions(self) -> bool:
@@ -77,6 +86,8 @@ class PlanReport:
             "tokens_in_memory": self.tokens_in_memory,
             "tokens_with_disk": self.tokens_with_disk,
             "read_from_disk": self.read_from_disk,
+            "weights_read": self.weights_read,
+            "forms": [form.as_dict() for form in self.forms],
             "operations_per_second": self.speed and self.speed._asdict(),
             "seconds": self.seconds,
         }
@@ -96,11 +107,28 @@ class _Read:
             return PromptSize(self.tokens, max_new_tokens)
         return PromptSize.of(self.prompt, self.images, self.tokens, max_new_tokens)
 
-    def operations(self, config: TextConfig) -> Operations:
-        """Of reading all of it."""
+    def operations(self, config: TextConfig, start: int, stop: int) -> Operations:
+        """Of reading positions start .. stop - 1."""
         if self.prompt is None:
-            return reading_operations(config, 0, self.tokens)
-        return prompt_operations(config, self.prompt, self.images, 0, self.tokens)
+            return reading_operations(config, start, stop)
+        return prompt_operations(config, self.prompt, self.images, start, stop)
+
+    def seconds(self, plan: MemoryPlan, speed: Speed, reading: float) -> float:
+        """To read all of it, at `speed`, while weights that do not stay in memory are read at `reading` bytes a
+        second."""
+        config, residency, total = plan.workload.config, plan.weight_residency, 0.0
+        if not residency.is_streamed:
+            return speed.seconds(self.operations(config, 0, self.tokens))
+        for positions in self.steps(plan):
+            computing = speed.seconds(self.operations(config, positions.start, positions.stop))
+            read = residency.read_a_step if positions.start else residency.total - residency.layers[-1].total
+            total += max(computing, read / reading)
+        return total
+
+    def steps(self, plan: MemoryPlan) -> list[range]:
+        """Those of the prefill, roughly."""
+        size = plan.prefill_chunk_size
+        return [range(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
@@ -126,13 +154,22 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
     request.kv.check_folder()
     accelerator = available_on(request.compute.device, quick=request.tokens is not None)
-    capacity = capacity_here(request.kv, accelerator, request.kv.folder)
+    limit = request.compute.weights_memory
+    capacity = capacity_here(request.kv, accelerator, request.kv.folder, weights=limit)
+    if request.measure and (reading := _reading_rate(request.model)) is not None:
+        capacity = replace(capacity, reading=reading)
     size = read.size(_max_new_tokens(request, config, read.tokens))
     workload = workload_of(config, weights, size, request.compute, request.kv.dtype, capacity)
     plan = MemoryPlan.of(workload, capacity)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, accelerator is not None)
+
+    def seconds(of: MemoryPlan) -> float | None:
+        return None if speed is None else read.seconds(of, speed, capacity.reading)
+
+    residency = plan.weight_residency
+    is_large = residency.is_streamed or bool(plan.shortfalls(capacity))
     return PlanReport(
         plan,
         capacity,
@@ -143,8 +180,10 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         tokens_in_memory=tokens_that_fit(workload, capacity.without_disk),
         tokens_with_disk=tokens_that_fit(workload, capacity) if capacity.has_disk else None,
         speed=speed,
-        seconds=speed and speed.seconds(read.operations(config)),
+        seconds=seconds(plan),
         read_from_disk=_read_from_disk(plan),
+        weights_read=residency.read_a_step * (len(read.steps(plan)) - 1),
+        forms=list(form_plans(workload, capacity, seconds)) if is_large else [],
     )
 
 
@@ -158,7 +197,7 @@ def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int
 def _counted_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
     """By the headers of GGUF files; for a checkpoint folder by config.json, so that its shards need not be there."""
     file = find_gguf(request.model)
-    return _published_weights(request, config, note) if file is None else Weights.of_gguf(read_gguf(file))
+    return _published_weights(request, config, note) if file is None else Weights.of_gguf(read_gguf(file), config)
 
 
 def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
@@ -168,13 +207,28 @@ def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> 
         named = "no dtype" if dtype is None else repr(dtype)
         note(f"config.json says {named}; bfloat16 is taken for the weights")
         dtype = "bfloat16"
-    parameters = parameter_count(config)
-    quantized, size = 0, 0
-    if request.compute.quantization is not None:
-        quantized, size = quantized_weights(config, request.compute.quantization)
-    converted = small_parameter_count(config)
+    if request.compute.quantization is None:
+        return Weights.in_form(_declared_form(request.model, note) or plain(dtype), config, dtype)
+    parameters, converted = parameter_count(config), small_parameter_count(config)
+    quantized, size = quantized_weights(config, request.compute.quantization)
     kept = (parameters - quantized - converted) * KV_DTYPES[dtype] + size
     return Weights(parameters, dtype, kept, converted, quantized, size)
+
+
+def _declared_form(model: Path, note: Note) -> Form | None:
+    """What config.json says of quantization."""
+    raw = read_object(model / CONFIG, ConfigError)
+    form, method = declared_form(raw), declared_method(raw)
+    if form is None and method is not None:
+        note(f"config.json says quantized by {shown(method)}, in a way that is not known: counted as not quantized")
+    return form
+
+
+def _reading_rate(model: Path) -> float | None:
+    """Bytes a second from the checkpoint's largest file; None if there is none, or none large enough."""
+    files = [model] if model.is_file() else [*model.glob("*.safetensors"), *model.glob("*.gguf")]
+    files = [file for file in files if file.is_file()]
+    return reading_rate(max(files, key=lambda file: file.stat().st_size)) if files else None
 
 
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:

@@ -173,7 +173,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             is_mapped=plan.weights_are_mapped,
             quantization=inputs.choices.compute.quantization,
         )
-        _stream_weights(model, sized.weights_room, monitor)
+        _stream_weights(model, plan.weight_residency.budget, monitor)
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
         if inputs.images is not None and unread:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
@@ -196,11 +196,11 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     return Session(sized, monitor, model, cache, features, scratch)
 
 
-def _stream_weights(model: Transformer, room: int | None, monitor: Monitor) -> None:
-    """Mapped layers that exceed `room` bytes are read ahead and dropped by a thread, for as long as the run lasts."""
+def _stream_weights(model: Transformer, budget: int | None, monitor: Monitor) -> None:
+    """Mapped layers that exceed the budget are read ahead and dropped by a thread, for as long as the run lasts."""
     from model.weights.streaming import WeightStream
 
-    stream = None if room is None else WeightStream.of(model, room)
+    stream = None if budget is None else WeightStream.of(model, budget)
     if stream is not None:
         monitor.resources.callback(stream.close)
         model.watcher = stream

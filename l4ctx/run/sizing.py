@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from l4ctx.machine.device import free_on_accelerator
 from l4ctx.machine.memory import SPARE_SHARE, ProcessMemory, available_disk, available_memory, process_memory
-from l4ctx.machine.processor import computing_dtype
+from l4ctx.machine.processor import assumed_operations, computing_dtype
 from l4ctx.planning import remedies
-from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from l4ctx.run.choices import KVDtype
 from l4ctx.run.request import ComputeOptions, KVOptions
@@ -56,7 +56,6 @@ class Sized:
     written: WrittenContext | None  # the context that what is read is kept in
     reused: int  # tokens
     before: ProcessMemory | None  # what the process held before weights and cache were made
-    weights_room: int | None  # bytes for mapped weights; None: unlimited, or nothing is mapped
 
     @property
     def context(self) -> ReadContext | WrittenContext | None:
@@ -95,6 +94,7 @@ def workload_of(
         dtype=dtype,
         kv_dtype=_stored_kv_dtype(kv_dtype, dtype, compute, weights, capacity),
         stored_dtype=weights.dtype,
+        stored=weights.stored,
         prefill_chunk_size=compute.prefill_chunk_size,
         largest=size.documents,
         images=size.images,
@@ -113,8 +113,15 @@ def _stored_kv_dtype(
     return "float16" if weights.dtype == "float16" else "bfloat16"
 
 
-def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, context: Path | None = None) -> Capacity:
-    """What is free on this machine, within the user's limits.
+def capacity_here(
+    kv: KVOptions,
+    accelerator: int | None,
+    disk: Path | None,
+    context: Path | None = None,
+    *,
+    weights: int | None = None,
+) -> Capacity:
+    """What is free on this machine, within the user's limits; `weights`: that of --weights-memory.
 
     `accelerator`: bytes free on the one that computes, None on a CPU. `disk`: the folder that blocks may be written to;
     those of `context` are on disk already. Raises RequestError.
@@ -128,6 +135,8 @@ def capacity_here(kv: KVOptions, accelerator: int | None, disk: Path | None, con
         kv_host=kv.host_memory,
         disk=None if disk is None else available_disk(disk),
         disk_folder=None if folder is None else str(folder),
+        weights=weights,
+        operations=assumed_operations(),
     )
 
 
@@ -143,7 +152,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     before = process_memory()
     accelerator = free_on_accelerator(inputs.checked.device)
     answer_from, save_to = request.context.answer_from, request.context.save_to
-    capacity = capacity_here(request.kv, accelerator, save_to or request.kv.folder, answer_from)
+    disk, limit = save_to or request.kv.folder, request.compute.weights_memory
+    capacity = capacity_here(request.kv, accelerator, disk, answer_from, weights=limit)
     workload = _workload(inputs, capacity)
     plan = MemoryPlan.of(workload, capacity)
     if save_to is not None and save_to.exists():
@@ -168,16 +178,7 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     for text in reuse.notes:
         monitor.note(text)
     _check_unsaved_rows(inputs, plan, reuse.tokens)
-    room = _weights_room(plan, capacity, request.compute.weights_memory)
-    return Sized(inputs, plan, attention, written, reuse.tokens, before, room)
-
-
-def _weights_room(plan: MemoryPlan, capacity: Capacity, asked: int | None) -> int | None:
-    """Memory that nothing else of the plan needs, within what the user allows, in bytes."""
-    if not plan.weights_are_mapped or capacity.host is None:
-        return asked if plan.weights_are_mapped else None
-    free = max(0, capacity.host - plan.needed - MARGIN_BYTES)
-    return free if asked is None else min(free, asked)
+    return Sized(inputs, plan, attention, written, reuse.tokens, before)
 
 
 def _workload(inputs: Inputs, capacity: Capacity) -> Workload:

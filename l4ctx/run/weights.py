@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
+from l4ctx.planning.published import Form
+from l4ctx.planning.weights import StoredWeights, WeightBytes
 from model.config import TextConfig
 from model.gguf.files import GgufModel
-from model.gguf.names import ROPE_FACTORS
+from model.gguf.names import ROPE_FACTORS, weight_name
 
 if TYPE_CHECKING:
     from model.weights.sources import WeightSource
@@ -25,6 +27,7 @@ class Weights:
     converted: int = 0  # number of the others: norms, biases, routers
     quantized: int = 0  # number of those that will be quantized on loading
     quantized_bytes: int = 0  # once they are; among `kept_bytes`
+    stored: StoredWeights | None = None  # by owner and layer, unless they are quantized on loading
 
     @classmethod
     def of(cls, sources: dict[str, WeightSource], config: TextConfig) -> Weights:
@@ -41,10 +44,19 @@ class Weights:
             sum(source.parameters for name, source in counted.items() if name in others),
             sum(source.parameters for source in quantized),
             sum(source.num_bytes for source in quantized),
+            None
+            if quantized
+            else StoredWeights.of(
+                config,
+                (
+                    WeightBytes.of(name, source.scheme.label, source.num_bytes, source.parameters)
+                    for name, source in counted.items()
+                ),
+            ),
         )
 
     @classmethod
-    def of_gguf(cls, model: GgufModel) -> Weights:
+    def of_gguf(cls, model: GgufModel, config: TextConfig) -> Weights:
         """By the headers of GGUF files alone, without torch."""
         tensors = {name: tensor for name, tensor in model.tensors.items() if name != ROPE_FACTORS}
         others = {name for name, tensor in tensors.items() if len(tensor.shape) < 2 or "ffn_gate_inp" in name}
@@ -55,7 +67,24 @@ class Weights:
             "bfloat16" if embeddings is None else dtypes.get(embeddings.kind.name, "bfloat16"),
             sum(tensor.num_bytes for name, tensor in tensors.items() if name not in others),
             sum(math.prod(tensors[name].shape) for name in others),
+            stored=StoredWeights.of(
+                config,
+                (
+                    WeightBytes.of(
+                        weight_name(name) or name, tensor.kind.name, tensor.num_bytes, math.prod(tensor.shape)
+                    )
+                    for name, tensor in tensors.items()
+                ),
+            ),
         )
+
+    @classmethod
+    def in_form(cls, form: Form, config: TextConfig, dtype: str) -> Weights:
+        """As published in this form, with embeddings in `dtype`, or computed in it."""
+        stored = form.weights(config)
+        converted = sum(part.parameters for part in stored.parts if part.is_converted)
+        kept = sum(part.num_bytes for part in stored.parts if not part.is_converted)
+        return cls(stored.parameters, dtype, kept, converted, stored=stored)
 
     def bytes_in(self, dtype: str) -> int:
         """Bytes when the model computes in `dtype`: stored forms stay, but 32-bit ones are converted to 16 bits."""

@@ -28,8 +28,8 @@ class WeightResidency:
 
     Layers are used in a cycle, so a cache that evicts what was used longest ago would always miss. Instead, some bytes
     of every layer stay, and the rest of it, as many bytes in each layer, is streamed. Two layers' streamed parts are in
-    memory at a time: the one that is computed, and the next one. The last layer is not in the cycle and is streamed
-    as a whole: while a prompt is read, only its keys and values are computed.
+    memory at a time: the one that is computed, and the next one, or as much of it as fits. The last layer is not in the
+    cycle and is streamed as a whole: while a prompt is read, only its keys and values are computed.
     """
 
     layers: Sequence[LayerBytes]
@@ -70,11 +70,18 @@ class WeightResidency:
         return sum(layer.total - self.streamed(number) for number, layer in enumerate(self.layers))
 
     @property
+    def ahead(self) -> int:
+        """The most bytes of the next layer that are read while a layer is computed."""
+        if self.budget is None or not self.is_streamed:
+            return 0
+        return max(0, min(self.streamed_a_layer, self.budget - self.kept - self.streamed_a_layer))
+
+    @property
     def peak(self) -> int:
-        """The most bytes in memory at a time: the budget, or two layers if it is smaller."""
+        """The most bytes in memory at a time: the budget, or a layer if it is smaller."""
         if self.budget is None or not self.is_streamed:
             return self.total
-        return max(self.budget, self._needed(self.streamed_a_layer))
+        return max(self.budget, self.kept + self.streamed_a_layer)
 
     @property
     def read_a_step(self) -> int:

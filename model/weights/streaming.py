@@ -65,6 +65,9 @@ class WeightStream:
         parts = [layer.split(residency.streamed(number)) for number, layer in enumerate(layers)]
         self._kept, self._streamed = [kept for kept, _ in parts], [streamed for _, streamed in parts]
         self._cycle = [number for number in range(len(layers) - 1) if self._streamed[number]]
+        self._first = [split(streamed, residency.ahead)[0] for streamed in self._streamed]
+        self._is_whole = residency.ahead >= residency.streamed_a_layer  # are layers read ahead as a whole?
+        self._fits = residency.kept + residency.streamed_a_layer <= (residency.budget or 0)
         self._expert_share = expert_share
         self._used = [0.0] * len(layers)  # bytes of the streamed part that generating has read, estimated
         self._ahead: set[int] = set()  # layers that are in memory as a whole, or will be
@@ -94,10 +97,13 @@ class WeightStream:
         for number, used in enumerate(self._used):
             if used:
                 self._drop(number)
-        for wanted in (layer, self._after(layer)):
-            if wanted in self._cycle and wanted not in self._ahead:
-                self._ahead.add(wanted)
-                self._tasks.put(partial(self._read, wanted))
+        if layer in self._cycle and self._fits and not (self._is_whole and layer in self._ahead):
+            self._ahead.add(layer)
+            self._tasks.put(partial(self._read, layer, self._streamed[layer]))
+        following = self._after(layer)
+        if following is not None and self._first[following] and following not in self._ahead:
+            self._ahead.add(following)
+            self._tasks.put(partial(self._read, following, self._first[following]))
 
     def leaving(self, layer: int, tokens: int) -> None:
         """The layer has been computed."""
@@ -144,8 +150,7 @@ class WeightStream:
         self._used[layer] = 0.0
         self._tasks.put(partial(self._dropper.drop, self._streamed[layer]))
 
-    def _read(self, layer: int) -> None:
-        wanted = self._streamed[layer]
+    def _read(self, layer: int, wanted: list[MappedRange]) -> None:
         if layer not in self._seen:
             self._seen.add(layer)
             wanted = self._kept[layer] + wanted

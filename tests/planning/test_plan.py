@@ -24,7 +24,15 @@ from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.planning.memory_plan import MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError, host_budget
+from l4ctx.planning.memory_plan import (
+    MARGIN_BYTES,
+    PREFILL_CHUNK_SIZES,
+    MemoryPlan,
+    MemoryPlanError,
+    StepTime,
+    host_budget,
+)
+from l4ctx.planning.published import PUBLISHED
 from l4ctx.planning.remedies import check, tokens_that_fit
 from l4ctx.planning.remedies import remedies as remedies_of
 from l4ctx.planning.workload import Capacity, Workload
@@ -371,7 +379,46 @@ def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
     assert not on_disk.shortfalls(at_most) and on_disk.prefill_chunk_size == 8192
     assert on_disk.end.nope_host + on_disk.end.nope_disk == tokens * 48 * KIB
     assert on_disk.needed + MARGIN_BYTES <= 24 * GIB and on_disk.end.nope_host > 19 * GIB
-    assert "exceed the free memory" in on_disk.notes[0]
+    streamed = MemoryPlan.of(scout(prompt_tokens=tokens, stored=PUBLISHED[0].weights(SCOUT)), at_most)
+    assert "are read again for each prefill chunk" in streamed.notes[0] and streamed.weight_residency.is_streamed
+    assert streamed.end.nope_host + streamed.end.nope_disk == tokens * 48 * KIB
+    assert streamed.needed + streamed.resident_weights + MARGIN_BYTES <= 24 * GIB
+
+
+def streamed(**changes: Any) -> Workload:
+    return scout(prompt_tokens=500_000, stored=PUBLISHED[0].weights(SCOUT), **changes)
+
+
+def test_the_prefill_chunk_grows_until_computing_hides_reading() -> None:
+    sizes = {}
+    for operations in (1e11, 2e12, 4e12):
+        capacity = Capacity(host=80 * GIB, operations=operations, reading=1e9)
+        plan = MemoryPlan.of(streamed(), capacity)
+        sizes[operations] = plan.prefill_chunk_size
+        assert StepTime.of(plan, capacity).is_hidden
+        assert plan.needed + plan.resident_weights + MARGIN_BYTES <= 80 * GIB
+        assert any("computing hides the reading" in note for note in plan.notes) == (operations > 1e11)
+        half = MemoryPlan.of(streamed(prefill_chunk_size=plan.prefill_chunk_size // 2), capacity)
+        assert plan.prefill_chunk_size == 8192 or not StepTime.of(half, capacity).is_hidden
+    assert list(sizes.values()) == [8192, 16384, 32768]
+    fast = Capacity(host=80 * GIB, operations=4e12, reading=1e9)
+    assert MemoryPlan.of(streamed(prefill_chunk_size=4096), fast).prefill_chunk_size == 4096
+    assert MemoryPlan.of(scout(prompt_tokens=500_000), fast).prefill_chunk_size == 8192  # nothing is known of weights
+    assert MemoryPlan.of(streamed(), replace(fast, host=2**50)).prefill_chunk_size == 8192  # nothing is streamed
+    little = Capacity(host=40 * GIB, operations=1e15, reading=1e9)
+    plan = MemoryPlan.of(streamed(), little)
+    assert plan.prefill_chunk_size > 8192 and not plan.shortfalls(little)
+    assert any("to shorten the time" in note for note in plan.notes)
+
+
+def test_weights_stay_within_the_users_limit() -> None:
+    for limit in (20 * GIB, 50 * GIB):
+        plan = MemoryPlan.of(streamed(), Capacity(host=100 * GIB, weights=limit))
+        assert plan.resident_weights <= limit and plan.weight_residency.kept > limit - 12 * GIB
+    plan = MemoryPlan.of(streamed(), Capacity(host=100 * GIB, weights=GIB))
+    assert any("more than the" in note and "it is read as it is used" in note for note in plan.notes)
+    small = workload(weights=10 * MIB, weights_are_mapped=True)
+    assert MemoryPlan.of(small, Capacity(host=2**40, weights=GIB)).weights_are_mapped  # not copied, then
 
 
 def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
@@ -471,6 +518,8 @@ def test_the_plan_becomes_plain_numbers() -> None:
     assert set(plain) == {
         "weights",
         "weights_are_mapped",
+        "resident_weights",
+        "streamed_a_step",
         "tokens",
         "rope_windows",
         "nope_device",

@@ -202,13 +202,60 @@ def test_builds_of_torch(monkeypatch: pytest.MonkeyPatch, found: str, expected: 
     assert device_module._torch_may_use_gpus() is expected
 
 
-def test_the_time_has_a_quadratic_term(scout: Path) -> None:
+def test_the_time_has_a_quadratic_term(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 2**50)
     config = TextConfig.from_folder(scout)
     assert planned(scout, tokens=8192, rate=200.0).seconds == pytest.approx(8192 / 200)
     seconds = planned(scout, tokens=10**6, rate=200.0).seconds
     ratio = reading_operations(config, 0, 10**6).total / reading_operations(config, 0, 8192).total
     assert seconds == pytest.approx(8192 / 200 * ratio) and seconds > 3 * 10**6 / 200
     assert planned(scout, tokens=100, rate=200.0).seconds == pytest.approx(0.5)
+
+
+def test_the_time_includes_reading_weights_again(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the assumed 1 GB/s, in the time in which a step computes: the longer of both counts for each step."""
+    config = TextConfig.from_folder(scout)
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 24 * GIB)
+    slow, quick = planned(scout, tokens=32768, rate=2.0), planned(scout, tokens=32768, rate=10**6)
+    assert slow.seconds == pytest.approx(
+        16384 * reading_operations(config, 0, 32768).total / reading_operations(config, 0, 8192).total / 4, rel=0.001
+    )
+    residency = quick.plan.weight_residency
+    first, later = residency.total - residency.layers[-1].total, residency.read_a_step
+    assert quick.seconds == pytest.approx((first + 3 * later) / 1e9)
+    assert quick.weights_read == 3 * later and 0.8 * first < later < first
+
+
+def test_forms_are_compared_where_memory_does_not_hold_the_weights(
+    scout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 96 * GIB)
+    report = planned(scout, tokens=32768, rate=2.0)
+    forms = {form.name: form for form in report.forms}
+    assert next(iter(forms)) == "bfloat16" and forms["bfloat16"].plan.weights == report.plan.weights
+    assert forms["bfloat16"].seconds == report.seconds
+    assert all(form.fits for form in forms.values())
+    streamed = {name for name, form in forms.items() if form.plan.weight_residency.read_a_step}
+    assert "bfloat16" in streamed and "FP8" in streamed and not streamed & {"w4a16", "GGUF Q4_K_M", "GGUF Q6_K"}
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 512 * GIB)
+    assert not planned(scout, tokens=32768).forms
+
+
+def test_forms_on_an_accelerator_fit_or_do_not(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 80 * GIB)
+    fitting = {form.name for form in planned(scout, tokens=32768).forms if form.fits}
+    assert {"GGUF Q4_K_M", "w4a16", "MLX 4 bit"} <= fitting and not fitting & {"bfloat16", "FP8", "GGUF Q6_K"}
+
+
+def test_what_config_json_declares_is_planned(scout: Path) -> None:
+    raw = json.loads((scout / "config.json").read_text())
+    whole = planned(scout, tokens=9).plan.weights
+    settings = {"group_size": 64, "bits": 4}
+    (scout / "config.json").write_text(json.dumps(raw | {"quantization": settings}))
+    assert planned(scout, tokens=9).plan.weights == pytest.approx(whole * 4.5 / 16, rel=0.001)
+    (scout / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "new\n"}}))
+    report = planned(scout, tokens=9)
+    assert report.plan.weights == whole and "quantized by 'new\\n', in a way that is not known" in report.notes[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

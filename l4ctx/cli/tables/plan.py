@@ -21,7 +21,8 @@ def plan_table(report: PlanReport) -> RenderableType:
     from rich.console import Group
 
     documents = (_documents(report), "") if report.documents else ()
-    return Group(*documents, _memory(report), "", _facts(report))
+    forms = ("", _forms(report)) if report.forms else ()
+    return Group(*documents, _memory(report), "", _facts(report), *forms)
 
 
 def _documents(report: PlanReport) -> FigureTable:
@@ -51,6 +52,8 @@ def _memory(report: PlanReport) -> FigureTable:
             table.add_row(name, *("" if value is None else human_bytes(value) for value in values))
 
     row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights)
+    if plan.weight_residency.is_streamed:
+        row("  in memory at a time", plan.weight_residency.kept, plan.resident_weights)
     row("RoPE windows", end.rope_windows, most.rope_windows)
     row("NoPE keys and values, accelerator", end.nope_device, most.nope_device)
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host)
@@ -79,6 +82,12 @@ def _facts(report: PlanReport) -> TextTable:
     table.add_row("KV cache", f"{_tiers(plan)}, in {plan.layout.kv_dtype}")
     disk = "" if report.tokens_with_disk is None else f", {report.tokens_with_disk:,} with the disk"
     table.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
+    residency = plan.weight_residency
+    if residency.is_streamed:
+        table.add_row(
+            "weights read again",
+            f"{human_bytes(residency.read_a_step)} for each prefill chunk, {human_bytes(report.weights_read)} in all",
+        )
     if report.read_from_disk:
         table.add_row("disk reads", f"{human_bytes(report.read_from_disk)} over the whole prefill")
     if report.seconds is not None:
@@ -90,6 +99,21 @@ def _facts(report: PlanReport) -> TextTable:
         table.add_row("", f"more tokens than the model has positions: {workload.length:,}")
     for number, remedy in enumerate(remedies(plan, report.capacity)):
         table.add_row("what helps" if number == 0 else "", without_controls(remedy))
+    return table
+
+
+def _forms(report: PlanReport) -> FigureTable:
+    """What the model's published forms take, and which of them memory holds."""
+    table = FigureTable("other forms of this model", ("weights", "read for each chunk", "prefill takes", "fits here"))
+    for form in report.forms:
+        streamed = form.plan.weight_residency.read_a_step
+        table.add_row(
+            form.name,
+            human_bytes(form.plan.workload.weights),
+            human_bytes(streamed) if streamed else "nothing",
+            "" if form.seconds is None else _human_time(form.seconds),
+            "yes" if form.fits else "no",
+        )
     return table
 
 

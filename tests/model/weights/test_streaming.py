@@ -106,6 +106,20 @@ def test_each_layer_is_read_before_its_use_and_dropped_after_it(recorded: Record
     assert second == first[1:]  # layer 0 is there since the end of the first step
 
 
+def test_half_of_the_next_layer_is_read_ahead_where_two_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch, 1350)
+    first, second = recorded.forward(100), recorded.forward(100)
+    assert first[:5] == [("read", 0), ("read", 1), ("drop", 0), ("read", 1), ("read", 2)]
+    assert second[0] == ("read", 0)  # its other half
+    recorded.stream.close()
+
+
+def test_a_layer_larger_than_the_budget_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch, 800)
+    assert recorded.forward(100) == [("drop", layer) for layer in range(4)]
+    recorded.stream.close()
+
+
 def test_generating_reads_nothing_ahead_and_stays_within_the_room(recorded: Recorded) -> None:
     """300 bytes of layers 0 to 2 are streamed, 900 of the last; the room is 600; a token uses an eighth of experts."""
     steps = [recorded.forward(1) for _ in range(4)]
