@@ -23,13 +23,7 @@ CLIPPING = (8 / 7, 1.0, 0.9, 0.8)
 
 def to_int8(weight: Tensor) -> dict[str, Tensor]:
     """(C_out, C_in) of any floating-point dtype -> "codes" int8, and "scale" bfloat16 (C_out, 1)."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = _empty_scale(weight, 1)
-    for rows in _tiles(weight):
-        numbers = weight[rows].float()
-        scale[rows] = _rounded(numbers.abs().amax(1, keepdim=True) / LARGEST_INT8)
-        codes[rows] = (numbers / scale[rows].float()).round_().clamp_(-LARGEST_INT8, LARGEST_INT8)
-    return {"codes": codes, "scale": scale}
+    return _by_row(weight, torch.int8, LARGEST_INT8)
 
 
 def to_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -52,12 +46,20 @@ def to_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
 
 def to_float8(weight: Tensor) -> dict[str, Tensor]:
     """(C_out, C_in) -> "codes" float8_e4m3fn, and "scale" bfloat16 (C_out, 1)."""
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    return _by_row(weight, torch.float8_e4m3fn, LARGEST_FLOAT8)
+
+
+def _by_row(weight: Tensor, dtype: torch.dtype, largest: int) -> dict[str, Tensor]:
+    """Codes of this dtype, up to `largest`, with a scale a row."""
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = _empty_scale(weight, 1)
     for rows in _tiles(weight):
         numbers = weight[rows].float()
-        scale[rows] = _rounded(numbers.abs().amax(1, keepdim=True) / LARGEST_FLOAT8)
-        codes[rows] = (numbers / scale[rows].float()).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(codes.dtype)
+        scale[rows] = _rounded(numbers.abs().amax(1, keepdim=True) / largest)
+        shares = numbers / scale[rows].float()
+        if not dtype.is_floating_point:
+            shares.round_()
+        codes[rows] = shares.clamp_(-largest, largest).to(dtype)
     return {"codes": codes, "scale": scale}
 
 
