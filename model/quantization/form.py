@@ -1,7 +1,7 @@
 """A weight matrix that stays as it is stored and is expanded, part by part, into the dtype that products run in.
 
-A product with many rows expands a tile of the matrix into a buffer, multiplies, and goes on with the next tile, so that
-nothing is ever held twice. A form may have a kernel of its own that multiplies a few rows by the stored form directly.
+A product expands a tile of the matrix into a buffer, multiplies, and goes on with the next tile, so that nothing is
+ever held twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 class StoredMatrix(nn.Module):
     """A weight matrix (C_out, C_in) in its stored form. Its tensors are buffers, so that they count and move.
 
-    Subclasses implement `expand`, and may implement `product_of_few_rows`.
+    Subclasses implement `expand`.
     """
 
     is_transposed = False
@@ -42,16 +42,14 @@ class StoredMatrix(nn.Module):
         """
         raise NotImplementedError
 
-    def product_of_few_rows(self, x: Tensor) -> Tensor | None:
-        """x (N, C_in), N small -> (N, C_out), from the stored form directly; None if there is no quicker way here."""
-        return None
-
     def product(self, x: Tensor) -> Tensor:
         """x (..., C_in) -> (..., C_out) in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        out = self.product_of_few_rows(rows)
-        if out is None:
-            out = self._tiled(rows)
+        out = x.new_empty(len(rows), self.out_features)
+        step = max(32, TILE_ELEMENTS // self.in_features // 32 * 32)
+        for start in range(0, self.out_features, step):
+            here = slice(start, min(start + step, self.out_features))
+            torch.mm(rows, self.tile(here, x.dtype).t(), out=out[:, here])
         return out.view(*x.shape[:-1], self.out_features)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,14 +78,6 @@ class StoredMatrix(nn.Module):
         out = buffer[:size].view(shape)
         out = out.t() if self.is_transposed else out
         self.expand(rows, out)
-        return out
-
-    def _tiled(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), self.out_features)
-        step = max(32, TILE_ELEMENTS // self.in_features // 32 * 32)
-        for start in range(0, self.out_features, step):
-            here = slice(start, min(start + step, self.out_features))
-            torch.mm(x, self.tile(here, x.dtype).t(), out=out[:, here])
         return out
 
 
