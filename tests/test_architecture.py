@@ -42,7 +42,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"weights.pages", "weights.residency"},
     {"quantization.gguf_types", "quantization.gguf_simple", "quantization.gguf_library"},
     {"quantization.gguf_k"},
-    {"quantization.nibbles", "quantization.pieces"},
+    {"quantization.pieces"},
     {"quantization.form", "quantization.tables"},
     {"quantization.plain", "quantization.scaled", "weights.sources"},
     {"quantization.gguf_blocks", "quantization.affine", "quantization.float8", "quantization.float4"},

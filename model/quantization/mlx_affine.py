@@ -5,7 +5,6 @@ Knows the arithmetic; names and files belong to model.weights.mlx.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,16 +12,14 @@ import torch
 from torch import Tensor
 
 from model.quantization.form import StoredMatrix, Weight
-from model.quantization.nibbles import look_up_pairs, nibble_pairs
 from model.quantization.pieces import through_float32
+from model.quantization.tables import look_up, nibble_pairs
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 
-@functools.cache
-def _pairs(device: torch.device) -> Tensor:
-    return nibble_pairs(torch.arange(16.0), is_high_first=False).to(device)
+_UNSIGNED = tuple(float(code) for code in range(16))
 
 
 class MlxAffineMatrix(StoredMatrix):
@@ -61,7 +58,7 @@ def unpack(codes: Tensor, bits: int, out: Tensor) -> None:
     if bits == 8:
         out.copy_(codes)
     elif bits == 4:
-        look_up_pairs(codes, _pairs(codes.device), out)
+        look_up(codes, nibble_pairs(_UNSIGNED, out.dtype, codes.device), out)
     else:
         packed, numbers = codes.unflatten(1, (-1, bits)), out.unflatten(1, (-1, 8))
         for i in range(8):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from model.quantization.form import StoredMatrix, Weight
-from model.quantization.nibbles import look_up_pairs, nibble_pairs
 from model.quantization.pieces import through_float32
+from model.quantization.tables import look_up, pairs_by_byte
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Table4Matrix(StoredMatrix):
         self.block_size = block_size
         self.scales = scales
         self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("pairs", nibble_pairs(table, is_high_first=True), persistent=False)
+        self.register_buffer("pairs", pairs_by_byte(table, is_high_first=True), persistent=False)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         numbers = torch.arange(rows.start, rows.stop, device=self.codes.device) if isinstance(rows, slice) else rows
@@ -73,7 +73,7 @@ class Table4Matrix(StoredMatrix):
         blocks = numbers[:, None] * per_row + torch.arange(per_row, device=numbers.device)
 
         def fill(here: slice, into: Tensor) -> None:
-            look_up_pairs(codes[here], self.pairs, into)
+            look_up(codes[here], self.pairs, into)
             into.unflatten(1, (per_row, -1)).mul_(self.scales.of(blocks[here]).unsqueeze(-1))
 
         through_float32(out, fill)

@@ -23,10 +23,15 @@ INT4 = tuple(float(code - 8) for code in range(16))
 
 @functools.cache
 def nibble_pairs(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table (256,) of pairs in `dtype`: the value of a byte's low four bits, then that of its high ones."""
-    byte, value = torch.arange(256), torch.tensor(values, dtype=dtype)
-    pairs = torch.stack([value[byte & 15], value[byte >> 4]], -1)
-    return pairs.view(_JOINT[dtype.itemsize]).view(-1).to(device)
+    """A table of pairs, as `pairs_by_byte` makes it of these values, in `dtype`."""
+    return pairs_by_byte(torch.tensor(values, dtype=dtype)).to(device)
+
+
+def pairs_by_byte(values: Tensor, *, is_high_first: bool = False) -> Tensor:
+    """Values (16,) by code -> a table (256,) by byte: of its low four bits and its high ones, as one integer."""
+    byte = torch.arange(256, device=values.device)
+    low, high = values[byte & 15], values[byte >> 4]
+    return _joined(*((high, low) if is_high_first else (low, high)))
 
 
 @functools.cache
@@ -39,11 +44,15 @@ def float8_values(code: torch.dtype, dtype: torch.dtype, device: torch.device) -
 def float8_pairs(code: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table (65536,) of pairs in `dtype`: the value of the first of two bytes, then that of the second."""
     two, value = torch.arange(65536), float8_values(code, dtype, torch.device("cpu"))
-    pairs = torch.stack([value[two & 255], value[two >> 8]], -1)
-    return pairs.view(_JOINT[dtype.itemsize]).view(-1).to(device)
+    return _joined(value[two & 255], value[two >> 8]).to(device)
 
 
 def look_up(codes: Tensor, table: Tensor, out: Tensor) -> None:
     """Writes the table's entries for `codes`, unsigned integers, to `out`, which is contiguous and holds as many."""
     index = torch.empty(codes.shape, dtype=torch.int32, device=codes.device).copy_(codes)
     torch.index_select(table, 0, index.view(-1), out=out.view(-1).view(table.dtype))
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Pairs of numbers (n,), each as one integer of their joint width."""
+    return torch.stack([first, second], -1).view(_JOINT[first.dtype.itemsize]).view(-1)
