@@ -6,22 +6,20 @@ A loaded checkpoint is not read so: there, each tensor says for itself how it is
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from l4ctx.planning.published import Form, Matrix, StoredType, mlx
+from model.errors import CheckpointError
 from model.weights.owners import Owner
-
-MOST_REPEATS = 4
-"""Of a pattern that is tried: more can take for ever, and files come from strangers."""
+from model.weights.settings import compiled, declared_settings
 
 SCALE_BYTES = 2
 
 
 def declared_form(raw: Mapping[str, Any]) -> Form | None:
     """The form that `raw`, a config.json, says the weights have; None if it says nothing of it, or nothing known."""
-    settings = _settings(raw)
+    settings = declared_settings(raw)
     method = settings.get("quant_method")
     if method == "compressed-tensors":
         return _quantized(_compressed_type(settings), settings.get("ignore"))
@@ -41,18 +39,8 @@ def declared_form(raw: Mapping[str, Any]) -> Form | None:
 
 def declared_method(raw: Mapping[str, Any]) -> str | None:
     """The name of the method that config.json declares; None if it declares no quantization."""
-    settings = _settings(raw)
+    settings = declared_settings(raw)
     return str(settings.get("quant_method", "an unnamed one")) if settings else None
-
-
-def _settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = raw.get("text_config")
-    for part in (raw, text if isinstance(text, Mapping) else {}):
-        for name in ("quantization_config", "quantization"):
-            settings = part.get(name)
-            if isinstance(settings, Mapping) and settings:
-                return settings
-    return {}
 
 
 def _quantized(stored: StoredType | None, ignored: object) -> Form | None:
@@ -87,12 +75,9 @@ def _names(matrix: Matrix) -> Iterator[str]:
 def _is_match(name: str, pattern: str) -> bool:
     """By name, by a regular expression after `re:`, by a glob, or by the last parts of a name."""
     if pattern.startswith("re:"):
-        expression = pattern.removeprefix("re:")
-        if len(re.findall(r"(?<!\\)[*+{]", expression)) > MOST_REPEATS or re.search(r"\)[*+{]", expression):
-            return False
         try:
-            return re.match(expression, name) is not None
-        except (re.error, OverflowError, RecursionError):
+            return compiled(pattern.removeprefix("re:")).match(name) is not None
+        except CheckpointError:  # the weights themselves will tell
             return False
     return name == pattern or fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 

@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cache.layout import KV_DTYPES
 from l4ctx.planning.weights import StoredWeights, WeightBytes
 from model.config import TextConfig
 from model.costs import kv_size, query_size
+from model.quantization.gguf_types import BY_NAME
 from model.weights.owners import Owner
-
-BYTES_A_WEIGHT = {
-    "float32": 4.0,
-    "bfloat16": 2.0,
-    "float16": 2.0,
-    "Q8_0": 34 / 32,
-    "Q6_K": 210 / 256,
-    "Q5_K": 176 / 256,
-    "Q4_K": 144 / 256,
-    "Q3_K": 110 / 256,
-    "Q2_K": 84 / 256,
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +42,18 @@ class StoredType:
 
     def __init__(self, name: str, bytes_a_weight: float | None = None, bytes_a_row: int = 0) -> None:
         self.name = name
-        self.bytes_a_weight = BYTES_A_WEIGHT[name] if bytes_a_weight is None else bytes_a_weight
+        self.bytes_a_weight = _bytes_a_weight(name) if bytes_a_weight is None else bytes_a_weight
         self.bytes_a_row = bytes_a_row
 
     def num_bytes(self, matrix: Matrix) -> int:
         return round(matrix.parameters * self.bytes_a_weight) + matrix.count * matrix.rows * self.bytes_a_row
+
+
+def _bytes_a_weight(name: str) -> float:
+    """Of a dtype of torch or a type of GGUF."""
+    if name in KV_DTYPES:
+        return KV_DTYPES[name]
+    return BY_NAME[name].block_bytes / BY_NAME[name].block_weights
 
 
 @dataclass(frozen=True)

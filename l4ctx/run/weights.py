@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cache.layout import KV_DTYPES
@@ -31,60 +31,53 @@ class Weights:
 
     @classmethod
     def of(cls, sources: dict[str, WeightSource], config: TextConfig) -> Weights:
-        from model.weights.loading import stored_dtype, stored_parameters
+        from model.weights.loading import stored_dtype
         from model.weights.quantizing import QuantizedSource
 
         quantized = [source for source in sources.values() if isinstance(source, QuantizedSource)]
-        counted = {n: s for n, s in sources.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
-        others = {name for name, source in counted.items() if len(source.shape) < 2 or name.endswith("router.weight")}
-        return cls(
-            stored_parameters(sources, config),
-            stored_dtype(sources),
-            sum(source.num_bytes for name, source in counted.items() if name not in others),
-            sum(source.parameters for name, source in counted.items() if name in others),
-            sum(source.parameters for source in quantized),
-            sum(source.num_bytes for source in quantized),
-            None
-            if quantized
-            else StoredWeights.of(
-                config,
-                (
-                    WeightBytes.of(name, source.scheme.label, source.num_bytes, source.parameters)
-                    for name, source in counted.items()
-                ),
-            ),
+        parts = (
+            WeightBytes.of(name, source.scheme.label, source.num_bytes, source.parameters)
+            for name, source in sources.items()
+            if not (config.tie_word_embeddings and name == "lm_head.weight")
+        )
+        weights = cls._counted(StoredWeights.of(config, parts), stored_dtype(sources))
+        if not quantized:
+            return weights
+        return replace(
+            weights,
+            quantized=sum(source.parameters for source in quantized),
+            quantized_bytes=sum(source.num_bytes for source in quantized),
+            stored=None,
         )
 
     @classmethod
     def of_gguf(cls, model: GgufModel, config: TextConfig) -> Weights:
         """By the headers of GGUF files alone, without torch."""
-        tensors = {name: tensor for name, tensor in model.tensors.items() if name != ROPE_FACTORS}
-        others = {name for name, tensor in tensors.items() if len(tensor.shape) < 2 or "ffn_gate_inp" in name}
-        embeddings = tensors.get("token_embd.weight")
-        dtypes = {"F32": "float32", "F16": "float16"}
-        return cls(
-            sum(math.prod(tensor.shape) for tensor in tensors.values()),
-            "bfloat16" if embeddings is None else dtypes.get(embeddings.kind.name, "bfloat16"),
-            sum(tensor.num_bytes for name, tensor in tensors.items() if name not in others),
-            sum(math.prod(tensors[name].shape) for name in others),
-            stored=StoredWeights.of(
-                config,
-                (
-                    WeightBytes.of(
-                        weight_name(name) or name, tensor.kind.name, tensor.num_bytes, math.prod(tensor.shape)
-                    )
-                    for name, tensor in tensors.items()
-                ),
-            ),
+        parts = (
+            WeightBytes.of(weight_name(name) or name, tensor.kind.name, tensor.num_bytes, math.prod(tensor.shape))
+            for name, tensor in model.tensors.items()
+            if name != ROPE_FACTORS
         )
+        embeddings = model.tensors.get("token_embd.weight")
+        dtypes = {"F32": "float32", "F16": "float16"}
+        dtype = "bfloat16" if embeddings is None else dtypes.get(embeddings.kind.name, "bfloat16")
+        return cls._counted(StoredWeights.of(config, parts), dtype)
 
     @classmethod
     def in_form(cls, form: Form, config: TextConfig, dtype: str) -> Weights:
         """As published in this form, with embeddings in `dtype`, or computed in it."""
-        stored = form.weights(config)
-        converted = sum(part.parameters for part in stored.parts if part.is_converted)
-        kept = sum(part.num_bytes for part in stored.parts if not part.is_converted)
-        return cls(stored.parameters, dtype, kept, converted, stored=stored)
+        return cls._counted(form.weights(config), dtype)
+
+    @classmethod
+    def _counted(cls, stored: StoredWeights, dtype: str) -> Weights:
+        converted = [part for part in stored.parts if part.is_converted]
+        return cls(
+            stored.parameters,
+            dtype,
+            stored.num_bytes - sum(part.num_bytes for part in converted),
+            sum(part.parameters for part in converted),
+            stored=stored,
+        )
 
     def bytes_in(self, dtype: str) -> int:
         """Bytes when the model computes in `dtype`: stored forms stay, but 32-bit ones are converted to 16 bits."""

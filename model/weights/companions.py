@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from model.errors import CheckpointError
 from model.quantization.scaled import PER_CHANNEL, PER_TENSOR, Grain
+from model.weights.checks import damaged
 from model.weights.sources import Group, StoredTensor
 
 FLOATS = ("BF16", "F32", "F16")
@@ -75,7 +76,7 @@ class Companions:
             raise self.error(self.tensors[suffix], f"is a companion that is not known of {self.form}")
 
     def error(self, tensor: StoredTensor, problem: str) -> CheckpointError:
-        return CheckpointError(f"{tensor.file}: tensor {tensor.name} {problem}")
+        return damaged(tensor, problem)
 
 
 def grain(parts: Companions, scale: StoredTensor, matrix: tuple[int, int], blocks: object = None) -> Grain:

@@ -14,6 +14,7 @@ from model.weights import bitsandbytes, compressed_tensors, fbgemm, gguf, mlx, m
 from model.weights.companions import skipped
 from model.weights.expert_parts import ExpertPart, missing_part, parts_by_weight, surplus_part
 from model.weights.plain import PlainScheme
+from model.weights.settings import declared_settings
 from model.weights.sources import Group, Reader, StoredTensor, WeightSource
 
 READERS: tuple[Reader, ...] = (
@@ -37,12 +38,7 @@ def quantization_settings(path: Path) -> Mapping[str, Any]:
     Empty if nothing is said. Raises CheckpointError.
     """
     config = checkpoint_files(path).object(CONFIG, CheckpointError)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for name in ("quantization_config", "quantization"):
-            if isinstance(part.get(name), dict) and part[name]:
-                return dict(part[name])
-    return modelopt.settings(path) if path.is_dir() else {}
+    return declared_settings(config) or (modelopt.settings(path) if path.is_dir() else {})
 
 
 def find_sources(

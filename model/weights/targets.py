@@ -6,17 +6,13 @@ The tensors themselves say how they are stored; this is asked only for what they
 from __future__ import annotations
 
 import fnmatch
-import functools
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from model.errors import CheckpointError
+from model.weights.settings import compiled
 from model.weights.sources import Group
 
 _PATTERN = "re:"
-_MOST_REPEATS = 4
-"""Of a pattern: more take long on purpose-made names, and files come from strangers."""
 
 
 def weights_settings(group: Group) -> Mapping[str, Any]:
@@ -51,7 +47,7 @@ def matches(module: str, targets: object) -> int | None:
         return 0
     for name in names:
         if name.startswith(_PATTERN):
-            if _compiled(name.removeprefix(_PATTERN)).match(module):
+            if compiled(name.removeprefix(_PATTERN)).match(module):
                 return 1
         elif "*" in name and fnmatch.fnmatchcase(module, name):
             return 1
@@ -62,14 +58,3 @@ def module_name(group: Group) -> str:
     """The module's name in the file, which the configuration's names refer to."""
     suffix, tensor = next(iter(group.tensors.items()))
     return tensor.name.removesuffix(suffix)
-
-
-@functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
-    if repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
-        raise CheckpointError(f"config.json: quantization_config: pattern {pattern!r} repeats too much to be tried")
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"config.json: quantization_config: pattern {pattern!r} is not one ({error})") from None

