@@ -12,6 +12,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ ON_TERMINAL = [
     "signal.signal(signal.SIGINT, signal.default_int_handler); from l4ctx.cli.app import main; main()",
 ]
 TIMEOUT = 120  # seconds; generous, for busy machines
+RETYPE_SECONDS = 10
 
 FACTS = {
     "a": ("amber falcon", "48213"),
@@ -165,7 +167,8 @@ def closed_pipe() -> Iterator[int]:
 def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns: int = 80) -> tuple[int, bytes]:
     """Runs the command with a terminal as all three streams; returns the exit code and everything written to it.
 
-    Types Ctrl-C once `interrupt_at` has been shown.
+    Types Ctrl-C once `interrupt_at` has been shown, and again where nothing comes of it for a while: a signal that
+    arrives just before Python waits for input is seen only after that.
     """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
@@ -174,14 +177,18 @@ def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns:
         [*ON_TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     )
     os.close(theirs)
-    shown = b""
+    shown, is_interrupted = b"", False
     stop_at = time.monotonic() + TIMEOUT
     try:
-        while piece := _read_terminal(ours):
+        while True:
+            is_ready = bool(select.select([ours], [], [], RETYPE_SECONDS)[0])
             assert time.monotonic() < stop_at, shown
-            shown += piece
-            if interrupt_at is not None and interrupt_at in shown:
-                interrupt_at = None
+            if is_ready:
+                if not (piece := _read_terminal(ours)):
+                    break
+                shown += piece
+            if interrupt_at is not None and interrupt_at in shown and not (is_interrupted and is_ready):
+                is_interrupted = True
                 os.write(ours, b"\x03")
         return process.wait(timeout=TIMEOUT), shown
     finally:
