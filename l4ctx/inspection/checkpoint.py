@@ -127,7 +127,7 @@ def _check_vision(
 def _stored_forms(folder: Path, text: dict[str, WeightSource] | None, vision: dict[str, WeightSource] | None) -> Report:
     """How weights are stored, as a sentence and by owner; nothing where that could not be made out."""
     from model.weights.census import census, description
-    from model.weights.formats import quantization_settings
+    from model.weights.settings import quantization_settings
 
     if text is None:
         return {"stored_as": None, "by_owner": []}

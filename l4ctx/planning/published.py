@@ -61,13 +61,13 @@ class Form:
     """How a checkpoint is published: what each of its matrices is stored as."""
 
     name: str
-    type_of: Callable[[Matrix, int], StoredType]  # of a matrix in a model of so many layers
+    type_of: Callable[[Matrix, TextConfig], StoredType]
 
     def weights(self, config: TextConfig) -> StoredWeights:
         """Those of the text model."""
         parts = []
         for matrix in matrices(config):
-            stored = self.type_of(matrix, config.num_hidden_layers)
+            stored = self.type_of(matrix, config)
             parts.append(
                 WeightBytes(matrix.owner, matrix.layer, stored.name, stored.num_bytes(matrix), matrix.parameters)
             )
@@ -103,7 +103,7 @@ def _gated(owner: Owner, layer: int, c: int, intermediate: int, count: int = 1) 
 
 def plain(dtype: str) -> Form:
     """All weights in one dtype."""
-    return Form(dtype, lambda matrix, layers: StoredType(dtype))
+    return Form(dtype, lambda matrix, config: StoredType(dtype))
 
 
 def _feed_forward(name: str, quantized: StoredType) -> Form:
@@ -111,21 +111,33 @@ def _feed_forward(name: str, quantized: StoredType) -> Form:
     return Form(name, lambda matrix, _: quantized if matrix.is_feed_forward else StoredType("bfloat16"))
 
 
+def _fp8(matrix: Matrix, config: TextConfig) -> StoredType:
+    """With a scale a row: Scout's experts and shared experts; Meta's own file of Maverick has its routed experts so."""
+    is_meta = len(config.moe_layers) < config.num_hidden_layers
+    is_quantized = matrix.owner is Owner.ROUTED if is_meta else matrix.is_feed_forward
+    return StoredType("FP8", 1.0, bytes_a_row=2) if is_quantized else StoredType("bfloat16")
+
+
+def mlx_type(bits: int, group: int) -> StoredType:
+    """With a scale and a bias of 16 bits a group."""
+    return StoredType(f"MLX {bits} bit", bits / 8 + 4 / group)
+
+
 def mlx(bits: int, group: int) -> Form:
-    """All matrices, the router and the embeddings too, with a scale and a bias of 16 bits a group."""
-    quantized = StoredType(f"MLX {bits} bit", bits / 8 + 4 / group)
-    return Form(f"MLX {bits} bit", lambda matrix, _: StoredType("bfloat16") if matrix.is_vector else quantized)
+    """All matrices, the router and the embeddings too."""
+    quantized = mlx_type(bits, group)
+    return Form(quantized.name, lambda matrix, _: StoredType("bfloat16") if matrix.is_vector else quantized)
 
 
 def _gguf(name: str, main: str, better: Callable[[Matrix, int], str | None] = lambda matrix, layers: None) -> Form:
     """One type for all matrices, but routers and vectors in float32 and the head, and what `better` says, in more."""
 
-    def type_of(matrix: Matrix, layers: int) -> StoredType:
+    def type_of(matrix: Matrix, config: TextConfig) -> StoredType:
         if matrix.is_vector or matrix.owner is Owner.SMALL:
             return StoredType("float32")
         if matrix.owner is Owner.HEAD and main != "Q8_0":
             return StoredType("Q6_K")
-        return StoredType(better(matrix, layers) or main)
+        return StoredType(better(matrix, config.num_hidden_layers) or main)
 
     return Form(f"GGUF {name}", type_of)
 
@@ -153,9 +165,11 @@ def _q2_k(matrix: Matrix, layers: int) -> str | None:
 
 PUBLISHED = (
     plain("bfloat16"),
-    _feed_forward("FP8", StoredType("FP8", 1.0, bytes_a_row=2)),
     _gguf("Q8_0", "Q8_0"),
+    mlx(8, 64),
+    Form("FP8", _fp8),
     _gguf("Q6_K", "Q6_K"),
+    mlx(6, 64),
     _gguf("Q5_K_M", "Q5_K", _some_in_q6),
     _gguf("Q4_K_M", "Q4_K", _some_in_q6),
     _feed_forward("NVFP4", StoredType("NVFP4", 0.5 + 1 / 16)),

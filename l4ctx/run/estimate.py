@@ -28,9 +28,8 @@ from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workl
 from l4ctx.run.weights import Weights
 from model.config import TextConfig, shown
 from model.costs import Operations, parameter_count, quantized_weights, reading_operations, small_parameter_count
-from model.errors import ConfigError
-from model.folder import CONFIG, read_object
 from model.gguf.files import find_gguf, read_gguf
+from model.weights.settings import quantization_settings
 
 if TYPE_CHECKING:
     from l4ctx.documents.document import Skipped
@@ -216,11 +215,11 @@ def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> 
 
 
 def _declared_form(model: Path, note: Note) -> Form | None:
-    """What config.json says of quantization."""
-    raw = read_object(model / CONFIG, ConfigError)
-    form, method = declared_form(raw), declared_method(raw)
+    """What config.json, or modelopt's own file beside it, says of quantization."""
+    settings = quantization_settings(model)
+    form, method = declared_form(settings), declared_method(settings)
     if form is None and method is not None:
-        note(f"config.json says quantized by {shown(method)}, in a way that is not known: counted as not quantized")
+        note(f"the checkpoint says quantized by {shown(method)}, in a way that is not known: counted as not quantized")
     return form
 
 

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint_files import checkpoint_files
 from model.errors import CheckpointError
-from model.folder import CONFIG
 from model.weights import bitsandbytes, compressed_tensors, fbgemm, gguf, mlx, modelopt, plain, refused
 from model.weights.companions import skipped
 from model.weights.expert_parts import ExpertPart, missing_part, parts_by_weight, surplus_part
 from model.weights.plain import PlainScheme
-from model.weights.settings import declared_settings
 from model.weights.sources import Group, Reader, StoredTensor, WeightSource
 
 READERS: tuple[Reader, ...] = (
@@ -30,15 +27,6 @@ READERS: tuple[Reader, ...] = (
 """Asked in this order; the first that knows a group's tensors says what they mean."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def quantization_settings(path: Path) -> Mapping[str, Any]:
-    """What config.json says of quantization: `quantization_config`, or MLX's `quantization`; else modelopt's own file.
-
-    Empty if nothing is said. Raises CheckpointError.
-    """
-    config = checkpoint_files(path).object(CONFIG, CheckpointError)
-    return declared_settings(config) or (modelopt.settings(path) if path.is_dir() else {})
 
 
 def find_sources(

@@ -24,11 +24,12 @@ from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
 from model.weights.expert_parts import ExpertPart
-from model.weights.formats import find_sources, quantization_settings
+from model.weights.formats import find_sources
 from model.weights.gguf import check_complete
 from model.weights.mapping import MappedFiles
 from model.weights.plain import PlainScheme
 from model.weights.quantizing import quantized_sources
+from model.weights.settings import quantization_settings
 from model.weights.shards import EMBEDDINGS, text_tensors, vision_tensors
 from model.weights.sources import StoredTensor, WeightSource
 

@@ -6,18 +6,10 @@ along C_in. https://github.com/NVIDIA/Model-Optimizer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from model.errors import CheckpointError
-from model.folder import read_object
 from model.quantization.float4 import Float4Scheme
 from model.weights.companions import Companions, float4_group
 from model.weights.fbgemm import fused_float8
 from model.weights.sources import Group, StoredTensor, WeightSource
-
-OLDER_SETTINGS = "hf_quant_config.json"
 
 
 def read(group: Group) -> WeightSource | None:
@@ -34,22 +26,6 @@ def read(group: Group) -> WeightSource | None:
     ):
         return _linear(group)
     return None
-
-
-def settings(folder: Path) -> Mapping[str, Any]:
-    """What files of older versions say beside config.json, under the names of newer ones; empty if there are none.
-
-    Raises CheckpointError.
-    """
-    file = folder / OLDER_SETTINGS
-    if not file.is_file():
-        return {}
-    said = read_object(file, CheckpointError).get("quantization")
-    if not isinstance(said, dict):
-        return {}
-    found = {"quant_method": "modelopt", "quant_algo": said.get("quant_algo"), "group_size": said.get("group_size")}
-    found |= {"ignore": said.get("exclude_modules"), "kv_cache_scheme": said.get("kv_cache_quant_algo")}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _linear(group: Group) -> WeightSource:

@@ -1,16 +1,31 @@
-"""What a config.json says of quantization, and the patterns that it names modules by. Imports no torch."""
+"""What a configuration says of quantization, and the patterns that it names modules by. Imports no torch."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import checkpoint_files
 from model.errors import CheckpointError
+from model.folder import CONFIG, read_object
+
+OLDER_SETTINGS = "hf_quant_config.json"
+"""What older versions of modelopt wrote instead of settings in config.json."""
 
 _MOST_REPEATS = 4
 """Of a pattern: more take long on purpose-made names, and files come from strangers."""
+
+
+def quantization_settings(path: Path) -> Mapping[str, Any]:
+    """What config.json says of quantization: `quantization_config`, or MLX's `quantization`; else modelopt's own file.
+
+    Empty if nothing is said. Raises CheckpointError.
+    """
+    config = checkpoint_files(path).object(CONFIG, CheckpointError)
+    return declared_settings(config) or (older_settings(path) if path.is_dir() else {})
 
 
 def declared_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -22,6 +37,22 @@ def declared_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if isinstance(settings, Mapping) and settings:
                 return settings
     return {}
+
+
+def older_settings(folder: Path) -> Mapping[str, Any]:
+    """Those of older versions of modelopt, under the names of newer ones; empty if there are none.
+
+    Raises CheckpointError.
+    """
+    file = folder / OLDER_SETTINGS
+    if not file.is_file():
+        return {}
+    said = read_object(file, CheckpointError).get("quantization")
+    if not isinstance(said, dict):
+        return {}
+    found = {"quant_method": "modelopt", "quant_algo": said.get("quant_algo"), "group_size": said.get("group_size")}
+    found |= {"ignore": said.get("exclude_modules"), "kv_cache_scheme": said.get("kv_cache_quant_algo")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @functools.cache

@@ -9,17 +9,21 @@ import gguf
 import pytest
 import torch
 
-from l4ctx.planning.declared import declared_form, declared_method
+from l4ctx.planning import declared
+from l4ctx.planning.declared import declared_method
 from l4ctx.planning.published import PUBLISHED, Form, matrices
 from model.config import TextConfig
 from model.costs import parameter_count, small_parameter_count
 from model.transformer import Transformer
 from model.weights.owners import Owner
+from model.weights.settings import declared_settings
 from support.places import SHARED
 from support.toy_checkpoints import BASE, KINDS
 
 FORMS = {form.name: form for form in PUBLISHED}
-GB = 10**9
+GB, GIB = 10**9, 2**30
+VISION = 1.7
+"""Gigabytes of the vision tower in bfloat16, which some files hold."""
 
 
 def published(name: str) -> TextConfig:
@@ -57,6 +61,13 @@ def feed_forward(of: Callable[[str, torch.Size], float]) -> Callable[[str, torch
     return lambda name, shape: of(name, shape) if "feed_forward" in name and not is_small(name) else 2.0 * shape.numel()
 
 
+def is_fp8(name: str, config: TextConfig) -> bool:
+    """Meta's own file of Maverick, which has dense layers, has its routed experts in FP8; of Scout there are others."""
+    if len(config.moe_layers) < config.num_hidden_layers:
+        return ".experts." in name
+    return "feed_forward" in name and not is_small(name)
+
+
 def k_mixture(name: str, shape: torch.Size, layers: int, main: str) -> float:
     if is_small(name):
         return 4.0 * shape.numel()
@@ -66,16 +77,23 @@ def k_mixture(name: str, shape: torch.Size, layers: int, main: str) -> float:
     return block("Q6_K" if is_better else main) * shape.numel()
 
 
-SUMS: dict[str, Callable[[int], Callable[[str, torch.Size], float]]] = {
-    "bfloat16": lambda layers: lambda name, shape: 2.0 * shape.numel(),
-    "FP8": lambda layers: feed_forward(lambda name, shape: shape.numel() + 2 * rows(name, shape)),
-    "w4a16": lambda layers: feed_forward(lambda name, shape: shape.numel() * (4 + 16 / 128) / 8),
-    "NVFP4": lambda layers: feed_forward(lambda name, shape: shape.numel() * 4.5 / 8),
-    "MLX 4 bit": lambda layers: lambda name, shape: shape.numel() * (2.0 if len(shape) == 1 else 4.5 / 8),
-    "GGUF Q8_0": lambda layers: lambda name, shape: shape.numel() * (4.0 if is_small(name) else block("Q8_0")),
-    "GGUF Q6_K": lambda layers: lambda name, shape: shape.numel() * (4.0 if is_small(name) else block("Q6_K")),
-    "GGUF Q5_K_M": lambda layers: lambda name, shape: k_mixture(name, shape, layers, "Q5_K"),
-    "GGUF Q4_K_M": lambda layers: lambda name, shape: k_mixture(name, shape, layers, "Q4_K"),
+SUMS: dict[str, Callable[[TextConfig], Callable[[str, torch.Size], float]]] = {
+    "bfloat16": lambda config: lambda name, shape: 2.0 * shape.numel(),
+    "FP8": lambda config: (
+        lambda name, shape: shape.numel() + 2 * rows(name, shape) if is_fp8(name, config) else 2.0 * shape.numel()
+    ),
+    "w4a16": lambda config: feed_forward(lambda name, shape: shape.numel() * (4 + 16 / 128) / 8),
+    "NVFP4": lambda config: feed_forward(lambda name, shape: shape.numel() * 4.5 / 8),
+    **{
+        f"MLX {bits} bit": lambda config, bits=bits: (
+            lambda name, shape: shape.numel() * (2.0 if len(shape) == 1 else (bits + 0.5) / 8)
+        )
+        for bits in (4, 6, 8)
+    },
+    "GGUF Q8_0": lambda config: lambda name, shape: shape.numel() * (4.0 if is_small(name) else block("Q8_0")),
+    "GGUF Q6_K": lambda config: lambda name, shape: shape.numel() * (4.0 if is_small(name) else block("Q6_K")),
+    "GGUF Q5_K_M": lambda config: lambda name, shape: k_mixture(name, shape, config.num_hidden_layers, "Q5_K"),
+    "GGUF Q4_K_M": lambda config: lambda name, shape: k_mixture(name, shape, config.num_hidden_layers, "Q4_K"),
 }
 
 
@@ -83,7 +101,7 @@ SUMS: dict[str, Callable[[int], Callable[[str, torch.Size], float]]] = {
 @pytest.mark.parametrize("model", ["scout", "maverick"])
 def test_forms_take_what_the_models_parameters_sum_to(model: str, name: str) -> None:
     config = published(model)
-    expected = summed(config, SUMS[name](config.num_hidden_layers))
+    expected = summed(config, SUMS[name](config))
     assert FORMS[name].weights(config).num_bytes == pytest.approx(expected, rel=1e-5)
 
 
@@ -92,9 +110,20 @@ def test_forms_take_what_the_models_parameters_sum_to(model: str, name: str) -> 
     [
         ("scout", "bfloat16", 215.5),
         ("scout", "GGUF Q8_0", 114.5),
+        ("scout", "FP8", 115 - VISION),
+        ("scout", "w4a16", 65 - VISION),
+        ("scout", "MLX 8 bit", 108 * GIB / GB - VISION),
+        ("scout", "MLX 4 bit", 57 * GIB / GB),
+        ("scout", "GGUF Q6_K", 88.4),
+        ("scout", "GGUF Q5_K_M", 76.5),
         ("scout", "GGUF Q4_K_M", 65.4),
+        ("scout", "GGUF Q3_K_M", 51.8),
         ("scout", "GGUF Q2_K", 39.6),
         ("maverick", "bfloat16", 801.5),
+        ("maverick", "FP8", 416 - VISION),
+        ("maverick", "w4a16", 216 - VISION),
+        ("maverick", "MLX 6 bit", 304 * GIB / GB),
+        ("maverick", "MLX 4 bit", 211 * GIB / GB),
         ("maverick", "GGUF Q8_0", 425.8),
         ("maverick", "GGUF Q4_K_M", 242.8),
     ],
@@ -119,6 +148,10 @@ def test_all_parameters_are_counted_with_their_layers(kind: str) -> None:
 
 
 LINEAR = ["re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
+
+
+def declared_form(raw: dict[str, Any]) -> Form | None:
+    return declared.declared_form(declared_settings(raw))
 
 
 def compressed(weights: dict[str, Any], ignore: list[str]) -> dict[str, Any]:
@@ -179,7 +212,29 @@ def test_ignored_modules_stay_in_16_bits_in_every_spelling() -> None:
 )
 def test_other_methods(settings: dict[str, Any], routed: float) -> None:
     assert bytes_of({"quantization_config": settings}, Owner.ROUTED) == pytest.approx(routed, rel=0.001)
-    assert declared_method({"quantization_config": settings}) == settings["quant_method"]
+    assert declared_method(settings) == settings["quant_method"]
+
+
+def test_settings_of_single_modules_and_groups_of_them() -> None:
+    """MLX names modules beside its settings; compressed-tensors has several groups, where names go before classes."""
+    settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+    settings |= {"language_model.model.embed_tokens": False, "language_model.lm_head": {"group_size": 32, "bits": 8}}
+    settings |= {
+        f"language_model.model.layers.{n}.feed_forward.experts.up_proj": {"group_size": 64, "bits": 6}
+        for n in range(48)
+    }
+    raw = {"quantization": settings}
+    assert bytes_of(raw, Owner.EMBEDDINGS) == 2 and bytes_of(raw, Owner.HEAD) == pytest.approx(9 / 8)
+    assert bytes_of(raw, Owner.ROUTED) == pytest.approx((4.5 + 4.5 + 6.5) / 3 / 8)
+    assert bytes_of(raw, Owner.SHARED) == pytest.approx(4.5 / 8)
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": FP8},
+        "group_1": {"targets": ["re:.*experts"], "weights": INT4},
+    }
+    mixed = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+    raw = {"quantization_config": mixed}
+    assert bytes_of(raw, Owner.ROUTED) == pytest.approx((4 + 16 / 128) / 8) and bytes_of(raw, Owner.HEAD) == 2
+    assert bytes_of(raw, Owner.ATTENTION) == pytest.approx(1, rel=0.001)
 
 
 def test_what_is_not_known_is_not_guessed() -> None:

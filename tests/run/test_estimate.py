@@ -29,13 +29,14 @@ from l4ctx.formatting import human_bytes
 from l4ctx.machine import device as device_module
 from l4ctx.machine import processor
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.published import PUBLISHED
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate, sizing
 from l4ctx.run.estimate import PlanReport, make_plan
 from model.config import TextConfig
 from model.costs import parameter_count, reading_operations, small_parameter_count
-from model.errors import ConfigError
+from model.errors import ConfigError, UserError
 from model.weights.loading import load_checkpoint
 from support.places import ROOT, TINY
 from support.requests import plan_request
@@ -253,6 +254,15 @@ def test_what_config_json_declares_is_planned(scout: Path) -> None:
     settings = {"group_size": 64, "bits": 4}
     (scout / "config.json").write_text(json.dumps(raw | {"quantization": settings}))
     assert planned(scout, tokens=9).plan.weights == pytest.approx(whole * 4.5 / 16, rel=0.001)
+    (scout / "config.json").write_text(json.dumps(raw))
+    older = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["*self_attn*", "*lm_head"]}}
+    (scout / "hf_quant_config.json").write_text(json.dumps(older))  # what older versions of modelopt wrote
+    nvfp4 = next(form for form in PUBLISHED if form.name == "NVFP4").weights(TextConfig.from_folder(scout))
+    assert planned(scout, tokens=9).plan.weights == pytest.approx(nvfp4.num_bytes, rel=0.001)
+    (scout / "hf_quant_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"hf_quant_config\.json"):
+        planned(scout, tokens=9)
+    (scout / "hf_quant_config.json").unlink()
     (scout / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "new\n"}}))
     report = planned(scout, tokens=9)
     assert report.plan.weights == whole and "quantized by 'new\\n', in a way that is not known" in report.notes[0]

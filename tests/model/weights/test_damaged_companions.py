@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.weights import compressed_tensors, fbgemm, modelopt
+from model.weights.settings import OLDER_SETTINGS, older_settings
 from model.weights.sources import Group, Reader, WeightSource
 from support.compressed import RECIPES, compressed
 from support.fused_experts import fp8_per_row, nvfp4, turned
@@ -200,13 +201,13 @@ def test_others_are_left_to_their_readers(dtype: torch.dtype) -> None:
 
 
 def test_older_settings_of_modelopt(tmp_path: Path) -> None:
-    assert modelopt.settings(tmp_path) == {}
-    file = tmp_path / modelopt.OLDER_SETTINGS
+    assert older_settings(tmp_path) == {}
+    file = tmp_path / OLDER_SETTINGS
     file.write_text(
         '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", '
         '"group_size": 16, "exclude_modules": ["vision_model*", "lm_head"]}}'
     )
-    assert modelopt.settings(tmp_path) == {
+    assert older_settings(tmp_path) == {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
         "group_size": 16,
@@ -214,10 +215,10 @@ def test_older_settings_of_modelopt(tmp_path: Path) -> None:
         "kv_cache_scheme": "FP8",
     }
     file.write_text('{"quantization": 3}')
-    assert modelopt.settings(tmp_path) == {}
+    assert older_settings(tmp_path) == {}
     file.write_text("{")
-    with pytest.raises(CheckpointError, match=modelopt.OLDER_SETTINGS):
-        modelopt.settings(tmp_path)
+    with pytest.raises(CheckpointError, match=OLDER_SETTINGS):
+        older_settings(tmp_path)
 
 
 def test_names_are_those_of_the_file() -> None:
