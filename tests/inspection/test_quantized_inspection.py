@@ -18,6 +18,8 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from support.mlx_arrays import from_torch, to_torch  # noqa: E402
 
+SETTINGS = {"bits": 4, "group_size": 64}
+
 
 def quantize_one(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """MLX with 4 bits; attention is left as it is."""
@@ -31,8 +33,7 @@ def quantize_one(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.fixture
 def quantized(tmp_path: Path) -> Quantized:
-    settings = {"bits": 4, "group_size": 64}
-    return quantize(tmp_path, "dense and MoE", quantize_one, is_stacked=True, quantization=settings)
+    return quantize(tmp_path, "dense and MoE", quantize_one, is_stacked=True, quantization=SETTINGS)
 
 
 def test_forms_are_named_and_counted(quantized: Quantized) -> None:
@@ -56,6 +57,22 @@ def test_forms_are_named_and_counted(quantized: Quantized) -> None:
     lines = text.splitlines()
     assert f"stored as        MLX: {int4}; not quantized: attention" in lines
     assert any(line.startswith("by owner         attention ") and line.endswith(plain) for line in lines)
+
+
+def test_experts_left_in_16_bits_are_told(tmp_path: Path) -> None:
+    """Many files called 4-bit are so, and several times as large as their names say."""
+
+    def all_but_experts(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return ({name: weight.bfloat16()}, weight.bfloat16()) if ".experts." in name else quantize_one(name, weight)
+
+    made = quantize(tmp_path, "dense and MoE", all_but_experts, is_stacked=True, quantization=SETTINGS)
+    report, _ = inspected(made.folder)
+    line = report["weights"]["stored_as"]
+    assert line == "MLX: int4 (affine, groups of 64); not quantized: attention, routed experts"
+    (routed,) = (share for share in report["weights"]["by_owner"] if share["owner"] == "routed experts")
+    assert routed["stored"] == "bfloat16" and routed["bytes"] == 2 * routed["parameters"]
+    weights = sum(file.stat().st_size for file in made.folder.glob("*.safetensors"))
+    assert 0 <= weights - report["weights"]["bytes"] < 0.02 * weights  # but the header
 
 
 def test_damage_is_reported_once_and_by_its_tensor(quantized: Quantized) -> None:

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.config import TextConfig
 from model.quantization.form import StoredMatrix, Weight
 from model.transformer import Transformer
-from model.weights.loading import load_checkpoint
+from model.weights.loading import checked_sources, load_checkpoint
 from support.toy_checkpoints import MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
 SIZES = {  # whole groups of 64 in every row, and whole groups of scales in an expert; still all different
@@ -114,7 +115,16 @@ def _joined(parts: list[Tensor], fused: Tensor) -> Tensor:
 
 
 def assert_equal_to_dequantized(quantized: Quantized) -> None:
-    """In float32: the same weights bit for bit, and logits within 1e-5, for a batch, its rows and single tokens."""
+    """In float32: the same weights bit for bit, and logits within 1e-5, for a batch, its rows and single tokens.
+
+    And every stored tensor of the text model is part of just one weight.
+    """
+    sources = checked_sources(quantized.folder, TextConfig.from_folder(quantized.folder)).values()
+    used = [tensor.name for source in sources for tensor in source.tensors.values()]
+    stored = {
+        key for key in load_file(quantized.folder / SINGLE) if not key.startswith(("vision_model", "multi_modal"))
+    }
+    assert len(used) == len(set(used)) and stored == set(used)
     model = load_checkpoint(quantized.folder, dtype=torch.float32)
     expected = load_checkpoint(quantized.plain, dtype=torch.float32)
     for name, weight in quantized.weights.items():

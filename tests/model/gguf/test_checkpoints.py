@@ -249,6 +249,15 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], obj
 F16, F32_TYPE = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
 
 
+def test_rope_factors_are_those_of_the_file(tmp_path: Path, toys: Callable[[str], Toy]) -> None:
+    """Scout's scaling was changed after its release; files from before have other factors."""
+    whole, old = tmp_path / "whole.gguf", tmp_path / "old.gguf"
+    write_gguf(whole, toys("scout").folder)
+    rewritten(whole, old, lambda t: t.update({"rope_freqs.weight": (t["rope_freqs.weight"][0] * 2, F32_TYPE)}))
+    new, before = (rotary_frequencies(TextConfig.from_folder(file), 1)[0] for file in (whole, old))
+    torch.testing.assert_close(before, new / 2, atol=0, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from l4ctx.cli.tables.inspection import listing
 from l4ctx.inspection.folder import inspect_folder
 from model.config import TextConfig
 from model.errors import CheckpointError
@@ -248,9 +249,23 @@ def test_scales_of_activations_and_caches_are_left_out(copy: Callable[..., Path]
     folder = copy("FP8 dynamic as published", change)
     report = inspect_folder(str(folder), verify=True)
     assert report["weights"]["ignored_tensors"] == 6 and report["weights"]["ignored_bytes"] == 6 * 4
+    assert "not used: 6 tensors, 24 B" in listing(report)
     ids = torch.randint(VOCABULARY, (1, 9))
     expected = load_checkpoint(copy_of(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if skipped(n)]))
     assert torch.equal(load_checkpoint(folder)(ids), expected(ids))
+
+
+@pytest.mark.parametrize("name", ["FP8 dynamic as published", "int8"])
+def test_activations_are_not_quantized(copy: Callable[..., Path], name: str) -> None:
+    """Whether config.json tells servers to quantize them (w8a8) or not (w8a16)."""
+    folder, ids = copy(name, lambda tensors: None), torch.randint(VOCABULARY, (1, 9))
+    file = folder / "config.json"
+    expected, config = load_checkpoint(folder, dtype=torch.float32)(ids), json.loads(file.read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert group["input_activations"]["num_bits"] == 8
+    group["input_activations"] = None
+    file.write_text(json.dumps(config))
+    assert torch.equal(load_checkpoint(folder, dtype=torch.float32)(ids), expected)
 
 
 def copy_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

@@ -188,6 +188,20 @@ def test_tensors_outweigh_the_settings(settings: Mapping[str, Any]) -> None:
     assert source is not None and source.scheme.label == "w4a16 (int4, groups of 16)"
 
 
+@pytest.mark.parametrize("name", ["fp8_dynamic", "fp8_tensor", "fp8_block"])
+def test_fp8_is_never_taken_for_integers(name: str) -> None:
+    """Whatever the settings say: they are followed, contradicted by name, or of a format that is not read."""
+    tensors, shape, said = sound(name)
+    for settings in ({}, {"quantization": {"bits": 4, "group_size": 64}}, {"quant_method": "fp8"}, said):
+        source = found(group(tensors, shape, settings))
+        assert source is not None and source.scheme.label.startswith("FP8 (")
+    for settings in ({**said, "format": "float-packed"}, {**RECIPES["w4a16"].settings(), "format": "marlin-24"}):
+        with pytest.raises(CheckpointError, match="which is not read"):
+            found(group(tensors, shape, settings))
+    with pytest.raises(CheckpointError, match=r"\.weight has dtype F8_E4M3, though config\.json says"):
+        found(group(tensors, shape, RECIPES["w4a16"].settings()))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32, torch.float16])
 def test_others_are_left_to_their_readers(dtype: torch.dtype) -> None:
     settings = RECIPES["w4a16"].settings()
