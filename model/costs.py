@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import TextConfig
-from model.quantization.choice import Quantization
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,6 @@ def parameter_count(config: TextConfig) -> int:
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     layers = sum(layer_parameters(config, layer) for layer in range(config.num_hidden_layers))
     return embeddings + config.hidden_size + layers
-
-
-def quantized_weights(config: TextConfig, quantization: Quantization) -> tuple[int, int]:
-    """The number of weights that `quantization` covers in a checkpoint none of which is quantized, and their bytes."""
-    c, q, kv, moe = config.hidden_size, query_size(config), kv_size(config), len(config.moe_layers)
-    layers, expert, dense = config.num_hidden_layers, config.intermediate_size, config.intermediate_size_mlp
-    matrices = [(moe * (config.num_local_experts + 1), expert), (layers - moe, dense)]
-    found = [(2 * n * width, c) for n, width in matrices] + [(n * c, width) for n, width in matrices]
-    if quantization.with_attention:
-        found += [(layers * (q + 2 * kv), c), (layers * c, q)]
-    sizes = [(rows * columns, quantization.num_bytes(rows, columns)) for rows, columns in found]
-    return sum(n for n, size in sizes if size is not None), sum(size for _, size in sizes if size is not None)
-
-
-def small_parameter_count(config: TextConfig) -> int:
-    """Number of weights in norms, biases and routers, which are converted to the dtype that the model computes in."""
-    c, q, kv = config.hidden_size, query_size(config), kv_size(config)
-    a_layer = 2 * c + (q + 2 * kv + c if config.attention_bias else 0)
-    return config.num_hidden_layers * a_layer + len(config.moe_layers) * c * config.num_local_experts + c
 
 
 def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:

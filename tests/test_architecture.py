@@ -61,7 +61,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"attention"},
     {"transformer"},
     {"weights.plain", "weights.mapping", "weights.gguf", "weights.checks", "weights.settings"},
-    {"weights.companions", "weights.targets", "weights.census", "weights.quantizing"},
+    {"weights.companions", "weights.targets", "weights.census", "weights.quantizing", "weights.tiers"},
     {"weights.compressed_tensors", "weights.fbgemm", "weights.mlx", "weights.bitsandbytes", "weights.refused"},
     {"weights.modelopt"},
     {"weights.shards", "weights.formats"},

@@ -20,6 +20,7 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     from l4ctx.cli.console import notes, stderr_console
     from l4ctx.cli.progress import read_shown, reading_summary
     from l4ctx.cli.tables.memory import memory_table
+    from l4ctx.cli.tables.weights import weights_table
     from l4ctx.run.inputs import make_inputs, read_request
     from l4ctx.run.monitor import Monitor
     from l4ctx.run.report import run_report
@@ -50,4 +51,5 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
         if json:
             write_json(run_report(session))
     if memory_report:
-        console.print(memory_table(session.memory_report()))
+        report = session.memory_report()
+        console.print(memory_table(report), "", weights_table(report.weights_by_owner))

@@ -140,8 +140,7 @@ def _compressed_type(weights: Mapping[str, Any]) -> StoredType | None:
     name = f"FP{bits}" if kind == "float" else f"int{bits}"
     if strategy in ("group", None) and isinstance(group, int) and _is_number(group):
         zero_points = 0 if weights.get("symmetric", True) else bits / 8
-        name += f", groups of {group}"
-        name = f"w4a16 ({name})" if bits == 4 and kind == "int" else name
+        name = f"w4a16 ({name}, groups of {group})" if name == "int4" else f"{name} (groups of {group})"
         return StoredType(name, bits / 8 + (SCALE_BYTES + zero_points) / group)
     return StoredType(name, bits / 8, bytes_a_row=SCALE_BYTES if strategy == "channel" else 0)
 

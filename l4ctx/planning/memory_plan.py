@@ -16,6 +16,7 @@ from cache.residency import KVBytes, Residency, held_bytes, peak_bytes, rows_wit
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
+from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
 from model.costs import activation_bytes, reading_operations
 from model.errors import UserError
@@ -108,6 +109,10 @@ class MemoryPlan:
         return self.weight_residency.peak + self.workload.looked_up
 
     @property
+    def weights_by_owner(self) -> list[PlacedWeights]:
+        return placed_weights(self.workload, self.weight_residency, on_accelerator=self.residency.on_accelerator)
+
+    @property
     def images(self) -> int:
         """Peak bytes: the pixels of one image in host memory, and the vision tower's activations."""
         return self.workload.pixel_bytes + self.workload.tower_activations
@@ -195,6 +200,7 @@ class MemoryPlan:
             "tokens": self.workload.length,
             **numbers,
             "streamed_a_step": self.weight_residency.read_a_step,
+            "weights_by_owner": [weights.as_dict() for weights in self.weights_by_owner],
             "rope_windows": end.rope_windows,
             "nope_device": end.nope_device,
             "nope_host": end.nope_host,

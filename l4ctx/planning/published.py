@@ -9,6 +9,7 @@ from cache.layout import KV_DTYPES
 from l4ctx.planning.weights import StoredWeights, WeightBytes
 from model.config import TextConfig
 from model.costs import kv_size, query_size
+from model.quantization.choice import CHANNEL, SCALE_BYTES, Quantization
 from model.quantization.gguf_types import BY_NAME
 from model.weights.owners import Owner
 
@@ -62,6 +63,7 @@ class Form:
 
     name: str
     type_of: Callable[[Matrix, TextConfig], StoredType]
+    is_made: bool = False  # while the weights are loaded
 
     def weights(self, config: TextConfig) -> StoredWeights:
         """Those of the text model."""
@@ -69,9 +71,9 @@ class Form:
         for matrix in matrices(config):
             stored = self.type_of(matrix, config)
             parts.append(
-                WeightBytes(matrix.owner, matrix.layer, stored.name, stored.num_bytes(matrix), matrix.parameters)
+                WeightBytes(matrix.owner, stored.name, matrix.parameters, stored.num_bytes(matrix), matrix.layer)
             )
-        return StoredWeights.of(config, parts)
+        return StoredWeights.of(config, parts, is_made=self.is_made)
 
 
 def matrices(config: TextConfig) -> Iterator[Matrix]:
@@ -116,6 +118,21 @@ def _fp8(matrix: Matrix, config: TextConfig) -> StoredType:
     is_meta = len(config.moe_layers) < config.num_hidden_layers
     is_quantized = matrix.owner is Owner.ROUTED if is_meta else matrix.is_feed_forward
     return StoredType("FP8", 1.0, bytes_a_row=2) if is_quantized else StoredType("bfloat16")
+
+
+def quantizing(quantization: Quantization, form: Form) -> Form:
+    """`form` after --quantize: its weights in 16 or 32 bits that are covered, quantized while they are loaded."""
+
+    def type_of(matrix: Matrix, config: TextConfig) -> StoredType:
+        stored, size = form.type_of(matrix, config), quantization.group_size(matrix.columns)
+        is_covered = matrix.is_feed_forward or (matrix.owner is Owner.ATTENTION and quantization.with_attention)
+        if stored.name not in KV_DTYPES or not is_covered or size is None:
+            return stored
+        if size == CHANNEL:
+            return StoredType({"fp8": "FP8"}.get(quantization.kind, quantization.kind), 1.0, bytes_a_row=SCALE_BYTES)
+        return StoredType(f"int4 (groups of {size})", 0.5 + SCALE_BYTES / size)
+
+    return Form(f"{form.name}, --quantize {quantization}", type_of, is_made=True)
 
 
 def mlx_type(bits: int, group: int) -> StoredType:

@@ -1,4 +1,4 @@
-"""A model's weights as they are stored: bytes by owner, stored type and layer. Imports no torch."""
+"""A model's weights as they are stored: bytes by owner, stored form and layer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from functools import cached_property
 
 from cache.layout import KV_DTYPES
 from model.config import TextConfig
-from model.weights.owners import Owner, owner_of
+from model.weights.owners import Owner, Share, owner_of, shares
 from model.weights.residency import LayerBytes
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class WeightBytes:
-    """Weights of one owner, layer and stored type."""
+class WeightBytes(Share):
+    """Weights of one owner, layer and stored form."""
 
-    owner: Owner
     layer: int | None  # None: outside of the layers
-    stored_type: str
-    num_bytes: int
-    parameters: int
 
     @classmethod
-    def of(cls, name: str, stored_type: str, num_bytes: int, parameters: int) -> WeightBytes:
+    def of(cls, name: str, stored: str, parameters: int, num_bytes: int) -> WeightBytes:
         """`name`: in Transformer."""
         layer = _LAYER.match(name)
-        return cls(owner_of(name), int(layer[1]) if layer else None, stored_type, num_bytes, parameters)
+        return cls(owner_of(name), stored, parameters, num_bytes, int(layer[1]) if layer else None)
 
-    @property
-    def is_converted(self) -> bool:
-        """To the dtype computed in, when it is loaded."""
-        return self.owner is Owner.SMALL
+    def changes(self, dtype: str) -> bool:
+        """Whether a model that computes in `dtype` holds them converted: norms, biases and routers, and float32."""
+        return self.stored != dtype and (self.owner is Owner.SMALL or self.stored == "float32")
+
+    def bytes_in(self, dtype: str) -> int:
+        """As a model that computes in `dtype` holds them."""
+        return self.parameters * KV_DTYPES[dtype] if self.changes(dtype) else self.num_bytes
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,11 @@ class StoredWeights:
 
     parts: Sequence[WeightBytes]
     num_layers: int
+    is_made: bool = False  # some are quantized while they are loaded: none stays in its file
 
     @classmethod
-    def of(cls, config: TextConfig, parts: Iterable[WeightBytes]) -> StoredWeights:
-        return cls(tuple(parts), config.num_hidden_layers)
+    def of(cls, config: TextConfig, parts: Iterable[WeightBytes], *, is_made: bool = False) -> StoredWeights:
+        return cls(tuple(parts), config.num_hidden_layers, is_made)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -61,27 +61,22 @@ class StoredWeights:
         """Bytes of each layer that keep their stored form."""
         always, experts = [0] * self.num_layers, [0] * self.num_layers
         for part in self.parts:
-            if part.layer is not None and not part.is_converted:
+            if part.layer is not None and part.owner is not Owner.SMALL:
                 (experts if part.owner is Owner.ROUTED else always)[part.layer] += part.num_bytes
         return tuple(LayerBytes(*both) for both in zip(always, experts, strict=True))
 
     def converted(self, dtype: str) -> int:
-        """Bytes of those that are converted to `dtype`, not being stored in it."""
-        converted = (part for part in self.parts if part.is_converted and part.stored_type != dtype)
-        return sum(part.parameters for part in converted) * KV_DTYPES[dtype]
+        """Bytes of those that are converted to `dtype`."""
+        return sum(part.bytes_in(dtype) for part in self.parts if part.changes(dtype))
+
+    def bytes_in(self, dtype: str) -> int:
+        """As a model that computes in `dtype` holds them."""
+        return sum(part.bytes_in(dtype) for part in self.parts)
 
     def owned_by(self, owner: Owner) -> int:
         """Bytes."""
         return sum(part.num_bytes for part in self.parts if part.owner is owner)
 
-    def by_owner(self) -> dict[Owner, dict[str, int]]:
-        """Bytes by owner and stored type, owners in their order, and the larger types first."""
-        found: dict[Owner, dict[str, int]] = {}
-        for owner in Owner:
-            types: dict[str, int] = {}
-            for part in self.parts:
-                if part.owner is owner:
-                    types[part.stored_type] = types.get(part.stored_type, 0) + part.num_bytes
-            if types:
-                found[owner] = dict(sorted(types.items(), key=lambda entry: -entry[1]))
-        return found
+    def by_owner(self) -> tuple[Share, ...]:
+        """Sums by owner and stored form."""
+        return shares(self.parts)

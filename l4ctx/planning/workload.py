@@ -143,9 +143,10 @@ class Workload:
         """
         itemsize, before = KV_DTYPES[dtype], KV_DTYPES[self.dtype]
         is_narrow = self.stored_dtype in ("bfloat16", "float16")
+        is_made = self.stored is not None and self.stored.is_made
         return replace(
             self,
             dtype=dtype,
             weights=self.weights if is_narrow else self.weights * itemsize // before,
-            weights_are_mapped=(is_narrow or dtype == self.stored_dtype) and not on_accelerator,
+            weights_are_mapped=(is_narrow or dtype == self.stored_dtype) and not on_accelerator and not is_made,
         )

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.layout import KV_DTYPES
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on, expect_no_numpy
 from l4ctx.machine.reading import reading_rate
 from l4ctx.planning.declared import declared_form, declared_method
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.planning.published import Form, plain
+from l4ctx.planning.published import Form, plain, quantizing
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
@@ -27,7 +26,7 @@ from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
 from model.config import TextConfig, shown
-from model.costs import Operations, parameter_count, quantized_weights, reading_operations, small_parameter_count
+from model.costs import Operations, reading_operations
 from model.gguf.files import find_gguf, read_gguf
 from model.weights.settings import quantization_settings
 
@@ -206,12 +205,14 @@ def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> 
         named = "no dtype" if dtype is None else repr(dtype)
         note(f"config.json says {named}; bfloat16 is taken for the weights")
         dtype = "bfloat16"
-    if request.compute.quantization is None:
-        return Weights.in_form(_declared_form(request.model, note) or plain(dtype), config, dtype)
-    parameters, converted = parameter_count(config), small_parameter_count(config)
-    quantized, size = quantized_weights(config, request.compute.quantization)
-    kept = (parameters - quantized - converted) * KV_DTYPES[dtype] + size
-    return Weights(parameters, dtype, kept, converted, quantized, size)
+    form, quantization = _declared_form(request.model, note) or plain(dtype), request.compute.quantization
+    weights = Weights.in_form(form, config, dtype)
+    if quantization is None:
+        return weights
+    made = Weights.in_form(quantizing(quantization, form), config, dtype)
+    if made.stored.parts == weights.stored.parts:
+        raise RequestError(f"--quantize {quantization}: nothing to quantize: stored as {form.name}; leave it out")
+    return made
 
 
 def _declared_form(model: Path, note: Note) -> Form | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from l4ctx.machine.memory import ProcessMemory
 from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.placement import PlacedWeights
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class MemoryReport:
 
     predicted: MemoryPlan
     weights: int
+    weights_by_owner: list[PlacedWeights]
     rope_windows: int
     nope_device: int
     nope_host: int
@@ -30,6 +32,7 @@ class MemoryReport:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {
             "predicted": self.predicted.as_dict(),
+            "weights_by_owner": [weights.as_dict() for weights in self.weights_by_owner],
             "process_before": self.process_before and asdict(self.process_before),
             "process": self.process and asdict(self.process),
             "process_peak": self.process_peak and asdict(self.process_peak),

@@ -106,11 +106,16 @@ class Session:
     def memory_report(self) -> MemoryReport:
         import torch
 
+        from l4ctx.planning.placement import held_weights
+        from model.weights.tiers import held_bytes
+
         held, device = self.cache.held(), self.model.device
+        towers = [self.features.tower] if self.features else []
         tower = self.features.weight_bytes if self.features else 0
         return MemoryReport(
             predicted=self.sized.plan,
             weights=self.model.weight_bytes + tower,
+            weights_by_owner=held_weights(self.sized.plan.weights_by_owner, held_bytes([self.model, *towers])),
             rope_windows=held.rope_windows,
             nope_device=held.nope_device,
             nope_host=held.nope_host,

@@ -21,13 +21,13 @@ class ImageFeatures:
     """The features of `images`, in the order of their positions."""
 
     def __init__(self, tower: VisionTower, prompter: ImagePrompter, images: Sequence[PlacedImage]) -> None:
-        self._tower, self._prompter, self._images = tower, prompter, images
+        self.tower, self._prompter, self._images = tower, prompter, images
         self._tiles: tuple[PlacedImage, Tensor] | None = None  # pixels of the image used last
         self._group: tuple[PlacedImage, int, Tensor] | None = None  # image, first tile and features of the last group
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self._tower.parameters())
+        return sum(parameter.nbytes for parameter in self.tower.parameters())
 
     def among(self, positions: range) -> list[PlacedImage]:
         """The images that have tokens at these absolute positions."""
@@ -68,7 +68,7 @@ class ImageFeatures:
         first = tile // TILES_AT_A_TIME * TILES_AT_A_TIME  # fixed groups, so that equal steps give equal bits
         if self._group is None or self._group[0] is not placed or self._group[1] != first:
             pixels = self._pixels(placed)[first : first + TILES_AT_A_TIME]
-            self._group = (placed, first, self._tower(normalized(pixels, self._prompter.processing, self._tower.dtype)))
+            self._group = (placed, first, self.tower(normalized(pixels, self._prompter.processing, self.tower.dtype)))
         return self._group[2][tile - first]
 
     def _pixels(self, placed: PlacedImage) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from model.quantization.mlx_affine import MlxAffine
-from model.weights.owners import Owner, is_router, owner_of
+from model.weights.owners import Owner, Share, is_router, owner_of, shares
 from model.weights.plain import PlainScheme
 from model.weights.sources import WeightSource
 
@@ -16,27 +15,12 @@ MOST_LISTED = 4
 """Stored forms that are named in a line; GGUF files may have a dozen."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """The weights of one owner that are stored in one form."""
-
-    owner: Owner
-    stored: str  # their scheme's label
-    parameters: int
-    num_bytes: int  # with scales and other companions
-
-
 def census(sources: Mapping[str, WeightSource]) -> tuple[Share, ...]:
     """All weights, owners in their order and the larger forms of each first."""
-    parameters: Counter[tuple[Owner, str]] = Counter()
-    num_bytes: Counter[tuple[Owner, str]] = Counter()
-    for name, source in sources.items():
-        key = owner_of(name), source.scheme.label
-        parameters[key] += source.parameters
-        num_bytes[key] += source.num_bytes
-    order = list(Owner)
-    keys = sorted(parameters, key=lambda key: (order.index(key[0]), -num_bytes[key], key[1]))
-    return tuple(Share(*key, parameters[key], num_bytes[key]) for key in keys)
+    return shares(
+        Share(owner_of(name), source.scheme.label, source.parameters, source.num_bytes)
+        for name, source in sources.items()
+    )
 
 
 def description(sources: Mapping[str, WeightSource], settings: Mapping[str, Any]) -> str:

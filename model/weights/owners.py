@@ -1,8 +1,11 @@
-"""The parts of the model that weights belong to."""
+"""The parts of the model that weights belong to, and sums by part. Imports no torch."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -38,3 +41,25 @@ def owner_of(name: str) -> Owner:
 
 def is_router(name: str) -> bool:
     return name.endswith(".feed_forward.router.weight")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Weights of one owner that are stored in one form."""
+
+    owner: Owner
+    stored: str  # their scheme's label
+    parameters: int
+    num_bytes: int  # with scales and other companions
+
+
+def shares(parts: Iterable[Share]) -> tuple[Share, ...]:
+    """Sums by owner and stored form, owners in their order and the larger forms of each first."""
+    parameters: Counter[tuple[Owner, str]] = Counter()
+    num_bytes: Counter[tuple[Owner, str]] = Counter()
+    for part in parts:
+        parameters[part.owner, part.stored] += part.parameters
+        num_bytes[part.owner, part.stored] += part.num_bytes
+    order = list(Owner)
+    keys = sorted(parameters, key=lambda key: (order.index(key[0]), -num_bytes[key], key[1]))
+    return tuple(Share(*key, parameters[key], num_bytes[key]) for key in keys)

@@ -347,14 +347,20 @@ def test_json_is_one_whole_object(inside: Path) -> None:
         weights_are_mapped=False,
         dtype="float32",
     )
-    assert told["memory"]["predicted"] == MemoryPlan.of(workload).as_dict()
+    by_owner = told["memory"]["weights_by_owner"]
+    assert told["memory"]["predicted"].pop("weights_by_owner") == by_owner
+    assert sum(entry["memory"] for entry in by_owner) == told["memory"]["weights"]
+    assert [entry["owner"] for entry in by_owner][::4] == ["attention", "embeddings"]
+    assert {tuple(entry["stored"]) for entry in by_owner} == {("bfloat16",)}
+    assert told["memory"]["predicted"] | {"weights_by_owner": []} == MemoryPlan.of(workload).as_dict()
     for owner in ("rope_windows", "nope_device", "nope_host", "nope_disk", "buffers", "token_ids"):
         assert told["memory"][owner] == told["memory"]["predicted"][owner], owner
 
 
 def test_the_memory_report(inside: Path) -> None:
     result = run_here("ask", QUESTION, "docs/a.md", "--quiet", "--memory-report")
-    title, head, *rows = result.stderr.splitlines()
+    lines = result.stderr.splitlines()
+    title, head, *rows = lines[: lines.index("")]
     assert (result.stdout, title.strip()) == (ANSWER, "memory")
     assert head.split() == ["predicted", "at", "most", "held", "peak"]
     ends = [head.index("predicted"), *(each.end() for each in re.finditer("predicted|at most|held|peak", head))]

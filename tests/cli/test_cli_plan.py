@@ -29,7 +29,6 @@ from l4ctx.machine import device
 from l4ctx.planning.memory_plan import MARGIN_BYTES
 from l4ctx.run import sizing
 from model.config import TextConfig
-from model.costs import small_parameter_count
 from support.cli_runner import (
     CONTROLS,
     TINY,
@@ -48,6 +47,7 @@ from support.cli_runner import (
     told,
 )
 from support.context_toys import block_digests, files
+from support.counts import small_parameter_count
 
 ROW, TOKEN_BYTES = 1024, 1024  # in float32
 MIB, GIB = 2**20, 2**30
@@ -155,7 +155,7 @@ def test_a_plan_for_people(place: Path) -> None:
     result = run_here("plan", "docs", "--rate", "5000", "--kv-dtype", "int8")
     assert result.code == 0 and not CONTROLS.search(result.stdout + result.stderr)
     lines = result.stdout.splitlines()
-    assert [line for line in lines if line and " " not in line] == ["documents", "memory", "run"]
+    assert [line for line in lines if line and " " not in line] == ["documents", "memory", "weights", "run"]
     assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
     rows = [re.split(r" {2,}", line) for line in lines]
     assert ["docs/a.md", "3,345", "50%"] in rows and ["fits here", "yes"] in rows

@@ -35,11 +35,13 @@ from l4ctx.machine.memory import (
     process_memory,
 )
 from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.placement import PlacedWeights, Tier
 from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.memory_report import MemoryReport
 from model.config import TextConfig
 from model.costs import activation_bytes
 from model.transformer import Transformer
+from model.weights.owners import Owner
 from support.places import ROOT
 from support.storages import LiveStorages
 
@@ -397,6 +399,7 @@ def report(**changes: Any) -> MemoryReport:
     fields = {
         "predicted": MemoryPlan.of(workload),
         "weights": 1 * MIB,
+        "weights_by_owner": [PlacedWeights(Owner.HEAD, ("Q6_K",), {Tier.MAPPED: 1 * MIB})],
         "rope_windows": 2 * MIB,
         "nope_device": 3 * MIB,
         "nope_host": 4 * MIB,
@@ -416,6 +419,8 @@ def test_the_report_becomes_plain_numbers() -> None:
     fields = json.loads(json.dumps(whole.as_dict()))
     assert list(fields) == list(MemoryReport.__dataclass_fields__)
     assert fields["predicted"] == whole.predicted.as_dict()
+    held = {"owner": "head", "stored": ["Q6_K"], "mapped": 1 * MIB, "streamed": 0, "memory": 0, "device": 0}
+    assert fields["weights_by_owner"] == [held]
     assert fields["process_before"] == {"anonymous": 8 * MIB, "file_backed": 9 * MIB}
     assert fields["process"] == {"anonymous": 10 * MIB, "file_backed": 11 * MIB} and fields["process_peak"] is None
     assert [

@@ -520,6 +520,7 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "weights_are_mapped",
         "resident_weights",
         "streamed_a_step",
+        "weights_by_owner",
         "tokens",
         "rope_windows",
         "nope_device",

@@ -13,10 +13,11 @@ from l4ctx.planning import declared
 from l4ctx.planning.declared import declared_method
 from l4ctx.planning.published import PUBLISHED, Form, matrices
 from model.config import TextConfig
-from model.costs import parameter_count, small_parameter_count
+from model.costs import parameter_count
 from model.transformer import Transformer
 from model.weights.owners import Owner
 from model.weights.settings import declared_settings
+from support.counts import small_parameter_count
 from support.places import SHARED
 from support.toy_checkpoints import BASE, KINDS
 
@@ -144,7 +145,7 @@ def test_all_parameters_are_counted_with_their_layers(kind: str) -> None:
     assert sum(layer.total for layer in weights.layers) + outside + small == weights.num_bytes
     assert weights.converted("bfloat16") == 0
     assert all((layer.experts > 0) == config.is_moe(number) for number, layer in enumerate(weights.layers))
-    assert sum(sum(types.values()) for types in weights.by_owner().values()) == weights.num_bytes
+    assert sum(share.num_bytes for share in weights.by_owner()) == weights.num_bytes
 
 
 LINEAR = ["re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]

@@ -35,9 +35,10 @@ from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate, sizing
 from l4ctx.run.estimate import PlanReport, make_plan
 from model.config import TextConfig
-from model.costs import parameter_count, reading_operations, small_parameter_count
+from model.costs import parameter_count, reading_operations
 from model.errors import ConfigError, UserError
 from model.weights.loading import load_checkpoint
+from support.counts import small_parameter_count
 from support.places import ROOT, TINY
 from support.requests import plan_request
 

@@ -73,7 +73,7 @@ class Case:
     limit: float  # of the difference from them
 
     def again(self) -> ImageFeatures:
-        return ImageFeatures(self.features._tower, PROMPTER, self.images)
+        return ImageFeatures(self.features.tower, PROMPTER, self.images)
 
     def read(self, size: int, *, resumed_at: int | None = None) -> Tensor:
         """The last position's logits (V,) after a reading in prefill chunks of `size`, perhaps by two processes."""
@@ -167,7 +167,7 @@ def test_images_are_decoded_once_each_and_not_kept(toy: Toy) -> None:
         return dataclasses.replace(shown, decode=decode)
 
     images = [dataclasses.replace(placed, image=counting(placed.image)) for placed in case.images]
-    features = ImageFeatures(case.features._tower, PROMPTER, images)
+    features = ImageFeatures(case.features.tower, PROMPTER, images)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     for step in prefill(case.model, cache, case.ids[:-1], prefill_chunk_size=5, features=features):
         if features._tiles is not None:
@@ -187,7 +187,7 @@ def test_a_mismatch_names_the_image(toy: Toy) -> None:
     assert cache.offset == 0
     other = dataclasses.replace(placed, image=image((28, 28), 5))
     with pytest.raises(ImageError, match=r"^noise 5\.png: 1 tiles instead of 7$"):
-        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, PROMPTER, [other])))
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features.tower, PROMPTER, [other])))
 
 
 def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_file_that_changes_before_it_is_reached_is_an_error(toy: Toy, tmp_path
     image((28, 28), 6).decode().save(file)
     cache = HybridKVCache(case.model.config, length=len(case.ids))
     with pytest.raises(ImageError, match=r"^chart\.png: changed since it was first read$"):
-        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features._tower, PROMPTER, images)))
+        list(prefill(case.model, cache, case.ids, features=ImageFeatures(case.features.tower, PROMPTER, images)))
 
 
 def test_digests_follow_from_pixels_and_from_what_sees_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable, TextTable
+from l4ctx.cli.tables.weights import weights_table
 from l4ctx.formatting import human_bytes, without_controls
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.remedies import remedies
@@ -22,7 +23,9 @@ def plan_table(report: PlanReport) -> RenderableType:
 
     documents = (_documents(report), "") if report.documents else ()
     forms = ("", _forms(report)) if report.forms else ()
-    return Group(*documents, _memory(report), "", _facts(report), *forms)
+    weights = report.plan.weights_by_owner
+    owners = (weights_table(weights), "") if weights else ()
+    return Group(*documents, _memory(report), "", *owners, _facts(report), *forms)
 
 
 def _documents(report: PlanReport) -> FigureTable:
