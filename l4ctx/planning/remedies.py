@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.memory_plan import KV_HOST_LIMIT, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.published import PUBLISHED, plain, quantizing
+from l4ctx.planning.weights import StoredWeights
 from l4ctx.planning.workload import Capacity, Workload
+from model.quantization.choice import Quantization
+
+QUANTIZED = ("int8", "int4")
+"""Values of --quantize that are proposed, the larger result first."""
 
 WORTH_SAYING = 0.98
 """An option that leaves more than this share of the shortfall helps neither alone nor with others: it is not named."""
@@ -113,6 +119,8 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
             workload.without_images(),
             capacity,
         )
+    if workload.stored is not None and not workload.weights_are_mapped:
+        yield from _smaller_weights(workload, workload.stored, capacity)
     if on_accelerator:
         yield _Option(
             "--device cpu",
@@ -120,6 +128,35 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
             workload.in_dtype(workload.dtype, on_accelerator=False),
             replace(capacity, accelerator=None, kv_device=None),
         )
+
+
+def _smaller_weights(workload: Workload, stored: StoredWeights, capacity: Capacity) -> Iterator[_Option]:
+    """For weights that memory has to hold: quantizing them, or another checkpoint of the model. Of each, the largest
+    with which it fits, or else the smallest."""
+    on_accelerator = capacity.accelerator is not None
+
+    def option(action: str, other: StoredWeights) -> _Option:
+        detail = (
+            f" ({human_bytes(other.bytes_in(workload.dtype))} of weights instead of {human_bytes(workload.weights)})"
+        )
+        return _Option(action, detail, workload.with_weights(other, on_accelerator=on_accelerator), capacity)
+
+    if stored.is_made and not on_accelerator:
+        kept = workload.with_weights(replace(stored, is_made=False), on_accelerator=False)
+        action = "a checkpoint that l4ctx quantize wrote, whose weights stay in their files,"
+        yield _Option(action, "", kept, capacity)
+    dtype = workload.stored_dtype or "bfloat16"
+    made = [
+        option(f"--quantize {kind}", quantizing(Quantization(kind), plain(dtype)).weights(workload.config))
+        for kind in (QUANTIZED if stored.is_plain or stored.is_made else ())
+    ]
+    forms = [(form.name, form.weights(workload.config)) for form in (PUBLISHED if on_accelerator else ())]
+    published = [option(f"a checkpoint in {name}", weights) for name, weights in forms]
+    for options in (made, published):
+        smaller = [other for other in options if other.workload.weights < workload.weights]
+        fitting = (other for other in smaller if not MemoryPlan.of(other.workload, capacity).shortfalls(capacity))
+        if smaller:
+            yield next(fitting, smaller[-1])
 
 
 def _other_dtypes(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:

@@ -73,6 +73,11 @@ class StoredWeights:
         """As a model that computes in `dtype` holds them."""
         return sum(part.bytes_in(dtype) for part in self.parts)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all are stored in a floating-point dtype, so that --quantize applies to them."""
+        return not self.is_made and all(part.stored in KV_DTYPES for part in self.parts)
+
     def owned_by(self, owner: Owner) -> int:
         """Bytes."""
         return sum(part.num_bytes for part in self.parts if part.owner is owner)

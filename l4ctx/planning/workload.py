@@ -136,6 +136,16 @@ class Workload:
         new_tokens = None if self.new_tokens is None else max(0, self.new_tokens - tokens)
         return replace(self, images=None, prompt_tokens=self.prompt_tokens - tokens, new_tokens=new_tokens)
 
+    def with_weights(self, stored: StoredWeights, *, on_accelerator: bool) -> Workload:
+        """The same workload with weights in another stored form."""
+        return replace(
+            self,
+            weights=stored.bytes_in(self.dtype),
+            weights_are_mapped=not on_accelerator and not stored.is_made,
+            stored=stored,
+            stored_dtype="bfloat16",
+        )
+
     def in_dtype(self, dtype: str, *, on_accelerator: bool) -> Workload:
         """The same workload in another dtype.
 

@@ -21,7 +21,7 @@ from l4ctx.planning.published import Form, plain, quantizing
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
-from l4ctx.run.forms import FormPlan, form_plans
+from l4ctx.run.forms import FormPlan, form_plans, read_a_token, reading_less
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
@@ -53,9 +53,10 @@ class PlanReport:
     tokens_with_disk: int | None  # None: no disk is given
     speed: Speed | None
     seconds: float | None  # to read the prompt; None: no rate is known
+    assumed_seconds: float | None  # the same at rates that are assumed of this processor; None: others are known
     read_from_disk: int  # bytes of keys and values, in all steps of the prefill together
     weights_read: int  # bytes that are read in these steps again, as memory does not hold them
-    forms: Sequence[FormPlan]  # other forms of the model, where this one is not held in memory
+    forms: Sequence[FormPlan]  # published ones of the model, where this one is not held in memory
 
     @property
     def exceeds_positions(self) -> bool:
@@ -85,9 +86,12 @@ class PlanReport:
             "tokens_with_disk": self.tokens_with_disk,
             "read_from_disk": self.read_from_disk,
             "weights_read": self.weights_read,
+            "weights_read_a_token": read_a_token(self.plan),
+            "reading_less": reading_less(self.plan, self.capacity, self.forms),
             "forms": [form.as_dict() for form in self.forms],
             "operations_per_second": self.speed and self.speed._asdict(),
             "seconds": self.seconds,
+            "assumed_seconds": self.assumed_seconds,
         }
 
 
@@ -163,8 +167,11 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         noted(text)
     speed = _speed(request, plan, accelerator is not None)
 
+    assumed = None if accelerator is not None or speed is not None else Speed(capacity.operations, capacity.operations)
+
     def seconds(of: MemoryPlan) -> float | None:
-        return None if speed is None else read.seconds(of, speed, capacity.reading)
+        taken = speed or assumed
+        return None if taken is None else read.seconds(of, taken, capacity.reading)
 
     residency = plan.weight_residency
     is_large = residency.is_streamed or bool(plan.shortfalls(capacity))
@@ -178,7 +185,8 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         tokens_in_memory=tokens_that_fit(workload, capacity.without_disk),
         tokens_with_disk=tokens_that_fit(workload, capacity) if capacity.has_disk else None,
         speed=speed,
-        seconds=seconds(plan),
+        seconds=None if speed is None else seconds(plan),
+        assumed_seconds=None if assumed is None else seconds(plan),
         read_from_disk=_read_from_disk(plan),
         weights_read=residency.read_a_step * (len(read.steps(plan)) - 1),
         forms=list(form_plans(workload, capacity, seconds)) if is_large else [],

@@ -134,9 +134,12 @@ def test_a_plan_for_programs_is_the_one_of_ask(place: Path) -> None:
         "tokens_with_disk",
         "read_from_disk",
         "weights_read",
+        "weights_read_a_token",
+        "reading_less",
         "forms",
         "operations_per_second",
         "seconds",
+        "assumed_seconds",
     ]
     run = json.loads(ask("a", "docs", "--json", "--quiet", "--dtype", "float32").stdout)
     assert report["documents"] == run["documents"] and report["fits"] and not report["exceeds_positions"]

@@ -32,12 +32,13 @@ from l4ctx.planning.memory_plan import (
     StepTime,
     host_budget,
 )
-from l4ctx.planning.published import PUBLISHED
+from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.remedies import check, tokens_that_fit
 from l4ctx.planning.remedies import remedies as remedies_of
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
+from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from support.places import ROOT
 
@@ -507,9 +508,34 @@ def test_remedies_for_an_accelerator() -> None:
     assert remedies(asked, Capacity(host=64 * GIB, accelerator=80 * GIB)) == ["--device cpu makes it fit"]
     unknown = replace(asked, stored_dtype=None)  # so the weights may have to be converted, and take memory
     assert remedies(unknown, Capacity(host=64 * GIB, accelerator=80 * GIB)) == []
+    known = replace(asked, stored=PUBLISHED[0].weights(SCOUT))
+    assert remedies(known, Capacity(host=64 * GIB, accelerator=80 * GIB)) == [
+        "--quantize int4 makes it fit (58.8 GiB of weights instead of 201 GiB)",
+        "a checkpoint in GGUF Q5_K_M makes it fit (71.3 GiB of weights instead of 201 GiB)",
+        "--device cpu makes it fit",
+    ]
+    small = remedies(known, Capacity(host=64 * GIB, accelerator=24 * GIB))
+    assert small[1].startswith("--quantize int4 saves 142 GiB (58.8 GiB") and small[1].endswith(", not enough alone")
+    assert small[2].startswith("a checkpoint in GGUF Q2_K saves 164 GiB (36.8 GiB of weights instead of 201 GiB)")
+    fp8 = replace(asked, stored=next(form for form in PUBLISHED if form.name == "FP8").weights(SCOUT))
+    assert not any("--quantize" in remedy for remedy in remedies(fp8, Capacity(host=64 * GIB, accelerator=24 * GIB)))
     both = remedies(replace(asked, prompt_tokens=2 * 10**6), Capacity(host=64 * GIB, accelerator=80 * GIB))
     assert both[0] == "--kv-dir DIR and --device cpu make it fit"
     assert both[1] == "--kv-dir DIR saves 27.8 GiB (28.1 GiB on disk), not enough alone"
+
+
+def test_remedies_for_weights_that_are_quantized_on_loading() -> None:
+    """Memory has to hold them; those of a checkpoint that is written once stay in its files."""
+    stored = quantizing(Quantization("int8"), plain("bfloat16")).weights(SCOUT)
+    asked = scout(prompt_tokens=10_000, stored=stored, weights=stored.num_bytes, weights_are_mapped=False)
+    written = "a checkpoint that l4ctx quantize wrote, whose weights stay in their files, makes it fit"
+    assert remedies(asked, Capacity(host=64 * GIB)) == [
+        written,
+        "--quantize int4 makes it fit (58.8 GiB of weights instead of 105 GiB)",
+    ]
+    little = remedies(asked, Capacity(host=40 * GIB))
+    assert little[0] == written and little[1].startswith("--quantize int4 saves 46.4 GiB")
+    assert not asked.in_dtype("bfloat16", on_accelerator=False).weights_are_mapped
 
 
 def test_the_plan_becomes_plain_numbers() -> None:

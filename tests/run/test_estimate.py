@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate, sizing
 from l4ctx.run.estimate import PlanReport, make_plan
+from l4ctx.run.forms import read_a_token
 from model.config import TextConfig
 from model.costs import parameter_count, reading_operations
 from model.errors import ConfigError, UserError
@@ -239,8 +241,46 @@ def test_forms_are_compared_where_memory_does_not_hold_the_weights(
     assert all(form.fits for form in forms.values())
     streamed = {name for name, form in forms.items() if form.plan.weight_residency.read_a_step}
     assert "bfloat16" in streamed and "FP8" in streamed and not streamed & {"w4a16", "GGUF Q4_K_M", "GGUF Q6_K"}
+    assert {name for name, form in forms.items() if form.is_held} == forms.keys() - streamed
+    sizes = [form.plan.weights for form in report.forms]
+    assert sizes == sorted(sizes, reverse=True)
+    assert report.as_dict()["reading_less"] == [
+        "a checkpoint in GGUF Q6_K: memory holds its 82.3 GiB",
+        "--quantize int4: memory holds the 58.8 GiB that it makes",
+    ]
+    lines = shown(report)
+    assert "what reads less a checkpoint in GGUF Q6_K: memory holds its 82.3 GiB" in lines
+    assert any(line.startswith("GGUF Q6_K 82.3 GiB yes ") for line in lines)
+    assert any(line.startswith("bfloat16 201 GiB in part ") for line in lines)
     monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 512 * GIB)
     assert not planned(scout, tokens=32768).forms
+
+
+def test_what_reads_less_within_a_limit_and_where_memory_holds_no_form(
+    scout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("l4ctx.run.sizing.available_memory", lambda: 32 * GIB)
+    report = planned(scout, tokens=32768, weights_memory=8 * GIB)
+    limit, smallest = report.as_dict()["reading_less"]
+    assert re.fullmatch(r"a larger --weights-memory, or none: 17\d GiB instead of 19\d GiB a chunk", limit)
+    assert re.fullmatch(r"a checkpoint in GGUF Q2_K: 2\d\.\d GiB instead of 19\d GiB a chunk", smallest)
+    a_token = report.as_dict()["weights_read_a_token"]
+    residency = report.plan.weight_residency
+    assert a_token == pytest.approx(sum(layer.always + layer.experts / 16 for layer in residency.layers), rel=0.2)
+    assert a_token < report.plan.weight_residency.read_a_step / 5
+    assert read_a_token(planned(scout, tokens=9, weights_memory=2**50).plan) < a_token
+
+
+def test_a_time_is_told_of_what_is_assumed(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "assumed_operations", lambda: 2e11)
+    report = planned(scout, tokens=32768)
+    assert report.seconds is None and report.assumed_seconds
+    operations = reading_operations(TextConfig.from_folder(scout), 0, 32768)
+    assert report.assumed_seconds == pytest.approx(operations.total / 2e11, rel=0.01)
+    assert any(" if 200 GFLOP/s and 1.0 GB/s from the disk are right; --measure" in line for line in shown(report, 200))
+    assert planned(scout, tokens=32768, rate=100.0).assumed_seconds is None
+    gpus(monkeypatch, 80 * GIB)
+    assert planned(scout, tokens=32768).assumed_seconds is None  # nothing is known of it
 
 
 def test_forms_on_an_accelerator_fit_or_do_not(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

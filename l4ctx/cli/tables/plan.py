@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.cli.tables.weights import weights_table
-from l4ctx.formatting import human_bytes, without_controls
+from l4ctx.formatting import human_bytes, human_seconds, without_controls
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.remedies import remedies
 from l4ctx.run.estimate import PlanReport
+from l4ctx.run.forms import read_a_token, reading_less
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN_DOCUMENTS = 20
+HOUR = 3600
 
 
 def plan_table(report: PlanReport) -> RenderableType:
@@ -22,7 +24,7 @@ def plan_table(report: PlanReport) -> RenderableType:
     from rich.console import Group
 
     documents = (_documents(report), "") if report.documents else ()
-    forms = ("", _forms(report)) if report.forms else ()
+    forms = ("", _forms(report)) if any(form.fits for form in report.forms) else ()
     weights = report.plan.weights_by_owner
     owners = (weights_table(weights), "") if weights else ()
     return Group(*documents, _memory(report), "", *owners, _facts(report), *forms)
@@ -87,43 +89,61 @@ def _facts(report: PlanReport) -> TextTable:
     table.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
     residency = plan.weight_residency
     if residency.is_streamed:
+        again, in_all = human_bytes(residency.read_a_step), human_bytes(report.weights_read)
+        a_token = human_bytes(read_a_token(plan))
         table.add_row(
             "weights read again",
-            f"{human_bytes(residency.read_a_step)} for each prefill chunk, {human_bytes(report.weights_read)} in all",
+            f"{again} for each prefill chunk, {in_all} in all; up to {a_token} for each token of the answer",
         )
     if report.read_from_disk:
         table.add_row("disk reads", f"{human_bytes(report.read_from_disk)} over the whole prefill")
     if report.seconds is not None:
         table.add_row("prefill takes", f"about {_human_time(report.seconds)}")
+    elif report.assumed_seconds is not None:
+        table.add_row("prefill takes", f"about {_human_time(report.assumed_seconds)}{_assumed(report)}")
     table.add_row("fits here", "yes" if report.fits else "no")
     for tier, (needed, there) in report.shortfalls.items():
         table.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} available")
     if report.exceeds_positions:
         table.add_row("", f"more tokens than the model has positions: {workload.length:,}")
+    for number, remedy in enumerate(reading_less(plan, report.capacity, report.forms)):
+        table.add_row("what reads less" if number == 0 else "", remedy)
     for number, remedy in enumerate(remedies(plan, report.capacity)):
         table.add_row("what helps" if number == 0 else "", without_controls(remedy))
     return table
 
 
+def _assumed(report: PlanReport) -> str:
+    """What the time is computed from, where it was neither given nor measured."""
+    rates = f"{report.capacity.operations / 1e9:,.0f} GFLOP/s"
+    if report.plan.weight_residency.is_streamed:
+        rates += f" and {report.capacity.reading / 1e9:,.1f} GB/s from the disk"
+    return f", if {rates} are right; --measure finds out"
+
+
 def _forms(report: PlanReport) -> FigureTable:
     """What the model's published forms take, and which of them memory holds."""
-    table = FigureTable("other forms of this model", ("weights", "read for each chunk", "prefill takes", "fits here"))
+    on_accelerator = report.capacity.accelerator is not None
+    reading = () if on_accelerator else ("read for each chunk",)
+    columns = ("weights", "on the accelerator" if on_accelerator else "in memory", *reading, "prefill takes")
+    table = FigureTable("published forms", columns)
     for form in report.forms:
-        streamed = form.plan.weight_residency.read_a_step
+        read = () if on_accelerator else (human_bytes(form.read_a_step) if form.read_a_step else "",)
         table.add_row(
             form.name,
             human_bytes(form.plan.workload.weights),
-            human_bytes(streamed) if streamed else "nothing",
-            "" if form.seconds is None else _human_time(form.seconds),
-            "yes" if form.fits else "no",
+            "yes" if form.is_held else "in part" if form.fits else "no",
+            *read,
+            "" if form.seconds is None or not form.fits else _human_time(form.seconds),
         )
     return table
 
 
 def _human_time(seconds: float) -> str:
-    from l4ctx.formatting import human_seconds
-
-    return human_seconds(seconds) if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+    """Rounded: it is a prediction."""
+    if seconds < HOUR:
+        return human_seconds(seconds)
+    return f"{seconds / HOUR:,.1f} h" if seconds < 48 * HOUR else f"{seconds / (24 * HOUR):,.0f} days"
 
 
 def _tiers(plan: MemoryPlan) -> str:
