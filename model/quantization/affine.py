@@ -11,6 +11,8 @@ from torch import Tensor
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import INT4, look_up, nibble_pairs
+from model.simd.layouts import Integers
+from model.simd.products import Operand
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class AffineMatrix(ScaledMatrix):
         super().__init__(codes.view(torch.uint8) if scheme.is_packed else codes, scale, shape, scheme.grain)
         self.scheme = scheme
         self.register_buffer("zero", zero if zero is None or zero.dim() == 2 else zero.view(-1, 1), persistent=False)
+
+    def operand(self) -> Operand | None:
+        bits, is_packed = self.scheme.bits, self.scheme.is_packed
+        zero = "" if self.zero is None else "packed" if self.zero.dtype == torch.int32 else "int8"
+        layout = Integers(bits, 2 ** (bits - 1) if is_packed else 0, self.scale_layout(), zero)
+        tensors = (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
+        return Operand(layout, tensors, self.shape)
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = self.codes[rows]

@@ -10,6 +10,8 @@ from torch import Tensor
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import FP4, look_up, nibble_pairs
+from model.simd.layouts import Float4
+from model.simd.products import Operand
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class Float4Matrix(ScaledMatrix):
         super().__init__(codes, scale, (codes.shape[0], codes.shape[1] * 2), Grain(1, scheme.group_size))
         self.scheme = scheme
         self.register_buffer("factor", None if factor is None else factor.view(1, 1), persistent=False)
+
+    def operand(self) -> Operand | None:
+        if self.scheme.is_transposed:
+            return None
+        divides = None if self.factor is None else self.scheme.divides
+        tensors = (self.codes, self.scale) if self.factor is None else (self.codes, self.scale, self.factor)
+        return Operand(Float4(self.scale_layout(), divides), tensors, self.shape)
 
     def scales(self, rows: slice | Tensor) -> Tensor:
         scale = super().scales(rows)

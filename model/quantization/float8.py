@@ -11,6 +11,8 @@ from torch import Tensor
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import float8_pairs, float8_values, look_up
+from model.simd.layouts import Columns, Float8, Numbers
+from model.simd.products import Operand
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Float8Matrix(ScaledMatrix):
         super().__init__(codes.view(torch.uint8), scale, (shape[0], shape[1]), grain)
         self.kind = codes.dtype
         self.is_transposed = is_transposed
+
+    def operand(self) -> Operand | None:
+        if self.kind != torch.float8_e4m3fn:
+            return None
+        if not self.is_transposed:
+            return Operand(Float8(self.scale_layout()), (self.codes, self.scale), self.shape)
+        if self.grain.columns or self.grain.rows > 1:
+            return None
+        return Operand(Columns(Numbers("float8_e4m3fn")), (self.codes,), self.shape, self.scale.float().view(-1))
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = self.codes[:, rows] if self.is_transposed else self.codes[rows]

@@ -6,10 +6,14 @@ ever held twice.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from model.simd import products
+from model.simd.products import Operand
 
 TILE_ELEMENTS = 2**21
 """Elements of a tile for few rows: 8 MiB in float32. The buffer is filled and read, so it should stay in a cache."""
@@ -24,7 +28,7 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 class StoredMatrix(nn.Module):
     """A weight matrix (C_out, C_in) in its stored form. Its tensors are buffers, so that they count and move.
 
-    Subclasses implement `expand`.
+    Subclasses implement `expand`, and `operand` where vector code can read them.
     """
 
     is_transposed = False
@@ -34,6 +38,8 @@ class StoredMatrix(nn.Module):
         super().__init__()
         self.out_features = out_features
         self.in_features = in_features
+        self._operand: Operand | None = None
+        self._has_operand = False
 
     @property
     def shape(self) -> torch.Size:
@@ -46,9 +52,15 @@ class StoredMatrix(nn.Module):
         """
         raise NotImplementedError
 
+    def operand(self) -> Operand | None:
+        """The matrix as vector code reads it; None: there is no such code for it."""
+        return None
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., C_in) -> (..., C_out) in x's dtype."""
         rows = x.reshape(-1, self.in_features)
+        if len(rows) <= products.FEW_ROWS and (few := self._product_of_few(rows)) is not None:
+            return few.view(*x.shape[:-1], self.out_features)
         out = x.new_empty(len(rows), self.out_features)
         elements = LARGE_TILE_ELEMENTS if len(rows) >= MANY_ROWS else TILE_ELEMENTS
         step = max(32, elements // self.in_features // 32 * 32)
@@ -67,7 +79,7 @@ class StoredMatrix(nn.Module):
         """The whole matrix (C_out, C_in), a new tensor."""
         device = next(self.buffers()).device
         out = torch.empty(self.shape, dtype=dtype, device=device)
-        self.expand(slice(0, self.out_features), out)
+        self._fill(slice(0, self.out_features), out)
         return out
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -82,8 +94,29 @@ class StoredMatrix(nn.Module):
         shape = (self.in_features, count) if self.is_transposed else (count, self.in_features)
         out = buffer[:size].view(shape)
         out = out.t() if self.is_transposed else out
-        self.expand(rows, out)
+        self._fill(rows, out)
         return out
+
+    def _fill(self, rows: slice, out: Tensor) -> None:
+        operand = self._readable()
+        if operand is None or not products.expand(operand, rows, out):
+            self.expand(rows, out)
+
+    def _product_of_few(self, rows: Tensor) -> Tensor | None:
+        operand = self._readable() if rows.device.type == "cpu" else None
+        return None if operand is None else products.product(operand, rows)
+
+    def _readable(self) -> Operand | None:
+        """The operand, looked up once, as tensors stay where they are unless the module is moved."""
+        if not self._has_operand:
+            operand = self.operand()
+            self._operand = operand if operand is not None and products.is_readable(operand) else None
+            self._has_operand = True
+        return self._operand
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._has_operand = False
+        return super()._apply(fn, recurse)
 
 
 Weight: TypeAlias = Tensor | StoredMatrix

@@ -16,6 +16,8 @@ from model.quantization import gguf_k, gguf_library, gguf_simple
 from model.quantization.form import StoredMatrix
 from model.quantization.gguf_types import BY_NAME, NATIVE, BlockType
 from model.quantization.pieces import through_float32
+from model.simd.layouts import Blocks
+from model.simd.products import Operand
 
 Expand = Callable[[Tensor, Tensor], None]
 """Writes the weights of blocks (n, bytes), uint8, to float32 (n, weights)."""
@@ -66,6 +68,9 @@ class GgufMatrix(StoredMatrix):
         self.register_buffer("blocks", blocks, persistent=False)
         self.kind = kind
         self.expand_blocks = EXPANDED_BY.get(kind.name) or gguf_library.expansion(kind.name)
+
+    def operand(self) -> Operand | None:
+        return Operand(Blocks(self.kind.name), (self.blocks,), self.shape) if self.kind in NATIVE else None
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         stored = self.blocks[rows]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.quantization.form import StoredMatrix, Weight
 from model.quantization.pieces import through_float32
+from model.simd.layouts import Integers, Numbers, Scales
+from model.simd.products import Operand
 
 _ONE_127TH = 7.874015718698502e-3
 
@@ -24,6 +26,10 @@ class Int8RowsMatrix(StoredMatrix):
         super().__init__(*codes.shape)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
+
+    def operand(self) -> Operand | None:
+        layout = Integers(8, 0, Scales(Numbers("float32"), 0), factor=_ONE_127TH)
+        return Operand(layout, (self.codes, self.absmax), self.shape)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         codes, absmax = self.codes[rows], self.absmax[rows].unsqueeze(1)

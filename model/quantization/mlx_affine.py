@@ -14,6 +14,8 @@ from torch import Tensor
 from model.quantization.form import StoredMatrix, Weight
 from model.quantization.pieces import through_float32
 from model.quantization.tables import look_up, nibble_pairs
+from model.simd.layouts import Affine, Numbers, Scales
+from model.simd.products import Operand, dtype_name
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -38,6 +40,13 @@ class MlxAffineMatrix(StoredMatrix):
         self.bits = bits
         for name, tensor in (("codes", codes), ("scales", scales), ("biases", biases)):
             self.register_buffer(name, tensor, persistent=False)
+
+    def operand(self) -> Operand | None:
+        if self.bits not in (4, 8):
+            return None
+        group = self.in_features // self.scales.shape[1]
+        layout = Affine(self.bits, Scales(Numbers(dtype_name(self.scales.dtype)), group))
+        return Operand(layout, (self.codes, self.scales, self.biases), self.shape)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         codes, scales, biases = self.codes[rows], self.scales[rows], self.biases[rows]

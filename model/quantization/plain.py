@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from model.quantization.form import StoredMatrix
+from model.simd.products import Operand, plain_operand
 
 
 class PlainMatrix(StoredMatrix):
@@ -16,6 +17,9 @@ class PlainMatrix(StoredMatrix):
         super().__init__(*weight.shape)
         self.register_buffer("weight", weight, persistent=False)
         self.is_transposed = weight.stride(0) == 1 != weight.stride(1)
+
+    def operand(self) -> Operand | None:
+        return plain_operand(self.weight)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         out.copy_(self.weight[rows])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.quantization.form import StoredMatrix
 from model.quantization.tables import float8_values, look_up
+from model.simd.layouts import Numbers, Scales
+from model.simd.products import dtype_name
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class ScaledMatrix(StoredMatrix):
         self.grain = grain
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale if scale.dim() == 2 else scale.view(-1, 1), persistent=False)
+
+    def scale_layout(self) -> Scales:
+        """How the scales lie in memory."""
+        return Scales(Numbers(dtype_name(self.scale.dtype)), self.grain.columns, self.grain.rows)
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         scale = self.scales(rows)

@@ -1,0 +1,1 @@
+"""Vector code for this processor, made by LLVM (package llvmlite): weights in their stored forms times a few rows."""
