@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cache.layout import KV_DTYPES
-from l4ctx.planning.weights import StoredWeights, WeightBytes
+from l4ctx.planning.weights import PLAIN, StoredWeights, WeightBytes
 from model.config import TextConfig
 from model.costs import kv_size, query_size
 from model.quantization.choice import CHANNEL, SCALE_BYTES, Quantization
@@ -126,7 +126,7 @@ def quantizing(quantization: Quantization, form: Form) -> Form:
     def type_of(matrix: Matrix, config: TextConfig) -> StoredType:
         stored, size = form.type_of(matrix, config), quantization.group_size(matrix.columns)
         is_covered = matrix.is_feed_forward or (matrix.owner is Owner.ATTENTION and quantization.with_attention)
-        if stored.name not in KV_DTYPES or not is_covered or size is None:
+        if stored.name not in PLAIN or not is_covered or size is None:
             return stored
         if size == CHANNEL:
             return StoredType({"fp8": "FP8"}.get(quantization.kind, quantization.kind), 1.0, bytes_a_row=SCALE_BYTES)

@@ -5,14 +5,18 @@ Torch is imported only to measure.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l4ctx.machine.processor import default_attention
 from model.config import TextConfig
 from model.costs import Operations
 
-MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**24
+if TYPE_CHECKING:
+    from model.quantization.form import Weight
+
+MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**23
 """Time spent on each kernel, the most rows of its input, and the most elements of its weight."""
 
 
@@ -27,28 +31,27 @@ class Speed(NamedTuple):
         return operations.linear / self.linear + attention / self.attention
 
 
-def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> Speed:
-    """By an expert's feed-forward on its share of `tokens`, and attention to a segment.
+def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int, weight: Weight | None = None) -> Speed:
+    """By an expert's share of `tokens` times part of `weight`, and attention to a segment.
 
-    Both start with one row and grow while they are quick: seconds at the most, whatever the width, dtype and processor.
+    `weight` (C_out, C_in), in whatever form it is stored, may be any matrix of a feed-forward layer; None: one in
+    `dtype`. Rows grow from one while products are quick: seconds at the most, whatever the width, dtype and processor.
     """
     import torch
-    from torch.nn.functional import silu
 
     from l4ctx.machine.timing import Work, growing, growing_rate
     from model.kernels.attend import KVSegment, attend
     from model.kernels.masks import AttentionMask
     from model.kernels.registry import backend
+    from model.layers import linear
 
     made = {"dtype": getattr(torch, dtype), "device": device}
     share = -(-tokens * config.num_experts_per_tok // config.num_local_experts) if config.moe_layers else tokens
-    rows, c = min(share, MEASURED_ROWS), config.hidden_size
-    width = max(1, min(config.intermediate_size, MEASURED_ELEMENTS // c))
-    x, up, down = (torch.ones(shape, **made) for shape in ((rows, c), (c, 2 * width), (width, c)))
-
-    def feed_forward(rows: int) -> Any:
-        a, b = (x[:rows] @ up).chunk(2, dim=-1)
-        return silu(a).mul_(b) @ down
+    if weight is None:
+        weight = torch.ones(config.intermediate_size, config.hidden_size, **made)
+    rows, part = min(share, MEASURED_ROWS), _part(weight, MEASURED_ELEMENTS).to(device)
+    c_out, c_in = part.shape
+    x = torch.ones(rows, c_in, **made)
 
     h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     kernel = backend(default_attention(dtype, on_accelerator=device != "cpu"))
@@ -60,8 +63,8 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
         return attend(queries[:, :, :rows], range(start, start + rows), [segment], AttentionMask(None), kernel)
 
     with torch.inference_mode():
-        linear = growing_rate(
-            lambda rows: Work(partial(feed_forward, rows), 6 * rows * c * width),
+        products = growing_rate(
+            lambda rows: Work(partial(linear, x[:rows], part), 2 * rows * c_in * c_out),
             growing(rows),
             device,
             MEASURED_SECONDS,
@@ -72,4 +75,16 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int) -> 
             device,
             MEASURED_SECONDS,
         )
-    return Speed(linear, attention)
+    return Speed(products, attention)
+
+
+def _part(weight: Weight, elements: int) -> Weight:
+    """The first rows of a matrix, about so many elements, in the same form."""
+    from model.quantization.form import StoredMatrix
+
+    rows = max(1, min(weight.shape[0], elements // weight.shape[1]))
+    if not isinstance(weight, StoredMatrix):
+        return weight[:rows]
+    part = copy.copy(weight)
+    part.out_features = rows
+    return part

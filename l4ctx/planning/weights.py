@@ -12,6 +12,9 @@ from model.config import TextConfig
 from model.weights.owners import Owner, Share, owner_of, shares
 from model.weights.residency import LayerBytes
 
+PLAIN = frozenset({"float32", "bfloat16", "float16"})
+"""Stored forms that are floating-point dtypes."""
+
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -76,7 +79,7 @@ class StoredWeights:
     @property
     def is_plain(self) -> bool:
         """Whether all are stored in a floating-point dtype, so that --quantize applies to them."""
-        return not self.is_made and all(part.stored in KV_DTYPES for part in self.parts)
+        return not self.is_made and all(part.stored in PLAIN for part in self.parts)
 
     def owned_by(self, owner: Owner) -> int:
         """Bytes."""

@@ -22,6 +22,7 @@ from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
 from l4ctx.run.forms import FormPlan, form_plans, read_a_token, reading_less
+from l4ctx.run.measuring import feed_forward_weight
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
@@ -301,7 +302,7 @@ def _speed(request: PlanRequest, plan: MemoryPlan, on_accelerator: bool) -> Spee
     if not request.measure:
         return None
     device = device if device != "auto" else "cuda" if on_accelerator else "cpu"
-    return measured_speed(config, plan.workload.dtype, device, step)
+    return measured_speed(config, plan.workload.dtype, device, step, feed_forward_weight(request.model, plan))
 
 
 def _read_from_disk(plan: MemoryPlan) -> int:

@@ -27,6 +27,7 @@ from model.weights.expert_parts import ExpertPart
 from model.weights.formats import find_sources
 from model.weights.gguf import check_complete
 from model.weights.mapping import MappedFiles
+from model.weights.owners import Owner, owner_of
 from model.weights.plain import PlainScheme
 from model.weights.quantizing import quantized_sources
 from model.weights.settings import quantization_settings
@@ -98,6 +99,22 @@ def checked_sources(path: Path, config: TextConfig) -> dict[str, WeightSource]:
 def checked_vision_sources(path: Path, config: VisionConfig, text_hidden_size: int) -> dict[str, WeightSource]:
     """The same for the vision tower's weights, by their names in VisionTower. Raises CheckpointError."""
     return _checked_vision(path, config, text_hidden_size)[1]
+
+
+def feed_forward_matrix(sources: Mapping[str, WeightSource], *, dtype: torch.dtype | str) -> Weight | None:
+    """A gate or up matrix (C_out, C_in), of an expert if there are any, as a model that computes in `dtype` on a CPU
+    multiplies it, mapped. None if there is none. Raises CheckpointError.
+    """
+    names = [name for name in sources if ".down" not in name]
+    owners = (Owner.ROUTED, Owner.SHARED, Owner.DENSE)
+    found = next((name for owner in owners for name in names if owner_of(name) is owner), None)
+    if found is None:
+        return None
+    source, part = sources[found], ExpertPart.of(found)
+    loader = _Loader(_wanted_dtype(dtype, sources[EMBEDDINGS]), torch.device("cpu"), is_mapped=True)
+    expert = 0 if len(source.shape) > 2 else None
+    weight = loader._weight(source, expert, is_turned=part is not None and part.is_fused)
+    return PlainMatrix(weight) if isinstance(weight, Tensor) and weight.dtype != loader.dtype else weight
 
 
 def stored_tensors(sources: Mapping[str, WeightSource]) -> dict[str, StoredTensor]:

@@ -11,9 +11,10 @@ import torch
 
 from l4ctx.planning import declared
 from l4ctx.planning.declared import declared_method
-from l4ctx.planning.published import PUBLISHED, Form, matrices
+from l4ctx.planning.published import PUBLISHED, Form, matrices, plain, quantizing
 from model.config import TextConfig
 from model.costs import parameter_count
+from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights.owners import Owner
 from model.weights.settings import declared_settings
@@ -236,6 +237,17 @@ def test_settings_of_single_modules_and_groups_of_them() -> None:
     raw = {"quantization_config": mixed}
     assert bytes_of(raw, Owner.ROUTED) == pytest.approx((4 + 16 / 128) / 8) and bytes_of(raw, Owner.HEAD) == 2
     assert bytes_of(raw, Owner.ATTENTION) == pytest.approx(1, rel=0.001)
+
+
+def test_quantizing_leaves_what_is_quantized() -> None:
+    config, once = TextConfig.from_dict({"model_type": "llama4_text"}), Quantization("int8")
+    quantized = quantizing(once, plain("bfloat16"))
+    twice = quantizing(Quantization("int4", with_attention=True), quantized).weights(config)
+    assert twice.owned_by(Owner.ROUTED) == quantized.weights(config).owned_by(Owner.ROUTED)
+    assert twice.owned_by(Owner.ATTENTION) < 0.3 * quantized.weights(config).owned_by(Owner.ATTENTION)
+    assert twice.is_made and not twice.is_plain and plain("float16").weights(config).is_plain
+    int8 = declared_form(compressed({"num_bits": 8, "type": "int", "strategy": "channel"}, LINEAR))
+    assert int8 is not None and not int8.weights(config).is_plain
 
 
 def test_what_is_not_known_is_not_guessed() -> None:

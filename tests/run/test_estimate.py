@@ -36,13 +36,22 @@ from l4ctx.prompt.builder import build_prompt
 from l4ctx.run import estimate, sizing
 from l4ctx.run.estimate import PlanReport, make_plan
 from l4ctx.run.forms import read_a_token
+from l4ctx.run.measuring import feed_forward_weight
 from model.config import TextConfig
 from model.costs import parameter_count, reading_operations
 from model.errors import ConfigError, UserError
+from model.quantization.affine import AffineMatrix
+from model.quantization.float8 import Float8Matrix
+from model.quantization.form import StoredMatrix
+from model.quantization.plain import PlainMatrix
 from model.weights.loading import load_checkpoint
 from support.counts import small_parameter_count
+from support.gguf_files import all_in, write_gguf
 from support.places import ROOT, TINY
+from support.quantized_checkpoints import KINDS
+from support.quantized_toys import write_fused
 from support.requests import plan_request
+from support.toy_checkpoints import write_kind
 
 KIB, GIB = 2**10, 2**30
 
@@ -332,10 +341,11 @@ def test_the_measured_speed(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 
 
 def test_speed_is_measured_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, weights = [], []
 
     def measured(*arguments: Any) -> Speed:
-        asked.append(arguments[1:])
+        asked.append(arguments[1:4])
+        weights.append(arguments[4])
         return Speed(1e9, 2e9)
 
     monkeypatch.setattr(estimate, "measured_speed", measured)
@@ -346,6 +356,54 @@ def test_speed_is_measured_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     gpus(monkeypatch, GIB)
     planned(TINY, tokens=10, measure=True, dtype="bfloat16")
     assert asked == [("bfloat16", "cpu", 8192), ("bfloat16", "cuda", 10)]
+    assert all(weight.dtype == torch.bfloat16 and weight.shape == (512, 128) for weight in weights)  # an expert's
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "kind"),
+    [
+        ({}, {"dtype": "float32"}, PlainMatrix),
+        ({}, {"dtype": "bfloat16"}, None),
+        ({}, {"quantize": "int8"}, AffineMatrix),
+        ({"quant_method": "fbgemm_fp8"}, {}, Float8Matrix),
+        ({"group_size": 64, "bits": 4}, {}, None),
+    ],
+)
+def test_products_are_measured_in_the_form_of_the_weights(
+    scout: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], options: dict[str, Any], kind: type | None
+) -> None:
+    """Where the checkpoint has no weights yet: made of ones, by what the configuration declares."""
+    monkeypatch.setattr("l4ctx.run.measuring.MEASURED_ELEMENTS", 2**18)
+    raw = json.loads((scout / "config.json").read_text())
+    (scout / "config.json").write_text(json.dumps(raw | {"quantization_config": settings}))
+    weight = feed_forward_weight(scout, planned(scout, tokens=100, **options).plan)
+    assert weight is None if kind is None else type(weight) is kind and weight.shape == (51, 5120)
+
+
+@pytest.mark.parametrize("form", ["GGUF Q8_0", "FP8"])
+def test_a_matrix_of_the_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Expansion included, by part of the first expert's matrix as it is mapped."""
+    folder = tmp_path / "stored"
+    if form == "FP8":
+        write_fused(tmp_path, KINDS["dense and MoE"], form)
+    else:
+        folder = tmp_path / "toy.gguf"
+        toy = write_kind(tmp_path / "toy", "toy", KINDS["dense and MoE"], 0.2, seed=2)
+        write_gguf(folder, toy.folder, all_in("Q8_0"))
+    config = TextConfig.from_folder(folder)
+    weight = feed_forward_weight(folder, planned(folder, tokens=100, dtype="float32").plan)
+    assert isinstance(weight, StoredMatrix) and weight.in_features == config.hidden_size
+    expanded, expand, whole = [], type(weight).expand, weight.out_features
+
+    def counting(self: StoredMatrix, rows: slice, out: torch.Tensor) -> None:
+        expanded.append(rows.stop)
+        expand(self, rows, out)
+
+    monkeypatch.setattr(type(weight), "expand", counting)
+    monkeypatch.setattr("l4ctx.planning.speed.MEASURED_ELEMENTS", 11 * config.hidden_size)
+    monkeypatch.setattr("l4ctx.planning.speed.MEASURED_SECONDS", 0.001)
+    assert measured_speed(config, "float32", "cpu", 10**4, weight).linear > 0
+    assert set(expanded) == {11} and weight.out_features == whole
 
 
 @pytest.fixture
