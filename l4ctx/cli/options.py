@@ -107,8 +107,8 @@ Dtype = Annotated[
     choices.Dtype,
     typer.Option(
         metavar="auto|float32|bfloat16|float16",
-        help="Type to compute in. auto: the checkpoint's own; float32 on a "
-        "CPU that is slower with it, if the weights then take less than a quarter of the free memory.",
+        help="Type to compute in; weights keep their stored form. auto: what the processor multiplies quickly, "
+        "which is bfloat16 or float32.",
     ),
 ]
 Quantize = Annotated[
@@ -178,8 +178,8 @@ PrefillChunkSize = Annotated[
     typer.Option(
         parser=token_count(1),
         metavar="N",
-        help="Tokens per prefill step; fewer need less memory for activations (default: 8192, or fewer if those "
-        "do not fit).",
+        help="Tokens per prefill step; fewer need less memory for activations (default: 8192; fewer if those do "
+        "not fit, more while reading weights from disk takes longer than computing).",
         show_default=False,
     ),
 ]
