@@ -195,4 +195,4 @@ PUBLISHED = (
     _gguf("Q3_K_M", "Q3_K", _q3_k_m),
     _gguf("Q2_K", "Q2_K", _q2_k),
 )
-"""From large to small for Scout. GGUF mixtures are as llama.cpp makes them without an importance matrix."""
+"""GGUF mixtures are as llama.cpp makes them without an importance matrix."""

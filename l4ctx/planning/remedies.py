@@ -151,6 +151,7 @@ def _smaller_weights(workload: Workload, stored: StoredWeights, capacity: Capaci
         for kind in (QUANTIZED if stored.is_plain or stored.is_made else ())
     ]
     forms = [(form.name, form.weights(workload.config)) for form in (PUBLISHED if on_accelerator else ())]
+    forms.sort(key=lambda form: -form[1].num_bytes)
     published = [option(f"a checkpoint in {name}", weights) for name, weights in forms]
     for options in (made, published):
         smaller = [other for other in options if other.workload.weights < workload.weights]

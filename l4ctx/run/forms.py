@@ -52,10 +52,10 @@ class FormPlan:
 def form_plans(workload: Workload, capacity: Capacity, seconds: Seconds) -> Iterator[FormPlan]:
     """All published forms, the largest first. `seconds`: that a plan takes to read its prompt."""
     on_accelerator = capacity.accelerator is not None
-    for form in PUBLISHED:
-        other = workload.with_weights(form.weights(workload.config), on_accelerator=on_accelerator)
-        plan = MemoryPlan.of(other, capacity)
-        yield FormPlan(form.name, plan, not plan.shortfalls(capacity), seconds(plan))
+    found = [(form.name, form.weights(workload.config)) for form in PUBLISHED]
+    for name, weights in sorted(found, key=lambda form: -form[1].num_bytes):
+        plan = MemoryPlan.of(workload.with_weights(weights, on_accelerator=on_accelerator), capacity)
+        yield FormPlan(name, plan, not plan.shortfalls(capacity), seconds(plan))
 
 
 def reading_less(plan: MemoryPlan, capacity: Capacity, forms: Sequence[FormPlan]) -> list[str]:
