@@ -115,7 +115,7 @@ def _feed_forward(name: str, quantized: StoredType) -> Form:
 
 def _fp8(matrix: Matrix, config: TextConfig) -> StoredType:
     """With a scale a row: Scout's experts and shared experts; Meta's own file of Maverick has its routed experts so."""
-    is_meta = len(config.moe_layers) < config.num_hidden_layers
+    is_meta = 0 < len(config.moe_layers) < config.num_hidden_layers
     is_quantized = matrix.owner is Owner.ROUTED if is_meta else matrix.is_feed_forward
     return StoredType("FP8", 1.0, bytes_a_row=2) if is_quantized else StoredType("bfloat16")
 

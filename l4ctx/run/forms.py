@@ -66,7 +66,8 @@ def reading_less(plan: MemoryPlan, capacity: Capacity, forms: Sequence[FormPlan]
     found, now = [], human_bytes(residency.read_a_step)
     unlimited = MemoryPlan.of(workload, replace(capacity, weights=None))
     if capacity.weights is not None and (left := unlimited.weight_residency.read_a_step) < residency.read_a_step:
-        found.append(f"a larger --weights-memory, or none: {human_bytes(left)} instead of {now} a chunk")
+        less = f"{human_bytes(left)} instead of {now} a chunk" if left else "memory holds all"
+        found.append(f"a larger --weights-memory, or none: {less}")
     smaller = [form for form in forms if form.fits and form.plan.weights < plan.weights]
     held = next((form for form in smaller if form.is_held), None)
     if held is not None:

@@ -65,7 +65,7 @@ def feed_forward(of: Callable[[str, torch.Size], float]) -> Callable[[str, torch
 
 def is_fp8(name: str, config: TextConfig) -> bool:
     """Meta's own file of Maverick, which has dense layers, has its routed experts in FP8; of Scout there are others."""
-    if len(config.moe_layers) < config.num_hidden_layers:
+    if 0 < len(config.moe_layers) < config.num_hidden_layers:
         return ".experts." in name
     return "feed_forward" in name and not is_small(name)
 
@@ -237,6 +237,12 @@ def test_settings_of_single_modules_and_groups_of_them() -> None:
     raw = {"quantization_config": mixed}
     assert bytes_of(raw, Owner.ROUTED) == pytest.approx((4 + 16 / 128) / 8) and bytes_of(raw, Owner.HEAD) == 2
     assert bytes_of(raw, Owner.ATTENTION) == pytest.approx(1, rel=0.001)
+
+
+def test_a_dense_model_in_fp8() -> None:
+    config = TextConfig.from_dict(BASE | {"model_type": "llama4_text"} | KINDS["moe_none"].changes)
+    parts = [part for part in FORMS["FP8"].weights(config).parts if part.owner is Owner.DENSE]
+    assert parts and {part.stored for part in parts} == {"FP8"}
 
 
 def test_quantizing_leaves_what_is_quantized() -> None:

@@ -286,7 +286,7 @@ def test_a_time_is_told_of_what_is_assumed(scout: Path, monkeypatch: pytest.Monk
     assert report.seconds is None and report.assumed_seconds
     operations = reading_operations(TextConfig.from_folder(scout), 0, 32768)
     assert report.assumed_seconds == pytest.approx(operations.total / 2e11, rel=0.01)
-    assert any(" if 200 GFLOP/s and 1.0 GB/s from the disk are right; --measure" in line for line in shown(report, 200))
+    assert any(" at an assumed 200 GFLOP/s and 1.0 GB/s from the disk; --measure" in x for x in shown(report, 200))
     assert planned(scout, tokens=32768, rate=100.0).assumed_seconds is None
     gpus(monkeypatch, 80 * GIB)
     assert planned(scout, tokens=32768).assumed_seconds is None  # nothing is known of it

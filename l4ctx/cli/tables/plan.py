@@ -89,11 +89,11 @@ def _facts(report: PlanReport) -> TextTable:
     table.add_row("would fit", f"{report.tokens_in_memory:,} tokens in memory alone{disk}")
     residency = plan.weight_residency
     if residency.is_streamed:
-        again, in_all = human_bytes(residency.read_a_step), human_bytes(report.weights_read)
-        a_token = human_bytes(read_a_token(plan))
+        again, a_token = human_bytes(residency.read_a_step), human_bytes(read_a_token(plan))
+        in_all = f", {human_bytes(report.weights_read)} in all" if report.weights_read else ""
         table.add_row(
             "weights read again",
-            f"{again} for each prefill chunk, {in_all} in all; up to {a_token} for each token of the answer",
+            f"{again} for each prefill chunk{in_all}; up to {a_token} for each token of the answer",
         )
     if report.read_from_disk:
         table.add_row("disk reads", f"{human_bytes(report.read_from_disk)} over the whole prefill")
@@ -118,7 +118,7 @@ def _assumed(report: PlanReport) -> str:
     rates = f"{report.capacity.operations / 1e9:,.0f} GFLOP/s"
     if report.plan.weight_residency.is_streamed:
         rates += f" and {report.capacity.reading / 1e9:,.1f} GB/s from the disk"
-    return f", if {rates} are right; --measure finds out"
+    return f" at an assumed {rates}; --measure finds out"
 
 
 def _forms(report: PlanReport) -> FigureTable:
@@ -128,7 +128,7 @@ def _forms(report: PlanReport) -> FigureTable:
     columns = ("weights", "on the accelerator" if on_accelerator else "in memory", *reading, "prefill takes")
     table = FigureTable("published forms", columns)
     for form in report.forms:
-        read = () if on_accelerator else (human_bytes(form.read_a_step) if form.read_a_step else "",)
+        read = () if on_accelerator else ("" if form.is_held else human_bytes(form.read_a_step),)
         table.add_row(
             form.name,
             human_bytes(form.plan.workload.weights),
