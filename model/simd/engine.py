@@ -17,30 +17,22 @@ from model.simd import gguf as _gguf  # noqa: F401  # registers how blocks are d
 from model.simd.functions import emit_entry, emit_expansion, emit_product
 from model.simd.layouts import LANES, Layout
 
-Function = Callable[[Sequence[int], int, int], None]
-"""Called with the arguments that `model.simd.functions` names, and the first and last row."""
+Function = Callable[[Sequence[int], int, int, int], None]
+"""Called with the arguments that `model.simd.functions` names, the first and last row, and shares for each thread."""
 
 
-class OpenMP:
-    """The functions of the library that PyTorch's own threads come from, so that there is one set of threads."""
+def find_openmp() -> Callable[..., None] | None:
+    """Runs a function on the threads that PyTorch's own kernels run on, so that there is one set of threads.
 
-    def __init__(self) -> None:
-        library = ctypes.CDLL(None)
-        self.run = library.GOMP_parallel
-        self.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self.run.restype = None
-        self.thread, self.threads = (
-            ctypes.cast(function, ctypes.c_void_p).value or 0
-            for function in (library.omp_get_thread_num, library.omp_get_num_threads)
-        )
-
-
-def find_openmp() -> OpenMP | None:
-    """None where a process has no library of GNU's interface: on macOS and Windows."""
+    None where a process has no library of GNU's interface: on macOS and Windows.
+    """
     try:
-        return OpenMP()
+        run = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
         return None
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    run.restype = None
+    return run
 
 
 class Engine:
@@ -74,27 +66,26 @@ class Engine:
         module = ir.Module(name)
         module.triple = self.target.triple
         emit(module, name, *what, platform.machine())
-        if self.openmp is not None:
-            emit_entry(module, f"{name}_entry", name, self.openmp.thread, self.openmp.threads)
+        emit_entry(module, f"{name}_entry", name)
         compiled = llvm.parse_assembly(str(module))
         builder = llvm.create_pass_builder(self.target, llvm.create_pipeline_tuning_options(speed_level=2))
         builder.getModulePassManager().run(compiled, builder)
         self.compiler.add_module(compiled)
         self.compiler.finalize_object()
-        if self.openmp is not None:
-            return functools.partial(_on_openmp, self.openmp, self.compiler.get_function_address(f"{name}_entry"))
-        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)
-        return functools.partial(self._on_pool, kind(self.compiler.get_function_address(name)))
+        return functools.partial(self._run, self.compiler.get_function_address(f"{name}_entry"))
 
-    def _on_pool(self, work: Callable[..., None], arguments: Sequence[int], first: int, last: int) -> None:
-        """Without OpenMP, on threads of our own."""
+    def _run(self, entry: int, arguments: Sequence[int], first: int, last: int, shares: int) -> None:
         threads = torch.get_num_threads()
+        share = -(-(last - first) // (threads * shares * LANES)) * LANES
+        kept = (ctypes.c_int64 * len(arguments))(*arguments)
+        task = (ctypes.c_int64 * 4)(ctypes.addressof(kept), last, share, first)
+        if self.openmp is not None:
+            self.openmp(entry, ctypes.addressof(task), threads, 0)
+            return
         if self.pool is None:
             self.pool = ThreadPoolExecutor(threads)
-        kept = (ctypes.c_int64 * len(arguments))(*arguments)
-        share = -(-(last - first) // (threads * LANES)) * LANES
-        parts = [(start, min(start + share, last)) for start in range(first, last, share)]
-        list(self.pool.map(lambda part: work(ctypes.addressof(kept), *part), parts))
+        function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entry)
+        list(self.pool.map(function, [ctypes.addressof(task)] * threads))
 
     @staticmethod
     def _target() -> Any:
@@ -106,12 +97,6 @@ class Engine:
             return target.create_target_machine(cpu="haswell", opt=2, jit=True)
         features = llvm.get_host_cpu_features().flatten()
         return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2, jit=True)
-
-
-def _on_openmp(openmp: OpenMP, entry: int, arguments: Sequence[int], first: int, last: int) -> None:
-    kept = (ctypes.c_int64 * len(arguments))(*arguments)
-    work = (ctypes.c_int64 * 3)(ctypes.addressof(kept), first, last)
-    openmp.run(entry, ctypes.addressof(work), torch.get_num_threads(), 0)
 
 
 @functools.cache

@@ -44,6 +44,11 @@ class Layout:
         return STEP
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of a step in the first tensor."""
+        return self.step
+
+    @property
     def rows_per_entry(self) -> tuple[int, ...]:
         """For each tensor, how many rows of the matrix share one of its rows; 0: all."""
         return (1,)
@@ -54,6 +59,10 @@ class Plain(Layout):
     """Tensors: weights (C_out, C_in)."""
 
     numbers: Numbers
+
+    @property
+    def step_bytes(self) -> int:
+        return self.step * self.numbers.num_bytes
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,10 @@ class Integers(Scaled):
     factor: float = 0.0  # that the product is multiplied by in the end; 0: none
 
     @property
+    def step_bytes(self) -> int:
+        return self.step * self.bits // 8
+
+    @property
     def rows_per_entry(self) -> tuple[int, ...]:
         zero = {"": (), "int8": (self.scales.rows,), "packed": (32 // self.bits,)}[self.zero]
         return (1, self.scales.rows, *zero)
@@ -99,6 +112,10 @@ class Affine(Scaled):
 
     bits: int
     scales: Scales
+
+    @property
+    def step_bytes(self) -> int:
+        return self.step * self.bits // 8
 
     @property
     def rows_per_entry(self) -> tuple[int, ...]:
@@ -131,6 +148,10 @@ class Float4(Layout):
         return STEP if STEP % self.scales.group == 0 else self.scales.group
 
     @property
+    def step_bytes(self) -> int:
+        return self.step // 2
+
+    @property
     def rows_per_entry(self) -> tuple[int, ...]:
         return (1, 1) if self.divides is None else (1, 1, 0)
 
@@ -144,3 +165,7 @@ class Blocks(Layout):
     @property
     def step(self) -> int:
         return BY_NAME[self.type_name].block_weights
+
+    @property
+    def step_bytes(self) -> int:
+        return BY_NAME[self.type_name].block_bytes

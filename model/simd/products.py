@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from model.simd.engine import Engine
 
 ROWS_AT_ONCE = 4
+SHARES = 8
+"""Parts of a thread's work, which others take over where a thread is held up."""
+
 FEW_ROWS = 8
 """A product with more rows than this is not taken: an expanded tile serves them all."""
 
@@ -76,10 +79,11 @@ def product(operand: Operand, x: Tensor) -> Tensor:
     out = torch.empty(len(x), c_out)
     engine = _engine()
     assert engine is not None
+    shares = 1 if isinstance(operand.layout, Columns) else SHARES  # parts of columns would be short runs of memory
     for start in range(0, len(x), ROWS_AT_ONCE):
         here = slice(start, start + ROWS_AT_ONCE)
         part = rows[here]
-        engine.product(operand.layout, len(part))(_arguments(operand, part, out[here]), 0, c_out)
+        engine.product(operand.layout, len(part))(_arguments(operand, part, out[here]), 0, c_out, shares)
     if operand.factor is not None:
         out.mul_(operand.factor)
     return out.to(x.dtype)
@@ -94,7 +98,7 @@ def expand(operand: Operand, rows: slice, out: Tensor) -> bool:
     function = engine.expansion(operand.layout, dtype_name(out.dtype))
     arguments = _arguments(operand, out, out)
     arguments[1] = rows.start
-    function(arguments, rows.start, rows.stop)
+    function(arguments, rows.start, rows.stop, SHARES)
     return True
 
 

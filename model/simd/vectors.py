@@ -143,6 +143,12 @@ class Vectors:
             function = ir.Function(module, ir.FunctionType(result, [a.type for a in arguments]), name)
         return self.b.call(function, list(arguments))
 
+    def prefetch(self, address: Value) -> None:
+        """Asks for the line of memory at an address, which need not be the process's."""
+        i8 = self.b.inttoptr(address, I8.as_pointer())
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), [i8, read, keep, data])
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
