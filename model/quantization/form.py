@@ -104,7 +104,9 @@ class StoredMatrix(nn.Module):
 
     def _product_of_few(self, rows: Tensor) -> Tensor | None:
         operand = self._readable() if rows.device.type == "cpu" else None
-        return None if operand is None else products.product(operand, rows)
+        if operand is None or operand.shape[0] != self.out_features:  # a copy with fewer rows shares the operand
+            return None
+        return products.product(operand, rows)
 
     def _readable(self) -> Operand | None:
         """The operand, looked up once, as tensors stay where they are unless the module is moved."""

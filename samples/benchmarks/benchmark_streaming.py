@@ -4,7 +4,9 @@
 
 Reads random tokens with the model in DIR, whose weights stay mapped. Compares the time with the longer of two: the
 operations at the rate of an expert's product on this machine, and the bytes of weights at the disk's rate, once a
-prefill chunk. Nothing hides more than that: at 1.0, computing and reading run at the same time at full speed.
+prefill chunk. Nothing hides more than that: at 1.0, computing and reading run at the same time at full speed. The rate
+of products is measured anew around every chunk, and the share of the cores that this process had is shown: on a machine
+that others use, both vary.
 With --write CONFIG, a checkpoint with random weights for this config.json is written to DIR first.
 """
 
@@ -25,6 +27,7 @@ from l4ctx.bench.weights import write_random_checkpoint
 from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
 from l4ctx.formatting import human_bytes, parse_size
 from l4ctx.machine.memory import available_memory, process_memory
+from l4ctx.machine.processor import computing_dtype, default_attention
 from l4ctx.planning.speed import measured_speed
 from model.config import TextConfig
 from model.costs import reading_operations
@@ -93,7 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="with --write: keep so many layers")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--prefill-chunk-size", type=int, default=DEFAULT_PREFILL_CHUNK_SIZE)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--weights-memory", type=parse_size, help="default: what is free, less 6 GiB")
     parser.add_argument("--plain", action="store_true", help="leave it to the system what stays in memory")
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="generate N tokens after it")
@@ -104,8 +107,10 @@ def main() -> None:
         args.model.mkdir()
         write_random_checkpoint(raw, TextConfig.from_dict(raw), args.model, torch.bfloat16)
     config = TextConfig.from_folder(args.model)
-    speed = measured_speed(config, args.dtype, "cpu", args.prefill_chunk_size)
-    model = load_checkpoint(args.model, dtype=args.dtype)
+    dtype = computing_dtype(args.dtype, "bfloat16", on_accelerator=False)
+    speed = measured_speed(config, dtype, "cpu", args.prefill_chunk_size)
+    attention = default_attention(dtype, on_accelerator=False)
+    model = load_checkpoint(args.model, dtype=dtype, attention=attention)
     drop_all(model)
     rate = disk_rate(model)
     budget = args.weights_memory or (available_memory() or 0) - 6 * 2**30
@@ -120,7 +125,7 @@ def main() -> None:
         )
     print(
         f"{speed.linear / 1e9:.0f} GFLOP/s in products, {speed.attention / 1e9:.0f} in attention, "
-        f"{human_bytes(round(rate))}/s from disk, {torch.get_num_threads()} threads"
+        f"{human_bytes(round(rate))}/s from disk, {torch.get_num_threads()} threads, {dtype}, {attention}"
     )
     cache = HybridKVCache(config, length=args.tokens + args.decode + 1, dtype=model.dtype)
     ids = array(
@@ -128,16 +133,19 @@ def main() -> None:
     )
     limit = done = 0.0
     with MemoryPeak() as peak, stream or nullcontext():
-        before = disk_bytes()
+        before, used = disk_bytes(), time.process_time()
         for step in prefill(model, cache, ids, prefill_chunk_size=args.prefill_chunk_size):
+            share = (time.process_time() - used) / step.step_seconds / torch.get_num_threads()
             operations = reading_operations(config, step.step.start, step.step.stop)
             read, before = disk_bytes() - before, disk_bytes()
-            computing, reading = speed.seconds(operations), read / rate
+            now = measured_speed(config, dtype, "cpu", args.prefill_chunk_size)
+            computing, reading = (speed.seconds(operations) + now.seconds(operations)) / 2, read / rate
+            speed, used = now, time.process_time()
             limit, done = limit + max(computing, reading), done + step.step_seconds
             print(
                 f"{step.step.start:>7,} to {step.step.stop:,}: {step.step_seconds:6.1f} s; arithmetic "
                 f"{computing:6.1f} s, {human_bytes(read)} in {reading:5.1f} s: "
-                f"{step.step_seconds / max(computing, reading):.2f} times",
+                f"{step.step_seconds / max(computing, reading):.2f} times, with {share:.0%} of the cores",
                 flush=True,
             )
         print(
