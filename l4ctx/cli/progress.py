@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from l4ctx.engine.prefill import PrefillProgress
     from l4ctx.run.session import Session
     from l4ctx.spans import Span
+
+LONG_STEP_SECONDS = 5
+"""After so many seconds of a step, the line says which layer it has reached."""
 
 SHORTEST_NAME = 12
 """Columns of a document's name below which it is left out."""
@@ -41,10 +44,18 @@ class _Known:
 class Reading:
     """A run over positions `start` .. `stop` - 1 of a prompt: those before, which need not be read, count as done."""
 
-    def __init__(self, work: Work, start: int, stop: int, documents: Sequence[Span] = ()) -> None:
+    def __init__(
+        self,
+        work: Work,
+        start: int,
+        stop: int,
+        documents: Sequence[Span] = (),
+        layer: Callable[[], str] = lambda: "",
+    ) -> None:
+        """`layer` says which one computes, as in "layer 3 of 48"."""
         self._cost = CostModel(work, start, stop)
         self._done, self._stop = start, stop
-        self._documents = documents
+        self._documents, self._layer = documents, layer
         self._began = time.monotonic()
         self._known: _Known | None = None
 
@@ -64,7 +75,10 @@ class Reading:
             time_told, verb = f"{human_clock(now - self._began)} so far", "reading "
         else:
             time_told, verb = f"{human_seconds(max(0.0, known.seconds_left - (now - known.at)))} left", "read "
+        is_long = now - (known.at if known else self._began) >= LONG_STEP_SECONDS
+        layer = self._layer() if is_long else ""
         counts = (
+            f"{verb}{done:,} of {self._stop:,} tokens" + (f", {layer}" if layer else ""),
             f"{verb}{done:,} of {self._stop:,} tokens",
             f"{done:,} of {self._stop:,} tokens",
             f"{done:,} of {self._stop:,}",
@@ -114,7 +128,12 @@ def read_shown(session: Session, activity: Activity) -> None:
     """Reads what a prompt has beyond what a context holds. Raises what `Session.prefill` raises."""
     sized = session.sized
     start, stop = sized.reused, sized.inputs.reading_stop
-    reading = Reading(sized.operations, start, stop, sized.inputs.prompt.spans) if start < stop else None
+    number = sized.inputs.config.num_hidden_layers
+
+    def layer() -> str:
+        return f"layer {session.layers.layer + 1} of {number}"
+
+    reading = Reading(sized.operations, start, stop, sized.inputs.prompt.spans, layer) if start < stop else None
     if reading is not None:
         activity.show(reading)
     for step in session.prefill():

@@ -19,7 +19,7 @@ from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.residency import KVBytes
 from l4ctx.machine.memory import give_back_free_memory
-from model.transformer import Transformer
+from model.transformer import LayerWatcher, Transformer
 
 if TYPE_CHECKING:
     from l4ctx.vision.features import ImageFeatures
@@ -38,6 +38,23 @@ class PrefillProgress:
     step: range  # absolute positions of the step just finished
     step_seconds: float
     held: KVBytes | None  # size of the KV cache after that step
+
+
+class LayerCount:
+    """Watches which layer computes, for progress within a step; tells `other`, too."""
+
+    def __init__(self, other: LayerWatcher | None = None) -> None:
+        self.layer = 0
+        self._other = other
+
+    def entering(self, layer: int, tokens: int) -> None:
+        self.layer = layer
+        if self._other is not None:
+            self._other.entering(layer, tokens)
+
+    def leaving(self, layer: int, tokens: int) -> None:
+        if self._other is not None:
+            self._other.leaving(layer, tokens)
 
 
 def prefill(

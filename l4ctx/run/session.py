@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.engine.loop_guard import Loop
-    from l4ctx.engine.prefill import PrefillProgress
+    from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.vision.features import ImageFeatures
     from model.transformer import Transformer
 
@@ -47,6 +47,7 @@ class Session:
     cache: HybridKVCache
     features: ImageFeatures | None  # of the images still to be read
     scratch: Scratch | None  # for blocks that no context keeps
+    layers: LayerCount
     answer: Answer = field(default_factory=Answer)
 
     @property
@@ -178,7 +179,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             is_mapped=plan.weights_are_mapped,
             quantization=inputs.choices.compute.quantization,
         )
-        _stream_weights(model, plan.weight_residency.budget, monitor)
+        layers = _watched(model, plan.weight_residency.budget, monitor)
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
         if inputs.images is not None and unread:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
@@ -198,14 +199,16 @@ def load(sized: Sized, monitor: Monitor) -> Session:
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
             sized.context.restore(cache, sized.reused)
-    return Session(sized, monitor, model, cache, features, scratch)
+    return Session(sized, monitor, model, cache, features, scratch, layers)
 
 
-def _stream_weights(model: Transformer, budget: int | None, monitor: Monitor) -> None:
+def _watched(model: Transformer, budget: int | None, monitor: Monitor) -> LayerCount:
     """Mapped layers that exceed the budget are read ahead and dropped by a thread, for as long as the run lasts."""
+    from l4ctx.engine.prefill import LayerCount
     from model.weights.streaming import WeightStream
 
     stream = None if budget is None else WeightStream.of(model, budget)
     if stream is not None:
         monitor.resources.callback(stream.close)
-        model.watcher = stream
+    model.watcher = count = LayerCount(stream)
+    return count

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache.grid import grid_period, prefill_grid
 from cache.hybrid import HybridKVCache
-from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, as_batch, prefill
+from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, LayerCount, as_batch, prefill
 from model.costs import reading_operations
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
@@ -221,3 +221,26 @@ def test_what_is_held_during_a_step_does_not_grow_with_the_length(toys: Toys, si
     store = length * 2 * 10 * 4  # keys alone of one NoPE layer: what one copy of them would add
     assert peaks[1] - peaks[0] < store / 10 and largest[1] - largest[0] < store / 10
     assert peaks[0] < store  # or the line above would say nothing
+
+
+def test_the_layer_that_computes(toys: Toys) -> None:
+    """As a step goes through the layers, they are counted and told on."""
+    told: list[tuple[str, int, int, int]] = []
+
+    class Other:
+        def entering(self, layer: int, tokens: int) -> None:
+            told.append(("entering", layer, tokens, count.layer))
+
+        def leaving(self, layer: int, tokens: int) -> None:
+            told.append(("leaving", layer, tokens, count.layer))
+
+    model, ids = load_checkpoint(toys("scout", 0.25).folder, dtype=torch.float32), tokens(12)
+    count = LayerCount(Other())
+    model.watcher = count
+    last = model.config.num_hidden_layers - 1
+    for step in prefill(model, new_cache(model, ids), ids[0].tolist(), prefill_chunk_size=5):
+        assert count.layer == last
+        size, both = len(step.step), ("entering", "leaving")
+        expected = [(what, layer, size, layer) for layer in range(last + 1) for what in both]
+        assert told == expected
+        told.clear()

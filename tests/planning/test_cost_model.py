@@ -239,6 +239,16 @@ def test_the_time_left_runs_down_within_a_step() -> None:
     assert ", 0.0 s left" in reading.line(None, 99.0)
 
 
+def test_a_long_step_says_which_layer_it_has_reached() -> None:
+    reading = Reading(partial(reading_operations, LINEAR_ONLY), 0, 40_000, layer=lambda: "layer 3 of 48")
+    assert reading.line(None, 9.9) == "reading 0 of 40,000 tokens, 0:04 so far"
+    assert reading.line(None, 65.0) == "reading 0 of 40,000 tokens, layer 3 of 48, 1:00 so far"
+    assert reading.line(40, 65.0) == "reading 0 of 40,000 tokens, 1:00 so far"
+    read(reading, 0, 10_000, 60.0)
+    assert "layer" not in reading.line(None, 9.0)
+    assert reading.line(None, 15.0).startswith("read 10,000 of 40,000 tokens, layer 3 of 48, ")
+
+
 def test_the_document_that_is_being_read() -> None:
     documents = (Span("first.md", 10, 100, ""), Span("second.md", 100, 250, ""))
     reading = Reading(partial(reading_operations, SCOUT), 0, 300, documents)
