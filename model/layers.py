@@ -35,20 +35,21 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., C_in) and weight (C_out, C_in) -> (..., C_out).
 
-    A few rows on a CPU and 16-bit weights go to vector code, which reads weights once at about memory bandwidth, in
-    whichever layout they are. Where it is not installed, oneDNN is disabled for one row and contiguous weights:
+    A few rows on a CPU go to vector code, which reads weights once at about memory bandwidth, in whichever layout they
+    are. Where it is not installed, oneDNN is disabled for one row and contiguous weights:
     PyTorch's native loop is twice as fast then.
     """
     if isinstance(weight, StoredMatrix):
         out = weight.product(x)
         return out if bias is None else out.add_(bias)
-    if x.numel() <= FEW_ROWS * x.shape[-1] and weight.device.type == "cpu":
+    is_one_row = x.numel() == x.shape[-1]
+    is_wide = weight.dtype == torch.float32  # of these PyTorch reads one row at the speed of memory
+    if x.numel() <= FEW_ROWS * x.shape[-1] and weight.device.type == "cpu" and not (is_one_row and is_wide):
         operand = plain_operand(weight)
         if operand is not None and is_readable(operand):
             out = product(operand, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return out if bias is None else out.add_(bias)
-    is_one_row = x.numel() == x.shape[-1]
-    if not is_one_row or weight.device.type != "cpu" or weight.dtype == torch.float32 or not weight.is_contiguous():
+    if not is_one_row or weight.device.type != "cpu" or is_wide or not weight.is_contiguous():
         return F.linear(x, weight, bias)
     enabled = torch._C._get_mkldnn_enabled()  # the public switch emits unrelated warnings
     torch._C._set_mkldnn_enabled(False)

@@ -18,7 +18,7 @@ from model.simd.layouts import LANES, Columns, Layout, Numbers, Plain
 if TYPE_CHECKING:
     from model.simd.engine import Engine
 
-ROWS_AT_ONCE = 4
+ROWS_AT_ONCE = 8
 SHARES = 8
 """Parts of a thread's work, which others take over where a thread is held up."""
 
@@ -47,9 +47,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def plain_operand(weight: Tensor) -> Operand | None:
-    """A matrix (C_out, C_in) of 16-bit numbers, perhaps a transposed view."""
+    """A matrix (C_out, C_in) of 16-bit or float32 numbers, perhaps a transposed view."""
     numbers = Numbers(dtype_name(weight.dtype))
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if weight.stride(1) == 1:
         return Operand(Plain(numbers), (weight,), weight.shape)

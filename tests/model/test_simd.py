@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.layers import linear
+from model.quantization import form
 from model.quantization.affine import AffineMatrix, AffineScheme
 from model.quantization.float4 import Float4Matrix, Float4Scheme
 from model.quantization.float8 import Float8Matrix
@@ -93,6 +94,7 @@ def gguf(name: str) -> StoredMatrix:
 
 
 FORMS: dict[str, Callable[[], StoredMatrix]] = {
+    "float32": lambda: plain(torch.float32),
     "bfloat16": lambda: plain(torch.bfloat16),
     "float16": lambda: plain(torch.float16),
     "int4 groups": lambda: affine(4, Grain(1, 128)),
@@ -161,9 +163,18 @@ def test_products_are_those_of_the_numbers(matrix: Callable[[], StoredMatrix], c
     assert torch.equal(stored.product(halves), products.product(operand, halves.float()).bfloat16())
 
 
-def test_many_rows_go_by_tiles() -> None:
-    matrix, x = FORMS["Q4_K"](), torch.randn(products.FEW_ROWS + 1, C_IN)
-    torch.testing.assert_close(matrix.product(x), x @ by_torch(matrix).t(), rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("count", [products.FEW_ROWS + 1, 40])
+def test_more_rows_go_by_tiles(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(form, "TILE_ELEMENTS", 32 * C_IN)
+    for matrix in (FORMS["Q4_K"](), BY_COLUMNS["bfloat16"]()):
+        x = torch.randn(1, count, C_IN)
+        torch.testing.assert_close(matrix.product(x), x @ by_torch(matrix).t(), rtol=1e-4, atol=1e-3)
+
+
+def test_linear_takes_several_rows_of_float32() -> None:
+    weight, x = torch.randn(C_OUT, C_IN), torch.randn(2, C_IN)
+    operand = products.plain_operand(weight)
+    assert operand is not None and torch.equal(linear(x, weight), products.product(operand, x))
 
 
 def test_linear_takes_plain_weights_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +193,6 @@ def test_what_it_has_no_code_for_is_left_to_pytorch() -> None:
         float8(Grain(16, 8), (C_OUT // 16, C_IN // 8)),
         PlainMatrix(torch.randn(C_OUT, 40).bfloat16()),  # no whole number of steps
         PlainMatrix(torch.randn(C_IN, 20).bfloat16().t()),
-        PlainMatrix(torch.randn(C_OUT, C_IN)),
         mlx(2, 64, torch.float16),
     ):
         operand, x = matrix.operand(), torch.randn(1, matrix.in_features)
