@@ -18,7 +18,7 @@ from model.simd.products import Operand
 TILE_ELEMENTS = 2**21
 """Elements of a tile for few rows: 8 MiB in float32. The buffer is filled and read, so it should stay in a cache."""
 
-MANY_ROWS, LARGE_TILE_ELEMENTS = 512, 2**23
+MANY_ROWS, LARGE_TILE_ELEMENTS = 256, 2**23
 """From so many rows on, tiles are larger: the product library rearranges all rows anew for every tile, which costs more
 than fetching the tile from memory. With 2**21, reading a prompt took 1.14 times as long."""
 
