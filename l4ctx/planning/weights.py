@@ -76,6 +76,10 @@ class StoredWeights:
         """As a model that computes in `dtype` holds them."""
         return sum(part.bytes_in(dtype) for part in self.parts)
 
+    def expanded_in(self, dtype: str) -> int:
+        """Bytes of those that products in `dtype` must expand first, unless vector code reads them as they are."""
+        return sum(part.num_bytes for part in self.parts if part.stored != dtype and not part.changes(dtype))
+
     @property
     def is_plain(self) -> bool:
         """Whether all are stored in a floating-point dtype, so that --quantize applies to them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,6 +141,12 @@ def capacity_here(
     )
 
 
+MUCH_TO_EXPAND = 2**28
+"""Bytes of weights."""
+
+VECTOR_CODE_HINT = "pip install 'l4ctx[cpu]' adds what makes answers from weights of this form several times as fast"
+
+
 def size(inputs: Inputs, monitor: Monitor) -> Sized:
     """Plans memory and disk by owner, and opens a context that is written to.
 
@@ -161,6 +168,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     remedies.check(plan, capacity)
     for text in plan.notes:
         monitor.note(text)
+    if accelerator is None and request.question is not None and would_profit(workload):
+        monitor.note(VECTOR_CODE_HINT)
     attention = choices.attention(workload.dtype, on_accelerator=accelerator is not None)
     folder = request.context.folder
     monitor.tell(f"comparing with {folder}" if folder else "planning memory")
@@ -179,6 +188,13 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
         monitor.note(text)
     _check_unsaved_rows(inputs, plan, reuse.tokens)
     return Sized(inputs, plan, attention, written, reuse.tokens, before)
+
+
+def would_profit(workload: Workload) -> bool:
+    """Whether answers wait for weights that are expanded for each token, as the package that avoids it is missing."""
+    if workload.stored is None or find_spec("llvmlite") is not None:
+        return False
+    return workload.stored.expanded_in(workload.dtype) >= MUCH_TO_EXPAND
 
 
 def _workload(inputs: Inputs, capacity: Capacity) -> Workload:

@@ -14,6 +14,14 @@ LANES = 16
 
 STEP = 64
 
+TABLE_LOOK_UPS = {
+    "x86_64": "llvm.x86.ssse3.pshuf.b.128",
+    "AMD64": "llvm.x86.ssse3.pshuf.b.128",
+    "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
+    "arm64": "llvm.aarch64.neon.tbl1.v16i8",
+}
+"""By `platform.machine()`: an instruction that looks bytes up in 16 of them."""
+
 
 @dataclass(frozen=True)
 class Numbers:

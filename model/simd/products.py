@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.simd.layouts import LANES, Columns, Layout, Numbers, Plain
+from model.simd.layouts import LANES, TABLE_LOOK_UPS, Columns, Layout, Numbers, Plain
 
 if TYPE_CHECKING:
     from model.simd.engine import Engine
 
 ROWS_AT_ONCE = 8
-SHARES = 8
+SHARES = 4
 """Parts of a thread's work, which others take over where a thread is held up."""
 
 FEW_ROWS = 8
@@ -112,8 +113,12 @@ def _arguments(operand: Operand, x: Tensor, out: Tensor) -> list[int]:
 
 @functools.cache
 def _engine() -> Engine | None:
-    if importlib.util.find_spec("llvmlite") is None:
+    """None where llvmlite is not installed, cannot be loaded, or knows a processor that this package does not."""
+    if importlib.util.find_spec("llvmlite") is None or platform.machine() not in TABLE_LOOK_UPS:
         return None
-    from model.simd.engine import engine
+    try:
+        from model.simd.engine import engine
 
-    return engine()
+        return engine()
+    except (ImportError, OSError, RuntimeError):  # another LLVM in the process, or no memory that may be executed
+        return None

@@ -10,18 +10,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from model.simd.layouts import LANES
+from model.simd.layouts import LANES, TABLE_LOOK_UPS
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-
-TABLE_LOOK_UPS = {
-    "x86_64": "llvm.x86.ssse3.pshuf.b.128",
-    "AMD64": "llvm.x86.ssse3.pshuf.b.128",
-    "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
-    "arm64": "llvm.aarch64.neon.tbl1.v16i8",
-}
-"""By `platform.machine()`: an instruction that looks bytes up in 16 of them."""
 
 Value = Any
 """A value in LLVM's intermediate representation: llvmlite has no types of its own for mypy."""

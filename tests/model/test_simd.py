@@ -214,6 +214,23 @@ def test_threads_of_our_own_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(products.product(operand, x), expected)
 
 
+def test_a_compiler_that_cannot_be_had_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no memory that may be executed")
+
+    products._engine.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("model.simd.engine.engine", refuse)
+            assert products._engine() is None
+        products._engine.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(products.platform, "machine", lambda: "riscv64")
+            assert products._engine() is None
+    finally:
+        products._engine.cache_clear()
+
+
 def test_a_matrix_that_moves_is_looked_at_anew() -> None:
     matrix, x = FORMS["Q8_0"](), torch.randn(1, C_IN)
     before = matrix.product(x)
