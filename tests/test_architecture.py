@@ -71,7 +71,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"weights.compressed_tensors", "weights.fbgemm", "weights.mlx", "weights.bitsandbytes", "weights.refused"},
     {"weights.modelopt"},
     {"weights.shards", "weights.formats"},
-    {"weights.loading", "weights.streaming"},
+    {"weights.loading", "weights.streaming", "weights.device_stream"},
 )
 CACHE_LAYERS = (
     {"errors", "layout", "grid"},

@@ -99,6 +99,7 @@ def ask(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     weights_memory: options.WeightsMemory = None,
+    weights_device_memory: options.WeightsDeviceMemory = None,
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
     kv_host_memory: options.KVHostMemory = None,
@@ -163,7 +164,9 @@ def ask(
                 seed=seed,
                 loop_guard=loop_guard,
             ),
-            ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize, weights_memory),
+            ComputeOptions(
+                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
+            ),
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
         )
 

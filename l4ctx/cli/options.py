@@ -157,6 +157,16 @@ WeightsMemory = Annotated[
         help="Memory for weights that are read from the checkpoint's files, such as 16GiB (default: what is free).",
     ),
 ]
+WeightsDeviceMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--weights-device-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="GPU memory for weights, such as 20GiB; the others are copied there layer by layer (default: all of them "
+        "are there).",
+    ),
+]
 KVDir = Annotated[
     Path | None,
     typer.Option(

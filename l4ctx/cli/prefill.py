@@ -45,6 +45,7 @@ def prefill(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     weights_memory: options.WeightsMemory = None,
+    weights_device_memory: options.WeightsDeviceMemory = None,
     kv_dtype: options.KVDtype = "auto",
     kv_device_memory: options.KVDeviceMemory = None,
     kv_host_memory: options.KVHostMemory = None,
@@ -85,7 +86,9 @@ def prefill(
             ),
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
-            compute=ComputeOptions(device, dtype, attention, prefill_chunk_size, quantize, weights_memory),
+            compute=ComputeOptions(
+                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
+            ),
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
         )
 

@@ -45,16 +45,16 @@ class LayerCount:
 
     def __init__(self, other: LayerWatcher | None = None) -> None:
         self.layer = 0
-        self._other = other
+        self.other = other
 
     def entering(self, layer: int, tokens: int) -> None:
         self.layer = layer
-        if self._other is not None:
-            self._other.entering(layer, tokens)
+        if self.other is not None:
+            self.other.entering(layer, tokens)
 
     def leaving(self, layer: int, tokens: int) -> None:
-        if self._other is not None:
-            self._other.leaving(layer, tokens)
+        if self.other is not None:
+            self.other.leaving(layer, tokens)
 
 
 def prefill(

@@ -16,6 +16,7 @@ from cache.residency import KVBytes, Residency, held_bytes, peak_bytes, rows_wit
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
+from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
 from model.costs import activation_bytes, reading_operations
@@ -38,6 +39,7 @@ PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 WORTH_GROWING = 0.95
 """A larger prefill chunk is taken if a token takes less than this share of the time."""
 
+ACCELERATOR = "accelerator memory"
 KV_HOST_LIMIT = "--kv-host-memory"
 
 
@@ -59,6 +61,7 @@ class MemoryPlan:
     peak: KVBytes  # by tier
     activations: int
     weights_budget: int | None = None  # memory for mapped weights; None: no limit
+    device_weights: DeviceWeights | None = None  # None: an accelerator holds all of them
     notes: tuple[str, ...] = ()  # for the user, one line each
 
     @classmethod
@@ -110,7 +113,8 @@ class MemoryPlan:
 
     @property
     def weights_by_owner(self) -> list[PlacedWeights]:
-        return placed_weights(self.workload, self.weight_residency, on_accelerator=self.residency.on_accelerator)
+        on_accelerator = self.residency.on_accelerator
+        return placed_weights(self.workload, self.weight_residency, self.device_weights, on_accelerator=on_accelerator)
 
     @property
     def images(self) -> int:
@@ -134,13 +138,15 @@ class MemoryPlan:
     @property
     def beside_on_accelerator(self) -> int:
         """Accelerator memory for everything but NoPE keys and values."""
-        return self.weights + self.layout.window_bytes + self.activations + self.workload.tower_activations
+        weights = self.device_weights.on_device if self.device_weights else self.weights
+        return weights + self.layout.window_bytes + self.activations + self.workload.tower_activations
 
     @property
     def beside_on_host(self) -> int:
         """Host memory for everything but NoPE keys and values and mapped weights."""
         if self.residency.on_accelerator:
-            return self.token_ids + self.workload.pixel_bytes
+            weights = self.device_weights.on_host if self.device_weights else 0
+            return weights + self.token_ids + self.workload.pixel_bytes
         return self.workload.held_weights + self.layout.window_bytes + self.token_ids + self.activations + self.images
 
     @property
@@ -167,7 +173,7 @@ class MemoryPlan:
         """The tiers that are too small, each with the bytes needed and the bytes available."""
         found = {}
         if capacity.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > capacity.accelerator:
-            found["accelerator memory"] = (self.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+            found[ACCELERATOR] = (self.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
         if capacity.host is not None and self.needed + MARGIN_BYTES > capacity.host:
             found["memory"] = (self.needed + MARGIN_BYTES, capacity.host)
         if capacity.kv_host is not None and not capacity.has_disk and self.host_keys_values > capacity.kv_host:
@@ -200,6 +206,8 @@ class MemoryPlan:
             "tokens": self.workload.length,
             **numbers,
             "streamed_a_step": self.weight_residency.read_a_step,
+            "copied_a_step": self.device_weights.residency.copied_a_pass if self.device_weights else 0,
+            "weight_buffers": self.device_weights.residency.buffers if self.device_weights else 0,
             "weights_by_owner": [weights.as_dict() for weights in self.weights_by_owner],
             "rope_windows": end.rope_windows,
             "nope_device": end.nope_device,
@@ -286,12 +294,25 @@ class StepTime:
 
 
 def _with_chunk_size(workload: Workload, capacity: Capacity, prefill_chunk_size: int) -> MemoryPlan:
+    """With what is copied to an accelerator in pinned memory, if there is room, or else in its files."""
+    on_accelerator = capacity.accelerator is not None
+    weights = DeviceWeights.of(workload, capacity.weights_device) if on_accelerator else None
+    plan = _with_weights(workload, capacity, prefill_chunk_size, weights)
+    if weights is None or not weights.can_stay_mapped or not plan.shortfalls(capacity).keys() - {ACCELERATOR}:
+        return plan
+    return _with_weights(workload, capacity, prefill_chunk_size, replace(weights, is_pinned=False))
+
+
+def _with_weights(
+    workload: Workload, capacity: Capacity, prefill_chunk_size: int, device_weights: DeviceWeights | None
+) -> MemoryPlan:
     """Keeps as many sealed blocks as fit on the accelerator, then in host memory; the rest goes to disk, if any."""
     layout, on_accelerator = workload.layout, capacity.accelerator is not None
     step, rows = min(prefill_chunk_size, workload.read_tokens), layout.sealed_rows(workload.length)
     activations = activation_bytes(workload.config, step, KV_DTYPES[workload.dtype])
     residency, nothing = Residency(on_accelerator=on_accelerator), KVBytes(0, 0, 0)
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)
+    plan = replace(plan, device_weights=device_weights)
     device_rows = 0
     if capacity.accelerator is not None:
         left = _least(capacity.kv_device, capacity.accelerator - plan.beside_on_accelerator - MARGIN_BYTES)
@@ -319,6 +340,8 @@ def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
             f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks need at "
             f"least {human_bytes(plan.peak.nope_device)}"
         )
+    if plan.device_weights is not None:
+        yield from plan.device_weights.notes(capacity)
     yield from _streaming_notes(plan, capacity)
     chosen = plan.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
     if plan.prefill_chunk_size < chosen:

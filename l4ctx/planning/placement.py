@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.weights import StoredWeights
 from l4ctx.planning.workload import Workload
 from model.weights.owners import Owner
@@ -41,13 +42,17 @@ class PlacedWeights:
         }
 
 
-def placed_weights(workload: Workload, residency: WeightResidency, *, on_accelerator: bool) -> list[PlacedWeights]:
+def placed_weights(
+    workload: Workload, residency: WeightResidency, device: DeviceWeights | None = None, *, on_accelerator: bool
+) -> list[PlacedWeights]:
     """Owners in their order; none for a workload of which only the bytes in all are known."""
     stored, found = workload.stored, list[PlacedWeights]()
     if stored is None:
         return found
     streamed = _streamed(stored, residency) if residency.is_streamed else {}
     held = Tier.DEVICE if on_accelerator else Tier.MEMORY
+    copied = device.by_owner() if device else {}
+    on_host = Tier.MEMORY if device is None or device.is_pinned else Tier.STREAMED
     for owner in dict.fromkeys(share.owner for share in stored.by_owner()):
         tiers = dict.fromkeys(Tier, 0)
         for part in stored.parts:
@@ -56,6 +61,8 @@ def placed_weights(workload: Workload, residency: WeightResidency, *, on_acceler
                 tiers[Tier.MAPPED if is_mapped else held] += part.bytes_in(workload.dtype)
         tiers[Tier.STREAMED] = min(tiers[Tier.MAPPED], streamed.get(owner, 0))
         tiers[Tier.MAPPED] -= tiers[Tier.STREAMED]
+        tiers[held] -= copied.get(owner, 0)
+        tiers[on_host] += copied.get(owner, 0)
         forms = tuple(share.stored for share in stored.by_owner() if share.owner is owner)
         found.append(PlacedWeights(owner, forms, tiers))
     if workload.images is not None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from l4ctx.formatting import human_bytes
-from l4ctx.planning.memory_plan import KV_HOST_LIMIT, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.device_weights import OPTION, DeviceWeights
+from l4ctx.planning.memory_plan import KV_HOST_LIMIT, MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.weights import StoredWeights
 from l4ctx.planning.workload import Capacity, Workload
@@ -122,11 +123,28 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
     if workload.stored is not None and not workload.weights_are_mapped:
         yield from _smaller_weights(workload, workload.stored, capacity)
     if on_accelerator:
+        yield from _copied_weights(plan, capacity)
         yield _Option(
             "--device cpu",
             "",
             workload.in_dtype(workload.dtype, on_accelerator=False),
-            replace(capacity, accelerator=None, kv_device=None),
+            replace(capacity, accelerator=None, kv_device=None, weights_device=None),
+        )
+
+
+def _copied_weights(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
+    """All memory of the accelerator that other things leave for weights, if it suffices with the rest copied."""
+    held = plan.device_weights.on_device if plan.device_weights else plan.weights
+    other = plan.needed_on_accelerator - held + MARGIN_BYTES
+    mebibytes = ((capacity.accelerator or 0) - other) // 2**20
+    weights = DeviceWeights.of(plan.workload, mebibytes * 2**20) if mebibytes > 0 else None
+    if weights is not None and weights.on_device <= weights.limit < held:
+        copied = human_bytes(weights.residency.copied_a_pass)
+        yield _Option(
+            f"{OPTION} {mebibytes}MiB",
+            f" ({copied} are copied to the accelerator for each prefill chunk and each token of the answer)",
+            plan.workload,
+            replace(capacity, weights_device=weights.limit),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,11 +62,13 @@ class StoredWeights:
     @cached_property
     def layers(self) -> tuple[LayerBytes, ...]:
         """Bytes of each layer that keep their stored form."""
-        always, experts = [0] * self.num_layers, [0] * self.num_layers
-        for part in self.parts:
-            if part.layer is not None and part.owner is not Owner.SMALL:
-                (experts if part.owner is Owner.ROUTED else always)[part.layer] += part.num_bytes
-        return tuple(LayerBytes(*both) for both in zip(always, experts, strict=True))
+        return self._layers(lambda part: part.num_bytes)
+
+    def layers_in(self, dtype: str) -> tuple[LayerBytes, ...]:
+        """Bytes of each layer without norms, biases and routers, as a model that computes in `dtype` holds them."""
+        if dtype not in self._layers_by_dtype:
+            self._layers_by_dtype[dtype] = self._layers(lambda part: part.bytes_in(dtype))
+        return self._layers_by_dtype[dtype]
 
     def converted(self, dtype: str) -> int:
         """Bytes of those that are converted to `dtype`."""
@@ -92,3 +94,14 @@ class StoredWeights:
     def by_owner(self) -> tuple[Share, ...]:
         """Sums by owner and stored form."""
         return shares(self.parts)
+
+    @cached_property
+    def _layers_by_dtype(self) -> dict[str, tuple[LayerBytes, ...]]:
+        return {}
+
+    def _layers(self, size: Callable[[WeightBytes], int]) -> tuple[LayerBytes, ...]:
+        always, experts = [0] * self.num_layers, [0] * self.num_layers
+        for part in self.parts:
+            if part.layer is not None and part.owner is not Owner.SMALL:
+                (experts if part.owner is Owner.ROUTED else always)[part.layer] += size(part)
+        return tuple(LayerBytes(*both) for both in zip(always, experts, strict=True))

@@ -27,8 +27,10 @@ class Capacity:
     disk: int | None = None  # free where sealed blocks can be written
     disk_folder: str | None = None  # None: no disk is used
     weights: int | None = None  # --weights-memory: for mapped weights
+    weights_device: int | None = None  # --weights-device-memory; None: all weights have to be there
     operations: float = 1e11  # a second, in matrix products
     reading: float = 1e9  # bytes a second from the checkpoint's files
+    copying: float = 2e10  # bytes a second from host memory to an accelerator: PCIe 4.0 with 16 lanes, assumed
 
     @property
     def has_disk(self) -> bool:

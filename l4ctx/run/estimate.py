@@ -116,10 +116,15 @@ class _Read:
             return reading_operations(config, start, stop)
         return prompt_operations(config, self.prompt, self.images, start, stop)
 
-    def seconds(self, plan: MemoryPlan, speed: Speed, reading: float) -> float:
-        """To read all of it, at `speed`, while weights that do not stay in memory are read at `reading` bytes a
-        second."""
+    def seconds(self, plan: MemoryPlan, speed: Speed, capacity: Capacity) -> float:
+        """To read all of it, at `speed`, while weights that do not stay in memory are read, and those that do not stay
+        on an accelerator are copied."""
         config, residency, total = plan.workload.config, plan.weight_residency, 0.0
+        reading = capacity.reading
+        if (weights := plan.device_weights) is not None:
+            copying = weights.residency.copied_a_pass / weights.rate(capacity)
+            steps = (self.operations(config, positions.start, positions.stop) for positions in self.steps(plan))
+            return sum(max(speed.seconds(operations), copying) for operations in steps)
         if not residency.is_streamed:
             return speed.seconds(self.operations(config, 0, self.tokens))
         for positions in self.steps(plan):
@@ -157,8 +162,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
     request.kv.check_folder()
     accelerator = available_on(request.compute.device, quick=request.tokens is not None)
-    limit = request.compute.weights_memory
-    capacity = capacity_here(request.kv, accelerator, request.kv.folder, weights=limit)
+    capacity = capacity_here(request.kv, request.compute, accelerator, request.kv.folder)
     if request.measure and (reading := _reading_rate(request.model)) is not None:
         capacity = replace(capacity, reading=reading)
     size = read.size(_max_new_tokens(request, config, read.tokens))
@@ -172,7 +176,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
 
     def seconds(of: MemoryPlan) -> float | None:
         taken = speed or assumed
-        return None if taken is None else read.seconds(of, taken, capacity.reading)
+        return None if taken is None else read.seconds(of, taken, capacity)
 
     residency = plan.weight_residency
     is_large = residency.is_streamed or bool(plan.shortfalls(capacity))

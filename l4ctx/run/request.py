@@ -39,10 +39,19 @@ class ComputeOptions:
     prefill_chunk_size: int | None = None  # tokens
     quantize: str | None = None  # as Quantization.parse reads it, or "none"
     weights_memory: int | None = None  # bytes for weights that stay mapped
+    weights_device_memory: int | None = None  # bytes for weights on an accelerator, which the others are copied to
 
     @property
     def quantization(self) -> Quantization | None:
         return None if self.quantize in (None, NONE) else Quantization.parse(self.quantize)
+
+    def check_device_memory(self, *, on_accelerator: bool) -> None:
+        """Raises RequestError for a --weights-device-memory where there is no such memory."""
+        if self.weights_device_memory is not None and not on_accelerator:
+            raise RequestError(
+                "--weights-device-memory: the model computes on the CPU, whose memory is the host's: "
+                "--weights-memory limits that"
+            )
 
 
 @dataclass(frozen=True)

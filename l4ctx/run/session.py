@@ -19,12 +19,15 @@ from l4ctx.run.request import Request
 from l4ctx.run.sizing import Sized
 
 if TYPE_CHECKING:
+    import torch
+
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.engine.loop_guard import Loop
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
+    from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.vision.features import ImageFeatures
-    from model.transformer import Transformer
+    from model.transformer import LayerWatcher, Transformer
 
 
 @dataclass
@@ -108,9 +111,10 @@ class Session:
         import torch
 
         from l4ctx.planning.placement import held_weights
+        from model.weights.device_stream import DeviceStream
         from model.weights.tiers import held_bytes
 
-        held, device = self.cache.held(), self.model.device
+        held, device, watcher = self.cache.held(), self.model.device, self.layers.other
         towers = [self.features.tower] if self.features else []
         tower = self.features.weight_bytes if self.features else 0
         return MemoryReport(
@@ -122,6 +126,7 @@ class Session:
             nope_host=held.nope_host,
             nope_disk=held.nope_disk,
             buffers=held.buffers,
+            weight_buffers=watcher.buffer_bytes if isinstance(watcher, DeviceStream) else 0,
             token_ids=memoryview(self.sized.inputs.prompt.ids).nbytes,
             process_before=self.sized.before,
             process=process_memory(),
@@ -165,21 +170,24 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     """
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
+    from l4ctx.engine.prefill import LayerCount
     from model.weights.loading import load_checkpoint
 
     inputs, plan = sized.inputs, sized.plan
     request, device = inputs.request, inputs.checked.device
     with monitor.loading():
         monitor.tell("loading weights")
+        copied = plan.device_weights
         model = load_checkpoint(
             request.model,
             dtype=plan.workload.dtype,
-            device=device,
+            device="cpu" if copied else device,
             attention=sized.attention,
-            is_mapped=plan.weights_are_mapped,
+            is_mapped=plan.weights_are_mapped or copied is not None,
             quantization=inputs.choices.compute.quantization,
         )
-        layers = _watched(model, plan.weight_residency.budget, monitor)
+        watcher = _watcher(model, plan, device, monitor)
+        model.watcher = layers = LayerCount(watcher)
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
         if inputs.images is not None and unread:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
@@ -202,13 +210,17 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     return Session(sized, monitor, model, cache, features, scratch, layers)
 
 
-def _watched(model: Transformer, budget: int | None, monitor: Monitor) -> LayerCount:
-    """Mapped layers that exceed the budget are read ahead and dropped by a thread, for as long as the run lasts."""
-    from l4ctx.engine.prefill import LayerCount
+def _watcher(model: Transformer, plan: MemoryPlan, device: torch.device, monitor: Monitor) -> LayerWatcher | None:
+    """What brings the weights that do not stay where the model computes, for as long as the run lasts."""
+    from model.weights.device_stream import CudaTransport, DeviceStream
     from model.weights.streaming import WeightStream
 
-    stream = None if budget is None else WeightStream.of(model, budget)
+    budget = plan.weight_residency.budget
+    stream: DeviceStream | WeightStream | None = None
+    if (copied := plan.device_weights) is not None:
+        stream = DeviceStream(model, CudaTransport(device), copied.layers_budget, is_pinned=copied.is_pinned)
+    elif budget is not None:
+        stream = WeightStream.of(model, budget)
     if stream is not None:
         monitor.resources.callback(stream.close)
-    model.watcher = count = LayerCount(stream)
-    return count
+    return stream

@@ -116,18 +116,18 @@ def _stored_kv_dtype(
 
 def capacity_here(
     kv: KVOptions,
+    compute: ComputeOptions,
     accelerator: int | None,
     disk: Path | None,
     context: Path | None = None,
-    *,
-    weights: int | None = None,
 ) -> Capacity:
-    """What is free on this machine, within the user's limits; `weights`: that of --weights-memory.
+    """What is free on this machine, within the user's limits.
 
     `accelerator`: bytes free on the one that computes, None on a CPU. `disk`: the folder that blocks may be written to;
     those of `context` are on disk already. Raises RequestError.
     """
     kv.check_device_memory(on_accelerator=accelerator is not None)
+    compute.check_device_memory(on_accelerator=accelerator is not None)
     folder = disk or context
     return Capacity(
         host=available_memory(),
@@ -136,7 +136,8 @@ def capacity_here(
         kv_host=kv.host_memory,
         disk=None if disk is None else available_disk(disk),
         disk_folder=None if folder is None else str(folder),
-        weights=weights,
+        weights=compute.weights_memory,
+        weights_device=compute.weights_device_memory,
         operations=assumed_operations(),
     )
 
@@ -159,8 +160,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     before = process_memory()
     accelerator = free_on_accelerator(inputs.checked.device)
     answer_from, save_to = request.context.answer_from, request.context.save_to
-    disk, limit = save_to or request.kv.folder, request.compute.weights_memory
-    capacity = capacity_here(request.kv, accelerator, disk, answer_from, weights=limit)
+    disk = save_to or request.kv.folder
+    capacity = capacity_here(request.kv, request.compute, accelerator, disk, answer_from)
     workload = _workload(inputs, capacity)
     plan = MemoryPlan.of(workload, capacity)
     if save_to is not None and save_to.exists():

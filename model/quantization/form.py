@@ -125,8 +125,12 @@ class StoredMatrix(nn.Module):
             self._has_operand = True
         return self._operand
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def forget_operand(self) -> None:
+        """To be called when a buffer has been replaced."""
         self._has_operand = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.forget_operand()
         return super()._apply(fn, recurse)
 
 

@@ -1,11 +1,11 @@
-"""How much of mapped weights stays in memory, and how much is read again in every pass over the layers.
+"""How much of the weights stays in memory or on a device, and how much comes again in every pass over the layers.
 
-Closed forms, for plans and for `model.weights.streaming`. Imports no torch.
+Closed forms, for plans, `model.weights.streaming` and `model.weights.device_stream`. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,3 +90,71 @@ class WeightResidency:
 
     def _needed(self, streamed: int) -> int:
         return sum(max(0, layer.total - streamed) for layer in self.layers[:-1]) + 2 * streamed
+
+
+@dataclass(frozen=True)
+class DeviceResidency:
+    """Which weights stay on a device that gives the layers `budget` bytes, buffers included.
+
+    A unit is a layer's routed experts, or all else of it. Units stay or are copied as a whole: what every token
+    multiplies stays first, layer by layer, then experts. A byte that stays saves the same copy wherever it is, but
+    generating needs few of the experts. What does not stay is copied in each pass into one of two buffers.
+    """
+
+    layers: Sequence[LayerBytes]
+    budget: int | None = None  # None: no limit
+
+    BUFFERS = 2
+
+    @cached_property
+    def total(self) -> int:
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.budget is not None and self.total > self.budget
+
+    @cached_property
+    def units(self) -> int:
+        """How many units stay. If the least does not fit into the budget either, as many as the least takes."""
+        if self.budget is None or not self.is_streamed:
+            return 2 * len(self.layers)
+        needed = list(self._needed())
+        fitting = [units for units, size in enumerate(needed) if size <= self.budget]
+        return fitting[-1] if fitting else needed.index(min(needed))
+
+    def streamed(self, layer: int) -> LayerBytes:
+        """Bytes of this layer that are copied."""
+        whole, count = self.layers[layer], len(self.layers)
+        return LayerBytes(whole.always * (layer >= self.units), whole.experts * (count + layer >= self.units))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay on the device."""
+        return self.total - self.copied_a_pass
+
+    @property
+    def copied_a_pass(self) -> int:
+        """Bytes that a prefill step copies, and each token that is generated."""
+        return sum(self.streamed(number).total for number in range(len(self.layers)))
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the buffers."""
+        return self._buffers([self.streamed(number).total for number in range(len(self.layers))])
+
+    @property
+    def peak(self) -> int:
+        return self.kept + self.buffers
+
+    def _buffers(self, streamed: list[int]) -> int:
+        return min(self.BUFFERS, sum(map(bool, streamed))) * max(streamed, default=0)
+
+    def _needed(self) -> Iterator[int]:
+        """Bytes on the device if no unit stays, the first does, the first two, and so on."""
+        streamed = [layer.total for layer in self.layers]
+        yield self._buffers(streamed)
+        for units in ([layer.always for layer in self.layers], [layer.experts for layer in self.layers]):
+            for number, unit in enumerate(units):
+                streamed[number] -= unit
+                yield self.total - sum(streamed) + self._buffers(streamed)

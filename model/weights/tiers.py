@@ -1,4 +1,7 @@
-"""Where a model's weights are held: mapped from files, in memory, or on a device, by owner."""
+"""Where a model's weights are held: mapped from files, in memory, or on a device, by owner.
+
+Tensors without data, on the meta device, stand for weights in host memory that `model.weights.device_stream` copies.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ def held_bytes(models: Iterable[nn.Module]) -> dict[tuple[Owner, str], int]:
 
 
 def _tier(tensor: Tensor, files: list[MappedRange]) -> str:
+    if tensor.device.type == "meta":
+        return MEMORY
     if tensor.device.type != "cpu":
         return DEVICE
     return MAPPED if ranges_of([tensor], files) else MEMORY

@@ -512,11 +512,14 @@ def test_remedies_for_an_accelerator() -> None:
     assert remedies(known, Capacity(host=64 * GIB, accelerator=80 * GIB)) == [
         "--quantize int4 makes it fit (58.8 GiB of weights instead of 201 GiB)",
         "a checkpoint in GGUF Q5_K_M makes it fit (71.3 GiB of weights instead of 201 GiB)",
+        "--weights-device-memory 79042MiB makes it fit (131 GiB are copied to the accelerator for each prefill chunk "
+        "and each token of the answer)",
         "--device cpu makes it fit",
     ]
     small = remedies(known, Capacity(host=64 * GIB, accelerator=24 * GIB))
-    assert small[1].startswith("--quantize int4 saves 142 GiB (58.8 GiB") and small[1].endswith(", not enough alone")
-    assert small[2].startswith("a checkpoint in GGUF Q2_K saves 164 GiB (36.8 GiB of weights instead of 201 GiB)")
+    assert small[0].startswith("--weights-device-memory 21698MiB makes it fit (188 GiB are copied")
+    assert small[2].startswith("--quantize int4 saves 142 GiB (58.8 GiB") and small[2].endswith(", not enough alone")
+    assert small[3].startswith("a checkpoint in GGUF Q2_K saves 164 GiB (36.8 GiB of weights instead of 201 GiB)")
     fp8 = replace(asked, stored=next(form for form in PUBLISHED if form.name == "FP8").weights(SCOUT))
     assert not any("--quantize" in remedy for remedy in remedies(fp8, Capacity(host=64 * GIB, accelerator=24 * GIB)))
     both = remedies(replace(asked, prompt_tokens=2 * 10**6), Capacity(host=64 * GIB, accelerator=80 * GIB))
@@ -546,6 +549,8 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "weights_are_mapped",
         "resident_weights",
         "streamed_a_step",
+        "copied_a_step",
+        "weight_buffers",
         "weights_by_owner",
         "tokens",
         "rope_windows",

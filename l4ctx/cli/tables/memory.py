@@ -26,6 +26,8 @@ def memory_table(report: MemoryReport) -> FigureTable:
         None,
         report.weights,
     )
+    if plan.device_weights is not None:
+        row("weight buffers, accelerator", plan.device_weights.residency.buffers, None, report.weight_buffers)
     row("RoPE windows", end.rope_windows, most.rope_windows, report.rope_windows)
     row("NoPE keys and values, accelerator", end.nope_device, most.nope_device, report.nope_device)
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)

@@ -59,6 +59,11 @@ def _memory(report: PlanReport) -> FigureTable:
     row("weights, mapped from the checkpoint" if plan.weights_are_mapped else "weights", plan.weights)
     if plan.weight_residency.is_streamed:
         row("  in memory at a time", plan.weight_residency.kept, plan.resident_weights)
+    if plan.device_weights is not None:
+        buffers = plan.device_weights.residency.buffers
+        row(
+            "  on the accelerator, with buffers", plan.device_weights.on_device - buffers, plan.device_weights.on_device
+        )
     row("RoPE windows", end.rope_windows, most.rope_windows)
     row("NoPE keys and values, accelerator", end.nope_device, most.nope_device)
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host)
