@@ -35,8 +35,8 @@ class FormPlan:
 
     @property
     def is_held(self) -> bool:
-        """Whether memory holds all layers."""
-        return self.fits and not self.plan.weight_residency.is_streamed
+        """Whether memory, or the accelerator's, holds all layers."""
+        return self.fits and not self.plan.weight_residency.is_streamed and self.plan.device_weights is None
 
     def as_dict(self) -> dict[str, Any]:
         return {
