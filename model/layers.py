@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., C_in) and weight (C_out, C_in) -> (..., C_out).
 
     A few rows on a CPU go to vector code, which reads weights once at about memory bandwidth, in whichever layout they
-    are. Where it is not installed, oneDNN is disabled for one row and contiguous weights:
-    PyTorch's native loop is twice as fast then.
+    are. Where it is not installed, oneDNN is disabled for one row and contiguous 16-bit weights: PyTorch's native loop
+    is twice as fast then.
     """
     if isinstance(weight, StoredMatrix):
         out = weight.product(x)
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if x.numel() <= FEW_ROWS * x.shape[-1] and weight.device.type == "cpu" and not (is_one_row and is_wide):
         operand = plain_operand(weight)
         if operand is not None and is_readable(operand):
-            out = product(operand, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            out = product(operand, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], weight.shape[0])
             return out if bias is None else out.add_(bias)
     if not is_one_row or weight.device.type != "cpu" or is_wide or not weight.is_contiguous():
         return F.linear(x, weight, bias)

@@ -19,12 +19,11 @@ from model.simd.layouts import LANES, TABLE_LOOK_UPS, Columns, Layout, Numbers, 
 if TYPE_CHECKING:
     from model.simd.engine import Engine
 
-ROWS_AT_ONCE = 8
 SHARES = 4
 """Parts of a thread's work, which others take over where a thread is held up."""
 
 FEW_ROWS = 8
-"""A product with more rows than this is not taken: an expanded tile serves them all."""
+"""A product with more rows than this is not taken: their sums would not fit into registers, and a tile serves all."""
 
 SMALLEST = 2**18
 """Weights of the smallest matrix that code is compiled for, which takes as long as reading some 10^8 weights."""
@@ -74,17 +73,18 @@ def is_readable(operand: Operand) -> bool:
 
 
 def product(operand: Operand, x: Tensor) -> Tensor:
-    """x (N, C_in) -> (N, C_out), computed in float32 and rounded to x's dtype. The operand is readable."""
+    """x (N, C_in), N at most FEW_ROWS -> (N, C_out), computed in float32 and rounded to x's dtype.
+
+    The operand is readable.
+    """
     c_out, _ = operand.shape
     rows = x.to(torch.float32).contiguous()
     out = torch.empty(len(x), c_out)
     engine = _engine()
     assert engine is not None
     shares = 1 if isinstance(operand.layout, Columns) else SHARES  # parts of columns would be short runs of memory
-    for start in range(0, len(x), ROWS_AT_ONCE):
-        here = slice(start, start + ROWS_AT_ONCE)
-        part = rows[here]
-        engine.product(operand.layout, len(part))(_arguments(operand, part, out[here]), 0, c_out, shares)
+    if len(x):
+        engine.product(operand.layout, len(x))(_arguments(operand, rows, out), 0, c_out, shares)
     if operand.factor is not None:
         out.mul_(operand.factor)
     return out.to(x.dtype)

@@ -23,7 +23,23 @@ class LayerBytes:
 
 
 @dataclass(frozen=True)
-class WeightResidency:
+class _Residency:
+    """The layers' weights, and how many of their bytes may stay at a time."""
+
+    layers: Sequence[LayerBytes]
+    budget: int | None = None  # None: no limit
+
+    @cached_property
+    def total(self) -> int:
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.budget is not None and self.total > self.budget
+
+
+@dataclass(frozen=True)
+class WeightResidency(_Residency):
     """How the layers' weights share `budget` bytes of memory.
 
     Layers are used in a cycle, so a cache that evicts what was used longest ago would always miss. Instead, some bytes
@@ -31,17 +47,6 @@ class WeightResidency:
     memory at a time: the one that is computed, and the next one, or as much of it as fits. The last layer is not in the
     cycle and is streamed as a whole: while a prompt is read, only its keys and values are computed.
     """
-
-    layers: Sequence[LayerBytes]
-    budget: int | None = None  # None: no limit
-
-    @property
-    def total(self) -> int:
-        return sum(layer.total for layer in self.layers)
-
-    @property
-    def is_streamed(self) -> bool:
-        return self.budget is not None and self.total > self.budget
 
     @cached_property
     def streamed_a_layer(self) -> int:
@@ -93,7 +98,7 @@ class WeightResidency:
 
 
 @dataclass(frozen=True)
-class DeviceResidency:
+class DeviceResidency(_Residency):
     """Which weights stay on a device that gives the layers `budget` bytes, buffers included.
 
     A unit is a layer's routed experts, or all else of it. Units stay or are copied as a whole: what every token
@@ -101,18 +106,7 @@ class DeviceResidency:
     generating needs few of the experts. What does not stay is copied in each pass into one of two buffers.
     """
 
-    layers: Sequence[LayerBytes]
-    budget: int | None = None  # None: no limit
-
     BUFFERS = 2
-
-    @cached_property
-    def total(self) -> int:
-        return sum(layer.total for layer in self.layers)
-
-    @property
-    def is_streamed(self) -> bool:
-        return self.budget is not None and self.total > self.budget
 
     @cached_property
     def units(self) -> int:

@@ -171,6 +171,11 @@ def test_more_rows_go_by_tiles(count: int, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(matrix.product(x), x @ by_torch(matrix).t(), rtol=1e-4, atol=1e-3)
 
 
+def test_no_rows_have_no_results() -> None:
+    for weight in (FORMS["Q8_0"](), torch.randn(C_OUT, C_IN), torch.randn(C_IN, C_OUT).bfloat16().t()):
+        assert linear(torch.randn(1, 0, C_IN), weight).shape == (1, 0, C_OUT)
+
+
 def test_linear_takes_several_rows_of_float32() -> None:
     weight, x = torch.randn(C_OUT, C_IN), torch.randn(2, C_IN)
     operand = products.plain_operand(weight)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cache.hybrid import HybridKVCache
 from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights import device_stream
@@ -17,6 +16,7 @@ from model.weights.loading import load_checkpoint
 from model.weights.owners import Owner
 from model.weights.residency import DeviceResidency, LayerBytes
 from model.weights.tiers import DEVICE, MEMORY, held_bytes
+from support.short_runs import run
 from support.toy_checkpoints import Toys
 from support.transports import LateTransport
 
@@ -26,16 +26,6 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(device_stream, "PIECE_BYTES", 1000)
     yield
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weight-copies")]
-
-
-def run(model: Transformer) -> torch.Tensor:
-    """Logits of a prompt that is read in steps, and of three tokens after it."""
-    ids = torch.arange(64)[None] * 31 % 97
-    cache = HybridKVCache(model.config, length=64, dtype=model.dtype)
-    for start in range(0, 61, 25):
-        model(ids[:, start : min(start + 25, 61)], cache, logits="none")
-    steps = [model(ids[:, n : n + 1], cache) for n in range(61, 64)]
-    return torch.cat([step for step in steps if step is not None])
 
 
 def budget_for(model: Transformer, share: float) -> int:

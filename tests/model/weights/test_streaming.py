@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 import torch
 
-from cache.hybrid import HybridKVCache
-from model.transformer import Transformer
 from model.weights import streaming
 from model.weights.loading import load_checkpoint
 from model.weights.pages import MappedRange
 from model.weights.residency import WeightResidency
 from model.weights.streaming import LayerRanges, WeightStream
+from support.short_runs import run
 from support.toy_checkpoints import Toys
 
 only_on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where files are mapped")
@@ -23,16 +22,6 @@ only_on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux t
 
 def streams() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "weight-stream"]
-
-
-def run(model: Transformer) -> torch.Tensor:
-    """Logits of a prompt that is read in steps, and of three tokens after it."""
-    ids = torch.arange(64)[None] * 31 % 97
-    cache = HybridKVCache(model.config, length=64, dtype=model.dtype)
-    for start in range(0, 61, 25):
-        model(ids[:, start : min(start + 25, 61)], cache, logits="none")
-    steps = [model(ids[:, n : n + 1], cache) for n in range(61, 64)]
-    return torch.cat([step for step in steps if step is not None])
 
 
 @only_on_linux
