@@ -20,7 +20,7 @@ PACKAGES = (  # from the top down: each may import only those in rows below
     {"l4ctx.vision"},
     {"l4ctx.documents", "l4ctx.planning"},
     {"l4ctx.contexts"},
-    {"l4ctx.checkpoint", "l4ctx.machine", "cache"},
+    {"l4ctx.checkpoint", "l4ctx.machine", "l4ctx.drafts", "cache"},
     {"l4ctx.errors", "l4ctx.formatting", "l4ctx.spans"},
     {"model", "l4ctx"},
 )
@@ -103,6 +103,7 @@ WITHOUT_TORCH = (
     "l4ctx.contexts.journal",
     "l4ctx.contexts.manifest",
     "l4ctx.machine.memory",
+    "l4ctx.drafts.drafter",
     "l4ctx.inspection.model_folder",
     "l4ctx.documents.pdf",
     "l4ctx.documents.pdf_process",

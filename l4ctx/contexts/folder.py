@@ -3,7 +3,7 @@
     manifest.json               what it was made with (l4ctx.contexts.manifest); never changed
     journal                     what is sealed, and which documents; append-only (l4ctx.contexts.journal, .states)
     head.json                   the newest complete state (l4ctx.contexts.head): tells a journal that was cut short
-    tokens-*.safetensors        token ids and documents of a state, written once
+    tokens-*.safetensors        token ids, documents and the order for drafts of a state, written once
     blocks/*.safetensors        a sealed block of every NoPE layer each
     tail-*.safetensors          the tokens behind the last sealed block, with the RoPE layers' windows
     writer.lock, readers.lock   one writer at a time; old blocks are deleted only while nobody reads

@@ -23,6 +23,8 @@ from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
 from l4ctx.contexts.manifest import Recipe, read_manifest
 from l4ctx.contexts.states import State, Stored, replay
+from l4ctx.drafts.index import IndexedText
+from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
 from l4ctx.spans import ImageSpan, Span
 from model.weights.read_ahead import as_bytes
@@ -95,6 +97,24 @@ class Context:
         ids = array("i", bytes(unit.nbytes))
         file.read("ids", memoryview(ids).cast("B"))
         return ids
+
+    def text(self, state: State) -> IndexedText:
+        """The documents' token ids, to copy drafts from. Raises DiskError.
+
+        The saved order is taken where it is whole; otherwise one is made. Nothing in it is trusted, for a wrong one
+        leads to worse drafts only.
+        """
+        ids, file = self.ids(state), self.file(state.ids)
+        if not ids:
+            return IndexedText(ids, ids)
+        order = array("i", bytes(4 * len(ids)))
+        try:
+            file.read("order", memoryview(order).cast("B"))
+        except DiskError:
+            return IndexedText(ids, text_order(ids))
+        smallest, largest = torch.frombuffer(order, dtype=torch.int32).aminmax()
+        is_within = int(smallest) >= 0 and int(largest) < len(ids)
+        return IndexedText(ids, order if is_within else text_order(ids))
 
     def documents(self, state: State) -> list[Span]:
         """Source, SHA-256 and token span of each document. Raises DiskError."""

@@ -29,6 +29,7 @@ from l4ctx.contexts.manifest import Recipe, read_manifest, saved_recipe, write_m
 from l4ctx.contexts.reader import Context
 from l4ctx.contexts.reuse import reusable
 from l4ctx.contexts.states import State, Stored, block_record, end_record
+from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
 from l4ctx.machine.private import make_folder
 from l4ctx.spans import ImageSpan, Span
@@ -178,8 +179,10 @@ class ContextWriter:
             update_head(self.folder, self._journal.records)
 
     def _write_ids(self, ids: memoryview, documents: Sequence[Span], images: Sequence[ImageSpan]) -> Stored:
+        order = text_order(ids)
         units = {
             "ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
+            "order": [("positions", torch.frombuffer(order, dtype=torch.int32))],
             "documents": [("json", _as_json([asdict(span) for span in documents]))],
         }
         if images:

@@ -1,0 +1,1 @@
+"""Drafts of an answer's next tokens: what followed the same words before, in the text or in the answer itself."""
