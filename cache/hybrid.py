@@ -7,6 +7,7 @@ it is given: a scratch file, or a saved context.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -74,12 +75,36 @@ class HybridKVCache:
             before.finish()  # layers run in order, so that at most one holds a whole forward's tokens
         self.layers[layer].append(self.offset, keys, values)
 
-    def segments(self, layer: int, queries: range) -> Iterator[KVSegment]:
-        """Keys and values that queries at these positions may see, oldest first; each is valid until the next one."""
+    def segments(self, layer: int, queries: range, within: range | None = None) -> Iterator[KVSegment]:
+        """Keys and values that queries at these positions may see, oldest first; each is valid until the next one.
+
+        Of a NoPE layer those `within` these positions, which begin and end at blocks, or at the last token.
+        """
         cache = self.layers[layer]
         if isinstance(cache, ChunkedKVCache):
             return cache.segments()
-        return cache.segments(len(queries) * self.batch_size, self.residency)
+        return cache.segments(len(queries) * self.batch_size, self.residency, within)
+
+    def shared_tokens(self, others: Sequence[HybridKVCache]) -> int:
+        """Tokens in the sealed blocks at the beginning that all of these forks share."""
+        stores = self.stores[:1]  # blocks of all layers are sealed together
+        shared = len(stores[0].sealed) if stores else 0
+        for other in others:
+            both = zip(stores[0].sealed[:shared], other.stores[0].sealed, strict=False) if stores else ()
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], both))
+        return shared * self.layout.block_tokens
+
+    @property
+    def room(self) -> int:
+        """How many tokens can be appended and taken back: less than what the attention chunk has left."""
+        size = self.config.attention_chunk_size
+        return min(size - self.offset % size - 1, self.length - self.offset)
+
+    def rewind(self, offset: int) -> None:
+        """Takes back the tokens from `offset` on, all of which were appended within `room`."""
+        size = self.config.attention_chunk_size
+        assert offset <= self.offset and offset // size == self.offset // size, (offset, self.offset)
+        self.offset = offset
 
     def advance(self, num_tokens: int) -> None:
         """Commits the new tokens of all layers by changing the offset alone, so that an interrupt finds all or none.

@@ -43,14 +43,21 @@ class OffloadedKVCache:
             position += count
         self._stop = stop
 
-    def segments(self, num_queries: int, residency: Residency) -> Iterator[KVSegment]:
-        """All keys and values, oldest first; each segment is valid until the next is requested."""
-        size, start = self.tiers.layout.segment_tokens, 0
-        for block in self.tiers.stream(self.sealed, residency, num_queries):
+    def segments(self, num_queries: int, residency: Residency, within: range | None = None) -> Iterator[KVSegment]:
+        """Keys and values, oldest first; each segment is valid until the next is requested.
+
+        All of them, or those `within` a range that begins and ends at blocks, or at the last token.
+        """
+        layout = self.tiers.layout
+        size, per_block = layout.segment_tokens, layout.block_tokens
+        within = within or range(self._stop)
+        assert within.start % per_block == 0, within
+        start, sealed = within.start, range(within.start // per_block, min(len(self.sealed), within.stop // per_block))
+        for block in self.tiers.stream(self.sealed, residency, num_queries, sealed):
             yield KVSegment(*block, start)
             start += size
-        while start < self._stop:  # any segment past it was left by a forward that did not finish
-            yield KVSegment(*self.open[start // size].first(self._stop - start), start)
+        while start < within.stop:  # any segment past it was left by a forward that did not finish
+            yield KVSegment(*self.open[start // size].first(within.stop - start), start)
             start += size
 
     def settle(self, offset: int) -> None:

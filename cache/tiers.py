@@ -114,15 +114,17 @@ class Tiers:
     def buffer_bytes(self) -> int:
         return sum(x.nbytes for x in self._read_buffers) + sum(block.nbytes for block in self._unpacked.values())
 
-    def stream(self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int) -> Iterator[Block]:
-        """The blocks' segments, oldest first, in the compute dtype, where they are attended. Each is valid
-        until the next one. A block that `residency` places in memory stays there from its second read on, so
-        that the first answer does not wait for memory to fill."""
+    def stream(
+        self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int, rows: range | None = None
+    ) -> Iterator[Block]:
+        """The blocks' segments, oldest first, in the compute dtype, where they are attended: of `rows`, or all.
+        Each is valid until the next one. A block that `residency` places in memory stays there from its second read on,
+        so that the first answer does not wait for memory to fill."""
         _, _, on_disk = residency.split(len(blocks))
         loans = (
-            Loan(block, number, row >= on_disk and block.was_read)
-            for row, block in enumerate(blocks)
-            for number in range(len(block.segments))
+            Loan(blocks[row], number, row >= on_disk and blocks[row].was_read)
+            for row in (range(len(blocks)) if rows is None else rows)
+            for number in range(len(blocks[row].segments))
         )
         fetched = self._fetched(loans)
         if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:

@@ -6,15 +6,15 @@ queries may attend to, wherever it was kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.kernels.attend import Backend, KVSegment, attend
+from model.kernels.attend import AttentionState, Backend, KVSegment, attend, attention_state, merge
 from model.kernels.masks import AttentionMask
 from model.layers import Linear, in_pieces
 from model.rope import phases, rotate
@@ -32,33 +32,109 @@ class KVCache(Protocol):
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values (B, H_kv, T, D) of the new tokens at `offset`; visible to `segments` immediately."""
 
-    def segments(self, layer: int, queries: range) -> Iterable[KVSegment]:
-        """Yields what queries at these absolute positions may need, oldest first.
+    def segments(self, layer: int, queries: range, within: range | None = None) -> Iterable[KVSegment]:
+        """Yields what queries at these absolute positions may need, oldest first; of a NoPE layer only what lies
+        `within` these positions, which begin and end where `shared_tokens` does.
 
         A segment is valid until the next one is requested.
         """
+        ...
+
+    def shared_tokens(self, others: Sequence[Any]) -> int:
+        """How many first tokens of the NoPE layers are held once for this cache and the others, which are forks."""
         ...
 
     def advance(self, num_tokens: int) -> None:
         """Commits the new tokens in all layers."""
 
 
-class Step(NamedTuple):
-    """What is the same for all layers in one forward."""
+class Part(NamedTuple):
+    """One sequence's new tokens in a forward."""
 
     positions: range  # absolute positions of the new tokens
+    queries: range  # those whose outputs are wanted in the last layer: all, the last, or none
+    start: int  # place of the first one among the forward's tokens
+    cache: KVCache | None
+
+    @property
+    def tokens(self) -> slice:
+        """Places of the new tokens among the forward's."""
+        return slice(self.start, self.start + len(self.positions))
+
+    @property
+    def wanted(self) -> range:
+        """Places of the queries among the forward's tokens."""
+        first = self.start + self.queries.start - self.positions.start
+        return range(first, first + len(self.queries))
+
+
+class Step(NamedTuple):
+    """What is the same for all layers in one forward of T tokens, in one or several sequences."""
+
+    parts: tuple[Part, ...]
+    shared: int  # first tokens of the NoPE layers that several sequences read in one place
     rotation: Tensor  # (T, D // 2) complex64, for RoPE layers
     temperature: Tensor | None  # (T,) float32, for NoPE layers
     backend: Backend
-    cache: KVCache | None
 
     @classmethod
     def at(
-        cls, config: TextConfig, positions: range, backend: Backend, cache: KVCache | None, device: torch.device
+        cls,
+        config: TextConfig,
+        counts: Sequence[int],
+        backend: Backend,
+        caches: Sequence[KVCache | None],
+        device: torch.device,
     ) -> Step:
-        length = max(positions.stop, cache.length) if cache is not None else positions.stop
-        rotation = phases(config, positions.start, positions.stop, length, device)
-        return cls(positions, rotation, query_temperature(config, positions, device), backend, cache)
+        """Of so many new tokens for each of the caches, or for a sequence that begins without one."""
+        parts: list[Part] = []
+        rotations, temperatures = [], []
+        for count, cache in zip(counts, caches, strict=True):
+            start = cache.offset if cache is not None else 0
+            positions = range(start, start + count)
+            assert positions, "no tokens"
+            parts.append(Part(positions, positions, parts[-1].tokens.stop if parts else 0, cache))
+            length = max(positions.stop, cache.length) if cache is not None else positions.stop
+            rotations.append(phases(config, positions.start, positions.stop, length, device))
+            temperatures.append(query_temperature(config, positions, device))
+        known = [x for x in temperatures if x is not None]
+        first, *others = caches
+        return cls(
+            tuple(parts),
+            first.shared_tokens(others) if first is not None and others else 0,
+            _joined(rotations),
+            _joined(known) if known else None,
+            backend,
+        )
+
+    def narrowed(self, wanted: Literal["all", "last", "none"]) -> Step:
+        """The step of the last layer, whose outputs are wanted for each sequence's last token, or for none."""
+        if wanted == "all":
+            return self
+        first = -1 if wanted == "last" else None
+        return self._replace(
+            parts=tuple(
+                part._replace(queries=part.positions[first:] if first else part.positions[:0]) for part in self.parts
+            )
+        )
+
+    @property
+    def num_queries(self) -> int:
+        return sum(len(part.queries) for part in self.parts)
+
+    @property
+    def wanted(self) -> slice | list[int]:
+        """Index of the queries among the T tokens."""
+        if self.num_queries == self.parts[-1].tokens.stop:
+            return slice(None)
+        if len(self.parts) == 1:
+            wanted = self.parts[0].wanted
+            return slice(wanted.start, wanted.stop)
+        return [place for part in self.parts for place in part.wanted]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def query_temperature(config: TextConfig, positions: range, device: torch.device) -> Tensor | None:
@@ -86,24 +162,56 @@ class Attention(nn.Module):
         self.v_proj = Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * d, c, bias=bias)
 
-    def forward(self, x: Tensor, step: Step, queries: range) -> Tensor | None:
-        """x (B, T, C) -> attention output for the positions `queries`, (B, len(queries), C); None if there are none."""
+    def forward(self, x: Tensor, step: Step) -> Tensor | None:
+        """x (B, T, C) -> attention output for the step's queries, (B, num_queries, C); None if there are none."""
         keys = self._rotated(self._heads(self.k_proj(x)), step.rotation).transpose(1, 2)
         values = self._heads(self.v_proj(x)).transpose(1, 2)
-        if step.cache is not None:
-            step.cache.append(self.layer, keys, values)
-        if not queries:
+        for part in step.parts:
+            if part.cache is not None:
+                part.cache.append(self.layer, keys[:, :, part.tokens], values[:, :, part.tokens])
+        if not step.num_queries:
             return None
-        rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
-        q = self._rotated(self._heads(self.q_proj(x[:, rows])), step.rotation[rows])
+        wanted = step.wanted
+        q = self._rotated(self._heads(self.q_proj(x[:, wanted])), step.rotation[wanted])
         if not self.uses_rope and step.temperature is not None:
-            temperature = step.temperature[rows, None, None]
+            temperature = step.temperature[wanted][:, None, None]
             q = in_pieces(q, lambda piece, here: (piece * temperature[here]).to(piece.dtype))
-        segments: Iterable[KVSegment] = [KVSegment(keys, values, step.positions.start)]
-        if step.cache is not None:
-            segments = step.cache.segments(self.layer, queries)
-        out = attend(q.transpose(1, 2), queries, segments, self.mask, step.backend)
+        out = self._attended(q.transpose(1, 2), step, KVSegment(keys, values, 0))
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attended(self, q: Tensor, step: Step, new: KVSegment) -> Tensor:
+        """Queries (B, H, num_queries, D) -> attention of each sequence to its own keys, the same shape.
+
+        What sequences share is attended once, by all queries. `new` are the keys and values of this forward.
+        """
+        first = step.parts[0]
+        if len(step.parts) == 1:
+            segments: Iterable[KVSegment] = [new]
+            if first.cache is not None:
+                segments = first.cache.segments(self.layer, first.queries)
+            return attend(q, first.queries, segments, self.mask, step.backend)
+        shared = 0 if self.uses_rope else step.shared
+        common = None
+        if shared:
+            assert first.cache is not None
+            later = range(shared, shared + step.num_queries)  # any positions behind the keys: all are seen
+            segments = first.cache.segments(self.layer, later, range(shared))
+            common = attention_state(q, later, segments, self.mask, step.backend)
+        parts = self._own(q, step, shared, common)
+        return torch.cat([state.out.to(q.dtype).transpose(1, 2) for state in parts], 1).transpose(1, 2)
+
+    def _own(self, q: Tensor, step: Step, shared: int, common: AttentionState | None) -> Iterator[AttentionState]:
+        """Each sequence's attention to its own keys behind the `shared` tokens, merged with what is common to all."""
+        start = 0
+        for part in step.parts:
+            here = slice(start, start + len(part.queries))
+            start = here.stop
+            if here.start == here.stop:
+                continue
+            assert part.cache is not None, "several sequences without a cache"
+            segments = part.cache.segments(self.layer, part.queries, range(shared, part.positions.stop))
+            state = attention_state(q[:, :, here], part.queries, segments, self.mask, step.backend)
+            yield state if common is None else merge(AttentionState(*(x[:, :, here] for x in common)), state)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)

@@ -5,7 +5,8 @@ For inference only. A forward over the whole sequence without a cache and any sp
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from model.config import TextConfig
 from model.kernels.registry import backend
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
+
+Wanted: TypeAlias = Literal["all", "last", "none"]
+"""Tokens of each sequence whose logits are wanted."""
 
 
 class LayerWatcher(Protocol):
@@ -35,13 +39,12 @@ class DecoderLayer(nn.Module):
             MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size_mlp)
         )
 
-    def forward(self, x: Tensor, step: Step, queries: range) -> Tensor:
-        """x (B, T, C) at `step.positions` -> (B, len(queries), C). Keys and values are stored for all T tokens."""
-        attended = self.self_attn(self.input_layernorm(x), step, queries)
-        rows = slice(queries.start - step.positions.start, queries.stop - step.positions.start)
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x (B, T, C) -> (B, step.num_queries, C). Keys and values are stored for all T tokens."""
+        attended = self.self_attn(self.input_layernorm(x), step)
         if attended is None:
             return x[:, :0]
-        x = x[:, rows] + attended
+        x = x[:, step.wanted] + attended
         return x.add_(self.feed_forward(self.post_attention_layernorm(x)))
 
 
@@ -85,9 +88,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.look_up(ids, self.dtype)
 
     @torch.inference_mode()
-    def forward(
-        self, inputs: Tensor, cache: KVCache | None = None, logits: Literal["all", "last", "none"] = "all"
-    ) -> Tensor | None:
+    def forward(self, inputs: Tensor, cache: KVCache | None = None, logits: Wanted = "all") -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
 
         Without a cache the sequence starts at position 0. With one, the new tokens start at its `offset` and are
@@ -95,20 +96,35 @@ class Transformer(nn.Module):
         feed-forward are computed only for positions whose logits are requested. Raises LengthError.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
-        start = cache.offset if cache is not None else 0
-        positions = range(start, start + x.shape[1])
-        assert positions, "no tokens"
-        wanted = {"all": positions, "last": positions[-1:], "none": positions[:0]}[logits]
-        step = Step.at(self.config, positions, self.backend, cache, x.device)
+        return self._run(x, [x.shape[1]], [cache], logits)
+
+    @torch.inference_mode()
+    def forward_ragged(
+        self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache], logits: Wanted = "all"
+    ) -> list[Tensor] | None:
+        """New token ids of several sequences, T_i of the i-th, each with a cache of its own and at its own position.
+
+        Returns logits (T_i, V) or (1, V) of each, or None. Linear layers and experts see all tokens at once, and keys
+        and values that the caches share are read once: a step costs little more than that of one sequence. Raises
+        LengthError.
+        """
+        x = self.embed(torch.tensor([[token for some in ids for token in some]], device=self.device))
+        counts = [len(some) for some in ids]
+        found = self._run(x, counts, caches, logits)
+        if found is None:
+            return None
+        return list(found[0].split(counts if logits == "all" else [1] * len(counts)))
+
+    def _run(self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], logits: Wanted) -> Tensor | None:
+        step = Step.at(self.config, counts, self.backend, caches, x.device)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
         for number, layer in enumerate(self.model.layers):
             if self.watcher is not None:
                 self.watcher.entering(number, tokens)
-            x = layer(x, step, wanted if number == last else positions)
+            x = layer(x, step.narrowed(logits) if number == last else step)
             if self.watcher is not None:
                 self.watcher.leaving(number, tokens)
-        if cache is not None:
-            cache.advance(len(positions))
-        if not wanted:
-            return None
-        return self.lm_head(self.model.norm(x))
+        for count, cache in zip(counts, caches, strict=True):
+            if cache is not None:
+                cache.advance(count)
+        return None if logits == "none" else self.lm_head(self.model.norm(x))

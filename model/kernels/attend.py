@@ -46,6 +46,13 @@ def attend(
 
     Every query must see at least one key in some segment.
     """
+    return attention_state(queries, positions, segments, mask, backend).out.to(queries.dtype)
+
+
+def attention_state(
+    queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
+) -> AttentionState:
+    """What `attend` computes before it is rounded: to be merged with attention over other keys."""
     b, h, t, d = queries.shape
     assert len(positions) == t, (positions, queries.shape)
     total: AttentionState | None = None
@@ -61,7 +68,7 @@ def attend(
                 total = AttentionState(out, torch.full((b, h, t), -torch.inf, device=queries.device))
             total = _merge_rows(total, rows, part)
     assert total is not None, "no key is visible"
-    return total.out.to(queries.dtype)
+    return total
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:

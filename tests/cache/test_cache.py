@@ -347,3 +347,18 @@ def test_one_layer_alone() -> None:
             layer.settle(stop)
     assert (len(store.sealed), list(store.open), store.nbytes(on_host=True), window.nbytes) == (3, [9], 10 * 32, 32)
     assert store.nbytes(on_host=False) == 0
+
+
+def test_tokens_are_taken_back_within_the_attention_chunk() -> None:
+    """As many as `room` says, and none of the chunk before; what follows is as if they had never been there."""
+    cache = make(length=20)
+    naive = Naive.of(cache)
+    step(cache, naive, 4)
+    assert cache.room == CHUNK - 4 - 1
+    step(cache, naive.fork(), cache.room)
+    cache.rewind(4)
+    step(cache, naive, 3)
+    with pytest.raises(AssertionError):
+        cache.rewind(6)  # the chunk has ended
+    step(cache, naive, 13)
+    assert cache.room == 0 == cache.length - cache.offset

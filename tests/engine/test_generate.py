@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfigError, Sampling
-from l4ctx.engine.generate import GenerationError, choose, generate
+from l4ctx.engine.choose import GenerationError, choose
+from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint

@@ -178,6 +178,43 @@ def repeated_after_failures(model: Transformer, ids: Tensor, **where: Any) -> Te
     return torch.cat(pieces, dim=1)
 
 
+def rewound(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
+    """Other tokens follow those of each step, as many as the cache can take back, and are taken back."""
+    pieces, cache, source = [], new_cache(model, ids, block_chunks=2, segment_chunks=1, **where), random.Random(13)
+    for cut in random_cuts(0, ids.shape[1], 13, 3):
+        count = cut - cache.offset
+        others = max(0, min(source.randint(0, 4), cache.room - count))
+        tokens = torch.cat([ids[:, cache.offset : cut], ids.flip(1)[:, :others]], 1)
+        pieces.append(model(tokens, cache, logits="all")[:, :count])
+        cache.rewind(cut)
+    return torch.cat(pieces, dim=1)
+
+
+def beside_others(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
+    """Three forks of a common beginning read the rest in one forward after the other, each at its own pace."""
+    return torch.stack([_three_readers(model, row, **where) for row in ids])
+
+
+def _three_readers(model: Transformer, ids: Tensor, **where: Any) -> Tensor:
+    """Logits (T, V) of ids (T,), of which each reader computed every third."""
+    chunk, stop, source = model.config.attention_chunk_size, len(ids), random.Random(17)
+    cache = new_cache(model, ids[None], block_chunks=2, segment_chunks=1, **where)
+    start = min(2 * chunk + 3, stop - 1)
+    begun = [model(ids[None, :start], cache, logits="all")[0]] if start else []
+    readers = [cache.fork() for _ in range(3)]
+    found = [list(begun) for _ in readers]
+    while running := [n for n, reader in enumerate(readers) if reader.offset < stop]:
+        pieces = [
+            ids[readers[n].offset : readers[n].offset + source.randint(1, (2, chunk + 2, 4)[n])].tolist()
+            for n in running
+        ]
+        logits = model.forward_ragged(pieces, [readers[n] for n in running], logits="all")
+        for n, some in zip(running, logits, strict=True):
+            found[n].append(some)
+    of_readers = [torch.cat(pieces) for pieces in found]
+    return torch.stack([of_readers[position % 3][position] for position in range(stop)])
+
+
 def chunk_by_chunk(model: Transformer, ids: Tensor) -> Tensor:
     """One attention chunk per step, and blocks of four chunks in two segments: most chunks end inside a block."""
     return feed(model, blocks_of_four(model, ids), ids, chunk_cuts(model, ids))
@@ -291,6 +328,8 @@ CACHED_PATHS: dict[str, Path] = {
     "continued by the fork of a fork": continued_by_the_fork,
     "repeated after failures": repeated_after_failures,
     "chunk by chunk in blocks of four": chunk_by_chunk,
+    "rewound": rewound,
+    "beside others": beside_others,
 }
 
 STORED_PATHS: dict[str, tuple[Path, Path]] = {  # each with the path that takes the same steps in memory
@@ -299,6 +338,8 @@ STORED_PATHS: dict[str, tuple[Path, Path]] = {  # each with the path that takes 
     "forked, on disk": (on_disk(forked, 0), forked),
     "continued by the fork of a fork, on disk": (on_disk(continued_by_the_fork, 0), continued_by_the_fork),
     "repeated after failures, on disk": (on_disk(repeated_after_failures, 0), repeated_after_failures),
+    "rewound, on disk": (on_disk(rewound, 0), rewound),
+    "beside others, on disk": (on_disk(beside_others, 0), beside_others),
     "restored after every piece": (restored_after_every_piece, irregular),
     "restored inside blocks": (restored_inside_blocks, chunk_by_chunk),
 }

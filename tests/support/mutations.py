@@ -72,7 +72,7 @@ def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> M
     def apply(patch: pytest.MonkeyPatch) -> None:
         forward, attend = Attention.forward, model.attention.attend
 
-        def wrong(self: Attention, x: Tensor, step: Any, queries: range) -> Tensor:
+        def wrong(self: Attention, x: Tensor, step: Any) -> Tensor:
             def at(positions: range) -> Tensor:
                 return correct_temperature(torch.arange(positions.start, positions.stop), TOY)[:, None]
 
@@ -84,7 +84,7 @@ def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> M
                 return attend(q, positions, segments, mask, backend)
 
             patch.setattr(model.attention, "attend", scaled)
-            return forward(self, x, step._replace(temperature=None), queries)
+            return forward(self, x, step._replace(temperature=None))
 
         patch.setattr(Attention, "forward", wrong)
 
