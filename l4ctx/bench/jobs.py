@@ -78,6 +78,7 @@ class Measurement:
     threads: int | None = None
     first_token: int | None = None  # its id, chosen greedily
     version: str | None = None  # of the engine
+    token_weight_bytes: int | None = None  # weights that decoding a token reads, in their stored forms
     steps: tuple[tuple[int, float], ...] = ()  # tokens and seconds of each step of the prefill
 
     @property

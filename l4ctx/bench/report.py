@@ -96,6 +96,7 @@ class BenchReport:
                 statistics.median(decoding),
                 ceilings,
                 KV_DTYPES[candidate.dtype],
+                runs[0].token_weight_bytes,
             )
         return {name: share for name, share in found.items() if share is not None}
 

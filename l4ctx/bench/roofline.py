@@ -36,21 +36,32 @@ def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
     return position % config.attention_chunk_size + 1 if config.uses_rope(layer) else position + 1
 
 
-def decode_bytes(config: TextConfig, position: int, itemsize: int) -> int:
-    """Bytes that decoding the token at a position must read: its active weights, one row of the embeddings, and the
-    keys and values that it attends to."""
+def weight_bytes(config: TextConfig, itemsize: int) -> int:
+    """Bytes of weights that decoding a token must read: the active ones, and one row of the embeddings."""
     c, kv = config.hidden_size, kv_size(config)
     biases = query_size(config) + 2 * kv + c if config.attention_bias else 0
     elements = c + c + c * config.vocab_size  # an embedding, the last norm, the logits
     for layer in range(config.num_hidden_layers):
         elements += layer_parameters(config, layer, active=True) + 2 * c + biases
-        elements += 2 * kv * visible_tokens(config, layer, position)
     return elements * itemsize
 
 
-def decoding_bytes(config: TextConfig, tokens: int, decode_tokens: int, itemsize: int) -> int:
-    """`decode_bytes` summed over the tokens decoded after the first one, which follows `tokens` tokens."""
-    return sum(decode_bytes(config, position, itemsize) for position in range(tokens, tokens + decode_tokens))
+def kv_bytes(config: TextConfig, position: int, itemsize: int) -> int:
+    """Bytes of keys and values that the token at a position attends to."""
+    elements = 2 * kv_size(config) * itemsize
+    return sum(elements * visible_tokens(config, layer, position) for layer in range(config.num_hidden_layers))
+
+
+def decoding_bytes(
+    config: TextConfig, tokens: int, decode_tokens: int, itemsize: int, weights: int | None = None
+) -> int:
+    """Bytes that must be read to decode so many tokens after the first one, which follows `tokens` tokens.
+
+    `weights`: those of the weights that one token reads as they are stored; by default all are of `itemsize`.
+    """
+    each = weight_bytes(config, itemsize) if weights is None else weights
+    positions = range(tokens, tokens + decode_tokens)
+    return decode_tokens * each + sum(kv_bytes(config, position, itemsize) for position in positions)
 
 
 def prefill_share(
@@ -78,10 +89,17 @@ def prefill_share(
 
 
 def decode_share(
-    config: TextConfig, tokens: int, decode_tokens: int, seconds: float, ceilings: Mapping[str, Any], itemsize: int
+    config: TextConfig,
+    tokens: int,
+    decode_tokens: int,
+    seconds: float,
+    ceilings: Mapping[str, Any],
+    itemsize: int,
+    weights: int | None = None,
 ) -> dict[str, Any]:
     """The same for decoding: the bytes that must be read, at the best rate of reading weights."""
-    count, rate = decoding_bytes(config, tokens, decode_tokens, itemsize), max(ceilings["read"].values())
+    count = decoding_bytes(config, tokens, decode_tokens, itemsize, weights)
+    rate = max(ceilings["read"].values())
     return {
         "bytes": count,
         "predicted_seconds": count / rate,

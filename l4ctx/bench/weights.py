@@ -6,6 +6,7 @@ Both hold the same values in any dtype: drawn in float32 from one seed, N(0, 0.0
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from model.config import TextConfig
 from model.transformer import Transformer
 from model.weights.loading import in_memory
+from model.weights.owners import Owner
+from model.weights.tiers import held_bytes
 
 STANDARD_DEVIATION, SEED = 0.02, 1
 PIECE_ELEMENTS = 2**24
@@ -83,3 +86,15 @@ def _drawn(model: Transformer, dtype: torch.dtype, device: torch.device) -> Iter
             for piece in tensor.view(-1).split(PIECE_ELEMENTS):
                 piece.copy_(torch.randn(len(piece), generator=generator).mul_(STANDARD_DEVIATION))
         yield name, tensor
+
+
+def token_weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that decoding a token reads, as they are stored: of routed experts the token's, and the
+    embeddings where they are the output matrix too."""
+    config, held = model.config, Counter[Owner]()
+    for (owner, _), count in held_bytes([model]).items():
+        held[owner] += count
+    if not config.tie_word_embeddings:
+        held[Owner.EMBEDDINGS] //= config.vocab_size
+    held[Owner.ROUTED] = held[Owner.ROUTED] * config.num_experts_per_tok // config.num_local_experts
+    return held.total()

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
     import torch
 
     from cache.hybrid import HybridKVCache
-    from l4ctx.bench.weights import random_model
+    from l4ctx.bench.weights import random_model, token_weight_bytes
     from l4ctx.engine.generate import generate
     from l4ctx.engine.prefill import prefill
     from model.weights.loading import load_checkpoint
@@ -118,7 +119,8 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
             tuple(steps),
         )
 
-    return measured(job, run, load_seconds, version("l4ctx")).as_dict()
+    found = measured(job, run, load_seconds, version("l4ctx"))
+    return replace(found, token_weight_bytes=token_weight_bytes(model)).as_dict()
 
 
 def measure_transformers(job: WorkerJob) -> dict[str, Any]:

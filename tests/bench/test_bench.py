@@ -20,12 +20,13 @@ from l4ctx.bench.peers.llama_cpp import measure
 from l4ctx.bench.process import ReportedError, WorkerError, last_line, run_apart, run_worker
 from l4ctx.bench.report import BenchReport, BenchRun, best_candidate, figures_of, median_of
 from l4ctx.bench.roofline import (
-    decode_bytes,
     decode_share,
     decoding_bytes,
     first_token_operations,
+    kv_bytes,
     prefill_share,
     visible_tokens,
+    weight_bytes,
 )
 from l4ctx.cli.console import rendered
 from l4ctx.cli.tables.bench import bench_table
@@ -424,7 +425,7 @@ def test_bytes_of_a_decoded_token_are_those_of_the_tensors_that_it_needs(positio
     import torch
 
     from cache.hybrid import HybridKVCache
-    from l4ctx.bench.weights import random_model
+    from l4ctx.bench.weights import random_model, token_weight_bytes
 
     model = random_model(SMALL, dtype=torch.bfloat16)
     needed = 0
@@ -444,8 +445,13 @@ def test_bytes_of_a_decoded_token_are_those_of_the_tensors_that_it_needs(positio
         held = sum(len(segment.positions) for segment in cache.segments(layer, queries))
         assert held >= seen and (SMALL.uses_rope(layer) or held == position + 1)
         needed += seen * 2 * SMALL.num_key_value_heads * SMALL.head_dim * 2
-    assert decode_bytes(SMALL, position, 2) == needed
-    assert decoding_bytes(SMALL, position, 2, 2) == needed + decode_bytes(SMALL, position + 1, 2)
+    weights = weight_bytes(SMALL, 2)
+    assert weights == token_weight_bytes(model)
+    assert weights + kv_bytes(SMALL, position, 2) == needed
+    assert decoding_bytes(SMALL, position, 2, 2) == needed + weights + kv_bytes(SMALL, position + 1, 2)
+    assert decoding_bytes(SMALL, position, 2, 2, weights // 4) == decoding_bytes(SMALL, position, 2, 2) - 2 * (
+        weights - weights // 4
+    )
 
 
 def test_shares_are_the_measured_time_in_multiples_of_the_predicted_one() -> None:

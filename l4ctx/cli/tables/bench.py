@@ -102,8 +102,9 @@ def _shares(report: BenchReport, tokens: int) -> Text:
         parts.append(f"prefill takes {prefill['times_predicted']:.2f} times its roofline (the kernels alone)")
     if (decode := shares.get("decode")) is not None:
         parts.append(
-            f"decode takes {decode['times_predicted']:.2f} times its roofline "
-            f"({human_bytes(decode['bytes'] / report.decode_tokens)} a token at full memory bandwidth)"
+            f"decode takes {decode['times_predicted']:.2f} times its roofline, "
+            f"{1000 * decode['predicted_seconds'] / report.decode_tokens:.3g} ms a token "
+            f"({human_bytes(decode['bytes'] / report.decode_tokens)} at full memory bandwidth)"
         )
     return _line(
         f"l4ctx, {tokens:,} tokens: {'; '.join(parts)}"
