@@ -7,7 +7,7 @@ ever held twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class StoredMatrix(nn.Module):
 
     is_transposed = False
     """Whether it is stored as (C_in, C_out), as published fused experts are."""
+
+    replaced: ClassVar[int] = 0
+    """How often buffers of any of them have been replaced."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -127,6 +130,7 @@ class StoredMatrix(nn.Module):
 
     def forget_operand(self) -> None:
         """To be called when a buffer has been replaced."""
+        StoredMatrix.replaced += 1
         self._has_operand = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -14,29 +14,35 @@ import torch
 from llvmlite import ir
 
 from model.simd import gguf as _gguf  # noqa: F401  # registers how blocks are decoded
-from model.simd.functions import emit_entry, emit_expansion, emit_product
-from model.simd.layouts import LANES, Layout
+from model.simd.functions import emit_expansion, emit_product
+from model.simd.layouts import Layout
+from model.simd.operations import emit_entry
+from model.simd.words import LINE, WORD
 
-Function = Callable[[Sequence[int], int, int, int], None]
-"""Called with the arguments that `model.simd.functions` names, the first and last row, and shares for each thread."""
 
+class OpenMP:
+    """The threads that PyTorch's own kernels run on, so that there is one set of them.
 
-def find_openmp() -> Callable[..., None] | None:
-    """Runs a function on the threads that PyTorch's own kernels run on, so that there is one set of threads.
-
-    None where a process has no library of GNU's interface: on macOS and Windows.
+    Raises AttributeError or OSError where a process has no library of GNU's interface: on macOS and Windows.
     """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        self.run = library.GOMP_parallel
+        self.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.run.restype = None
+        self.barrier = ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value or 0
+
+
+def find_openmp() -> OpenMP | None:
     try:
-        run = ctypes.CDLL(None).GOMP_parallel
+        return OpenMP()
     except (AttributeError, OSError, TypeError):
         return None
-    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    run.restype = None
-    return run
 
 
 class Engine:
-    """Machine code of functions, each made when it is first wanted, in some tenths of a second."""
+    """Machine code of functions, each made when it is first wanted, in some hundredths of a second."""
 
     def __init__(self) -> None:
         llvm.initialize_native_target()
@@ -48,44 +54,63 @@ class Engine:
         self.target = self._target()
         self.compiler = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)  # which owns its target
         self.count = 0
+        self.entry = self._compiled(emit_entry)
+
+    def product(self, layout: Layout) -> int:
+        """Address of the function that multiplies; see `emit_product`."""
+        most_rows, accumulators = (8, 2) if self.has_wide_registers else (4, 1)
+        return self.function(emit_product, layout, most_rows, accumulators)
+
+    def expansion(self, layout: Layout, dtype: str) -> int:
+        """Address of the function that writes rows in `dtype`."""
+        return self.function(emit_expansion, layout, dtype)
 
     @functools.cache  # noqa: B019  # there is one engine
-    def product(self, layout: Layout, rows: int) -> Function:
-        """A product with so many rows, float32."""
-        accumulators = 16 if self.has_wide_registers else 4
-        return self._function(emit_product, layout, rows, accumulators)
+    def function(self, emit: Callable[..., None], *what: Any) -> int:
+        """Address of what `emit` makes of these arguments."""
+        return self._compiled(emit, *what, platform.machine())
 
-    @functools.cache  # noqa: B019
-    def expansion(self, layout: Layout, dtype: str) -> Function:
-        """Writes rows in `dtype`."""
-        return self._function(emit_expansion, layout, dtype)
+    def run(self, operations: int, count: int, counters: int, rows: int, stages: Sequence[int]) -> None:
+        """Runs so many operations, whose words are at an address, with this number of rows of input.
 
-    def _function(self, emit: Callable[..., None], *what: Any) -> Function:
+        Counters, of as many LINEs, are at another address. Stages are the numbers of operations that wait.
+        """
+        threads = torch.get_num_threads()
+        ctypes.memset(counters, 0, count * LINE)
+        if self.openmp is not None:
+            task = (ctypes.c_int64 * 6)(operations, count, rows, threads, self.openmp.barrier, counters)
+            self.openmp.run(self.entry, ctypes.addressof(task), threads, 0)
+            return
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(threads)
+        function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.entry)
+        starts = [0, *(number for number in stages if number)]
+        for start, stop in zip(starts, [*starts[1:], count], strict=True):
+            at = (LINE * start + first for first in (operations, counters))
+            task = (ctypes.c_int64 * 6)(next(at), stop - start, rows, threads, 0, next(at))
+            list(self.pool.map(function, [ctypes.addressof(task)] * threads))
+
+    def run_alone(self, operation: Sequence[int], arguments: Sequence[int], rows: int = 1) -> None:
+        """Runs one operation: its words but for the address of its arguments, and these."""
+        memory = (ctypes.c_int64 * (2 * LINE // WORD + len(arguments)))()
+        start = ctypes.addressof(memory)
+        words: list[Any] = [operation[0], start + 2 * LINE, *operation[1:]]
+        memory[: len(words)] = words
+        memory[2 * LINE // WORD :] = list(arguments)
+        self.run(start, 1, start + LINE, rows, ())
+
+    def _compiled(self, emit: Callable[..., None], *what: Any) -> int:
         self.count += 1
         name = f"work_{self.count}"
         module = ir.Module(name)
         module.triple = self.target.triple
-        emit(module, name, *what, platform.machine())
-        emit_entry(module, f"{name}_entry", name)
+        emit(module, name, *what)
         compiled = llvm.parse_assembly(str(module))
         builder = llvm.create_pass_builder(self.target, llvm.create_pipeline_tuning_options(speed_level=2))
         builder.getModulePassManager().run(compiled, builder)
         self.compiler.add_module(compiled)
         self.compiler.finalize_object()
-        return functools.partial(self._run, self.compiler.get_function_address(f"{name}_entry"))
-
-    def _run(self, entry: int, arguments: Sequence[int], first: int, last: int, shares: int) -> None:
-        threads = torch.get_num_threads()
-        share = -(-(last - first) // (threads * shares * LANES)) * LANES
-        kept = (ctypes.c_int64 * len(arguments))(*arguments)
-        task = (ctypes.c_int64 * 4)(ctypes.addressof(kept), last, share, first)
-        if self.openmp is not None:
-            self.openmp(entry, ctypes.addressof(task), threads, 0)
-            return
-        if self.pool is None:
-            self.pool = ThreadPoolExecutor(threads)
-        function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entry)
-        list(self.pool.map(function, [ctypes.addressof(task)] * threads))
+        return int(self.compiler.get_function_address(name))
 
     @staticmethod
     def _target() -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.simd.layouts import LANES, TABLE_LOOK_UPS, Columns, Layout, Numbers, Plain
+from model.simd.words import INPUT
 
 if TYPE_CHECKING:
     from model.simd.engine import Engine
@@ -23,7 +24,7 @@ SHARES = 4
 """Parts of a thread's work, which others take over where a thread is held up."""
 
 FEW_ROWS = 8
-"""A product with more rows than this is not taken: their sums would not fit into registers, and a tile serves all."""
+"""A product with more rows than this is not taken: weights would be decoded more than once, and a tile serves all."""
 
 SMALLEST = 2**18
 """Weights of the smallest matrix that code is compiled for, which takes as long as reading some 10^8 weights."""
@@ -57,18 +58,21 @@ def plain_operand(weight: Tensor) -> Operand | None:
 
 
 def is_readable(operand: Operand) -> bool:
-    """Whether there is code for it here."""
+    """Whether there is code for it here, and the matrix is large enough for that to be made for it alone."""
+    return operand.shape[0] * operand.shape[1] >= SMALLEST and has_code(operand)
+
+
+def has_code(operand: Operand) -> bool:
     c_out, c_in = operand.shape
     step = operand.layout.step
     are_rows = (t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 for t in operand.tensors)
     return (
-        c_out * c_in >= SMALLEST
-        and step % LANES == 0
+        step % LANES == 0
         and c_in % step == 0
         and (c_out % LANES == 0 or not isinstance(operand.layout, Columns))
         and all(tensor.device.type == "cpu" for tensor in operand.tensors)
         and all(are_rows)
-        and _engine() is not None
+        and find_engine() is not None
     )
 
 
@@ -78,41 +82,72 @@ def product(operand: Operand, x: Tensor) -> Tensor:
     The operand is readable.
     """
     c_out, _ = operand.shape
-    rows = x.to(torch.float32).contiguous()
+    wide = x.to(torch.float32).contiguous()
     out = torch.empty(len(x), c_out)
-    engine = _engine()
+    engine = find_engine()
     assert engine is not None
-    shares = 1 if isinstance(operand.layout, Columns) else SHARES  # parts of columns would be short runs of memory
     if len(x):
-        engine.product(operand.layout, len(x))(_arguments(operand, rows, out), 0, c_out, shares)
-    if operand.factor is not None:
-        out.mul_(operand.factor)
+        operation = (engine.product(operand.layout), c_out, 0, LANES, shares(operand.layout), 0)
+        engine.run_alone(operation, product_arguments(operand, wide, out), len(x))
     return out.to(x.dtype)
 
 
-def expand(operand: Operand, rows: slice, out: Tensor) -> bool:
-    """Writes rows (n, C_in) to `out` in its dtype; False: there is no code. The operand is readable."""
-    if isinstance(operand.layout, Columns) or out.stride(1) != 1:
-        return False
-    engine = _engine()
-    assert engine is not None
-    function = engine.expansion(operand.layout, dtype_name(out.dtype))
-    arguments = _arguments(operand, out, out)
-    arguments[1] = rows.start
-    function(arguments, rows.start, rows.stop, SHARES)
-    return True
+def shares(layout: Layout) -> int:
+    """Parts of each thread's work: parts of columns would be short runs of memory."""
+    return 1 if isinstance(layout, Columns) else SHARES
 
 
-def _arguments(operand: Operand, x: Tensor, out: Tensor) -> list[int]:
-    arguments = [operand.shape[1] // operand.layout.step]
-    for tensor in (x, out, *operand.tensors):
-        stride = tensor.stride(0) * tensor.element_size() if tensor.dim() else 0
-        arguments += [tensor.data_ptr(), stride]
+_ZERO, _ONE = torch.zeros(1), torch.ones(1)
+
+
+def product_arguments(
+    operand: Operand,
+    x: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> list[int]:
+    """Arguments of a layout's product: x (N, C_in), out, what is added, and a Columns layout's sums (N, C_out), which
+    may be `out` unless that is what is added; the bias (C_out,). All float32 and contiguous along the rows.
+    """
+    arguments = [operand.shape[1] // operand.layout.step, *rows(x), *rows(out)]
+    arguments += [_ZERO.data_ptr(), 0] if bias is None else [bias.data_ptr(), 4]
+    arguments += [_ZERO.data_ptr(), 0, 0] if added is None else [*rows(added), 4]
+    arguments += rows(out if sums is None else sums)
+    return [*arguments, *weight_arguments(operand)]
+
+
+def weight_arguments(operand: Operand) -> list[int]:
+    """The last ones of these, which say where the weights are."""
+    factor = operand.factor if operand.factor is not None else _ONE
+    arguments = [factor.data_ptr(), 4 if factor.numel() > 1 else 0]
+    for tensor in operand.tensors:
+        arguments += rows(tensor)
     return arguments
 
 
+def expand(operand: Operand, here: slice, out: Tensor) -> bool:
+    """Writes these rows (n, C_in) to `out` in its dtype; False: there is no code. The operand is readable."""
+    if isinstance(operand.layout, Columns) or out.stride(1) != 1:
+        return False
+    engine = find_engine()
+    assert engine is not None
+    arguments = product_arguments(operand, out, out)
+    arguments[INPUT] = here.start
+    function = engine.expansion(operand.layout, dtype_name(out.dtype))
+    engine.run_alone((function, here.stop - here.start, 0, LANES, SHARES, 0), arguments)
+    return True
+
+
+def rows(tensor: Tensor) -> list[int]:
+    """Address and bytes from one row to the next."""
+    return [tensor.data_ptr(), tensor.stride(0) * tensor.element_size() if tensor.dim() else 0]
+
+
 @functools.cache
-def _engine() -> Engine | None:
+def find_engine() -> Engine | None:
     """None where llvmlite is not installed, cannot be loaded, or knows a processor that this package does not."""
     if importlib.util.find_spec("llvmlite") is None or platform.machine() not in TABLE_LOOK_UPS:
         return None

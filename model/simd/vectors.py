@@ -5,6 +5,7 @@ LLVM splits vectors into what the processor has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from llvmlite import ir
 from model.simd.layouts import LANES, TABLE_LOOK_UPS
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
+LOG2_E = math.log2(math.e)
+LN_2 = (0.693359375, math.log(2) - 0.693359375)
+"""In two parts: the first has few bits, so that small integers times it are exact."""
+
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 Value = Any
@@ -144,6 +149,21 @@ class Vectors:
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
+    def exponential(self, x: Value) -> Value:
+        """e^x of a float32 vector to within 2e-7 of it; arguments beyond -87 and 88 count as those."""
+        kind = f"v{x.type.count}f32"
+        x = self.call(f"llvm.minnum.{kind}", x.type, [x, self.splat(88.0, x)])
+        x = self.call(f"llvm.maxnum.{kind}", x.type, [x, self.splat(-87.0, x)])
+        power = self.call(f"llvm.rint.{kind}", x.type, [self.b.fmul(x, self.splat(LOG2_E, x))])
+        for part in LN_2:  # x - power * ln 2, between -0.35 and 0.35
+            x = self.fma(power, self.splat(-part, x), x)
+        result = self.splat(1 / math.factorial(7), x)
+        for degree in range(6, -1, -1):
+            result = self.fma(result, x, self.splat(1 / math.factorial(degree), x))
+        whole = self.b.fptosi(power, ir.VectorType(I32, x.type.count))
+        bits = self.b.shl(self.b.add(whole, self.splat(127, whole)), self.splat(23, whole))
+        return self.b.fmul(result, self.b.bitcast(bits, x.type))
+
     def centred(self, numbers: Value, offset: int, scale: Value) -> Value:
         """(numbers - offset) * scale, rounded once, for small integers, an offset that is a power of two, a scalar."""
         factor = self.splat(scale, numbers)
@@ -175,3 +195,12 @@ class Vectors:
         i.add_incoming(b.add(i, ir.Constant(I64, step)), b.block)
         b.branch(head)
         b.position_at_end(after)
+
+    def when(self, condition: Value, body: Callable[[], None]) -> None:
+        """if (condition) body()."""
+        inner, after = (self.b.append_basic_block(name) for name in ("then", "after"))
+        self.b.cbranch(condition, inner, after)
+        self.b.position_at_end(inner)
+        body()
+        self.b.branch(after)
+        self.b.position_at_end(after)

@@ -188,7 +188,7 @@ def test_linear_takes_plain_weights_of_16_bits(monkeypatch: pytest.MonkeyPatch) 
         expected = (x.float() @ weight.float().t()).bfloat16() + bias
         assert torch.equal(linear(x, weight, bias), expected)
         with monkeypatch.context() as patch:
-            patch.setattr(products, "_engine", lambda: None)
+            patch.setattr(products, "find_engine", lambda: None)
             torch.testing.assert_close(linear(x, weight, bias), expected)
 
 
@@ -213,7 +213,7 @@ def test_threads_of_our_own_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     operand, x = FORMS["Q8_0"]().operand(), torch.randn(2, C_IN)
     assert operand is not None
     expected = products.product(operand, x)
-    monkeypatch.setattr(products, "_engine", lambda: other)
+    monkeypatch.setattr(products, "find_engine", lambda: other)
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(products.product(operand, x), expected)
@@ -223,17 +223,17 @@ def test_a_compiler_that_cannot_be_had_is_done_without(monkeypatch: pytest.Monke
     def refuse() -> None:
         raise RuntimeError("no memory that may be executed")
 
-    products._engine.cache_clear()
+    products.find_engine.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setattr("model.simd.engine.engine", refuse)
-            assert products._engine() is None
-        products._engine.cache_clear()
+            assert products.find_engine() is None
+        products.find_engine.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(products.platform, "machine", lambda: "riscv64")
-            assert products._engine() is None
+            assert products.find_engine() is None
     finally:
-        products._engine.cache_clear()
+        products.find_engine.cache_clear()
 
 
 def test_a_matrix_that_moves_is_looked_at_anew() -> None:
