@@ -154,6 +154,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.uses_rope = config.uses_rope(layer)
+        self.tunes_temperature = config.attn_temperature_tuning and not self.uses_rope
         self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm and self.uses_rope else None
         self.mask = AttentionMask(config.attention_chunk_size if self.uses_rope else None)
         c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -166,20 +167,25 @@ class Attention(nn.Module):
         """x (B, T, C) -> attention output for the step's queries, (B, num_queries, C); None if there are none."""
         keys = self._rotated(self._heads(self.k_proj(x)), step.rotation).transpose(1, 2)
         values = self._heads(self.v_proj(x)).transpose(1, 2)
-        for part in step.parts:
-            if part.cache is not None:
-                part.cache.append(self.layer, keys[:, :, part.tokens], values[:, :, part.tokens])
+        self.store(keys, values, step)
         if not step.num_queries:
             return None
         wanted = step.wanted
         q = self._rotated(self._heads(self.q_proj(x[:, wanted])), step.rotation[wanted])
-        if not self.uses_rope and step.temperature is not None:
+        if self.tunes_temperature:
+            assert step.temperature is not None
             temperature = step.temperature[wanted][:, None, None]
             q = in_pieces(q, lambda piece, here: (piece * temperature[here]).to(piece.dtype))
-        out = self._attended(q.transpose(1, 2), step, KVSegment(keys, values, 0))
+        out = self.attended(q.transpose(1, 2), step, KVSegment(keys, values, 0))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _attended(self, q: Tensor, step: Step, new: KVSegment) -> Tensor:
+    def store(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        """Gives each sequence's cache its keys and values (B, H_kv, T, D), which it may hold until the next layer's."""
+        for part in step.parts:
+            if part.cache is not None:
+                part.cache.append(self.layer, keys[:, :, part.tokens], values[:, :, part.tokens])
+
+    def attended(self, q: Tensor, step: Step, new: KVSegment) -> Tensor:
         """Queries (B, H, num_queries, D) -> attention of each sequence to its own keys, the same shape.
 
         What sequences share is attended once, by all queries. `new` are the keys and values of this forward.

@@ -16,6 +16,7 @@ from model.config import TextConfig
 from model.kernels.registry import backend
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
+from model.programs import Programs
 
 Wanted: TypeAlias = Literal["all", "last", "none"]
 """Tokens of each sequence whose logits are wanted."""
@@ -64,6 +65,7 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = backend(attention)
         self.watcher: LayerWatcher | None = None
+        self.programs = Programs()
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -117,14 +119,20 @@ class Transformer(nn.Module):
 
     def _run(self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], logits: Wanted) -> Tensor | None:
         step = Step.at(self.config, counts, self.backend, caches, x.device)
+        has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
         for number, layer in enumerate(self.model.layers):
             if self.watcher is not None:
                 self.watcher.entering(number, tokens)
-            x = layer(x, step.narrowed(logits) if number == last else step)
+            here = step.narrowed(logits) if number == last else step
+            program = self.programs.layer(number, layer) if has_programs else None
+            x = layer(x.to(self.dtype), here) if program is None else program(x, here)
             if self.watcher is not None:
                 self.watcher.leaving(number, tokens)
         for count, cache in zip(counts, caches, strict=True):
             if cache is not None:
                 cache.advance(count)
-        return None if logits == "none" else self.lm_head(self.model.norm(x))
+        if logits == "none":
+            return None
+        head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
+        return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
