@@ -44,7 +44,7 @@ class OffloadedKVCache:
         self._stop = stop
 
     def segments(self, num_queries: int, residency: Residency, within: range | None = None) -> Iterator[KVSegment]:
-        """Keys and values, oldest first; each segment is valid until the next is requested.
+        """Keys and values, oldest first, as they are stored.
 
         All of them, or those `within` a range that begins and ends at blocks, or at the last token.
         """
@@ -53,11 +53,10 @@ class OffloadedKVCache:
         within = within or range(self._stop)
         assert within.start % per_block == 0, within
         start, sealed = within.start, range(within.start // per_block, min(len(self.sealed), within.stop // per_block))
-        for block in self.tiers.stream(self.sealed, residency, num_queries, sealed):
-            yield KVSegment(*block, start)
-            start += size
+        yield from self.tiers.stream(self.sealed, residency, num_queries, sealed)
+        start += len(sealed) * per_block
         while start < within.stop:  # any segment past it was left by a forward that did not finish
-            yield KVSegment(*self.open[start // size].first(within.stop - start), start)
+            yield KVSegment(*self.open[start // size].first(within.stop - start), start, stays=True)
             start += size
 
     def settle(self, offset: int) -> None:
@@ -74,12 +73,10 @@ class OffloadedKVCache:
         assert not self.sealed and not self.open, "not empty"
         self.sealed, self._stop = sealed, offset
 
-    def fork(self, offset: int, room: int | None = None) -> OffloadedKVCache:
-        """A copy that has committed `offset` tokens: shares the sealed blocks and copies the open segments, with
-        segments for at most `room` tokens more."""
+    def fork(self, offset: int) -> OffloadedKVCache:
+        """A copy that has committed `offset` tokens: shares the sealed blocks and copies the open segments."""
         self.settle(offset)
-        length = self.length if room is None else min(self.length, offset + room)
-        forked = OffloadedKVCache(self.layer, self.tiers, length)
+        forked = OffloadedKVCache(self.layer, self.tiers, self.length)
         forked.sealed = list(self.sealed)
         size, start = self.tiers.layout.segment_tokens, len(self.sealed) * self.tiers.layout.block_tokens
         for position in range(start, offset, size):

@@ -7,6 +7,7 @@ tier. What needs an accelerator has not been run on one yet.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from cache.disk import UnitFile, Units
 from cache.layout import StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
 from cache.residency import READ_BUFFERS, Residency
+from model.kernels.attend import KVSegment
 from model.weights.read_ahead import ahead, as_bytes
 
 MAX_TRAVELLING_QUERIES = 16
@@ -46,6 +48,7 @@ class SealedBlock:
     def __init__(self, layer: int, segments: Sequence[Packed | None], file: UnitFile | None = None) -> None:
         self.layer = layer
         self.segments = list(segments)
+        self.views: dict[int, KVSegment] = {}  # of segments in memory, by number
         self.file = file
         self.was_read = False  # all of it, from the file: what is read a second time is worth keeping in memory
 
@@ -65,10 +68,12 @@ class SealedBlock:
         for number, packed in enumerate(self.segments):
             if packed is not None:
                 self.segments[number] = place(packed)
+        self.views.clear()
 
     def drop_from_memory(self) -> None:
         assert self.file is not None, "the only copy"
         self.segments = [None] * len(self.segments)
+        self.views.clear()
 
 
 class Loan(NamedTuple):
@@ -116,26 +121,36 @@ class Tiers:
 
     def stream(
         self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int, rows: range | None = None
-    ) -> Iterator[Block]:
-        """The blocks' segments, oldest first, in the compute dtype, where they are attended: of `rows`, or all.
-        Each is valid until the next one. A block that `residency` places in memory stays there from its second read on,
-        so that the first answer does not wait for memory to fill."""
+    ) -> Iterator[KVSegment]:
+        """The blocks' segments, oldest first, as they are stored, where they are attended: of `rows`, or all.
+
+        A block that `residency` places in memory stays there from its second read on, so that the first answer does not
+        wait for memory to fill.
+        """
         _, _, on_disk = residency.split(len(blocks))
-        loans = (
-            Loan(blocks[row], number, row >= on_disk and blocks[row].was_read)
-            for row in (range(len(blocks)) if rows is None else rows)
-            for number in range(len(blocks[row].segments))
+        rows = range(len(blocks)) if rows is None else rows
+        places = [(row, number) for row in rows for number in range(self.layout.segments_per_block)]
+        fetched = self._fetched(
+            Loan(blocks[row], number, row >= on_disk and blocks[row].was_read) for row, number in places
         )
-        fetched = self._fetched(loans)
         if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:
             fetched = self._on_device(fetched)
-        for packed in fetched:
-            device = packed.keys.device
-            yield (
-                unpack(packed, self.layout, self._unpack_buffer(device))
-                if self.layout.is_packed
-                else Block(packed.keys, packed.values)
-            )
+        for (row, number), packed in zip(places, fetched, strict=True):
+            block, start = blocks[row], row * self.layout.block_tokens + number * self.layout.segment_tokens
+            if block.segments[number] is not packed:  # in a buffer that others will use
+                yield self._segment_of(packed, start)
+                continue
+            view = block.views.get(number)
+            if view is None or view.keys is not packed.keys:
+                view = block.views[number] = self._segment_of(packed, start, stays=True)
+            yield view
+
+    def _segment_of(self, packed: Packed, start: int, *, stays: bool = False) -> KVSegment:
+        unpack = functools.partial(self._unpacked_form, packed) if self.layout.is_packed else None
+        return KVSegment(*packed[:2], start, packed.key_scales, packed.value_scales, unpack, stays)
+
+    def _unpacked_form(self, packed: Packed) -> Block:
+        return unpack(packed, self.layout, self._unpack_buffer(packed.keys.device))
 
     def load(self, block: SealedBlock, number: int) -> Block:
         """One segment in the compute dtype, in its own memory."""

@@ -2,30 +2,61 @@
 
 A backend computes attention to one segment; `attend` loops over the segments, computes on the device where each one's
 keys are, and merges in float32 on the queries' device. Merging softmax attention over disjoint sets of keys is exact
-(https://arxiv.org/abs/2205.14135, section 3).
+(https://arxiv.org/abs/2205.14135, section 3). For few queries on a CPU, vector code reads segments as they are stored,
+all that lie in memory in one call; a backend that serves as a comparison does without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels.masks import AttentionMask
+from model.simd.attending import FewQueries, are_few, is_readable, record
 
 
-class KVSegment(NamedTuple):
-    """Consecutive keys and values (B or 1, H_kv, S, D) in the compute dtype, on the device that attends to them."""
+@dataclass(frozen=True, eq=False)
+class KVSegment:
+    """Consecutive keys and values (B or 1, H_kv, S, D), on the device that attends to them.
+
+    They are in the compute dtype, or with `unpack` as they are stored: codes then have float32 scales, of keys (B or 1,
+    H_kv, groups of tokens, D) and of values (B or 1, H_kv, S, 1). `stays`: valid until the forward ends, not only until
+    the next segment is requested.
+    """
 
     keys: Tensor
     values: Tensor
     start: int  # absolute position of keys[:, :, 0]
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    unpack: Callable[[], tuple[Tensor, Tensor]] | None = None
+    stays: bool = False
 
     @property
     def positions(self) -> range:
         return range(self.start, self.start + self.keys.shape[2])
+
+    @property
+    def plain(self) -> KVSegment:
+        """The segment in the compute dtype, valid until the next one is asked for."""
+        return self if self.unpack is None else KVSegment(*self.unpack(), self.start)
+
+    @cached_property
+    def record(self) -> bytes:
+        return record(self)
+
+    def since(self, first: int) -> KVSegment:
+        """The keys from position `first` on, of a segment without scales."""
+        skipped = max(0, first - self.start)
+        if skipped == 0:
+            return self
+        assert self.unpack is None, "stored in a form of its own"
+        return KVSegment(self.keys[:, :, skipped:], self.values[:, :, skipped:], self.start + skipped, stays=self.stays)
 
 
 class AttentionState(NamedTuple):
@@ -37,6 +68,14 @@ class AttentionState(NamedTuple):
 
 # (queries (B, H, T, D), their positions, segment, mask) -> states, each for a range of query indices into T
 Backend = Callable[[Tensor, range, KVSegment, AttentionMask], Iterator[tuple[range, AttentionState]]]
+
+_COMPARISONS: set[Backend] = set()
+
+
+def comparison(backend: Backend) -> Backend:
+    """Marks a backend that computes everything by itself, so that the others can be compared with it."""
+    _COMPARISONS.add(backend)
+    return backend
 
 
 def attend(
@@ -56,19 +95,45 @@ def attention_state(
     b, h, t, d = queries.shape
     assert len(positions) == t, (positions, queries.shape)
     total: AttentionState | None = None
-    for segment in segments:
-        local = queries.to(segment.keys.device)
-        for rows, part in backend(local, positions, segment, mask):
-            part = AttentionState(part.out.to(queries.device), part.lse.to(queries.device))
-            if total is None and len(rows) == t:
-                total = part
-                continue
-            if total is None:  # laid out as (B, T, H, D), which is what the output projection reads
-                out = torch.zeros(b, t, h, d, dtype=torch.float32, device=queries.device).transpose(1, 2)
-                total = AttentionState(out, torch.full((b, h, t), -torch.inf, device=queries.device))
-            total = _merge_rows(total, rows, part)
+    for rows, part in _states(queries, positions, segments, mask, backend):
+        part = AttentionState(part.out.to(queries.device), part.lse.to(queries.device))
+        if total is None and len(rows) == t:
+            total = part
+            continue
+        if total is None:  # laid out as (B, T, H, D), which is what the output projection reads
+            out = torch.zeros(b, t, h, d, dtype=torch.float32, device=queries.device).transpose(1, 2)
+            total = AttentionState(out, torch.full((b, h, t), -torch.inf, device=queries.device))
+        total = _merge_rows(total, rows, part)
     assert total is not None, "no key is visible"
     return total
+
+
+def _states(
+    queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
+) -> Iterator[tuple[range, AttentionState]]:
+    """For ranges of query indices: attention to each segment, or to all those that vector code reads."""
+    first_seen = None if backend in _COMPARISONS else mask.first_seen(positions)
+    few: FewQueries | None = None
+    takes_few: bool | None = None if first_seen is not None else False
+    for segment in segments:
+        rows, heads = segment.keys.shape[:2]
+        if takes_few is None:
+            takes_few = are_few(queries, positions.start, heads)
+        if first_seen is None or not (takes_few and is_readable(segment)):
+            yield from backend(queries.to(segment.keys.device), positions, segment.plain, mask)
+            continue
+        if segment.positions.stop <= first_seen or segment.start >= positions.stop:
+            continue
+        if few is not None and few.key_rows != rows:
+            yield range(len(positions)), AttentionState(*few.finish())
+            few = None
+        if few is None:
+            few = FewQueries(queries.cpu(), positions.start, rows, heads)
+        few.add(segment.since(first_seen))
+        if not segment.stays:
+            few.flush()
+    if few is not None:
+        yield range(len(positions)), AttentionState(*few.finish())
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:

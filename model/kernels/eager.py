@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model.kernels.attend import AttentionState, KVSegment
+from model.kernels.attend import AttentionState, KVSegment, comparison
 from model.kernels.masks import AttentionMask
 
 
+@comparison
 def eager(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:

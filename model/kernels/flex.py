@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.kernels.attend import AttentionState, KVSegment
+from model.kernels.attend import AttentionState, KVSegment, comparison
 from model.kernels.masks import AttentionMask
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ MAX_BLOCKS = 2**20  # blocks of one call on a GPU: the lists take some 16 bytes 
 MAX_VARIANTS = 64  # compiled kernels per process
 
 
+@comparison
 def flex(
     queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask
 ) -> Iterator[tuple[range, AttentionState]]:

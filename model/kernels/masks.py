@@ -60,6 +60,13 @@ class AttentionMask:
             tiles.append(Tile("causal_square", whole, whole, len(whole) // size))
         return sorted(tiles, key=lambda tile: (tile.queries.start, tile.keys.start))
 
+    def first_seen(self, queries: range) -> int | None:
+        """The position of the first key that each of the queries sees; None: they do not see the same first key."""
+        if self.chunk_size is None:
+            return 0
+        chunk = queries.start // self.chunk_size
+        return chunk * self.chunk_size if (queries.stop - 1) // self.chunk_size == chunk else None
+
     def block_mask(self, queries: range, keys: range, block_size: tuple[int, int], device: torch.device) -> BlockMask:
         """flex_attention's block mask over `queries` x `keys` in closed form, with indices relative to their starts.
 

@@ -14,6 +14,8 @@ import torch
 from llvmlite import ir
 
 from model.simd import gguf as _gguf  # noqa: F401  # registers how blocks are decoded
+from model.simd.attention import emit_attention, emit_preparation
+from model.simd.attention_form import AttentionForm
 from model.simd.functions import emit_expansion, emit_product
 from model.simd.layouts import Layout
 from model.simd.operations import emit_entry
@@ -50,6 +52,7 @@ class Engine:
         self.openmp = find_openmp()
         self.pool: ThreadPoolExecutor | None = None
         self.has_wide_registers = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self.integers = self._integers()
         target = self._target()
         self.target = self._target()
         self.compiler = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)  # which owns its target
@@ -66,6 +69,12 @@ class Engine:
         return self.function(emit_expansion, layout, dtype)
 
     @functools.cache  # noqa: B019  # there is one engine
+    def attention(self, form: AttentionForm) -> tuple[Callable[[int], None], Callable[[int], None]]:
+        """What prepares arguments, given their address, and what then attends."""
+        prepare = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.function(emit_preparation, form))
+        return prepare, functools.partial(self._run_everywhere, self.function(emit_attention, form))
+
+    @functools.cache  # noqa: B019
     def function(self, emit: Callable[..., None], *what: Any) -> int:
         """Address of what `emit` makes of these arguments."""
         return self._compiled(emit, *what, platform.machine())
@@ -99,6 +108,16 @@ class Engine:
         memory[2 * LINE // WORD :] = list(arguments)
         self.run(start, 1, start + LINE, rows, ())
 
+    def _run_everywhere(self, function: int, argument: int) -> None:
+        """Calls it once on each thread."""
+        threads = torch.get_num_threads()
+        if self.openmp is not None:
+            self.openmp.run(function, argument, threads, 0)
+            return
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(threads)
+        list(self.pool.map(ctypes.CFUNCTYPE(None, ctypes.c_int64)(function), [argument] * threads))
+
     def _compiled(self, emit: Callable[..., None], *what: Any) -> int:
         self.count += 1
         name = f"work_{self.count}"
@@ -111,6 +130,17 @@ class Engine:
         self.compiler.add_module(compiled)
         self.compiler.finalize_object()
         return int(self.compiler.get_function_address(name))
+
+    @staticmethod
+    def _integers() -> str:
+        """Which instructions multiply 16-bit integers and add pairs of products, as `AttentionForm` names them."""
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return ""
+        features, capability = llvm.get_host_cpu_features(), torch.backends.cpu.get_cpu_capability()
+        has_vnni = features.get("avx512vnni", False) and features.get("avx512vl", False)
+        if capability == "AVX512":
+            return "vnni" if has_vnni else "madd"
+        return "madd" if capability == "AVX2" else ""
 
     @staticmethod
     def _target() -> Any:

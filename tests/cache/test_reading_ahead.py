@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError
 from cache.hybrid import HybridKVCache
 from cache.residency import READ_BUFFERS, Residency, buffer_bytes, held_bytes
+from model.kernels.attend import KVSegment
 from model.weights.read_ahead import ahead, as_bytes
 from support.cache_toys import CONFIG, LAYERS, make, random_keys_values, storage_bytes
 from support.tier_toys import BLOCK, filled, restored, same, shown, together
@@ -79,7 +79,7 @@ def caches(request: pytest.FixtureRequest, tmp_path: Path, disk: Disk) -> tuple[
     return cache, other
 
 
-def stream(cache: HybridKVCache) -> Iterator[Block]:
+def stream(cache: HybridKVCache) -> Iterator[KVSegment]:
     store = cache.stores[0]
     return cache.tiers.stream(store.sealed, cache.residency, 1)
 
@@ -112,7 +112,7 @@ def test_a_slow_disk_holds_nobody_up_before_it_must(caches: tuple[HybridKVCache,
     segments = stream(caches[1])
     first = next(segments)
     disk.until(disk.ended, READ_BUFFERS)
-    kept = Block(*(x.clone() for x in first))
+    kept = first.plain.keys.clone()
     disk.gate.clear()
     next(segments)  # was there already
     disk.until(disk.begun, READ_BUFFERS + 1)
@@ -122,7 +122,7 @@ def test_a_slow_disk_holds_nobody_up_before_it_must(caches: tuple[HybridKVCache,
     threading.Timer(0.1, disk.gate.set).start()
     next(segments)
     assert disk.gate.is_set()
-    assert torch.equal(next(stream(caches[1])).keys, kept.keys) and right(caches)
+    assert torch.equal(next(stream(caches[1])).plain.keys, kept) and right(caches)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 9, 10])
@@ -237,7 +237,10 @@ def packed_values(cache: HybridKVCache, number: int) -> torch.Tensor:
 def until_error(cache: HybridKVCache) -> tuple[list[tuple[int, torch.Tensor, torch.Tensor]], str]:
     """What comes before the error, and its message."""
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    copies = ((segment.start, segment.keys.clone(), segment.values.clone()) for segment in cache.segments(1, range(1)))
+    copies = (
+        (segment.start, segment.keys.clone(), segment.values.clone())
+        for segment in (s.plain for s in cache.segments(1, range(1)))
+    )
     with pytest.raises(DiskError) as caught:
         seen.extend(copies)
     return seen, str(caught.value)

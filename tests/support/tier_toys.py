@@ -19,7 +19,7 @@ BLOCK = 2 * CHUNK
 
 def shown(cache: HybridKVCache, layer: int, queries: range) -> list[tuple[int, Tensor, Tensor]]:
     """What the layer's attention would see. Copied, because each segment is valid only until the next."""
-    return [(s.start, s.keys.clone(), s.values.clone()) for s in cache.segments(layer, queries)]
+    return [(s.start, s.keys.clone(), s.values.clone()) for s in (x.plain for x in cache.segments(layer, queries))]
 
 
 def same(a: list[tuple[int, Tensor, Tensor]], b: list[tuple[int, Tensor, Tensor]]) -> bool:

@@ -1,0 +1,216 @@
+"""Attention of a few queries on a CPU to keys and values as they are stored; where there is no code for it, not at all.
+
+Whether it is taken depends on what is installed, on form and shape, never on a measurement.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.simd import products
+from model.simd.attention_form import MOST_BLOCK, RANGE_KEYS, SCALED, AttentionForm, Record
+from model.simd.products import dtype_name
+
+MOST_QUERIES = 64
+"""Queries of a KV head, those of all its query heads counted: for more, matrix products are faster."""
+
+LARGEST_HEAD = 256
+
+SMALLEST = 2**18
+"""Elements of all keys so far that code is compiled for, which takes as long as some hundred attentions to them."""
+
+STATE_BYTES = 8 * 2**20
+"""Memory for the states of ranges in one call, unless a single segment needs more."""
+
+LINE_BYTES = 64
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Segment(Protocol):
+    """Consecutive keys and values (B or 1, H_kv, S, D) as they are stored.
+
+    Codes have float32 scales: of keys (B or 1, H_kv, groups, D), of values (B or 1, H_kv, S, 1).
+    """
+
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def key_scales(self) -> Tensor | None: ...
+    @property
+    def value_scales(self) -> Tensor | None: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def record(self) -> bytes:
+        """What `record` returns."""
+        ...
+
+
+def are_few(queries: Tensor, first: int, key_heads: int) -> bool:
+    """Whether code is worth having for queries (B, H, T, D), the first of them at this position."""
+    rows, heads, tokens, head_dim = queries.shape
+    return (
+        rows * tokens * (heads // key_heads) <= MOST_QUERIES
+        and (first + tokens) * key_heads * head_dim >= SMALLEST
+        and head_dim % 16 == 0
+        and head_dim <= LARGEST_HEAD
+        and queries.dtype in PLAIN
+        and queries.stride(3) == 1
+        and products.find_engine() is not None
+    )
+
+
+def is_readable(segment: Segment) -> bool:
+    """Whether there is code for its form."""
+    keys, values, scales = segment.keys, segment.values, (segment.key_scales, segment.value_scales)
+    if keys.device.type != "cpu" or keys.stride(3) != 1 or values.stride(3) != 1 or values.dtype != keys.dtype:
+        return False
+    if scales[0] is None or scales[1] is None:
+        return keys.dtype in PLAIN
+    tokens, groups = keys.shape[2], scales[0].shape[2]
+    return (
+        dtype_name(keys.dtype) in SCALED
+        and scales[0].stride(3) == 1
+        and tokens == groups * (tokens // groups)
+        and tokens // groups <= MOST_BLOCK
+    )
+
+
+def _form(segment: Segment) -> tuple[torch.dtype, int]:
+    """The type of what is stored, and the keys of a block."""
+    scales = segment.key_scales
+    return segment.keys.dtype, MOST_BLOCK if scales is None else segment.keys.shape[2] // scales.shape[2]
+
+
+def record(segment: Segment) -> bytes:
+    """What code needs to know of a segment, as long as its tensors stay where they are."""
+    tensors = (segment.keys, segment.values, segment.key_scales, segment.value_scales)
+    fields = [number for tensor in tensors for number in (_place(tensor) if tensor is not None else (0, 0, 0, 0))]
+    fields += [segment.keys.shape[2], segment.start]
+    assert len(fields) == Record.COUNT
+    return array("q", fields).tobytes()
+
+
+class FewQueries:
+    """Attention of queries (B, H, T, D) at consecutive positions to segments that are added, oldest first.
+
+    A query sees the keys up to its own position. Results are the same however segments are divided among calls.
+    """
+
+    def __init__(self, queries: Tensor, first: int, key_rows: int, key_heads: int) -> None:
+        """`key_rows` is B, or 1 where all rows share the keys."""
+        rows, heads, tokens, head_dim = queries.shape
+        engine = products.find_engine()
+        assert engine is not None and key_rows in (1, rows), (key_rows, rows)
+        self.engine, self.queries, self.first = engine, queries, first
+        self.key_rows, self.key_heads, self.unit_heads = key_rows, key_heads, key_rows * key_heads
+        self.group = heads // key_heads
+        self.count = rows // key_rows * self.group * tokens
+        self.lanes, most = _registers(engine.has_wide_registers, head_dim)
+        self.tile = _tile(self.count, most)
+        self.padded = -(-self.count // self.tile) * self.tile
+        self.state_bytes = _lines(4 * self.padded * (head_dim + 2))
+        self.out = torch.empty(rows, tokens, heads, head_dim).transpose(1, 2)
+        self.lse = torch.empty(rows, heads, tokens)
+        prepared = self.unit_heads * (4 * self.padded * head_dim + self.state_bytes)
+        self.fixed = torch.empty(prepared + 8 * (self.padded + self.unit_heads), dtype=torch.uint8)
+        self.is_first = True
+        self.waiting: list[Segment] = []
+
+    def add(self, segment: Segment) -> None:
+        """A readable segment, whose memory must not change before the next `flush` or `finish`."""
+        if self.waiting and _form(self.waiting[0]) != _form(segment):
+            self.flush()
+        self.waiting.append(segment)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Outputs (B, H, T, D) and log-sum-exp of the scores (B, H, T), float32."""
+        self.flush()
+        return self.out, self.lse
+
+    def flush(self) -> None:
+        """Attends to the segments that were added."""
+        if self.waiting:
+            segments, self.waiting = self.waiting, []
+            self._attend(segments)
+
+    def _attend(self, segments: Sequence[Segment]) -> None:
+        first = segments[0]
+        assert first.keys.shape[:2] == (self.key_rows, self.key_heads), first.keys.shape
+        block = _form(first)[1]
+        range_keys = block * max(1, RANGE_KEYS // block)
+        ranges = -(-max(segment.keys.shape[2] for segment in segments) // range_keys)
+        bytes_each = ranges * self.unit_heads * self.state_bytes
+        at_once = min(len(segments), max(1, STATE_BYTES // bytes_each))
+        states = torch.empty(at_once * bytes_each, dtype=torch.uint8)
+        stored, head_dim = dtype_name(first.keys.dtype), self.queries.shape[3]
+        integers = self.engine.integers if first.keys.dtype == torch.int8 else ""
+        form = AttentionForm(stored, dtype_name(self.queries.dtype), head_dim, self.tile, self.lanes, integers)
+        prepare, attend = self.engine.attention(form)
+        for start in range(0, len(segments), at_once):
+            records = [segment.record for segment in segments[start : start + at_once]]
+            table = array("q", b"".join(records))
+            arguments = self._arguments(table, len(records) * ranges, ranges, range_keys, block, states)
+            address, _ = arguments.buffer_info()
+            if start == 0:
+                prepare(address)
+                self.is_first = False
+            attend(address)
+
+    def _arguments(
+        self, table: array[int], ranges: int, each: int, range_keys: int, block: int, states: Tensor
+    ) -> array[int]:
+        """In the order of `Argument`."""
+        head_dim = self.queries.shape[3]
+        prepared = self.fixed.data_ptr()
+        totals = prepared + 4 * self.unit_heads * self.padded * head_dim
+        positions = totals + self.unit_heads * self.state_bytes
+        cut = (table.buffer_info()[0], ranges, each, range_keys, block)
+        shape = (self.key_heads, self.unit_heads, self.count, self.padded, self.group, self.queries.shape[2])
+        queries = (self.is_first, self.first, _scale(head_dim), prepared, positions)
+        done = positions + 8 * self.padded
+        results = (done, totals, states.data_ptr(), self.state_bytes)
+        tensors = (*_place(self.queries), *_place(self.out), *_place(self.lse))
+        return array("q", (0, *cut, *shape, *queries, *results, *tensors))
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    """Its address, and the bytes between its rows, heads and tokens."""
+    row, head, token, *_ = x.stride()
+    size = x.element_size()
+    return x.data_ptr(), row * size, head * size, token * size
+
+
+def _lines(size: int) -> int:
+    return -(-size // LINE_BYTES) * LINE_BYTES
+
+
+@functools.cache
+def _scale(head_dim: int) -> int:
+    """The scale of scores, for weights that are powers of two, as the bits of a float64."""
+    (bits,) = struct.unpack("q", struct.pack("d", head_dim**-0.5 * math.log2(math.e)))
+    return int(bits)
+
+
+@functools.cache
+def _tile(queries: int, most: int) -> int:
+    """Queries that share what is read and converted, which costs about as much as two queries."""
+    return min(range(1, most + 1), key=lambda tile: (-(-queries // tile) * (tile + 2), -tile))
+
+
+def _registers(has_wide_registers: bool, head_dim: int) -> tuple[int, int]:
+    """Lanes of vectors, and the most queries of a tile, whose sums are kept in registers."""
+    if has_wide_registers:
+        return (16, 5) if head_dim % 32 == 0 else (8, 5)
+    return 8, 3
