@@ -7,7 +7,7 @@ queries may attend to, wherever it was kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,14 +107,12 @@ class Step(NamedTuple):
             backend,
         )
 
-    def narrowed(self, wanted: Literal["all", "last", "none"]) -> Step:
-        """The step of the last layer, whose outputs are wanted for each sequence's last token, or for none."""
-        if wanted == "all":
-            return self
-        first = -1 if wanted == "last" else None
+    def narrowed(self, wanted: Sequence[int]) -> Step:
+        """The step of the last layer, whose outputs are wanted for so many last tokens of each sequence."""
         return self._replace(
             parts=tuple(
-                part._replace(queries=part.positions[first:] if first else part.positions[:0]) for part in self.parts
+                part._replace(queries=part.positions[len(part.positions) - count :])
+                for part, count in zip(self.parts, wanted, strict=True)
             )
         )
 

@@ -98,33 +98,35 @@ class Transformer(nn.Module):
         feed-forward are computed only for positions whose logits are requested. Raises LengthError.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
-        return self._run(x, [x.shape[1]], [cache], logits)
+        counts = [x.shape[1]]
+        return self._run(x, counts, [cache], _wanted(logits, counts))
 
     @torch.inference_mode()
     def forward_ragged(
-        self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache], logits: Wanted = "all"
+        self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache], logits: Wanted | Sequence[int] = "all"
     ) -> list[Tensor] | None:
         """New token ids of several sequences, T_i of the i-th, each with a cache of its own and at its own position.
 
-        Returns logits (T_i, V) or (1, V) of each, or None. Linear layers and experts see all tokens at once, and keys
-        and values that the caches share are read once: a step costs little more than that of one sequence. Raises
-        LengthError.
+        `logits` may say of how many last tokens of each sequence they are wanted. Returns logits (T_i, V), (1, V) or
+        of as many of each, or None if none are. Linear layers and experts see all tokens at once, and keys and values
+        that the caches share are read once: a step costs little more than that of one sequence. Raises LengthError.
         """
         x = self.embed(torch.tensor([[token for some in ids for token in some]], device=self.device))
         counts = [len(some) for some in ids]
-        found = self._run(x, counts, caches, logits)
-        if found is None:
-            return None
-        return list(found[0].split(counts if logits == "all" else [1] * len(counts)))
+        wanted = _wanted(logits, counts)
+        found = self._run(x, counts, caches, wanted)
+        return None if found is None else list(found[0].split(wanted))
 
-    def _run(self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], logits: Wanted) -> Tensor | None:
+    def _run(
+        self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], wanted: Sequence[int]
+    ) -> Tensor | None:
         step = Step.at(self.config, counts, self.backend, caches, x.device)
         has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
         for number, layer in enumerate(self.model.layers):
             if self.watcher is not None:
                 self.watcher.entering(number, tokens)
-            here = step.narrowed(logits) if number == last else step
+            here = step.narrowed(wanted) if number == last else step
             program = self.programs.layer(number, layer) if has_programs else None
             x = layer(x.to(self.dtype), here) if program is None else program(x, here)
             if self.watcher is not None:
@@ -132,7 +134,14 @@ class Transformer(nn.Module):
         for count, cache in zip(counts, caches, strict=True):
             if cache is not None:
                 cache.advance(count)
-        if logits == "none":
+        if not any(wanted):
             return None
         head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
         return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
+
+
+def _wanted(logits: Wanted | Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Of how many last tokens of each sequence logits are wanted."""
+    if isinstance(logits, str):
+        return [{"all": count, "last": 1, "none": 0}[logits] for count in counts]
+    return list(logits)

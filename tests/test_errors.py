@@ -30,6 +30,8 @@ CODES = {
     "l4ctx.errors.InputError": INPUT,
     "l4ctx.errors.UsageError": INPUT,
     "l4ctx.errors.RequestError": INPUT,
+    "l4ctx.run.questions.QuestionsError": INPUT,
+    "l4ctx.run.answers_file.AnswersFileError": INPUT,
     "l4ctx.documents.images.ImageError": INPUT,
     "l4ctx.documents.images.ImageMemoryError": MEMORY,
     "l4ctx.documents.document.DocumentError": INPUT,
@@ -49,11 +51,12 @@ CODES = {
     "cache.errors.DiskFullError": MEMORY,
     "l4ctx.planning.memory_plan.MemoryPlanError": MEMORY,
     "l4ctx.errors.ModelFailureError": MODEL,
-    "l4ctx.engine.generate.GenerationError": MODEL,
+    "l4ctx.engine.choose.GenerationError": MODEL,
     "l4ctx.bench.process.WorkerError": MODEL,
 }
 WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError"}  # root class; has its worker's code
 INTERNAL = {  # each is caught and translated by the package that raises it
+    "model.simd.recorder.NoCodeError",
     "l4ctx.bench.peers.gguf.GGUFError",
     "l4ctx.contexts.journal.JournalError",
     "l4ctx.documents.content.LeftOutError",

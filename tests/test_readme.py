@@ -104,6 +104,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text_file(tmp_path / name, answer("c"))
     text_file(tmp_path / "new.md", answer("d"))
     text_file(tmp_path / "question.txt", question("c"))
+    text_file(tmp_path / "questions.txt", f"{question('a')}\n{question('b')}\n")
     (tmp_path / "report.pdf").write_bytes(PDF)
     Image.new("RGB", (40, 30), "green").save(tmp_path / "chart.png")
     monkeypatch.chdir(tmp_path)

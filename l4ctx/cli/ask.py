@@ -10,7 +10,7 @@ import typer
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import carry_out
-from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs
+from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,34 @@ def ask(
         Path | None,
         typer.Option(
             metavar="FILE", help="Read the question from a file (- for standard input); every argument is then a path."
+        ),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ask many questions about the same documents: one a line, or one JSON object a line (id, question, "
+            "max_new_tokens, temperature, top_p, top_k, seed). Every argument is then a path. Prints one JSON object "
+            "a line, as each answer is ready; with --json, the report is the last one.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --questions: answers at a time (default: as many as fit into memory, at most 32).",
+            show_default=False,
+        ),
+    ] = None,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="With --questions: print the answers in the order of the questions.")
+    ] = False,
+    resume_answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="With --questions: also append the answers to the file OUT, and ask only what it does not answer yet.",
         ),
     ] = None,
     context: Annotated[
@@ -118,12 +146,15 @@ def ask(
     git log | l4ctx ask "Who worked on the parser?" --model DIR
 
     l4ctx ask "And who tested it?" --context CONTEXT --model DIR
+
+    l4ctx ask --questions questions.txt --context CONTEXT --model DIR
     """
-    if question_file is not None and question is not None:
+    if (question_file is not None or questions is not None) and question is not None:
         paths = [question, *(paths or [])]
         question = None
 
     def request() -> Request:
+        from l4ctx.run.questions import QuestionsOptions
         from l4ctx.run.request import (
             AnswerOptions,
             ComputeOptions,
@@ -136,9 +167,16 @@ def ask(
         check_stdout("the answer to")
         saved = ContextOptions(context, save_context, is_added_to=bool(add), replace=replace)
         _check_contexts(saved, paths or [])
-        text, documents, stdin = inputs(
-            question, question_file, paths or add or [], quiet=quiet, reads_pipe=context is None and not no_documents
-        )
+        _check_questions(questions, question_file, batch=batch, in_order=in_order, answers=resume_answers)
+        reads_pipe, asked = context is None and not no_documents, None
+        if questions is None:
+            text, documents, stdin = inputs(
+                question, question_file, paths or add or [], quiet=quiet, reads_pipe=reads_pipe
+            )
+        else:
+            text = None
+            found, documents, stdin = many_inputs(questions, paths or add or [], quiet=quiet, reads_pipe=reads_pipe)
+            asked = QuestionsOptions(named(questions), found, batch, resume_answers, in_order=in_order)
         sources = SourceOptions(
             paths=documents,
             stdin=stdin,
@@ -168,10 +206,26 @@ def ask(
                 device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
             ),
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            asked,
         )
 
     with errors_as_exit_codes(json=json) as interruption:
         carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
+
+
+def _check_questions(
+    questions: Path | None, question_file: Path | None, *, batch: int | None, in_order: bool, answers: Path | None
+) -> None:
+    """Raises UsageError for options about many questions that do not go together."""
+    if questions is not None and question_file is not None:
+        raise UsageError("--question-file holds one question, --questions many: give one of them")
+    for option, is_given in (
+        ("--batch", batch is not None),
+        ("--in-order", in_order),
+        ("--resume-answers", answers is not None),
+    ):
+        if is_given and questions is None:
+            raise UsageError(f"{option} is for --questions")
 
 
 def _check_contexts(saved: ContextOptions, paths: list[str]) -> None:

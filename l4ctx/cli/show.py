@@ -19,6 +19,7 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     from l4ctx.cli.answer import show_answer
     from l4ctx.cli.console import notes, stderr_console
     from l4ctx.cli.progress import read_shown, reading_summary
+    from l4ctx.cli.questions import show_answers, show_missing, without_answered
     from l4ctx.cli.tables.memory import memory_table
     from l4ctx.cli.tables.weights import weights_table
     from l4ctx.run.inputs import make_inputs, read_request
@@ -32,6 +33,11 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     activity = Activity(console, is_shown=not quiet)
     with Monitor(note, activity.tell) as monitor:
         interruption.kept = lambda: monitor.kept()
+        answers = None
+        if request.questions is not None:
+            request, answers = without_answered(request, monitor)
+            if not show_missing(request, note, json=json):
+                return
         with nullcontext() if "-" in request.sources.paths else activity:  # "-" may be typed in
             choices, sources = read_request(request, monitor)
         with activity:
@@ -42,6 +48,8 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
                 note(summary)
         if request.question is not None:
             show_answer(session, note, interruption, json=json)
+        elif request.questions is not None:
+            show_answers(session, answers, note, activity, interruption)
         elif not json:
             folder = request.context.save_to
             note(

@@ -16,7 +16,11 @@ from l4ctx.cli.exits import tell
 from l4ctx.errors import UsageError
 
 if TYPE_CHECKING:
+    from l4ctx.run.questions import Question
     from l4ctx.run.request import Request
+
+
+STDIN = Path("-")
 
 
 def inputs(
@@ -24,7 +28,7 @@ def inputs(
 ) -> tuple[str, list[str], BinaryIO | None]:
     """The question, the paths to read, and standard input unless the question was read from it."""
     stdin = standard_input()
-    if question == "-" or question_file == Path("-"):
+    if question == "-" or question_file == STDIN:
         if "-" in paths:
             raise UsageError("- (standard input) cannot be both the question and a document")
         if stdin is None:
@@ -42,6 +46,36 @@ def inputs(
     else:
         typed = question
     return question, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe, question=typed), stdin
+
+
+def many_inputs(
+    file: Path, paths: list[str], *, quiet: bool, reads_pipe: bool
+) -> tuple[list[Question], list[str], BinaryIO | None]:
+    """The questions of a file, the paths to read, and standard input unless the questions were read from it."""
+    from l4ctx.run.questions import read_questions
+
+    stdin = standard_input()
+    if file == STDIN:
+        if "-" in paths:
+            raise UsageError("- (standard input) cannot be both the questions and a document")
+        if stdin is None:
+            raise UsageError("the questions: - stands for standard input, but that is closed")
+        documents = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
+        _say_how_to_end("the questions", quiet=quiet)
+        return read_questions(stdin, named(file)), documents, None
+    try:
+        with open(file, "rb") as opened:
+            questions = read_questions(opened, named(file))
+    except OSError as error:
+        raise _unreadable("the questions", str(file), error) from None
+    return questions, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe), stdin
+
+
+def named(file: Path) -> str:
+    """A file of questions in messages."""
+    from l4ctx.formatting import printable
+
+    return "standard input" if file == STDIN else printable(str(file))
 
 
 def paths_or_pipe(paths: list[str], *, quiet: bool, reads_pipe: bool = True, question: str | None = None) -> list[str]:
@@ -70,18 +104,10 @@ def _say_how_to_end(what: str, *, quiet: bool) -> None:
 
 
 def _question_text(read: Callable[[], bytes], name: str) -> str:
-    from l4ctx.formatting import printable
-
     try:
         text = read().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        from l4ctx.machine.suggestions import did_you_mean
-
-        raise UsageError(
-            f"{printable(name)}: the question cannot be read: {error.strerror}{did_you_mean(name)}"
-        ) from None
     except OSError as error:
-        raise UsageError(f"{printable(name)}: the question cannot be read: {error.strerror}") from None
+        raise _unreadable("the question", name, error) from None
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -89,6 +115,14 @@ def _question_text(read: Callable[[], bytes], name: str) -> str:
     if not text.strip():
         raise UsageError(f"{name}: the question is empty")
     return text
+
+
+def _unreadable(what: str, name: str, error: OSError) -> UsageError:
+    from l4ctx.formatting import printable
+    from l4ctx.machine.suggestions import did_you_mean
+
+    hint = did_you_mean(name) if isinstance(error, FileNotFoundError) else ""
+    return UsageError(f"{printable(name)}: {what} cannot be read: {error.strerror}{hint}")
 
 
 def is_piped(descriptor: int) -> bool:

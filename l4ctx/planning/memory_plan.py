@@ -139,7 +139,8 @@ class MemoryPlan:
     def beside_on_accelerator(self) -> int:
         """Accelerator memory for everything but NoPE keys and values."""
         weights = self.device_weights.on_device if self.device_weights else self.weights
-        return weights + self.layout.window_bytes + self.activations + self.workload.tower_activations
+        beside = self.activations + self.workload.tower_activations + self.workload.row_bytes
+        return weights + self.layout.window_bytes + beside
 
     @property
     def beside_on_host(self) -> int:
@@ -147,7 +148,8 @@ class MemoryPlan:
         if self.residency.on_accelerator:
             weights = self.device_weights.on_host if self.device_weights else 0
             return weights + self.token_ids + self.workload.pixel_bytes
-        return self.workload.held_weights + self.layout.window_bytes + self.token_ids + self.activations + self.images
+        keys_values = self.layout.window_bytes + self.workload.row_bytes
+        return self.workload.held_weights + keys_values + self.token_ids + self.activations + self.images
 
     @property
     def needed(self) -> int:
@@ -217,6 +219,8 @@ class MemoryPlan:
             "dtype": self.workload.dtype,
             "kv_dtype": layout.kv_dtype,
             "block_tokens": layout.block_tokens,
+            "answers_at_a_time": self.workload.rows.count if self.workload.rows else 0,
+            "row_bytes": self.workload.row_bytes,
             "host_rows": host,
             "device_rows": device,
         }
@@ -308,7 +312,7 @@ def _with_weights(
 ) -> MemoryPlan:
     """Keeps as many sealed blocks as fit on the accelerator, then in host memory; the rest goes to disk, if any."""
     layout, on_accelerator = workload.layout, capacity.accelerator is not None
-    step, rows = min(prefill_chunk_size, workload.read_tokens), layout.sealed_rows(workload.length)
+    step, rows = min(prefill_chunk_size, workload.step_tokens), layout.sealed_rows(workload.length)
     activations = activation_bytes(workload.config, step, KV_DTYPES[workload.dtype])
     residency, nothing = Residency(on_accelerator=on_accelerator), KVBytes(0, 0, 0)
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)

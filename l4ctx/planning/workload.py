@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cache.layout import KV_DTYPES, StoreLayout
+from cache.residency import fork_bytes
 from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
@@ -57,6 +58,15 @@ class ImageWorkload:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Answers at a time: forks of the cache that holds the documents. Lengths in tokens."""
+
+    count: int
+    question: int  # the longest one
+    room: int  # the longest question with its answer
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is read and generated, and with which model and dtypes. Sizes in tokens and bytes; dtypes by name."""
 
@@ -76,6 +86,7 @@ class Workload:
     saved_layout: StoreLayout | None = None  # of a saved context; overrides the dtypes
     images: ImageWorkload | None = None  # None: the documents have no images
     stored: StoredWeights | None = None  # the weights by owner and layer; None: not known, and never streamed
+    rows: Rows | None = None  # of many questions about the prompt; None: one that is part of it, or none
 
     @property
     def length(self) -> int:
@@ -84,6 +95,19 @@ class Workload:
     @property
     def read_tokens(self) -> int:
         return self.prompt_tokens if self.new_tokens is None else self.new_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens that one forward could have, if no prefill chunk limited it."""
+        return max(self.read_tokens, self.rows.count * self.rows.question if self.rows else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """What answers at a time need beside what they share: keys and values, and the logits of a step."""
+        if self.rows is None:
+            return 0
+        logits = 4 * self.config.vocab_size
+        return self.rows.count * (fork_bytes(self.layout, self.prompt_tokens, self.rows.room) + logits)
 
     @property
     def tower_weights(self) -> int:

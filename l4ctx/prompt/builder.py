@@ -110,6 +110,19 @@ def build_prompt(
     return prompt
 
 
+def encode_question(tokenizer: Tokenizer, question: str, into: array[int]) -> None:
+    """Raises TokenizerError."""
+    tokenizer.encode_data(question.strip(), into=into, user="the question")
+
+
+def after_question(tokenizer: Tokenizer, template: ChatTemplate | None, *, has_system_prompt: bool) -> array[int]:
+    """The tokens that follow the question in every prompt. Raises PromptError and TokenizerError."""
+    if template is None:
+        return array("i")
+    parts = template.split(system=has_system_prompt)
+    return array("i", tokenizer.encode_control(parts[-1]) if parts[-1] != "user" else [])
+
+
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
     """Raises PromptLengthError if prompt and answer need more positions than the model has. Never truncates.
 
@@ -144,7 +157,7 @@ def _add_user_content(
         del document  # frees its text before the next one is read
         done += length
     prompt.documents_stop = len(prompt.ids)
-    tokenizer.encode_data(question.strip(), into=prompt.ids, user="the question")
+    encode_question(tokenizer, question, prompt.ids)
 
 
 def _add_document(

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
     from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.planning.workload import Rows
     from l4ctx.prompt.builder import Prompt
+    from l4ctx.run.asking import Asking
     from l4ctx.run.images import ImageReading
 
 SKIPPED_LINES = 12
@@ -70,7 +72,9 @@ class Inputs:
     images: ImageReading | None  # None without images
     skipped: Sequence[Skipped]
     prompt_tokens: int  # including those that `context` holds
-    max_new_tokens: int
+    max_new_tokens: int  # behind the prompt; with many questions, of the longest with its answer
+    asking: Asking | None = None  # many questions, which are not part of the prompt
+    rows: Rows | None = None  # what as many answers at a time as may be would need
 
     @property
     def length(self) -> int:
@@ -119,7 +123,7 @@ def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, So
     )
     skipped, paths = sources.documents.skipped, request.sources.paths
     if list(paths) == ["-"] and skipped:
-        or_alone = "" if request.question is None else "; --no-documents asks the model alone"
+        or_alone = "; --no-documents asks the model alone" if request.asks else ""
         raise RequestError(
             f"no documents: standard input has nothing to read: {skipped[0].reason} (name a file or folder{or_alone})"
         )
@@ -142,7 +146,8 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     """
     from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from l4ctx.prompt.builder import build_prompt, check_length
+    from l4ctx.prompt.builder import after_question, build_prompt, check_length
+    from l4ctx.run.asking import Asking
 
     request, config = choices.request, sources.config
     with monitor.loading():
@@ -176,6 +181,13 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         monitor.note(text)
     max_new_tokens = _answer_length(request, prompt_tokens, config.max_position_embeddings)
     check_length(prompt, max_new_tokens, config.max_position_embeddings, prompt_tokens)
+    asking = rows = None
+    if request.questions is not None:
+        suffix = after_question(tokenizer, template, has_system_prompt=bool((request.system or "").strip()))
+        left = config.max_position_embeddings - prompt_tokens
+        asking = Asking(request.questions, request.answer, tokenizer, suffix, left)
+        rows = asking.rows(monitor.tell)
+        max_new_tokens = rows.room
     _tell_what_was_read(prompt, monitor.note)
     return Inputs(
         request,
@@ -189,6 +201,8 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         sources.documents.skipped,
         prompt_tokens,
         max_new_tokens,
+        asking,
+        rows,
     )
 
 

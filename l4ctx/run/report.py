@@ -16,8 +16,10 @@ def run_report(session: Session) -> dict[str, Any]:
     sized, answer = session.sized, session.answer
     inputs, folder = sized.inputs, session.request.context.folder
     answered = {"answer": answer.text, "stop_reason": answer.stop_reason, "generated_tokens": answer.tokens}
+    if (questions := session.request.questions) is not None:
+        answered = {"answers": len(questions.questions), "taken_answers": questions.taken}
     return {
-        **({} if session.request.question is None else answered),
+        **(answered if session.request.asks else {}),
         "prompt_tokens": inputs.prompt_tokens,
         "reused_tokens": sized.reused,
         "context": str(folder) if folder else None,

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from l4ctx.errors import RequestError
 from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
+from l4ctx.run.questions import QuestionsOptions
 from model.quantization.choice import NONE, Quantization
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -105,16 +106,21 @@ class ContextOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """Documents to read, and perhaps a question about them."""
+    """Documents to read, and perhaps a question about them, or many."""
 
     model: Path
     sources: SourceOptions = field(default_factory=SourceOptions)
-    question: str | None = None  # None: documents are read and kept
+    question: str | None = None  # None: documents are read and kept, or there are many questions
     system: str | None = None
     context: ContextOptions = field(default_factory=ContextOptions)
     answer: AnswerOptions = field(default_factory=AnswerOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     kv: KVOptions = field(default_factory=KVOptions)
+    questions: QuestionsOptions | None = None  # None: one question, or none
+
+    @property
+    def asks(self) -> bool:
+        return self.question is not None or self.questions is not None
 
     @property
     def answers_from_all(self) -> bool:

@@ -58,7 +58,8 @@ class Session:
         return self.sized.inputs.request
 
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Prefills the rest of the prompt but its last token; saves the documents, if the request says so.
+        """Prefills the rest of the prompt, but for the last token of a question in it; saves the documents, if the
+        request says so.
 
         Raises ContextError and DiskFullError.
         """
@@ -67,8 +68,7 @@ class Session:
             yield from self._read(inputs.prompt.documents_stop)
             written.finish(self.cache)
             self.cache.rows = self.scratch
-        if self.request.question is not None:
-            yield from self._read(inputs.prompt_tokens - 1)
+        yield from self._read(inputs.reading_stop)
 
     def decode(self) -> Iterator[str]:
         """Streams the answer in pieces of text. Raises GenerationError."""

@@ -12,6 +12,7 @@ from l4ctx.machine.device import free_on_accelerator
 from l4ctx.machine.memory import SPARE_SHARE, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import assumed_operations, computing_dtype
 from l4ctx.planning import remedies
+from l4ctx.planning.batch import plan_rows
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from l4ctx.run.choices import KVDtype
@@ -163,13 +164,13 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     disk = save_to or request.kv.folder
     capacity = capacity_here(request.kv, request.compute, accelerator, disk, answer_from)
     workload = _workload(inputs, capacity)
-    plan = MemoryPlan.of(workload, capacity)
+    plan = _plan(inputs, workload, capacity)
     if save_to is not None and save_to.exists():
         capacity = replace(capacity, disk=None)  # much of it may be there already, and a full disk loses nothing
     remedies.check(plan, capacity)
     for text in plan.notes:
         monitor.note(text)
-    if accelerator is None and request.question is not None and would_profit(workload):
+    if accelerator is None and request.asks and would_profit(workload):
         monitor.note(VECTOR_CODE_HINT)
     attention = choices.attention(workload.dtype, on_accelerator=accelerator is not None)
     folder = request.context.folder
@@ -189,6 +190,13 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
         monitor.note(text)
     _check_unsaved_rows(inputs, plan, reuse.tokens)
     return Sized(inputs, plan, attention, written, reuse.tokens, before)
+
+
+def _plan(inputs: Inputs, workload: Workload, capacity: Capacity) -> MemoryPlan:
+    """Raises MemoryPlanError for more answers at a time than fit."""
+    if inputs.asking is None or inputs.rows is None:
+        return MemoryPlan.of(workload, capacity)
+    return plan_rows(workload, capacity, inputs.rows, is_chosen=inputs.asking.options.batch is not None)
 
 
 def would_profit(workload: Workload) -> bool:

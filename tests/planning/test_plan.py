@@ -569,6 +569,8 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "dtype",
         "prefill_chunk_size",
         "block_tokens",
+        "answers_at_a_time",
+        "row_bytes",
         "host_rows",
         "device_rows",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable
-from l4ctx.formatting import human_bytes
+from l4ctx.formatting import counted, human_bytes
 
 if TYPE_CHECKING:
     from l4ctx.run.memory_report import MemoryReport
@@ -33,6 +33,8 @@ def memory_table(report: MemoryReport) -> FigureTable:
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)
     row("NoPE keys and values, disk", end.nope_disk, most.nope_disk, report.nope_disk)
     row("read buffers", end.buffers, most.buffers, report.buffers)
+    if plan.workload.rows is not None:
+        row(f"{counted(plan.workload.rows.count, 'answer')} at a time", None, plan.workload.row_bytes)
     row("token ids", plan.token_ids, None, report.token_ids)
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)

@@ -1,0 +1,107 @@
+"""The answers to many questions, several at a time, as they are ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from l4ctx.run.asking import Asking
+from l4ctx.run.context import with_repair_hint
+from l4ctx.run.monitor import Timing
+from l4ctx.run.questions import Question
+from l4ctx.run.session import Session
+
+if TYPE_CHECKING:
+    from cache.hybrid import HybridKVCache
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.engine.questions import Answered, Asked
+    from l4ctx.engine.row import Row
+
+
+class Ready(NamedTuple):
+    """An answer, as the object that is printed for it."""
+
+    number: int  # of its question, from 0
+    content: dict[str, Any]
+
+
+class Progress(NamedTuple):
+    """After each forward."""
+
+    ready: list[Ready]
+    tokens: int  # of all answers so far
+    seconds: float
+
+
+class _Turn(NamedTuple):
+    """A question when its turn comes."""
+
+    number: int
+    question: Question
+    max_new_tokens: int
+
+
+def answers(session: Session) -> Iterator[Progress]:
+    """Answers all questions of the request, several at a time. Raises GenerationError and ContextError."""
+    from l4ctx.engine.questions import answer_rounds
+
+    asking, plan = session.sized.inputs.asking, session.sized.plan
+    assert asking is not None and plan.workload.rows is not None
+    began, tokens = time.perf_counter(), 0
+    rounds = answer_rounds(
+        session.model,
+        session.cache,
+        _asked(asking),
+        partial(_row, session),
+        rows=plan.workload.rows.count,
+        step_tokens=plan.prefill_chunk_size,
+    )
+    with with_repair_hint(session.request.context.folder):
+        for answered, new_tokens in rounds:
+            tokens += new_tokens
+            seconds = time.perf_counter() - began
+            session.monitor.timings["decode"] = Timing(seconds, tokens)
+            yield Progress([_ready(one, asking.tokenizer) for one in answered], tokens, seconds)
+
+
+def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
+    from l4ctx.engine.questions import Asked
+
+    for number, question in enumerate(asking.options.questions):
+        ids = asking.ids(question)
+        max_new_tokens = asking.max_new_tokens(question, len(ids))
+        yield Asked(_Turn(number, question, max_new_tokens), ids, len(ids) + max_new_tokens)
+
+
+def _row(session: Session, turn: _Turn, cache: HybridKVCache, token: int) -> Row:
+    """The row of an answer that begins: with the question's own settings, and those of all for the rest."""
+    from l4ctx.engine.loop_guard import LoopGuard
+    from l4ctx.engine.row import Row
+
+    checked, settings = session.sized.inputs.checked, turn.question.settings._asdict()
+    del settings["max_new_tokens"]
+    return Row(
+        cache,
+        token,
+        max_new_tokens=turn.max_new_tokens,
+        stop_tokens=checked.generation.stop_tokens,
+        sampling=replace(checked.sampling, **{name: value for name, value in settings.items() if value is not None}),
+        guard=LoopGuard() if session.request.answer.loop_guard else None,
+    )
+
+
+def _ready(answered: Answered[_Turn], tokenizer: Tokenizer) -> Ready:
+    turn = answered.question
+    return Ready(
+        turn.number,
+        {
+            "id": turn.question.id,
+            "question": turn.question.text,
+            "answer": tokenizer.decode(answered.ids),
+            "stop_reason": answered.row.stop_reason,
+            "generated_tokens": len(answered.ids),
+        },
+    )

@@ -1,0 +1,126 @@
+"""The file that --resume-answers names: one JSON object a line for each answer, appended as it is ready.
+
+A process that is killed leaves whole lines and perhaps the beginning of one more, which the next run cuts off.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from l4ctx.errors import InputError, OutputError
+from l4ctx.formatting import printable
+from l4ctx.run.questions import Question, QuestionId, shown
+
+BEGINNING = b'{"id": '
+"""Of every line that is written here: what begins otherwise is no line of answers, and is not cut off."""
+
+MAX_LINE_BYTES = 256 * 2**20
+
+
+class AnswersFileError(InputError):
+    """A file that cannot hold these answers; it was not changed."""
+
+
+class AnswersFile:
+    """Open for appending, locked against other runs. `answered` are the ids of questions that it holds. Close it."""
+
+    def __init__(self, path: Path, questions: Sequence[Question]) -> None:
+        """Opens or creates it, and cuts off an unfinished last line. Raises AnswersFileError."""
+        self._name = printable(str(path))
+        try:
+            self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115 (until it is closed)
+        except OSError as error:
+            raise AnswersFileError(f"{self._name}: cannot be written: {error.strerror}") from None
+        try:
+            self._lock()
+            self.answered = self._read(questions)
+        except OSError as error:
+            self.close()
+            raise AnswersFileError(f"{self._name}: cannot be read: {error.strerror}") from None
+        except AnswersFileError:
+            self.close()
+            raise
+
+    def append(self, answer: dict[str, Any]) -> None:
+        """Writes a line, whose first key has to be `id`. Raises OutputError."""
+        line = json.dumps(answer).encode() + b"\n"
+        assert line.startswith(BEGINNING), line
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OutputError(f"{self._name}: the answers cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        """What was written is on the disk afterwards, where the system can tell."""
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise OutputError(f"{self._name}: the answers cannot be written: {error.strerror}") from None
+        finally:
+            self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AnswersFileError(f"{self._name}: another run is writing to it; wait for its end") from None
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self, questions: Sequence[Question]) -> frozenset[QuestionId]:
+        """The ids of these questions that are answered in it; then cuts off an unfinished last line."""
+        texts, found, end = {question.id: question.text for question in questions}, set(), 0
+        for number, line in enumerate(self._lines(), 1):
+            if not line.endswith(b"\n"):
+                self._check_unfinished(number, line)
+                os.ftruncate(self._file.fileno(), end)
+                break
+            end += len(line)
+            question_id, text = self._parsed(number, line)
+            if question_id not in texts:
+                continue
+            if texts[question_id] != text:
+                raise self._refused(number, f"another question has the id {shown(question_id)}")
+            found.add(question_id)
+        return frozenset(found)
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            while line := file.readline(MAX_LINE_BYTES):
+                yield line
+
+    def _check_unfinished(self, number: int, line: bytes) -> None:
+        """Raises AnswersFileError for a last line that this program has not begun: it would be lost."""
+        if len(line) == MAX_LINE_BYTES or not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+            raise self._refused(number, "no answer of l4ctx")
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        self._parsed(number, line)
+
+    def _parsed(self, number: int, line: bytes) -> tuple[QuestionId, str]:
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict) and isinstance(content.get("answer"), str):
+            question_id, text = content.get("id"), content.get("question")
+            if isinstance(question_id, int | str) and not isinstance(question_id, bool) and isinstance(text, str):
+                return question_id, text
+        raise self._refused(number, "no answer of l4ctx")
+
+    def _refused(self, number: int, why: str) -> AnswersFileError:
+        return AnswersFileError(f"{self._name}, line {number}: {why}; name another file for --resume-answers")
