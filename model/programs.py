@@ -35,6 +35,21 @@ class Layer(Protocol):
     feed_forward: nn.Module
 
 
+class Views(NamedTuple):
+    """The buffers as B sequences of T tokens."""
+
+    residual: Tensor  # (B, T, C)
+    attended: Tensor  # (B, H, T, D)
+    queries: Tensor
+    keys: Tensor  # (B, H_kv, T, D)
+    values: Tensor
+
+    def hold(self, x: Tensor) -> None:
+        """Takes x (B, T, C) as the residual, unless it is."""
+        if x is not self.residual:
+            self.residual.copy_(x)
+
+
 class Buffers:
     """What all programs of a model work on: FEW_ROWS rows each, float32 but for what attention gets."""
 
@@ -53,6 +68,19 @@ class Buffers:
         self.scores = torch.zeros(pairs)
         self.pairs = torch.zeros(pairs, 2 * config.intermediate_size)
         self.sums = torch.zeros(pairs, c)
+        self._views: dict[tuple[int, int], Views] = {}
+
+    def views(self, batch: int, tokens: int) -> Views:
+        """Of the first batch * tokens rows."""
+        found = self._views.get((batch, tokens))
+        if found is None:
+            attended = self.attended.view(self.queries.shape)
+            heads = (attended, self.queries, self.keys, self.values)
+            parts = (x[: batch * tokens].unflatten(0, (batch, tokens)) for x in (self.residual, *heads))
+            residual, *others = parts
+            found = Views(residual, *(x.transpose(1, 2) for x in others))
+            self._views[batch, tokens] = found
+        return found
 
 
 class LayerProgram:
@@ -64,29 +92,26 @@ class LayerProgram:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (B, T, C) -> (B, step.num_queries, C), float32 in a buffer; otherwise like the layer's forward."""
-        buffers, (batch, tokens, c) = self._buffers, x.shape
-        rows = batch * tokens
-        residual = buffers.residual[:rows]
-        if x.data_ptr() != residual.data_ptr():
-            residual.copy_(x.view(rows, c))
-        self._before.run(rows)
-        queries, keys, values = (
-            heads[:rows].unflatten(0, (batch, tokens)).transpose(1, 2)
-            for heads in (buffers.queries, buffers.keys, buffers.values)
-        )
-        if rows > 1:  # of several tokens a cache may hold some until the next layer's come
+        batch, tokens, _ = x.shape
+        here = self._buffers.views(batch, tokens)
+        here.hold(x)
+        self._before.run(batch * tokens)
+        keys, values = here.keys, here.values
+        if batch * tokens > 1:  # of several tokens a cache may hold some until the next layer's come
             keys, values = keys.clone(), values.clone()
         self._attention.store(keys, values, step)
-        if not step.num_queries:
+        wanted = step.num_queries
+        if not wanted:
             return x[:, :0]
-        attended = self._attention.attended(queries[:, :, step.wanted], step, KVSegment(keys, values, 0))
-        if step.num_queries != tokens:
-            rows = batch * step.num_queries
-            wanted = residual.view(batch, tokens, c)[:, step.wanted].reshape(rows, c)
-            residual = buffers.residual[:rows].copy_(wanted)
-        buffers.attended[:rows].view(batch, -1, *buffers.queries.shape[1:]).copy_(attended.transpose(1, 2))
-        self._after.run(rows)
-        return residual.view(batch, -1, c)
+        queries = here.queries if wanted == tokens else here.queries[:, :, step.wanted]
+        attended = self._attention.attended(queries, step, KVSegment(keys, values, 0))
+        if wanted != tokens:
+            x = here.residual[:, step.wanted].clone()
+            here = self._buffers.views(batch, wanted)
+            here.hold(x)
+        here.attended.copy_(attended)
+        self._after.run(batch * wanted)
+        return here.residual
 
 
 class HeadProgram:
@@ -101,13 +126,12 @@ class HeadProgram:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> logits (B, T, V), a new tensor in the model's dtype."""
-        rows = x.shape[0] * x.shape[1]
-        if x.data_ptr() != self._buffers.residual.data_ptr():
-            self._buffers.residual[:rows].copy_(x.view(rows, -1))
-        out = torch.empty(*x.shape[:2], self._vocabulary)
+        batch, tokens, _ = x.shape
+        self._buffers.views(batch, tokens).hold(x)
+        out = torch.empty(batch, tokens, self._vocabulary)
         for place in (OUTPUT, SUMS):
             self._program.set_argument(1, place, out.data_ptr())
-        self._program.run(rows)
+        self._program.run(batch * tokens)
         return out.to(self._buffers.queries.dtype)
 
 
@@ -254,7 +278,7 @@ class Programs:
 class Weights(NamedTuple):
     """Where parameters of modules were. Stored matrices count how often their tensors are replaced."""
 
-    places: list[tuple[Any, str]]
+    places: list[tuple[dict[str, Any], str]]
     addresses: list[int]
     replaced: int
 
@@ -273,6 +297,8 @@ class Weights(NamedTuple):
         return self.replaced == StoredMatrix.replaced and self.addresses == _addresses(self.places)
 
 
-def _addresses(places: list[tuple[Any, str]]) -> list[int]:
-    found = (tensors.get(name) for tensors, name in places)
-    return [0 if tensor is None else tensor.data_ptr() for tensor in found]
+def _addresses(places: list[tuple[dict[str, Any], str]]) -> list[int]:
+    try:
+        return [tensors[name].data_ptr() for tensors, name in places]
+    except (KeyError, AttributeError):  # a parameter that has become something else
+        return []

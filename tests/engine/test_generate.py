@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,14 @@ def test_ties_go_to_the_lowest_id() -> None:
     pairs = {choose(logits, Sampling(temperature=1.0, top_k=2), generator) for _ in range(60)}
     assert pairs == {1, 3}
     assert choose(torch.zeros(50_000), Sampling(temperature=1.0, top_k=1), generator) == 0
+
+
+@pytest.mark.parametrize("places", [[0, 1], [511, 512], [512, 1500], [1535, 1536], [1599], [3, 1599], range(1600)])
+def test_greedy_choice_is_the_first_largest_wherever_it_is(places: Sequence[int]) -> None:
+    logits = torch.full((1600,), -3.0)
+    logits[list(places)] = -1.5
+    assert choose(logits, Sampling(temperature=0.0), torch.Generator()) == places[0]
+    assert choose(logits.bfloat16(), Sampling(temperature=0.0), torch.Generator()) == places[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
