@@ -17,14 +17,28 @@ from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.disk import UnitFile, Units
-from cache.layout import StoreLayout
+from cache.layout import KV_DTYPES, StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
 from cache.residency import READ_BUFFERS, Residency
 from model.kernels.attend import KVSegment
 from model.weights.read_ahead import ahead, as_bytes
 
-MAX_TRAVELLING_QUERIES = 16
-"""Up to so many queries are copied to a host block and attended there: fewer bytes than its keys and values."""
+HOST_OPERATIONS = 64
+"""Operations of attention that a host is assumed to do while one byte crosses to the accelerator: 1.6 TFLOP/s and 25
+GB/s, as of 16 cores and half of a PCIe 4.0 link."""
+
+
+def stays_on_host(layout: StoreLayout, num_queries: int) -> bool:
+    """Whether so many queries (all heads) had better travel to a segment in host memory than the segment to them.
+
+    Compared in bytes of the link: the queries and their results with float32 log-sum-exps, and the host's arithmetic
+    as bytes that would cross meanwhile, against the segment as it is stored.
+    """
+    config, itemsize = layout.config, KV_DTYPES[layout.dtype]
+    heads = num_queries * config.num_attention_heads
+    moved = heads * (config.head_dim * (itemsize + 4) + 4)
+    computed = 4 * heads * config.head_dim * layout.segment_tokens // HOST_OPERATIONS
+    return moved + computed < layout.sealed_segment_bytes
 
 
 class RowStore(Protocol):
@@ -133,7 +147,7 @@ class Tiers:
         fetched = self._fetched(
             Loan(blocks[row], number, row >= on_disk and blocks[row].was_read) for row, number in places
         )
-        if self.device.type != "cpu" and num_queries > MAX_TRAVELLING_QUERIES:
+        if self.device.type != "cpu" and not stays_on_host(self.layout, num_queries):
             fetched = self._on_device(fetched)
         for (row, number), packed in zip(places, fetched, strict=True):
             block, start = blocks[row], row * self.layout.block_tokens + number * self.layout.segment_tokens
