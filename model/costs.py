@@ -41,6 +41,20 @@ def parameter_count(config: TextConfig) -> int:
     return embeddings + config.hidden_size + layers
 
 
+def weights_a_token(config: TextConfig) -> int:
+    """Number of weights that a forward of one token multiplies, output matrix included."""
+    layers = sum(layer_parameters(config, layer, active=True) for layer in range(config.num_hidden_layers))
+    return layers + config.vocab_size * config.hidden_size
+
+
+def weights_of_another_token(config: TextConfig) -> int:
+    """How many more a forward of two tokens is expected to multiply, with tokens spread evenly over the experts."""
+    used = config.num_experts_per_tok
+    expert = 3 * config.hidden_size * config.intermediate_size
+    others = config.num_local_experts - used
+    return len(config.moe_layers) * used * expert * others // config.num_local_experts
+
+
 def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     """Operations to prefill tokens start .. stop - 1: in the last layer only keys and values, and no logits."""
     tokens = stop - start

@@ -121,6 +121,17 @@ def ask(
         int | None, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Sampling seed, for reproducible answers.")
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Sample as the checkpoint's authors recommend.")] = False,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            metavar="N",
+            help="Copy up to N tokens at a time from the documents and verify them together; 0: never. The answer is "
+            "the same (default: 7).",
+            show_default=False,
+        ),
+    ] = None,
     loop_guard: Annotated[
         bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop an answer that keeps repeating itself.")
     ] = True,
@@ -201,6 +212,7 @@ def ask(
                 top_k=top_k,
                 seed=seed,
                 loop_guard=loop_guard,
+                draft_tokens=draft_tokens,
             ),
             ComputeOptions(
                 device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory

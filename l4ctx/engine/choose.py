@@ -13,6 +13,10 @@ from l4ctx.errors import ModelFailureError
 RUN = 512
 """Logits."""
 
+FIRST_RANKED = 256
+"""Tokens that are ranked for top-p at first, and eight times as many as long as they hold less: sorting a vocabulary
+takes longer than a forward of a small model."""
+
 
 class GenerationError(ModelFailureError):
     """Decoding cannot continue."""
@@ -29,16 +33,41 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.temperature == 0:
         return _first(logits, largest)
     logits = logits.float().cpu()
-    order = logits.argsort(descending=True, stable=True)
-    ranked = logits[order].double()
-    scaled = (ranked - ranked[0]) / sampling.temperature  # the largest is 0 at any temperature
     if sampling.top_k > 0:
-        scaled = scaled[: sampling.top_k]
-    probabilities = scaled.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # total probability of all likelier tokens
-    probabilities[before >= sampling.top_p] = 0
-    probabilities[0] = probabilities[0].clamp(min=torch.finfo(torch.float64).tiny)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        tokens = _ranked(logits, sampling.top_k)[: sampling.top_k]
+        chosen = _sample(_weights(logits[tokens], sampling), sampling.top_p, generator)
+        return int(tokens[chosen])
+    weights = _weights(logits, sampling)
+    if sampling.top_p >= 1:
+        return _sample(weights, 1.0, generator)
+    ranked, total = FIRST_RANKED, weights.sum()
+    while True:
+        tokens = _ranked(logits, ranked)
+        share = weights[tokens].sum() / total
+        if share >= sampling.top_p or len(tokens) == len(logits):
+            return int(tokens[_sample(weights[tokens], sampling.top_p / float(share), generator)])
+        ranked *= 8
+
+
+def _ranked(logits: Tensor, count: int) -> Tensor:
+    """At least the `count` likeliest tokens, the likeliest first, by id where they are equal."""
+    if count >= len(logits):
+        return logits.argsort(descending=True, stable=True)
+    among = (logits >= logits.topk(count).values[-1]).nonzero().flatten()
+    return among[logits[among].argsort(descending=True, stable=True)]
+
+
+def _weights(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities but for a factor, float64; the largest is 1 at any temperature."""
+    return ((logits.double() - logits.max()) / sampling.temperature).exp()
+
+
+def _sample(weights: Tensor, share: float, generator: torch.Generator) -> int:
+    """An index of weights (N,): of the first ones up to this share of all, at least one, with these odds."""
+    sums = weights.cumsum(-1)
+    kept = sums if share >= 1 else sums[: max(1, int((sums - weights < share * sums[-1]).sum()))]
+    drawn = torch.rand((), generator=generator, dtype=torch.float64) * kept[-1]
+    return int(torch.searchsorted(kept, drawn, right=True))
 
 
 def _first(logits: Tensor, largest: Tensor) -> int:

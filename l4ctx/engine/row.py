@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +16,28 @@ from l4ctx.engine.loop_guard import LoopGuard
 StopReason = Literal["stop", "length", "repetition"]
 
 
+class Drafts(Protocol):
+    """Where drafts come from: `l4ctx.drafts.drafter.Drafter`."""
+
+    def propose(self, room: int) -> list[int]:
+        """At most `room` tokens that may come next."""
+        ...
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """What did come next: one token more than were right, or fewer where the answer ends."""
+        ...
+
+
 class Row:
     """Continues from `token`, the last token of its prompt, which is not in `cache` yet.
 
     Call `feed`, run the model on that, and give the logits to `take`, until `stop_reason` is set: "stop" at a stop
     token (which is no part of the answer), "repetition" when `guard` detects a loop, or "length" after
     `max_new_tokens`.
+
+    `drafts` are verified by choosing each token as without them, up to the first that differs. As a draft is certain of
+    its token, this is the rejection rule of https://arxiv.org/abs/2302.01318: what is sampled has the model's own
+    distribution, and a seed gives the answer that it gives without drafts.
     """
 
     def __init__(
@@ -32,13 +49,14 @@ class Row:
         stop_tokens: frozenset[int],
         sampling: Sampling = Sampling(),
         guard: LoopGuard | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.cache = cache
         self.stop_reason: StopReason | None = None if max_new_tokens else "length"
         self.tokens = 0  # of the answer
-        self._fed = [token]
+        self._last, self._fed = token, list[int]()
         self._max_new_tokens, self._stop_tokens = max_new_tokens, stop_tokens
-        self._sampling, self._guard = sampling, guard
+        self._sampling, self._guard, self._drafts = sampling, guard, drafts
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -46,19 +64,35 @@ class Row:
             self._generator.manual_seed(sampling.seed)
 
     def feed(self) -> list[int]:
-        """The tokens (T >= 1) that the next forward appends to `cache`, with all their logits."""
+        """The tokens (T >= 1) that the next forward appends to `cache`, with all their logits: the last one that is
+        certain, and a draft that the cache can take back."""
+        if not self._fed:
+            self._fed = [self._last]
+            room = min(self.cache.room, self._max_new_tokens - self.tokens) - 1
+            if self._drafts is not None:
+                self._fed += self._drafts.propose(max(0, room))
         return self._fed
 
     def take(self, logits: Tensor) -> list[int]:
         """From the logits (T, V) behind the tokens that were fed, the answer's next tokens. Raises GenerationError."""
-        token = choose(logits[0], self._sampling, self._generator)
+        fed, self._fed = self._fed, []
+        before, chosen = self.cache.offset - len(fed), list[int]()
+        for drafted, row in zip([*fed[1:], None], logits, strict=True):
+            self._last = choose(row, self._sampling, self._generator)
+            chosen.append(self._last)
+            self.stop_reason = self._reason_to_stop(self._last)
+            if self._last != drafted or self.stop_reason is not None:
+                break
+        if len(chosen) < len(fed):
+            self.cache.rewind(before + len(chosen))
+        if self._drafts is not None:
+            self._drafts.observe(chosen)
+        return chosen[:-1] if self.stop_reason == "stop" else chosen
+
+    def _reason_to_stop(self, token: int) -> StopReason | None:
         if token in self._stop_tokens:
-            self.stop_reason = "stop"
-            return []
+            return "stop"
         self.tokens += 1
-        self._fed = [token]
         if self._guard is not None and self._guard.push(token):
-            self.stop_reason = "repetition"
-        elif self.tokens == self._max_new_tokens:
-            self.stop_reason = "length"
-        return [token]
+            return "repetition"
+        return "length" if self.tokens == self._max_new_tokens else None

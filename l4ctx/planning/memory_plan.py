@@ -13,17 +13,17 @@ from typing import Any
 
 from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
 from cache.residency import KVBytes, Residency, held_bytes, peak_bytes, rows_within
+from l4ctx.drafts.index import ORDER_BYTES
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
 from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.placement import PlacedWeights, placed_weights
-from l4ctx.planning.workload import NO_LIMITS, Capacity, Workload
+from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
 from model.costs import activation_bytes, reading_operations
 from model.errors import UserError
 from model.weights.residency import WeightResidency
 
-TOKEN_ID_BYTES = 4
 MARGIN_BYTES = 256 * 2**20
 """Kept free by every plan, for the interpreter, its libraries, and memory that the allocator does not return."""
 
@@ -126,6 +126,10 @@ class MemoryPlan:
         return TOKEN_ID_BYTES * self.workload.read_tokens
 
     @property
+    def draft_index(self) -> int:
+        return self.workload.draft_index
+
+    @property
     def unbounded_cache(self) -> int:
         """Bytes of keys and values if every layer kept all of them."""
         return unbounded_bytes(self.workload.config, self.workload.length, KV_DTYPES[self.workload.dtype])
@@ -147,9 +151,10 @@ class MemoryPlan:
         """Host memory for everything but NoPE keys and values and mapped weights."""
         if self.residency.on_accelerator:
             weights = self.device_weights.on_host if self.device_weights else 0
-            return weights + self.token_ids + self.workload.pixel_bytes
+            return weights + self.token_ids + self.draft_index + max(self.workload.sorting, self.workload.pixel_bytes)
         keys_values = self.layout.window_bytes + self.workload.row_bytes
-        return self.workload.held_weights + keys_values + self.token_ids + self.activations + self.images
+        tokens, forward = self.token_ids + self.draft_index, self.activations + self.images
+        return self.workload.held_weights + keys_values + tokens + max(self.workload.sorting, forward)
 
     @property
     def needed(self) -> int:
@@ -168,7 +173,8 @@ class MemoryPlan:
         tensors = self.workload.config.num_nope_layers * layout.segments_per_block * (4 if layout.scale_bytes else 2)
         total = self.end.nope_disk + rows * (FILE_BYTES + FILE_BYTES_A_TENSOR * tensors)
         if self.workload.is_saved:
-            total += self.token_ids + layout.window_bytes + layout.open_bytes(layout.block_tokens)
+            order = ORDER_BYTES * self.workload.read_tokens
+            total += self.token_ids + order + layout.window_bytes + layout.open_bytes(layout.block_tokens)
         return max(0, total - self.workload.on_disk_already)
 
     def shortfalls(self, capacity: Capacity) -> dict[str, tuple[int, int]]:
@@ -194,6 +200,7 @@ class MemoryPlan:
                 "weights_are_mapped",
                 "resident_weights",
                 "token_ids",
+                "draft_index",
                 "activations",
                 "images",
                 "needed",

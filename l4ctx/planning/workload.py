@@ -8,6 +8,7 @@ from functools import cached_property
 
 from cache.layout import KV_DTYPES, StoreLayout
 from cache.residency import fork_bytes
+from l4ctx.drafts.index import ORDER_BYTES, SEGMENT_TOKENS, SORTING_BYTES
 from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
@@ -15,6 +16,7 @@ from model.weights.owners import Owner
 from model.weights.residency import WeightResidency
 
 PAGE_BYTES = 4096
+TOKEN_ID_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Workload:
     largest: Sequence[tuple[str, int]] = ()  # documents with their tokens
     saved_layout: StoreLayout | None = None  # of a saved context; overrides the dtypes
     images: ImageWorkload | None = None  # None: the documents have no images
+    has_drafts: bool = False  # the prompt is indexed, for drafts of the answer
     stored: StoredWeights | None = None  # the weights by owner and layer; None: not known, and never streamed
     rows: Rows | None = None  # of many questions about the prompt; None: one that is part of it, or none
 
@@ -108,6 +111,20 @@ class Workload:
             return 0
         logits = 4 * self.config.vocab_size
         return self.rows.count * (fork_bytes(self.layout, self.prompt_tokens, self.rows.room) + logits)
+
+    @property
+    def draft_index(self) -> int:
+        """Bytes of host memory for what drafts are copied from, beside the ids of tokens that are read."""
+        if not self.has_drafts:
+            return 0
+        saved = TOKEN_ID_BYTES * (self.prompt_tokens - self.read_tokens)  # ids from a context
+        return ORDER_BYTES * self.prompt_tokens + saved
+
+    @property
+    def sorting(self) -> int:
+        """Bytes of host memory while that is made, before or after all forwards."""
+        tokens = min(self.prompt_tokens, SEGMENT_TOKENS) if self.has_drafts else 0
+        return SORTING_BYTES * tokens // SEGMENT_TOKENS
 
     @property
     def tower_weights(self) -> int:

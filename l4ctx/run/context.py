@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
     from l4ctx.contexts.reader import ContextReader
     from l4ctx.contexts.writer import ContextWriter
+    from l4ctx.drafts.index import IndexedText
     from l4ctx.prompt.builder import Prompt
     from l4ctx.spans import ImageSpan, Span
 
@@ -184,6 +185,11 @@ class ReadContext:
         """Raises ContextError."""
         with with_repair_hint(self.folder):
             return self.reader.context.images(self.reader.state)
+
+    def text(self) -> IndexedText:
+        """Its tokens, to copy drafts from. Raises ContextError."""
+        with with_repair_hint(self.folder):
+            return self.reader.context.text(self.reader.state)
 
     def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
         """What it holds of this prompt. Raises ContextError, and RequestError for documents with nothing in common."""

@@ -167,6 +167,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         capacity = replace(capacity, reading=reading)
     size = read.size(_max_new_tokens(request, config, read.tokens))
     workload = workload_of(config, weights, size, request.compute, request.kv.dtype, capacity)
+    workload = replace(workload, has_drafts=True)  # as in every run that answers, or keeps what it reads
     plan = MemoryPlan.of(workload, capacity)
     for text in plan.notes:
         noted(text)

@@ -23,6 +23,7 @@ class MemoryReport:
     nope_disk: int
     buffers: int
     token_ids: int
+    draft_index: int
     weight_buffers: int  # on an accelerator, for weights that do not stay there
     process_before: ProcessMemory | None  # before weights and cache were made
     process: ProcessMemory | None

@@ -86,6 +86,7 @@ class AnswerOptions:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    draft_tokens: int | None = None  # of a draft at most; 0: no drafts; None: as many as the steps hold best
     loop_guard: bool = True  # ends an answer that only repeats itself
 
 
@@ -121,6 +122,10 @@ class Request:
     @property
     def asks(self) -> bool:
         return self.question is not None or self.questions is not None
+
+    @property
+    def has_drafts(self) -> bool:
+        return self.question is not None and self.answer.draft_tokens != 0
 
     @property
     def answers_from_all(self) -> bool:

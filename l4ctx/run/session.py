@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.machine.memory import process_memory
 from l4ctx.run.context import with_repair_hint
+from l4ctx.run.drafting import DraftSource
 from l4ctx.run.memory_report import MemoryReport
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import Request
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
+    from l4ctx.drafts.drafter import DraftCounts, Drafter
     from l4ctx.engine.loop_guard import Loop
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.planning.memory_plan import MemoryPlan
@@ -38,6 +40,8 @@ class Answer:
     tokens: int = 0
     stop_reason: str | None = None
     loop: Loop | None = None
+    drafts: DraftCounts | None = None  # None: an answer without drafts
+    draft_index: int = 0  # bytes
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Session:
         from l4ctx.engine.loop_guard import LoopGuard
 
         inputs, answer, timings = self.sized.inputs, self.answer, self.monitor.timings
+        drafter = self._drafter()
         began = time.perf_counter()
         decoder = StreamDecoder(inputs.tokenizer)
         guard = LoopGuard() if self.request.answer.loop_guard else None
@@ -88,6 +93,7 @@ class Session:
             stop_tokens=inputs.checked.generation.stop_tokens,
             sampling=inputs.checked.sampling,
             guard=guard,
+            drafts=drafter,
         )
         while True:
             try:
@@ -106,6 +112,17 @@ class Session:
         answer.text += rest
         timings["decode"] = Timing(time.perf_counter() - began, answer.tokens)
         yield rest
+
+    def _drafter(self) -> Drafter | None:
+        """Indexes the prompt, unless the request wants no drafts."""
+        if not self.request.has_drafts:
+            return None
+        with self.monitor.loading():
+            self.monitor.tell("indexing the prompt")
+            source = DraftSource.of(self.sized)
+        drafter = source.drafter()
+        self.answer.draft_index, self.answer.drafts = source.nbytes, drafter.counts
+        return drafter
 
     def memory_report(self) -> MemoryReport:
         import torch
@@ -128,6 +145,7 @@ class Session:
             buffers=held.buffers,
             weight_buffers=watcher.buffer_bytes if isinstance(watcher, DeviceStream) else 0,
             token_ids=memoryview(self.sized.inputs.prompt.ids).nbytes,
+            draft_index=self.answer.draft_index,
             process_before=self.sized.before,
             process=process_memory(),
             process_peak=self.monitor.sampler.peak,

@@ -216,6 +216,7 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
         is_saved=request.context.folder is not None,
         on_disk_already=ALL_OF_IT if request.context.answer_from is not None else 0,
         new_tokens=len(prompt.ids),
+        has_drafts=request.has_drafts or request.context.save_to is not None,
         saved_layout=choices.saved_layout(inputs.config, inputs.length, workload.dtype),
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from l4ctx.planning.memory_plan import TOKEN_ID_BYTES
+from l4ctx.planning.workload import TOKEN_ID_BYTES
 from samples.tasks.lookup import fact, question
 
 ENTITY, CODE = "amber falcon", "48213"

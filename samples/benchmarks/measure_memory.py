@@ -21,7 +21,8 @@ from cache.layout import bytes_per_token
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.document import Document
-from l4ctx.planning.memory_plan import TOKEN_ID_BYTES
+from l4ctx.drafts.index import ORDER_BYTES
+from l4ctx.planning.workload import TOKEN_ID_BYTES
 from l4ctx.prompt.builder import build_prompt
 from model.config import TextConfig
 from samples.evaluation.evaluate_tiny import make_document
@@ -90,6 +91,7 @@ def main() -> None:
     (first, low), (last, high) = points[0], points[-1]
     itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
     expected = bytes_per_token(TextConfig.from_folder(args.model), itemsize) + TOKEN_ID_BYTES
+    expected += ORDER_BYTES  # of the index that drafts are looked up in
     slope = (high - low) / (last - first)
     print(f"slope {slope:.1f} bytes per token; closed form {expected} ({slope / expected - 1:+.1%})")
 

@@ -319,6 +319,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
         "answer",
         "stop_reason",
         "generated_tokens",
+        "drafts",
         "prompt_tokens",
         "reused_tokens",
         "context",
@@ -346,6 +347,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
         weights=told["memory"]["weights"],
         weights_are_mapped=False,
         dtype="float32",
+        has_drafts=True,
     )
     by_owner = told["memory"]["weights_by_owner"]
     assert told["memory"]["predicted"].pop("weights_by_owner") == by_owner

@@ -192,6 +192,7 @@ def test_json_and_quiet(place: Path) -> None:
         "answer",
         "stop_reason",
         "generated_tokens",
+        "drafts",
         "prompt_tokens",
         "reused_tokens",
         "context",

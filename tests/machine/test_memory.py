@@ -406,6 +406,7 @@ def report(**changes: Any) -> MemoryReport:
         "nope_disk": 5 * MIB,
         "buffers": 6 * MIB,
         "token_ids": 7 * MIB,
+        "draft_index": 0,
         "weight_buffers": 0,
         "process_before": ProcessMemory(8 * MIB, 9 * MIB),
         "process": ProcessMemory(10 * MIB, 11 * MIB),

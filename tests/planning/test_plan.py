@@ -559,6 +559,7 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "nope_disk",
         "buffers",
         "token_ids",
+        "draft_index",
         "activations",
         "images",
         "needed",

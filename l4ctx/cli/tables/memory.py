@@ -36,6 +36,7 @@ def memory_table(report: MemoryReport) -> FigureTable:
     if plan.workload.rows is not None:
         row(f"{counted(plan.workload.rows.count, 'answer')} at a time", None, plan.workload.row_bytes)
     row("token ids", plan.token_ids, None, report.token_ids)
+    row("index for drafts", None, plan.draft_index, report.draft_index)
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)
     if report.process and report.process_peak:

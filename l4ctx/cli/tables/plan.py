@@ -70,6 +70,7 @@ def _memory(report: PlanReport) -> FigureTable:
     row("NoPE keys and values, disk", end.nope_disk, most.nope_disk)
     row("read buffers", end.buffers, most.buffers)
     row("token ids", plan.token_ids)
+    row("index for drafts", None, plan.draft_index)
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)
     if capacity.accelerator is not None:

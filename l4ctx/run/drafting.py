@@ -1,0 +1,75 @@
+"""What a run's drafts are copied from: the tokens of its prompt, those in a saved context included."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l4ctx.drafts.drafter import MOST_TOKENS, Drafter
+from l4ctx.drafts.index import DEPTH, IndexedText
+from model.costs import parameter_count, weights_a_token, weights_of_another_token
+
+if TYPE_CHECKING:
+    from l4ctx.run.sizing import Sized
+
+ROW_COST = 0.1
+"""Of a forward of one token, what each more takes beside the weights of experts: it reads the same ones."""
+
+
+@dataclass(frozen=True)
+class DraftSource:
+    """Indexed texts, and what a drafter must know beside them. Makes a drafter for each answer."""
+
+    texts: list[IndexedText]
+    end: array[int]  # the prompt's last tokens
+    most: int  # tokens of a draft
+    row_cost: float
+    image_patch: int | None
+
+    @classmethod
+    def of(cls, sized: Sized) -> DraftSource:
+        """Indexes the prompt but for what a context has indexed. Takes some half a second for a million tokens.
+
+        Raises ContextError.
+        """
+        from l4ctx.drafts.order import text_order
+
+        inputs, texts = sized.inputs, []
+        asked = inputs.request.answer.draft_tokens
+        if inputs.context is not None and inputs.request.answers_from_all:
+            texts.append(inputs.context.text())
+        texts.append(IndexedText(inputs.prompt.ids, text_order(inputs.prompt.ids)))
+        end = array("i")
+        for text in texts:
+            end += text.ids[-DEPTH:]
+        return cls(
+            texts,
+            end[-DEPTH:],
+            MOST_TOKENS if asked is None else asked,
+            _row_cost(sized),
+            inputs.tokenizer.special_id("<|patch|>"),
+        )
+
+    def drafter(self) -> Drafter:
+        return Drafter(self.texts, self.end, most=self.most, row_cost=self.row_cost, never=self.image_patch)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the index, and of token ids that only drafts need."""
+        own = self.texts[-1]
+        return sum(memoryview(text.order).nbytes for text in self.texts) + sum(
+            memoryview(text.ids).nbytes for text in self.texts if text is not own
+        )
+
+
+def _row_cost(sized: Sized) -> float:
+    """What one more token adds to a forward at the end of the prompt, as a share of a forward of one token.
+
+    By the bytes that are read: all tokens share keys and values and all weights but those of routed experts.
+    """
+    config, workload, layout = sized.inputs.config, sized.plan.workload, sized.plan.layout
+    weight_bytes = workload.weights / parameter_count(config)
+    keys_values = layout.row_bytes * workload.prompt_tokens / layout.block_tokens + layout.window_bytes
+    one = weight_bytes * weights_a_token(config) + keys_values
+    return ROW_COST + (1 - ROW_COST) * weight_bytes * weights_of_another_token(config) / one
