@@ -96,7 +96,8 @@ def attention_state(
     assert len(positions) == t, (positions, queries.shape)
     total: AttentionState | None = None
     for rows, part in _states(queries, positions, segments, mask, backend):
-        part = AttentionState(part.out.to(queries.device), part.lse.to(queries.device))
+        if part.out.device != queries.device:
+            part = AttentionState(part.out.to(queries.device), part.lse.to(queries.device))
         if total is None and len(rows) == t:
             total = part
             continue

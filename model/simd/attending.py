@@ -9,8 +9,8 @@ import functools
 import math
 import struct
 from array import array
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,14 @@ from model.simd import products
 from model.simd.attention_form import MOST_BLOCK, RANGE_KEYS, SCALED, AttentionForm, Record
 from model.simd.products import dtype_name
 
-MOST_QUERIES = 64
-"""Queries of a KV head, those of all its query heads counted: for more, matrix products are faster."""
+if TYPE_CHECKING:
+    from model.simd.engine import Engine
+
+Function = Callable[[int], None]
+
+MOST_QUERIES = 512
+"""Queries of a KV head, those of all its query heads counted. It is faster than the fused kernels with more, too, but a
+prompt is better read by matrix products."""
 
 LARGEST_HEAD = 256
 
@@ -28,7 +34,7 @@ SMALLEST = 2**18
 """Elements of all keys so far that code is compiled for, which takes as long as some hundred attentions to them."""
 
 STATE_BYTES = 8 * 2**20
-"""Memory for the states of ranges in one call, unless a single segment needs more."""
+"""Memory for the states of ranges in one call, unless a single range needs more."""
 
 LINE_BYTES = 64
 
@@ -113,18 +119,11 @@ class FewQueries:
         rows, heads, tokens, head_dim = queries.shape
         engine = products.find_engine()
         assert engine is not None and key_rows in (1, rows), (key_rows, rows)
-        self.engine, self.queries, self.first = engine, queries, first
-        self.key_rows, self.key_heads, self.unit_heads = key_rows, key_heads, key_rows * key_heads
-        self.group = heads // key_heads
-        self.count = rows // key_rows * self.group * tokens
-        self.lanes, most = _registers(engine.has_wide_registers, head_dim)
-        self.tile = _tile(self.count, most)
-        self.padded = -(-self.count // self.tile) * self.tile
-        self.state_bytes = _lines(4 * self.padded * (head_dim + 2))
+        self.engine, self.queries, self.first, self.key_rows = engine, queries, first, key_rows
+        self.plan = _plan(engine.has_wide_registers, queries.shape, key_rows, key_heads)
         self.out = torch.empty(rows, tokens, heads, head_dim).transpose(1, 2)
         self.lse = torch.empty(rows, heads, tokens)
-        prepared = self.unit_heads * (4 * self.padded * head_dim + self.state_bytes)
-        self.fixed = torch.empty(prepared + 8 * (self.padded + self.unit_heads), dtype=torch.uint8)
+        self.fixed = torch.empty(self.plan.fixed_bytes, dtype=torch.uint8)
         self.is_first = True
         self.waiting: list[Segment] = []
 
@@ -146,43 +145,72 @@ class FewQueries:
             self._attend(segments)
 
     def _attend(self, segments: Sequence[Segment]) -> None:
-        first = segments[0]
-        assert first.keys.shape[:2] == (self.key_rows, self.key_heads), first.keys.shape
-        block = _form(first)[1]
+        plan, stored = self.plan, segments[0].keys.dtype
+        block = _form(segments[0])[1]
         range_keys = block * max(1, RANGE_KEYS // block)
-        ranges = -(-max(segment.keys.shape[2] for segment in segments) // range_keys)
-        bytes_each = ranges * self.unit_heads * self.state_bytes
-        at_once = min(len(segments), max(1, STATE_BYTES // bytes_each))
-        states = torch.empty(at_once * bytes_each, dtype=torch.uint8)
-        stored, head_dim = dtype_name(first.keys.dtype), self.queries.shape[3]
-        integers = self.engine.integers if first.keys.dtype == torch.int8 else ""
-        form = AttentionForm(stored, dtype_name(self.queries.dtype), head_dim, self.tile, self.lanes, integers)
-        prepare, attend = self.engine.attention(form)
-        for start in range(0, len(segments), at_once):
-            records = [segment.record for segment in segments[start : start + at_once]]
-            table = array("q", b"".join(records))
-            arguments = self._arguments(table, len(records) * ranges, ranges, range_keys, block, states)
-            address, _ = arguments.buffer_info()
-            if start == 0:
+        each = -(-max(segment.keys.shape[2] for segment in segments) // range_keys)
+        at_once = min(each * len(segments), max(1, STATE_BYTES // (plan.unit_heads * plan.state_bytes)))
+        table = array("q", b"".join([segment.record for segment in segments]))
+        fixed = self.fixed.data_ptr()
+        states = torch.empty(at_once * plan.unit_heads * plan.state_bytes, dtype=torch.uint8)
+        tensors = (*_place(self.queries), *_place(self.out), *_place(self.lse))
+        memory = (*(fixed + place for place in plan.places), states.data_ptr(), plan.state_bytes)
+        integers = self.engine.integers if stored == torch.int8 else ""
+        prepare, attend = _functions(
+            self.engine, stored, self.queries.dtype, self.queries.shape[3], plan.tile, plan.lanes, integers
+        )
+        for first in range(0, each * len(segments), at_once):
+            ranges = (first, min(at_once, each * len(segments) - first), each, range_keys, block)
+            queries = (*plan.counts, self.is_first, self.first, plan.scale)
+            arguments = array("q", (0, table.buffer_info()[0], *ranges, *queries, *memory, *tensors))
+            address = arguments.buffer_info()[0]
+            if first == 0:
                 prepare(address)
                 self.is_first = False
             attend(address)
 
-    def _arguments(
-        self, table: array[int], ranges: int, each: int, range_keys: int, block: int, states: Tensor
-    ) -> array[int]:
-        """In the order of `Argument`."""
-        head_dim = self.queries.shape[3]
-        prepared = self.fixed.data_ptr()
-        totals = prepared + 4 * self.unit_heads * self.padded * head_dim
-        positions = totals + self.unit_heads * self.state_bytes
-        cut = (table.buffer_info()[0], ranges, each, range_keys, block)
-        shape = (self.key_heads, self.unit_heads, self.count, self.padded, self.group, self.queries.shape[2])
-        queries = (self.is_first, self.first, _scale(head_dim), prepared, positions)
-        done = positions + 8 * self.padded
-        results = (done, totals, states.data_ptr(), self.state_bytes)
-        tensors = (*_place(self.queries), *_place(self.out), *_place(self.lse))
-        return array("q", (0, *cut, *shape, *queries, *results, *tensors))
+
+class Plan(NamedTuple):
+    """What follows from shapes alone."""
+
+    lanes: int
+    tile: int
+    unit_heads: int
+    counts: tuple[int, ...]  # arguments from HEADS to TOKENS
+    scale: int
+    state_bytes: int
+    fixed_bytes: int
+    places: tuple[int, ...]  # of PREPARED to TOTALS in the memory that an attention keeps
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(has_wide_registers: bool, shape: tuple[int, ...], key_rows: int, key_heads: int) -> Plan:
+    rows, heads, tokens, head_dim = shape
+    group, unit_heads = heads // key_heads, key_rows * key_heads
+    count = rows // key_rows * group * tokens
+    lanes, most = _registers(has_wide_registers, head_dim)
+    tile = _tile(count, most)
+    padded = -(-count // tile) * tile
+    state_bytes = _lines(4 * padded * (head_dim + 2))
+    totals = _lines(4 * unit_heads * padded * head_dim)
+    positions = totals + unit_heads * state_bytes
+    done = positions + 8 * padded
+    return Plan(
+        lanes,
+        tile,
+        unit_heads,
+        (key_heads, unit_heads, count, padded, group, tokens),
+        _scale(head_dim),
+        state_bytes,
+        done + 8 * unit_heads,
+        (0, positions, done, totals),
+    )
+
+
+@functools.cache
+def _functions(engine: Engine, stored: torch.dtype, queries: torch.dtype, *shape: Any) -> tuple[Function, Function]:
+    """What prepares arguments, and what attends; `shape`: the rest of an AttentionForm."""
+    return engine.attention(AttentionForm(dtype_name(stored), dtype_name(queries), *shape))
 
 
 def _place(x: Tensor) -> tuple[int, int, int, int]:
@@ -196,14 +224,12 @@ def _lines(size: int) -> int:
     return -(-size // LINE_BYTES) * LINE_BYTES
 
 
-@functools.cache
 def _scale(head_dim: int) -> int:
     """The scale of scores, for weights that are powers of two, as the bits of a float64."""
     (bits,) = struct.unpack("q", struct.pack("d", head_dim**-0.5 * math.log2(math.e)))
     return int(bits)
 
 
-@functools.cache
 def _tile(queries: int, most: int) -> int:
     """Queries that share what is read and converted, which costs about as much as two queries."""
     return min(range(1, most + 1), key=lambda tile: (-(-queries // tile) * (tile + 2), -tile))

@@ -99,7 +99,8 @@ def emit_attention(module: Any, name: str, form: AttentionForm, architecture: st
 
 
 def _range_at(e: Emitter, number: Value) -> tuple[Value, Value, Value]:
-    """A range's record, and its keys in the segment, from first to stop."""
+    """The record of one of the call's ranges, and its keys in the segment, from first to stop."""
+    number = e.b.add(number, e.argument(Argument.FIRST_RANGE))
     v, b, each, keys = e.v, e.b, e.argument(Argument.SEGMENT_RANGES), e.argument(Argument.RANGE_KEYS)
     segment = v.address(e.argument(Argument.TABLE), e.times(b.udiv(number, each), WORD * Record.COUNT))
     first = b.mul(b.urem(number, each), keys)

@@ -9,7 +9,7 @@ from llvmlite import ir
 from model.simd.attention_form import MOST_BLOCK, Argument, Record
 from model.simd.attention_states import LOWEST, Emitter, exp2
 from model.simd.decoders import FLOAT8_FACTOR
-from model.simd.functions import LINE_BYTES, PREFETCH_BYTES
+from model.simd.functions import LINE_BYTES
 from model.simd.vectors import FLOAT, I32, I64, Value, Vectors
 from model.simd.words import WORD
 
@@ -42,6 +42,8 @@ class Blocks:
         e.loop(0, padded, 1, lambda number: e.clear(state, number))
         blocks = b.udiv(b.add(b.sub(stop, first), b.sub(block, v.integer(1))), block)
 
+        next_block = e.times(block, form.row_bytes)  # processors' own look-ahead ends with each page
+
         def one_block(number: Value) -> None:
             begin = b.add(first, b.mul(number, block))
             left = b.sub(stop, begin)
@@ -60,7 +62,7 @@ class Blocks:
                 rows = v.address(queries, e.times(tile, 4 * form.head_dim))
                 if key_scales is not None:
                     rows = self.scale(rows, key_scales)
-                ahead = b.select(b.icmp_signed("==", tile, v.integer(0)), v.integer(PREFETCH_BYTES), v.integer(0))
+                ahead = b.select(b.icmp_signed("==", tile, v.integer(0)), next_block, v.integer(0))
                 keys = e.strided(Record.KEYS, (*at, begin), segment)
                 values = e.strided(Record.VALUES, (*at, begin), segment)
                 self.multiply(rows, keys, v.load(segment, I64, offset=WORD * (Record.KEYS + 3)), count, ahead)

@@ -48,7 +48,8 @@ class Argument(IntEnum):
 
     NEXT = 0  # the number of the next unit that a thread takes
     TABLE = auto()  # address of the segments' records
-    RANGES = auto()  # of all segments together
+    FIRST_RANGE = auto()  # of those of all segments, one after the other
+    RANGES = auto()  # from that one on, in this call
     SEGMENT_RANGES = auto()  # of each segment; those past its end are empty
     RANGE_KEYS = auto()
     BLOCK = auto()  # keys of a block, or of a group with scales of its own

@@ -68,13 +68,12 @@ class Engine:
         """Address of the function that writes rows in `dtype`."""
         return self.function(emit_expansion, layout, dtype)
 
-    @functools.cache  # noqa: B019  # there is one engine
     def attention(self, form: AttentionForm) -> tuple[Callable[[int], None], Callable[[int], None]]:
         """What prepares arguments, given their address, and what then attends."""
         prepare = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.function(emit_preparation, form))
         return prepare, functools.partial(self._run_everywhere, self.function(emit_attention, form))
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019  # there is one engine
     def function(self, emit: Callable[..., None], *what: Any) -> int:
         """Address of what `emit` makes of these arguments."""
         return self._compiled(emit, *what, platform.machine())

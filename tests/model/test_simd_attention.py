@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.attend import AttentionState, KVSegment, attend, attention_state
+from model.kernels.attend import _COMPARISONS, AttentionState, KVSegment, attend, attention_state
 from model.kernels.eager import eager
 from model.kernels.flex import flex
 from model.kernels.masks import AttentionMask
@@ -313,6 +313,10 @@ def test_a_key_or_scale_that_is_wrong_is_noticed() -> None:
             check(few(q, 639, [other]), expected, INTEGER_ERROR)
 
 
+def test_comparisons_compute_by_themselves() -> None:
+    assert {eager, flex} == _COMPARISONS
+
+
 def test_which_attention_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(13)
     segments, _, _ = made("float32", (1, 2, 32), [600])
@@ -322,10 +326,9 @@ def test_which_attention_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     positions = range(598, 600)
     attend(q, positions, segments, mask, sdpa)
     assert len(calls) == 1
-    for comparison in (eager, flex):
-        attend(q, positions, segments, mask, comparison)
-    many = torch.randn(1, 4, 40, 32)
-    attend(many, range(560, 600), segments, mask, sdpa)
+    attend(q, positions, segments, mask, eager)
+    many = torch.randn(1, 4, 300, 32)
+    attend(many, range(300, 600), segments, mask, sdpa)
     narrow, _, _ = made("float32", (1, 2, 24), [600])
     attend(torch.randn(1, 4, 2, 24), positions, narrow, mask, sdpa)
     attend(q, range(4, 6), segments, AttentionMask(5), sdpa)  # two chunks
