@@ -77,13 +77,11 @@ class ChunkedKVCache:
         """Starts with these tokens of the current attention chunk."""
         self.window.first(used.keys.shape[2]).copy_from(used)
 
-    def fork(self, offset: int, room: int | None = None) -> ChunkedKVCache:
-        """A copy that has committed `offset` tokens, with a window for at most `room` more."""
+    def fork(self, offset: int) -> ChunkedKVCache:
+        """A copy that has committed `offset` tokens."""
         self.settle(offset)
-        used, tokens = offset % self.chunk_size, self.window.keys.shape[2]
-        if room is not None:
-            tokens = min(tokens, used + room)
-        forked = ChunkedKVCache(Block(*(torch.empty_like(x[:, :, :tokens]) for x in self.window)), self.chunk_size)
+        forked = ChunkedKVCache(Block(*(torch.empty_like(x) for x in self.window)), self.chunk_size)
+        used = offset % self.chunk_size
         forked.window.first(used).copy_from(self.window.first(used))
         return forked
 

@@ -117,16 +117,14 @@ class HybridKVCache:
             cache.settle(self.offset)
         self._place()
 
-    def fork(self, room: int | None = None) -> HybridKVCache:
+    def fork(self) -> HybridKVCache:
         """An independent continuation: sealed blocks are shared, windows and open blocks copied.
 
-        It writes nothing into a saved context; what it seals stays in memory unless there is a scratch file. With
-        `room` it takes no more than so many tokens, holds no more than `cache.residency.fork_bytes`, and writes
-        nothing at all.
+        It writes nothing into a saved context; what it seals stays in memory unless there is a scratch file.
         """
         forked = copy.copy(self)
-        forked.layers = [cache.fork(self.offset, room) for cache in self.layers]
-        if room is not None or (self.rows is not None and self.rows.is_durable):
+        forked.layers = [cache.fork(self.offset) for cache in self.layers]
+        if self.rows is not None and self.rows.is_durable:
             forked.rows = None
         return forked
 

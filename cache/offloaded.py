@@ -73,12 +73,10 @@ class OffloadedKVCache:
         assert not self.sealed and not self.open, "not empty"
         self.sealed, self._stop = sealed, offset
 
-    def fork(self, offset: int, room: int | None = None) -> OffloadedKVCache:
-        """A copy that has committed `offset` tokens: shares the sealed blocks and copies the open segments, with
-        segments for at most `room` tokens more."""
+    def fork(self, offset: int) -> OffloadedKVCache:
+        """A copy that has committed `offset` tokens: shares the sealed blocks and copies the open segments."""
         self.settle(offset)
-        length = self.length if room is None else min(self.length, offset + room)
-        forked = OffloadedKVCache(self.layer, self.tiers, length)
+        forked = OffloadedKVCache(self.layer, self.tiers, self.length)
         forked.sealed = list(self.sealed)
         size, start = self.tiers.layout.segment_tokens, len(self.sealed) * self.tiers.layout.block_tokens
         for position in range(start, offset, size):

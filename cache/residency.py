@@ -79,13 +79,9 @@ def held_bytes(
     )
 
 
-def fork_bytes(layout: StoreLayout, tokens: int, room: int) -> int:
-    """The most that `HybridKVCache.fork(room)` of a cache of `tokens` tokens holds by itself: windows, and what lies
-    behind the sealed blocks. One layer's packed block, while it is made, is not counted."""
-    config, chunk = layout.config, layout.config.attention_chunk_size
-    window = min(chunk, layout.length, tokens % chunk + room)
-    behind = min(layout.length, tokens + room) - layout.sealed_rows(tokens) * layout.block_tokens
-    return (config.num_rope_layers * window + config.num_nope_layers * behind) * layout.token_bytes
+def fork_bytes(layout: StoreLayout, room: int) -> int:
+    """The most that a `ForkedKVCache` with room for so many tokens holds by itself: these, in every layer."""
+    return layout.config.num_hidden_layers * room * layout.token_bytes
 
 
 def peak_bytes(

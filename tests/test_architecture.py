@@ -87,6 +87,7 @@ CACHE_LAYERS = (
     {"tiers"},
     {"offloaded", "chunked"},
     {"hybrid"},
+    {"fork"},
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (

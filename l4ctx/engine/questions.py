@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from cache.fork import ForkedKVCache
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.engine.row import Row
@@ -46,7 +47,7 @@ def answer_rounds(
     model: Transformer,
     documents: HybridKVCache,
     asked: Iterator[Asked[Q]],
-    begin: Callable[[Q, HybridKVCache, int], Row],
+    begin: Callable[[Q, ForkedKVCache, int], Row],
     *,
     rows: int,
     step_tokens: int,
@@ -60,7 +61,7 @@ def answer_rounds(
     places: list[_Place[Q]] = []
     while True:
         while len(places) < rows and (one := next(asked, None)) is not None:
-            places.append(_Place(one, documents.fork(one.room), begin))
+            places.append(_Place(one, ForkedKVCache(documents, one.room), begin))
         if not places:
             return
         feeds = _feeds(places, step_tokens)
@@ -77,7 +78,7 @@ def answer_rounds(
 class _Place(Generic[Q]):
     """A question that is being read or answered."""
 
-    def __init__(self, asked: Asked[Q], cache: HybridKVCache, begin: Callable[[Q, HybridKVCache, int], Row]) -> None:
+    def __init__(self, asked: Asked[Q], cache: ForkedKVCache, begin: Callable[[Q, ForkedKVCache, int], Row]) -> None:
         self.cache = cache
         self._asked, self._begin = asked, begin
         self._start, self._read_stop = cache.offset, cache.offset + len(asked.ids) - 1

@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.choose import choose
 from l4ctx.engine.loop_guard import LoopGuard
@@ -28,6 +27,17 @@ class Drafts(Protocol):
         ...
 
 
+class AnswerCache(Protocol):
+    """What an answer needs of the cache that its tokens are appended to."""
+
+    offset: int
+
+    @property
+    def room(self) -> int: ...
+
+    def rewind(self, offset: int) -> None: ...
+
+
 class Row:
     """Continues from `token`, the last token of its prompt, which is not in `cache` yet.
 
@@ -42,7 +52,7 @@ class Row:
 
     def __init__(
         self,
-        cache: HybridKVCache,
+        cache: AnswerCache,
         token: int,
         *,
         max_new_tokens: int,

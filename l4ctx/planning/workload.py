@@ -110,7 +110,7 @@ class Workload:
         if self.rows is None:
             return 0
         logits = 4 * self.config.vocab_size
-        return self.rows.count * (fork_bytes(self.layout, self.prompt_tokens, self.rows.room) + logits)
+        return self.rows.count * (fork_bytes(self.layout, self.rows.room) + logits)
 
     @property
     def draft_index(self) -> int:

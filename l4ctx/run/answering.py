@@ -15,7 +15,7 @@ from l4ctx.run.questions import Question
 from l4ctx.run.session import Session
 
 if TYPE_CHECKING:
-    from cache.hybrid import HybridKVCache
+    from cache.fork import ForkedKVCache
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.engine.questions import Answered, Asked
     from l4ctx.engine.row import Row
@@ -76,7 +76,7 @@ def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
         yield Asked(_Turn(number, question, max_new_tokens), ids, len(ids) + max_new_tokens)
 
 
-def _row(session: Session, turn: _Turn, cache: HybridKVCache, token: int) -> Row:
+def _row(session: Session, turn: _Turn, cache: ForkedKVCache, token: int) -> Row:
     """The row of an answer that begins: with the question's own settings, and those of all for the rest."""
     from l4ctx.engine.loop_guard import LoopGuard
     from l4ctx.engine.row import Row

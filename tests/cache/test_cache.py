@@ -15,7 +15,7 @@ from cache.chunked import ChunkedKVCache
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
-from cache.residency import Residency, fork_bytes, held_bytes, peak_bytes, rows_within
+from cache.residency import Residency, held_bytes, peak_bytes, rows_within
 from cache.tiers import Tiers
 from model.config import TextConfig
 from support.cache_toys import (
@@ -190,28 +190,6 @@ def test_fork_shares_what_is_sealed_and_copies_the_rest(first: int) -> None:
     blocks = [[store.sealed[: first // (2 * CHUNK)] for store in run.stores] for run, _ in runs]
     assert blocks[0] == blocks[1] == blocks[2]
     assert all(run.held().total == held_bytes(run.layout, run.offset).total for run, _ in runs)
-
-
-@pytest.mark.parametrize("first", [0, 3, 2 * CHUNK - 2, 2 * CHUNK, 4 * CHUNK + 3])
-@pytest.mark.parametrize("room", [1, 4, CHUNK, 3 * CHUNK + 2])
-def test_a_fork_with_room_holds_what_the_closed_form_says(first: int, room: int) -> None:
-    """Beside what it shares: windows and segments for so many tokens more, and not those of the whole run."""
-    cache = make(block_chunks=2, length=100)
-    naive = Naive.of(cache)
-    for tokens in pieces(first, first):
-        step(cache, naive, tokens)
-    fork = cache.fork(room)
-    shared: dict[int, int] = {}
-    storage_bytes([store.sealed for store in cache.stores], shared)
-    for tokens in pieces(100 + room, room, largest=5):
-        step(fork, naive, tokens)
-    everything: dict[int, int] = {}
-    storage_bytes([fork.layers], everything)
-    own = sum(size for address, size in everything.items() if address not in shared)
-    assert own == fork_bytes(cache.layout, first, room)
-    assert cache.offset == first and fork.length == cache.length
-    with pytest.raises(AssertionError):
-        step(fork, naive, 1)
 
 
 def sealed(cache: HybridKVCache) -> list[object]:

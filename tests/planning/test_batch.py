@@ -32,7 +32,7 @@ CONFIG = TextConfig.from_dict(
 )
 WORKLOAD = Workload(CONFIG, 1000, 90, weights=10_000, weights_are_mapped=False, dtype="float32", prefill_chunk_size=256)
 ROWS = Rows(count=50, question=20, room=90)
-ROW_BYTES = fork_bytes(WORKLOAD.layout, 1000, 90) + 4 * CONFIG.vocab_size
+ROW_BYTES = fork_bytes(WORKLOAD.layout, 90) + 4 * CONFIG.vocab_size
 FREE = Capacity()
 
 
@@ -41,13 +41,11 @@ def needed(count: int) -> int:
     return plan.needed + MARGIN_BYTES
 
 
-def test_each_row_costs_its_windows_and_open_blocks() -> None:
+def test_each_row_costs_its_own_tokens_alone() -> None:
     without = MemoryPlan.of(WORKLOAD, FREE)
     for count in (1, 2, 7):
         assert needed(count) == without.needed + MARGIN_BYTES + count * ROW_BYTES
-    window, behind = 64, 1090  # blocks are longer than the run, and 1000 % 64 + 90 tokens reach the next chunk
-    assert fork_bytes(WORKLOAD.layout, 1000, 90) == (3 * window + 2 * behind) * 2 * 2 * 10 * 4
-    assert fork_bytes(WORKLOAD.layout, 1000, 10) == (3 * (1000 % 64 + 10) + 2 * 1010) * 2 * 2 * 10 * 4
+    assert fork_bytes(WORKLOAD.layout, 90) == 5 * 90 * 2 * 2 * 10 * 4
 
 
 def test_questions_of_all_rows_are_read_at_once() -> None:

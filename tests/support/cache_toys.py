@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache.fork import ForkedKVCache
 from cache.hybrid import HybridKVCache
 from model.config import TextConfig
 from support.cached_paths import small_layout
@@ -75,13 +76,13 @@ class Naive:
         return Naive(list(self.keys), list(self.values))
 
 
-def random_keys_values(cache: HybridKVCache, tokens: int) -> tuple[Tensor, Tensor]:
+def random_keys_values(cache: HybridKVCache | ForkedKVCache, tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values with the strides that the model gives them: (B, T, H_kv, D), transposed."""
     shape = (cache.batch_size, tokens, HEADS, HEAD_DIM)
     return torch.randn(shape).to(cache.dtype).transpose(1, 2), torch.randn(shape).to(cache.dtype).transpose(1, 2)
 
 
-def step(cache: HybridKVCache, naive: Naive, tokens: int, *, commit: bool = True) -> None:
+def step(cache: HybridKVCache | ForkedKVCache, naive: Naive, tokens: int, *, commit: bool = True) -> None:
     """One forward of `tokens`: appends to every layer, compares what each then shows, and commits."""
     offset = cache.offset
     for layer in LAYERS:
