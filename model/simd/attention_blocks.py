@@ -80,15 +80,22 @@ class Blocks:
         e, b, v = self.e, self.e.b, self.e.v
         stride = v.load(segment, I64, offset=WORD * (Record.VALUE_SCALES + 3))
         last = b.sub(count, v.integer(1))
+        is_whole = b.icmp_signed("==", count, v.integer(MOST_BLOCK))
+        is_dense = b.and_(is_whole, b.icmp_signed("==", stride, v.integer(4)))
 
         def copy(key: Value) -> None:
             number = b.select(b.icmp_signed("<", key, last), key, last)
-            scale = v.load(v.address(scales, b.mul(number, stride)), FLOAT)
-            if self.form.stored == "float8_e4m3fn":
-                scale = b.fmul(scale, ir.Constant(FLOAT, FLOAT8_FACTOR))
-            v.store(scale, v.address(self.value_scales, e.times(key, 4)))
+            v.store(
+                v.load(v.address(scales, b.mul(number, stride)), FLOAT), v.address(self.value_scales, e.times(key, 4))
+            )
 
-        e.loop(0, MOST_BLOCK, 1, copy)
+        with b.if_else(is_dense) as (dense, sparse):
+            with dense:
+                for start in range(0, 4 * MOST_BLOCK, 4 * self.form.lanes):
+                    scale = v.load(scales, FLOAT, self.form.lanes, offset=start)
+                    v.store(scale, v.address(self.value_scales, start))
+            with sparse:
+                e.loop(0, MOST_BLOCK, 1, copy)
 
     def scale(self, rows: Value, key_scales: Value) -> Value:
         """A tile of queries times the scales of a group's channels, on the stack."""
@@ -178,6 +185,8 @@ class Blocks:
             total = v.total(functools.reduce(b.fadd, weights))
             if self.value_scales is not None:
                 scales = [v.load(self.value_scales, FLOAT, form.lanes, offset=4 * start) for start in starts]
+                if form.stored == "float8_e4m3fn":
+                    scales = [b.fmul(scale, v.splat(FLOAT8_FACTOR, scale)) for scale in scales]
                 weights = [b.fmul(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
             self.keep(query, weights)
             factor = v.lane(factors, query)
