@@ -16,8 +16,10 @@ from model.kernels.attend import attend
 from model.kernels.masks import AttentionMask
 from model.kernels.sdpa import sdpa
 from model.simd import attending
+from model.transformer import Transformer
 from support import cache_toys
-from support.cached_paths import scratch, small_layout
+from support.cached_paths import CACHED_PATHS, STORED_PATHS, scratch, small_layout
+from support.paths import full
 
 pytest.importorskip("llvmlite")
 
@@ -119,3 +121,24 @@ def test_blocks_that_move_are_found_where_they_are(stack: ExitStack) -> None:
         for block in store.sealed:
             block.segments = [None if packed is None else packed.to(torch.zeros_like) for packed in block.segments]
     assert not torch.equal(before[1], attended(cache, 1)[1])
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(5)
+    model = Transformer(replace(CONFIG, attention_chunk_size=16)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", CACHED_PATHS | STORED_PATHS)
+def test_a_model_computes_the_same_on_every_path(name: str, model: Transformer) -> None:
+    """Where a path has a counterpart in memory, to the last bit."""
+    ids = torch.randint(0, CONFIG.vocab_size, (1, 90), generator=torch.Generator().manual_seed(6))
+    with torch.inference_mode():
+        if name in CACHED_PATHS:
+            torch.testing.assert_close(CACHED_PATHS[name](model, ids), full(model, ids), rtol=1e-5, atol=3e-6)
+        else:
+            path, in_memory = STORED_PATHS[name]
+            assert torch.equal(path(model, ids), in_memory(model, ids))
