@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l4ctx.run.asking import Asking
 from l4ctx.run.context import with_repair_hint
+from l4ctx.run.drafting import DraftSource
 from l4ctx.run.monitor import Timing
 from l4ctx.run.questions import Question
 from l4ctx.run.session import Session
@@ -17,6 +18,7 @@ from l4ctx.run.session import Session
 if TYPE_CHECKING:
     from cache.fork import ForkedKVCache
     from l4ctx.checkpoint.tokenizer import Tokenizer
+    from l4ctx.drafts.drafter import Drafter
     from l4ctx.engine.questions import Answered, Asked
     from l4ctx.engine.row import Row
 
@@ -42,6 +44,7 @@ class _Turn(NamedTuple):
     number: int
     question: Question
     max_new_tokens: int
+    ids: array[int]  # of the question
 
 
 def answers(session: Session) -> Iterator[Progress]:
@@ -50,12 +53,13 @@ def answers(session: Session) -> Iterator[Progress]:
 
     asking, plan = session.sized.inputs.asking, session.sized.plan
     assert asking is not None and plan.workload.rows is not None
+    begin = _Beginning(session)
     began, tokens = time.perf_counter(), 0
     rounds = answer_rounds(
         session.model,
         session.cache,
         _asked(asking),
-        partial(_row, session),
+        begin,
         rows=plan.workload.rows.count,
         step_tokens=plan.prefill_chunk_size,
     )
@@ -64,7 +68,7 @@ def answers(session: Session) -> Iterator[Progress]:
             tokens += new_tokens
             seconds = time.perf_counter() - began
             session.monitor.timings["decode"] = Timing(seconds, tokens)
-            yield Progress([_ready(one, asking.tokenizer) for one in answered], tokens, seconds)
+            yield Progress([_ready(one, asking.tokenizer, begin) for one in answered], tokens, seconds)
 
 
 def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
@@ -73,27 +77,49 @@ def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
     for number, question in enumerate(asking.options.questions):
         ids = asking.ids(question)
         max_new_tokens = asking.max_new_tokens(question, len(ids))
-        yield Asked(_Turn(number, question, max_new_tokens), ids, len(ids) + max_new_tokens)
+        yield Asked(_Turn(number, question, max_new_tokens, ids), ids, len(ids) + max_new_tokens)
 
 
-def _row(session: Session, turn: _Turn, cache: ForkedKVCache, token: int) -> Row:
-    """The row of an answer that begins: with the question's own settings, and those of all for the rest."""
-    from l4ctx.engine.loop_guard import LoopGuard
-    from l4ctx.engine.row import Row
+class _Beginning:
+    """Makes the row of an answer that begins: with the question's own settings, and those of all for the rest."""
 
-    checked, settings = session.sized.inputs.checked, turn.question.settings._asdict()
-    del settings["max_new_tokens"]
-    return Row(
-        cache,
-        token,
-        max_new_tokens=turn.max_new_tokens,
-        stop_tokens=checked.generation.stop_tokens,
-        sampling=replace(checked.sampling, **{name: value for name, value in settings.items() if value is not None}),
-        guard=LoopGuard() if session.request.answer.loop_guard else None,
-    )
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._drafters: dict[int, Drafter] = {}  # of answers in progress
+        self._source: DraftSource | None = None
+        if session.request.has_drafts:
+            with session.monitor.loading():
+                session.monitor.tell("indexing the prompt")
+                self._source = DraftSource.of(session.sized)
+            session.answer.draft_index = self._source.nbytes
+
+    def __call__(self, turn: _Turn, cache: ForkedKVCache, token: int) -> Row:
+        from l4ctx.engine.loop_guard import LoopGuard
+        from l4ctx.engine.row import Row
+
+        checked, settings = self._session.sized.inputs.checked, turn.question.settings._asdict()
+        del settings["max_new_tokens"]
+        if self._source is not None:
+            self._drafters[turn.number] = self._source.drafter(turn.ids)
+        return Row(
+            cache,
+            token,
+            max_new_tokens=turn.max_new_tokens,
+            stop_tokens=checked.generation.stop_tokens,
+            sampling=replace(
+                checked.sampling, **{name: value for name, value in settings.items() if value is not None}
+            ),
+            guard=LoopGuard() if self._session.request.answer.loop_guard else None,
+            drafts=self._drafters.get(turn.number),
+        )
+
+    def drafts_of(self, number: int) -> dict[str, Any]:
+        """The counts of an answer that has ended, if it had drafts."""
+        drafter = self._drafters.pop(number, None)
+        return {} if drafter is None else {"drafts": drafter.counts.as_dict()}
 
 
-def _ready(answered: Answered[_Turn], tokenizer: Tokenizer) -> Ready:
+def _ready(answered: Answered[_Turn], tokenizer: Tokenizer, begin: _Beginning) -> Ready:
     turn = answered.question
     return Ready(
         turn.number,
@@ -103,5 +129,6 @@ def _ready(answered: Answered[_Turn], tokenizer: Tokenizer) -> Ready:
             "answer": tokenizer.decode(answered.ids),
             "stop_reason": answered.row.stop_reason,
             "generated_tokens": len(answered.ids),
+            **begin.drafts_of(turn.number),
         },
     )

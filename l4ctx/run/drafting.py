@@ -51,8 +51,15 @@ class DraftSource:
             inputs.tokenizer.special_id("<|patch|>"),
         )
 
-    def drafter(self) -> Drafter:
-        return Drafter(self.texts, self.end, most=self.most, row_cost=self.row_cost, never=self.image_patch)
+    def drafter(self, question: array[int] | None = None) -> Drafter:
+        """`question`: the tokens behind the texts, if they are not among them."""
+        return Drafter(
+            self.texts,
+            self.end + (question or array("i")),
+            most=self.most,
+            row_cost=self.row_cost,
+            never=self.image_patch,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -118,6 +118,17 @@ def test_each_question_may_have_settings_of_its_own(place: Path) -> None:
     assert found[0]["stop_reason"] == "length" and found[2]["question"] == question("c")
 
 
+def test_drafts_change_no_answer(place: Path) -> None:
+    found = asked("docs", "--in-order", "--batch", "2", "--draft-tokens", "5")
+    drafts = [entry.pop("drafts") for entry in found]
+    assert sum(counts["accepted"] for counts in drafts) > 0
+    assert all(
+        counts["steps"] + counts["accepted"] == entry["generated_tokens"] + 1
+        for counts, entry in zip(drafts, found, strict=True)
+    )
+    assert without_counts(found) == RIGHT
+
+
 def test_answers_are_printed_as_they_are_ready_or_in_order(place: Path) -> None:
     file = questions(
         *(
