@@ -170,8 +170,7 @@ class Attention(nn.Module):
             return None
         wanted = step.wanted
         q = self._rotated(self._heads(self.q_proj(x[:, wanted])), step.rotation[wanted])
-        if self.tunes_temperature:
-            assert step.temperature is not None
+        if self.tunes_temperature and step.temperature is not None:
             temperature = step.temperature[wanted][:, None, None]
             q = in_pieces(q, lambda piece, here: (piece * temperature[here]).to(piece.dtype))
         out = self.attended(q.transpose(1, 2), step, KVSegment(keys, values, 0))
