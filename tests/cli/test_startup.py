@@ -47,6 +47,7 @@ def test_a_short_question_loads_no_library_that_it_does_not_use() -> None:
     [
         ("ask", "q", "no such file", "--model", "samples/tiny"),
         ("ask", "q", "README.md", "--model", "no such folder"),
+        ("ask", "--questions", "README.md", "no such file", "--model", "samples/tiny"),
         ("plan", "--tokens", "1000000", "--model", "samples/tiny"),
         ("--help",),
         ("ask", "--help"),
