@@ -7,7 +7,6 @@ tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -17,7 +16,6 @@ from model.config import RopeParameters, TextConfig
 from model.errors import LengthError
 
 
-@functools.lru_cache(maxsize=8)
 def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
     """Radians per token for each pair, (head_dim // 2,) float64, and the scale on cosine and sine.
 

@@ -78,7 +78,7 @@ def temperature_on(chosen: Callable[[Attention], bool], keys: bool = False) -> M
 
             def scaled(q: Tensor, positions: range, segments: Any, mask: Any, backend: Any) -> Tensor:
                 if chosen(self) and keys:
-                    segments = [s._replace(keys=s.keys * at(s.positions)) for s in segments]
+                    segments = [dataclasses.replace(s, keys=s.keys * at(s.positions)) for s in segments]
                 elif chosen(self):
                     q = q * at(positions)
                 return attend(q, positions, segments, mask, backend)
