@@ -142,7 +142,7 @@ def test_answers_equal_those_of_single_questions(toys: Toys, name: str) -> None:
     expected = [alone(model, documents, ask, STOPS) for ask in questions]
     assert {reason for _, reason in expected} == {"stop", "length"} and len({len(ids) for ids, _ in expected}) > 3
     held = documents.held()
-    for rows, step_tokens in ((1, 64), (3, 64), (4, 5), (40, 1)):
+    for rows, step_tokens in ((1, 64), (3, 64), (4, 5), (40, 1)) if name == "scout" else ((4, 5), (40, 64)):
         found, order = together(model, documents, questions, STOPS, rows=rows, step_tokens=step_tokens)
         assert found == expected, (rows, step_tokens)
         assert rows > 1 or order == list(range(9))
