@@ -19,7 +19,7 @@ SEGMENT_TOKENS = 2**20
 ORDER_BYTES = 4
 """Of each token of the text, beside its id."""
 
-SORTING_BYTES = 64 * SEGMENT_TOKENS
+SORTING_BYTES = 96 * SEGMENT_TOKENS
 """Of memory at most while an order is made."""
 
 
