@@ -97,9 +97,9 @@ class Transformer(nn.Module):
         committed at the end; a forward that fails leaves the cache as it was. In the last layer, queries and the
         feed-forward are computed only for positions whose logits are requested. Raises LengthError.
         """
-        x = inputs if inputs.is_floating_point() else self.embed(inputs)
-        counts = [x.shape[1]]
-        return self._run(x, counts, [cache], _wanted(logits, counts))
+        counts = [inputs.shape[1]]
+        wanted = _wanted(logits, counts)
+        return self._run(inputs if inputs.is_floating_point() else self.embed(inputs), counts, [cache], wanted)
 
     @torch.inference_mode()
     def forward_ragged(
@@ -111,15 +111,16 @@ class Transformer(nn.Module):
         of as many of each, or None if none are. Linear layers and experts see all tokens at once, and keys and values
         that the caches share are read once: a step costs little more than that of one sequence. Raises LengthError.
         """
-        x = self.embed(torch.tensor([[token for some in ids for token in some]], device=self.device))
+        joined = torch.tensor([[token for some in ids for token in some]], device=self.device)
         counts = [len(some) for some in ids]
         wanted = _wanted(logits, counts)
-        found = self._run(x, counts, caches, wanted)
+        found = self._run(self.embed(joined), counts, caches, wanted)
         return None if found is None else list(found[0].split(wanted))
 
     def _run(
         self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], wanted: Sequence[int]
     ) -> Tensor | None:
+        """Embeddings x (B, T, C), to which no caller keeps a reference, so that each layer frees its input."""
         step = Step.at(self.config, counts, self.backend, caches, x.device)
         has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]

@@ -371,6 +371,7 @@ def test_the_memory_report(inside: Path) -> None:
         "RoPE windows": "pmh ",
         "NoPE keys and values, host memory": "pmh ",
         "token ids": "p h ",
+        "index for drafts": " mh ",
         "activations": " m  ",
         "process, anonymous": "  hk",
         "process, file-backed": "  hk",

@@ -343,7 +343,7 @@ def test_the_guard_ends_an_answer_and_can_be_turned_off(tmp_path: Path, monkeypa
     text_file(tmp_path / "a.md", ANSWER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L4CTX_MODEL", str(TINY))
-    monkeypatch.setattr("l4ctx.engine.generate.choose", lambda *_: 40)
+    monkeypatch.setattr("l4ctx.engine.row.choose", lambda *_: 40)
     monkeypatch.setattr("l4ctx.engine.loop_guard.LOOP_TOKENS", 20)
     result = run_here("ask", QUESTION, "a.md", "--max-new-tokens", "60")
     assert result.code == 0 and "--no-loop-guard" in result.stderr and "24 times in a row" in result.stderr
