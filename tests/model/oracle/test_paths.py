@@ -40,14 +40,21 @@ CASES = {  # (batch, length) by standard deviation of the weights and attention 
 }
 
 
+SEVERAL_SEQUENCES = {"rewound", "beside others"}
+"""Paths that depend on the positions of tokens, but not on how they are rotated: tried with a few kinds."""
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
     found = {}
+    has_several = name in ("scout", "maverick", "top_2", "nope_first", "rope_longrope_short", "bfloat16")
     for (std, backend), (batch, length) in CASES.items():
         toy = toys(name, std)
         model = load_checkpoint(toy.folder, dtype=torch.float32, attention=backend)
         ids, expected = toy.case(batch, length)
         for path_name, path in CACHED_PATHS.items():
+            if path_name in SEVERAL_SEQUENCES and not has_several:
+                continue
             logits = path(model, ids)
             case = f"{path_name}, {backend}, std {std}, {batch}x{length}"
             found[case] = difference(logits, expected) / toy.limit(batch, length)
