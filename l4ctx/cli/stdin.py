@@ -29,13 +29,9 @@ def inputs(
     """The question, the paths to read, and standard input unless the question was read from it."""
     stdin = standard_input()
     if question == "-" or question_file == STDIN:
-        if "-" in paths:
-            raise UsageError("- (standard input) cannot be both the question and a document")
-        if stdin is None:
-            raise UsageError("the question: - stands for standard input, but that is closed")
-        named = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
-        _say_how_to_end("the question", quiet=quiet)
-        return _question_text(stdin.read, "standard input"), named, None
+        documents = _paths_beside(stdin, "the question", paths, quiet=quiet)
+        assert stdin is not None
+        return _question_text(stdin.read, "standard input"), documents, None
     typed = None
     if question_file is not None:
         question = _question_text(question_file.read_bytes, str(question_file))
@@ -48,6 +44,17 @@ def inputs(
     return question, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe, question=typed), stdin
 
 
+def _paths_beside(stdin: BinaryIO | None, what: str, paths: list[str], *, quiet: bool) -> list[str]:
+    """The paths to read where standard input is `what` is asked. Raises UsageError where it cannot be."""
+    if "-" in paths:
+        raise UsageError(f"- (standard input) cannot be both {what} and a document")
+    if stdin is None:
+        raise UsageError(f"{what}: - stands for standard input, but that is closed")
+    documents = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
+    _say_how_to_end(what, quiet=quiet)
+    return documents
+
+
 def many_inputs(
     file: Path, paths: list[str], *, quiet: bool, reads_pipe: bool
 ) -> tuple[list[Question], list[str], BinaryIO | None]:
@@ -56,12 +63,8 @@ def many_inputs(
 
     stdin = standard_input()
     if file == STDIN:
-        if "-" in paths:
-            raise UsageError("- (standard input) cannot be both the questions and a document")
-        if stdin is None:
-            raise UsageError("the questions: - stands for standard input, but that is closed")
-        documents = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
-        _say_how_to_end("the questions", quiet=quiet)
+        documents = _paths_beside(stdin, "the questions", paths, quiet=quiet)
+        assert stdin is not None
         return read_questions(stdin, named(file)), documents, None
     try:
         with open(file, "rb") as opened:

@@ -19,6 +19,7 @@ from l4ctx.engine.prefill import prefill
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.cached_paths import new_cache
+from support.drafting import ended
 from support.places import SHARED
 from support.toy_checkpoints import VOCABULARY, Toys
 
@@ -40,12 +41,7 @@ def run(
     tokens = generate(
         model, cache, prompt[-1], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, sampling=sampling
     )
-    found = []
-    while True:
-        try:
-            found.append(next(tokens))
-        except StopIteration as end:
-            return found, end.value
+    return ended(tokens)
 
 
 def naive_greedy(model: Transformer, count: int) -> list[int]:
