@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model.folder import CONFIG, read_json, read_object
+from model.folder import CONFIG, MAX_FILE_BYTES, read_json, read_object, read_regular
 from model.gguf.config import config_of
 from model.gguf.files import GgufModel, find_gguf, read_gguf
 from model.gguf.tokenizer import generation_config_of, tokenizer_config_of, tokenizer_of
@@ -36,7 +36,7 @@ class CheckpointFiles:
 
     def content(self, name: str) -> bytes:
         """Raises OSError."""
-        return self.place(name).read_bytes()
+        return read_regular(self.place(name), MAX_FILE_BYTES)
 
     def object(self, name: str, error: Callable[[str], Exception]) -> dict[str, Any]:
         """The object in a JSON file; empty if there is no such file. Raises `error` with a one-line message."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.checkpoint_files import CheckpointFiles, checkpoint_files
 from model.errors import ConfigError
-from model.folder import CONFIG, UNREADABLE, read_json
+from model.folder import CONFIG, UNREADABLE, read_json, reason_of
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
 MAX_LAYERS = 10_000
@@ -167,7 +167,7 @@ def _read(file: Path, missing: str, read: Callable[[Path], Any]) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(missing) from None
     except UNREADABLE as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+        raise ConfigError(f"{file}: cannot be read as JSON ({reason_of(error)})") from None
 
 
 def shown(value: object) -> str:

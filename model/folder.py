@@ -1,10 +1,14 @@
-"""File names in a checkpoint folder, and reading its small JSON files. Imports no torch."""
+"""File names in a checkpoint folder, and the bounded reader of small files. Imports no torch."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import stat
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +16,89 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
 """Never read: loading such a file can execute arbitrary code."""
 
-MAX_JSON_BYTES = 2**26  # an index of 18,000 tensors has 2 MB
+MAX_JSON_BYTES = 2**24
+"""Of one file: an index of 18,000 tensors has 2 MB. A parsed file takes up to 24 times its size of memory."""
+
+MAX_FILE_BYTES = 2**28
+"""Of a tokenizer.json, the largest small file: Llama 4's has 28 MB."""
+
+PIECE_BYTES = 2**20
 UNREADABLE = (OSError, ValueError, RecursionError)
 """What `read_json` raises; RecursionError for lists or objects that are nested too deeply."""
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file of at most MAX_JSON_BYTES. Raises the errors in UNREADABLE.
+def open_regular(file: str | Path, *, follow: bool = True) -> FileIO:
+    """A regular file, open for reading without a buffer. Raises OSError, whose `strerror` says what is wrong.
 
-    Follows links, since the hub's cache consists of them.
+    Never waits for a pipe, and opens no device. Follows links unless told otherwise, since the hub's cache consists of
+    them.
     """
-    with file.open("rb") as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
-    return json.loads(text.decode("utf-8"))
+    _check_regular(file, os.stat(file, follow_symlinks=follow))
+    flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    stream = open(os.open(file, flags), "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
+    try:
+        _check_regular(file, os.fstat(stream.fileno()))  # a pipe may have replaced it just now
+    except OSError:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_regular(file: str | Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, "a link, not a regular file", str(file))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def read_regular(file: str | Path, most: int, *, follow: bool = True) -> bytes:
+    """A regular file of at most `most` bytes, as `open_regular` opens it. Raises OSError.
+
+    Allocates no more than is there.
+    """
+    with open_regular(file, follow=follow) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise _too_large(file, most)
+        pieces: list[bytes] = []
+        left, wanted = most + 1, size + 1
+        while left and (piece := stream.read(min(wanted, left))):
+            pieces.append(piece)
+            left, wanted = left - len(piece), PIECE_BYTES
+    if not left:
+        raise _too_large(file, most)
+    if most + 1 - left < size:
+        raise OSError(errno.EIO, f"only {most + 1 - left:,} of its {size:,} bytes could be read", str(file))
+    return b"".join(pieces)
+
+
+def _too_large(file: str | Path, most: int) -> OSError:
+    size = f"{most >> 20} MiB" if most >> 20 else f"{most:,} bytes"
+    return OSError(errno.EFBIG, f"larger than {size}", str(file))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something in UNREADABLE was raised, for a message that names the file itself."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def read_json(file: Path, *, follow: bool = True) -> Any:
+    """The content of a JSON file of at most MAX_JSON_BYTES. Raises the errors in UNREADABLE."""
+    return json.loads(read_regular(file, MAX_JSON_BYTES, follow=follow).decode("utf-8"))
 
 
 def read_object(file: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file. Raises `error` with a one-line message."""
-    if not file.exists():
-        return {}
     try:
         content = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except UNREADABLE as reason:
-        raise error(f"{file}: cannot be read as JSON ({reason})") from None
+        raise error(f"{file}: cannot be read as JSON ({reason_of(reason)})") from None
     if not isinstance(content, dict):
         raise error(f"{file}: the top level is not an object")
     return content

@@ -9,11 +9,14 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from l4ctx.cli.exits import tell
 from l4ctx.errors import UsageError
+from l4ctx.machine.files import open_named
 
 if TYPE_CHECKING:
     from l4ctx.run.questions import Question
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 
 STDIN = Path("-")
+MAX_QUESTION_BYTES = 2**26
+"""More than ten million tokens, which is what the model has positions for."""
 
 
 def inputs(
@@ -31,10 +36,10 @@ def inputs(
     if question == "-" or question_file == STDIN:
         documents = _paths_beside(stdin, "the question", paths, quiet=quiet)
         assert stdin is not None
-        return _question_text(stdin.read, "standard input"), documents, None
+        return _question_text(lambda: nullcontext(stdin), "standard input"), documents, None
     typed = None
     if question_file is not None:
-        question = _question_text(question_file.read_bytes, str(question_file))
+        question = _question_text(partial(open_named, question_file), str(question_file))
     elif question is None:
         raise UsageError("no question: l4ctx ask QUESTION [PATH]..., or --question-file FILE")
     elif not question.strip():
@@ -67,7 +72,7 @@ def many_inputs(
         assert stdin is not None
         return read_questions(stdin, named(file)), documents, None
     try:
-        with open(file, "rb") as opened:
+        with open_named(file) as opened:
             questions = read_questions(opened, named(file))
     except OSError as error:
         raise _unreadable("the questions", str(file), error) from None
@@ -106,9 +111,15 @@ def _say_how_to_end(what: str, *, quiet: bool) -> None:
         tell(f"reading {what} from the terminal; end with Ctrl-D on a line of its own")
 
 
-def _question_text(read: Callable[[], bytes], name: str) -> str:
+def _question_text(opened: Callable[[], AbstractContextManager[BinaryIO]], name: str) -> str:
     try:
-        text = read().decode("utf-8-sig")
+        with opened() as file:
+            content = file.read(MAX_QUESTION_BYTES + 1)
+        if len(content) > MAX_QUESTION_BYTES:
+            raise UsageError(
+                f"{name}: the question is larger than {MAX_QUESTION_BYTES >> 20} MiB; give it as a document"
+            )
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise _unreadable("the question", name, error) from None
     except UnicodeDecodeError:

@@ -20,11 +20,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from l4ctx.machine.files import read_small
+from model.folder import read_regular
 
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
 JOURNAL, HEAD, WRITER_LOCK, READERS_LOCK, BLOCKS = "journal", "head.json", "writer.lock", "readers.lock", "blocks"
+MAX_JSON_BYTES = 2**20
+"""Of manifest.json and head.json, which have a few thousand."""
 
 
 def read_json(file: Path) -> Any:
@@ -32,7 +34,7 @@ def read_json(file: Path) -> Any:
 
     Links are not followed, and nothing is waited for: what belongs to a context lies in its folder.
     """
-    return json.loads(read_small(file))
+    return json.loads(read_regular(file, MAX_JSON_BYTES, follow=False))
 
 
 def digest(record: dict[str, Any]) -> str:

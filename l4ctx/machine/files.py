@@ -8,10 +8,9 @@ import stat
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from l4ctx.machine.private import open_private, temporary_of
-
-MAX_BYTES = 2**20
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to recognise its type
 
@@ -51,6 +50,19 @@ def _sample(file: FileIO) -> bytes:
     return sample
 
 
+def open_named(path: str | Path) -> BinaryIO:
+    """A regular file or a pipe that the user named, such as the shell's <(command), which is waited for.
+
+    Raises OSError, also for folders and devices.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        raise OSError(errno.EINVAL, "neither a file nor a pipe", str(path))
+    return open(path, "rb")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Atomically replaces a small file, readable by its owner only, and makes it durable. Raises OSError."""
     os.close(replace_file(file, text.encode("utf-8"), os.O_WRONLY))
@@ -74,15 +86,6 @@ def replace_file(file: Path, content: bytes, flags: int) -> int:
         temporary.unlink(missing_ok=True)
         raise
     return descriptor
-
-
-def read_small(file: Path) -> bytes:
-    """At most the first MAX_BYTES of a regular file. Raises OSError, also for a link or a pipe in its place."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return stream.read(MAX_BYTES)
 
 
 def sync_folder(folder: Path, *, is_required: bool = False) -> None:

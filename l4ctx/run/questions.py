@@ -14,6 +14,8 @@ from l4ctx.formatting import printable
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_QUESTIONS = 1_000_000
+MAX_BYTES = 2**28
+"""Of the lines together, which are held in memory."""
 
 QuestionId = int | str
 
@@ -90,11 +92,14 @@ def shown(question_id: QuestionId) -> str:
 
 def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers, without white space around them."""
-    line = 0
+    line = size = 0
     while content := file.readline(MAX_LINE_BYTES + 1):
         line += 1
+        size += len(content)
         if len(content) > MAX_LINE_BYTES:
             raise QuestionsError(f"{name}, line {line}: longer than {MAX_LINE_BYTES // 2**20} MiB")
+        if size > MAX_BYTES:
+            raise QuestionsError(f"{name}, line {line}: more than {MAX_BYTES // 2**20} MiB up to here; split the file")
         try:
             text = content.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError:

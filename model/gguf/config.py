@@ -8,10 +8,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.folder import open_regular
 from model.gguf.files import GgufModel
 from model.gguf.header import Strings, TensorInfo, Value
 from model.gguf.names import ROPE_FACTORS
@@ -152,7 +154,7 @@ def _floats(tensor: TensorInfo) -> list[float]:
         raise ConfigError(
             f"{tensor.file}: tensor {tensor.name}: {list(tensor.shape)} in {tensor.kind.name} is no short list in F32"
         )
-    with tensor.file.open("rb") as stream:
+    with BufferedReader(open_regular(tensor.file)) as stream:
         stream.seek(tensor.offset)
         return [_shortest(number) for number in struct.unpack(f"<{tensor.shape[0]}f", stream.read(tensor.num_bytes))]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import CheckpointError
+from model.folder import open_regular
 from model.quantization.gguf_types import BY_NUMBER, BlockType
 
 MAGIC = b"GGUF"
@@ -79,9 +79,7 @@ class GgufHeader:
 def is_gguf(path: Path) -> bool:
     """Whether it is a regular file that begins like a GGUF file."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -90,7 +88,7 @@ def is_gguf(path: Path) -> bool:
 def read_header(file: Path) -> GgufHeader:
     """Reads and checks a file's header. Raises CheckpointError, naming the key or the tensor that is wrong."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size < _START.size:
                 raise CheckpointError(f"{file}: no GGUF file, or cut short inside its header ({size} bytes)")

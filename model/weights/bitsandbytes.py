@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from io import BufferedReader
 from typing import Any
 
 from model.errors import CheckpointError
+from model.folder import open_regular
 from model.quantization.int8_rows import Int8Rows
 from model.quantization.table4 import DoubleQuantization, Table4
 from model.weights.checks import damaged, no_others, require
@@ -126,7 +128,7 @@ def _block_size(tensor: StoredTensor, state: dict[str, Any], name: str) -> int:
 def _read_bytes(tensor: StoredTensor) -> bytes:
     """Raises CheckpointError if the file is shorter than its header says."""
     try:
-        with tensor.file.open("rb") as stream:
+        with BufferedReader(open_regular(tensor.file)) as stream:
             stream.seek(tensor.offset)
             data = stream.read(tensor.num_bytes)
     except OSError as error:

@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from model.errors import CheckpointError
-from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, read_json
+from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, open_regular, read_json
 from model.gguf.files import SUFFIX, find_gguf, read_gguf
 from model.gguf.vision import find_vision
 from model.weights.gguf import gguf_tensors, gguf_vision_tensors
@@ -173,8 +174,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Format: an unsigned 64-bit little-endian length, that many bytes of JSON, then the data.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with BufferedReader(open_regular(file)) as stream:
+            size = os.fstat(stream.fileno()).st_size
             beginning = stream.read(8)
             length = int.from_bytes(beginning, "little")
             if beginning == b"version ":  # git without LFS leaves this; as a length it would be impossible
