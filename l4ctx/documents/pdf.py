@@ -15,19 +15,11 @@ from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from l4ctx.confinement.process import Body, LibraryMissingError, NoChildError, OpenFile, RefusedError, Reply
 from l4ctx.documents.images import DocumentImage, ImageError, pixels_digest
-from l4ctx.documents.pdf_process import (
-    MOST_LEFT,
-    MOST_TEXT,
-    LibraryMissingError,
-    NoWorkerError,
-    PdfiumError,
-    RefusedError,
-    Reply,
-    memory_limit,
-    request,
-)
+from l4ctx.documents.pdf_process import MOST_LEFT, MOST_TEXT, PdfiumError, no_process, request
 from l4ctx.formatting import counted, human_bytes
+from l4ctx.machine.files import open_regular_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,8 +124,8 @@ def read_pdf(source: str, raw: bytes, path: str | None, *, mode: str) -> tuple[l
         raise PdfError(str(error)) from None
     except LibraryMissingError:
         raise PdfSupportMissing from None
-    except NoWorkerError as error:
-        raise PdfError(f"a PDF document, but {error}") from None
+    except NoChildError as error:
+        raise PdfError(f"a PDF document, but {no_process(error)}") from None
     return read.content, read.notes()
 
 
@@ -166,7 +158,9 @@ class _File:
         def decode() -> Image:
             try:
                 return self._drawn(number, sha256)
-            except (RefusedError, PdfiumError, NoWorkerError) as error:
+            except NoChildError as error:
+                raise ImageError(f"{name}: {no_process(error)}") from None
+            except (RefusedError, PdfiumError) as error:
                 raise ImageError(f"{name}: {error}") from None
 
         return DocumentImage(name, sha256, width, height, decode, page_bytes(self._bytes))
@@ -186,24 +180,20 @@ class _File:
         return Image.frombytes("RGB", (width, height), reply.body)
 
     def _page(self, number: int) -> Reply:
-        path, size, sha256 = self._path, len(self._raw), None
-        if path is None:
-            sha256 = self._sha256
-        else:
-            try:
-                path = os.path.join(os.getcwd(), path)  # the process may be in another folder
-                size = os.stat(path).st_size
-            except OSError as error:
-                raise RefusedError(f"cannot be read any more: {error.strerror}") from None
-        header = {
-            "do": "draw",
-            "path": path,
-            "sha256": sha256,
-            "page": number,
-            "longer_side": PAGE_PIXELS,
-            "memory": memory_limit(size),
-        }
-        with request(header, self._raw) as receive:
+        if self._path is None:
+            return self._page_of(self._raw, len(self._raw), self._sha256, number)
+        try:
+            with open_regular_file(self._path) as file:
+                now = os.fstat(file.fileno())
+                key = [self._path, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
+                return self._page_of(OpenFile(file, now.st_size), now.st_size, key, number)
+        except OSError as error:
+            raise RefusedError(f"cannot be read any more: {error.strerror}") from None
+
+    def _page_of(self, body: Body, size: int, key: object, number: int) -> Reply:
+        """`key` tells the document from others, and from what it was before."""
+        header = {"do": "draw", "key": key, "page": number, "longer_side": PAGE_PIXELS}
+        with request(header, body, size) as receive:
             return receive()
 
     @cached_property
@@ -230,7 +220,7 @@ class _Read:
     failures: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of pages
 
     def all_pages(self, raw: bytes) -> None:
-        """Raises PdfError, RefusedError and NoWorkerError."""
+        """Raises PdfError, RefusedError and NoChildError."""
         while not self.pages or self.next <= self.pages:
             if not self._has_time():
                 self._leave_the_rest()
@@ -248,9 +238,8 @@ class _Read:
             "mode": self.mode,
             "first": self.next,
             "longer_side": PAGE_PIXELS,
-            "memory": memory_limit(len(raw)),
         }
-        with request(header, raw) as receive:
+        with request(header, raw, len(raw)) as receive:
             opened = self._timed(receive).header
             self.pages, self.attachments = opened["pages"], opened["attachments"]
             while self.next <= self.pages:

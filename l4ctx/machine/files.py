@@ -20,17 +20,25 @@ def kind(mode: int) -> str:
     return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
 
 
+def open_regular_file(path: str) -> FileIO:
+    """Opens a file for reading. Never blocks, even if a pipe replaced the file. Raises OSError."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, flags), "rb", buffering=0)  # noqa: SIM115
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(0, f"became a {kind(mode)}")
+    return file
+
+
 def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = None) -> tuple[bytes, bool]:
     """A file's bytes, and whether it changed while being read. Never blocks, even if a pipe replaced the file.
 
     `check` gets the first SAMPLE_BYTES and the size in bytes before the rest is read; it can raise to prevent that.
     Raises OSError.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:
+    with open_regular_file(path) as file:
         before = os.fstat(file.fileno())
-        if not stat.S_ISREG(before.st_mode):
-            raise OSError(0, f"became a {kind(before.st_mode)}")
         if check is not None:
             check(_sample(file), before.st_size)
             file.seek(0)

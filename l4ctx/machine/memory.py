@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 
@@ -31,11 +33,35 @@ def process_memory(process: int | str = "self") -> ProcessMemory | None:
     """Resident memory of this process or another, by PID, from /proc/PID/status; None on systems without it."""
     try:
         with open(f"/proc/{process}/status", "rb") as file:
-            fields = dict(line.split(b":", 1) for line in file.read().splitlines())
-        anonymous, *files = (int(fields[name].split()[0]) * 1024 for name in (b"RssAnon", b"RssFile", b"RssShmem"))
+            return _resident(file.read())
     except (OSError, KeyError, ValueError):
         return None
+
+
+def _resident(status: bytes) -> ProcessMemory:
+    """What a file /proc/PID/status says. Raises KeyError and ValueError."""
+    fields = dict(line.split(b":", 1) for line in status.splitlines())
+    anonymous, *files = (int(fields[name].split()[0]) * 1024 for name in (b"RssAnon", b"RssFile", b"RssShmem"))
     return ProcessMemory(anonymous, sum(files))
+
+
+class OwnMemory:
+    """This process's memory, read from a file that stays open: a confined process can open none."""
+
+    def __init__(self) -> None:
+        self._status: BufferedReader | None = None
+        with suppress(OSError):
+            self._status = open("/proc/self/status", "rb")  # noqa: SIM115
+
+    def anonymous(self) -> int:
+        """Bytes; 0 if unknown."""
+        try:
+            if self._status is None:
+                return 0
+            self._status.seek(0)
+            return _resident(self._status.read()).anonymous
+        except (OSError, KeyError, ValueError):
+            return 0
 
 
 class PeakSampler:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from l4ctx.confinement import process
 from l4ctx.documents import pdf_process
 from l4ctx.documents.images import DocumentImage, ImageError
 from l4ctx.documents.pdf import PdfError, PdfSupportMissing, page_bytes, read_pdf
@@ -26,6 +27,8 @@ NOT_READ = r"cannot be read \(pdfium ran out of memory or crashed\)"
 ENDLESS, SLOW = 12, 5  # depths of a time bomb: for hours, and for about half a second
 FEW = 192 << 20  # bytes of memory; the process has half of them before it opens a document
 BOMB = 256 << 20
+HERE = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+MAIN = "from l4ctx.confinement.child import main; main('l4ctx.documents.pdf_worker')"
 
 
 def read(raw: bytes, mode: str = "text", path: Path | None = None) -> tuple[list[str | DocumentImage], list[str]]:
@@ -43,8 +46,8 @@ def worker() -> int:
 
 
 def worker_running() -> int:
-    assert pdf_process._worker is not None
-    return pdf_process._worker.process.pid
+    assert pdf_process.CHILD.pid is not None
+    return pdf_process.CHILD.pid
 
 
 def is_gone(process: int, *, ours: bool = True) -> bool:
@@ -189,7 +192,7 @@ def test_a_document_stays_open_between_pages(tmp_path: Path, closed_by: str) -> 
 
 @needs_proc
 def test_an_open_document_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from l4ctx.documents import pdf_worker; pdf_worker._KEPT_SECONDS = 0.05; pdf_worker.main()"
+    code = f"{HERE}\nfrom l4ctx.documents import pdf_worker; pdf_worker.KEPT_SECONDS = 0.05\n{MAIN}"
     restart(monkeypatch, sys.executable, "-P", "-c", code)
     path, raw = tmp_path / "report.pdf", pdf(WORDS) + b"%" * (64 << 20)
     path.write_bytes(raw)
@@ -208,14 +211,14 @@ def test_an_open_document_is_closed_in_time(tmp_path: Path, monkeypatch: pytest.
 def test_what_has_no_path_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
 
-    def send(worker: pdf_process._Worker, raw: bytes) -> None:
+    def send(child: process._Child, raw: bytes) -> None:
         sent.append(raw)
-        whole(worker, raw)
+        whole(child, raw)
 
-    whole = pdf_process._Worker._send
+    whole = process._Child._send
     raw = pdf(WORDS, SCANNED)
     shown = images(raw)
-    monkeypatch.setattr(pdf_process._Worker, "_send", send)
+    monkeypatch.setattr(process._Child, "_send", send)
     for image in shown * 2:
         image.decode()
     assert sent.count(raw) == 1 and len(sent) == 5
@@ -260,7 +263,7 @@ def python(code: str) -> list[str]:
 
 
 @needs_proc
-@pytest.mark.parametrize("code", ["", "os._exit(0)", "raise SystemExit", "pdf_process._worker = None"])
+@pytest.mark.parametrize("code", ["", "os._exit(0)", "raise SystemExit", "pdf_process.CHILD._child = None"])
 def test_it_ends_with_its_reader(code: str) -> None:
     done = subprocess.run(python(code), capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == ""
@@ -283,9 +286,8 @@ def test_it_ends_with_a_reader_that_is_killed(code: str) -> None:
 def restart(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
     """With another command, where one is given."""
     if command:
-        monkeypatch.setattr(pdf_process, "_COMMAND", command)
-    if pdf_process._worker is not None:
-        pdf_process._worker.end()
+        monkeypatch.setattr(pdf_process.CHILD, "command", command)
+    pdf_process.CHILD.end()
 
 
 def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +297,7 @@ def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> No
     restart(monkeypatch, sys.executable, "-c", "raise SystemExit(1)")
     with pytest.raises(PdfError, match=r"^a PDF document, but the process that reads it does not start$"):
         read(pdf(WORDS))
-    without = "import sys; sys.modules['pypdfium2'] = None; from l4ctx.documents.pdf_worker import main; main()"
+    without = f"{HERE}; sys.modules['pypdfium2'] = None\n{MAIN}"
     restart(monkeypatch, sys.executable, "-P", "-c", without)
     with pytest.raises(PdfSupportMissing):
         read(pdf(WORDS))
@@ -312,12 +314,9 @@ def test_nothing_in_the_current_folder_is_run(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_it_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom l4ctx.documents.pdf_worker import main\nmain()\n"
-        "assert 'pypdfium2.raw' in sys.modules\nprint(*sys.modules, file=sys.stderr)"
-    )
+    code = f"import sys\n{MAIN}\nassert 'pypdfium2.raw' in sys.modules\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)
-    assert not {"torch", "numpy", "PIL", "l4ctx.documents.pdf_process"} & set(done.stderr.decode().split())
+    assert not {"torch", "numpy", "PIL", "l4ctx.confinement.process"} & set(done.stderr.decode().split())
 
 
 def test_memory_is_limited_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
