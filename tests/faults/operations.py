@@ -1,0 +1,167 @@
+"""What the faults are tried on: a small checkpoint, documents, saved contexts in several states, and commands on them.
+
+All lies below one folder: `model` and `docs`, which no command changes, and `state`, which is put back before each run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from support.fork_server import Ended, ForkServer, Run
+from support.places import TINY
+
+CHUNK = 128
+WORDS = "The access code of room {} is {}. Ask at the desk, not in the hall; the desk closes at noon.\n"
+MODEL = ["--model", "model"]
+READ = [*MODEL, "--prefill-chunk-size", "256"]
+ASK = [*READ, "--max-new-tokens", "2"]
+QUESTION = "What is the code?"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A command, and the state that it starts from: the name of a folder that `Place` makes.
+
+    `keeps`: it writes a context. `needs_all`: exit code 0 means that the output is the answer from all documents; else
+    it may leave something out and say so.
+    """
+
+    name: str
+    arguments: list[str]
+    start: str = "empty"
+    keeps: bool = False
+    needs_all: bool = True
+
+
+OPERATIONS = [
+    Operation("prefill", ["prefill", "docs", "-o", "state/ctx", *READ], keeps=True),
+    Operation("resume", ["prefill", "docs", "-o", "state/ctx", *READ], "interrupted", keeps=True),
+    Operation("grow", ["prefill", "docs", "more.md", "-o", "state/ctx", *READ], "complete", keeps=True),
+    Operation("replace", ["prefill", "other", "-o", "state/ctx", "--replace", *READ], "complete", keeps=True),
+    Operation("verify", ["prefill", "docs", "-o", "state/ctx", "--verify", *READ], "damaged", keeps=True),
+    Operation("ask", ["ask", QUESTION, "docs", *ASK]),
+    Operation("ask-context", ["ask", QUESTION, "--context", "state/ctx", *ASK], "complete"),
+    Operation("ask-more", ["ask", QUESTION, "docs", "more.md", "--context", "state/ctx", *ASK], "complete"),
+    Operation("ask-save", ["ask", QUESTION, "docs", "--save-context", "state/ctx", *ASK], keeps=True),
+    Operation("ask-disk", ["ask", QUESTION, "docs", "--kv-dir", "state", "--kv-host-memory", "0", *ASK]),
+    Operation(
+        "questions",
+        ["ask", "--questions", "questions.txt", "--context", "state/ctx", "--resume-answers", "state/answers", *ASK],
+        "answered",
+    ),
+    Operation("inspect", ["inspect", "state/ctx"], "complete", needs_all=False),
+    Operation("inspect-model", ["inspect", "model"], needs_all=False),
+    Operation("plan", ["plan", "docs", *MODEL], needs_all=False),
+    Operation("quantize", ["quantize", "model", "-o", "state/out", "--to", "w8a16"]),
+]
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Two layers of the sample model's text part, in two files."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    config = json.loads((TINY / "config.json").read_text())["text_config"]
+    config |= {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "attention_chunk_size": CHUNK}
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Llama4ForCausalLM"], **config}))
+    kept = {}
+    for file in sorted(TINY.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            name = name.removeprefix("language_model.")
+            if "vision" in name or "multi_modal" in name or ".layers.1." in name or ".layers.2." in name:
+                continue
+            kept[name.replace(".layers.3.", ".layers.1.")] = tensor
+    places = {name: f"model-0000{1 + ('.layers.1.' in name)}-of-00002.safetensors" for name in kept}
+    for shard in set(places.values()):
+        save_file({n: t for n, t in kept.items() if places[n] == shard}, folder / shard, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in kept.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_documents(top: Path) -> None:
+    text = {
+        "docs/a.md": "".join(WORDS.format(n, 7 * n) for n in range(8)),
+        "docs/sub/b.txt": "".join(WORDS.format(n, 5 * n) for n in range(20, 26)),
+        "docs/sub/c.log": "not to be read\n",
+        "docs/.gitignore": "*.log\n",
+        "docs/n.ipynb": json.dumps(
+            {
+                "nbformat": 4,
+                "nbformat_minor": 5,
+                "metadata": {},
+                "cells": [{"cell_type": "markdown", "metadata": {}, "source": ["# Notes"]}],
+            }
+        ),
+        "more.md": "".join(WORDS.format(n, 3 * n) for n in range(40, 45)),
+        "other/d.md": "".join(WORDS.format(n, 11 * n) for n in range(60, 73)),
+        "questions.txt": f"{QUESTION}\nWhere?\n",
+    }
+    for name, content in text.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(content)
+
+
+class Place:
+    """The folder, with a fork server; `starts` below it holds the states that operations start from."""
+
+    def __init__(self, top: Path, library: Path) -> None:
+        self.top, self.state = top, top / "state"
+        write_checkpoint(top / "model")
+        write_documents(top)
+        self.state.mkdir()
+        scratch = top / "scratch"
+        scratch.mkdir()
+        warm_up = [
+            Run(OPERATIONS[n].arguments, str(top), seconds=300)
+            for n, name in enumerate([operation.name for operation in OPERATIONS])
+            if name in ("prefill", "ask-context", "questions", "inspect", "inspect-model", "plan", "quantize")
+        ]
+        self.server = ForkServer(scratch, warm_up, without=["llvmlite"], LD_PRELOAD=str(library))
+        self._make_starts()
+
+    def put_back(self, start: str) -> None:
+        shutil.rmtree(self.state, ignore_errors=True)
+        shutil.copytree(self.top / "starts" / start, self.state)
+
+    def run(self, arguments: list[str], seconds: float = 30.0, **more: object) -> Ended:
+        roots = {name: str(self.top / name) for name in ("model", "docs", "other", "state")}
+        roots |= {name: str(self.top / name) for name in ("more.md", "questions.txt")}
+        argument = {"roots": roots, "state": str(self.state), **more}
+        hooks = {"before": "faults.shim:begin", "after": "faults.shim:report", "argument": argument}
+        return self.server.run(Run(arguments, str(self.top), seconds=seconds, **hooks))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.server.close()
+
+    def _make_starts(self) -> None:
+        starts = self.top / "starts"
+        shutil.rmtree(self.state)
+        (starts / "empty").mkdir(parents=True)
+        prefill = OPERATIONS[0].arguments
+
+        def make(name: str, start: str, arguments: list[str], **more: object) -> Ended:
+            self.put_back(start)
+            ended = self.run(arguments, seed=1000 + len(list(starts.iterdir())), **more)
+            shutil.copytree(self.state, starts / name)
+            return ended
+
+        def checked(ended: Ended, code: int) -> None:
+            assert ended.code == code, ended
+
+        checked(make("complete", "empty", prefill), 0)
+        checked(make("interrupted", "empty", prefill, fault=["write state/ctx/journal", 3, "ENOSPC"]), 5)
+        by_name = {operation.name: operation for operation in OPERATIONS}
+        checked(make("answered", "complete", by_name["questions"].arguments), 0)
+        answers = starts / "answered" / "answers"
+        answers.write_bytes(answers.read_bytes().splitlines(keepends=True)[0])
+        shutil.copytree(starts / "complete", starts / "damaged")
+        block = min((starts / "damaged" / "ctx" / "blocks").glob("000001-*"))
+        content = bytearray(block.read_bytes())
+        content[-5] ^= 1
+        block.write_bytes(content)

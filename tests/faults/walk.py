@@ -1,0 +1,244 @@
+"""Walks fault points: each fault must end in the right answer or in one clear line, and lose nothing.
+
+    python tests/faults/walk.py --results FILE [--shard 1/2] [--most N] [--operations prefill,ask] [--again]
+
+A walk can be stopped and continued: FILE has a line of JSON for each fault that was tried. The order is the same in
+every walk, the most likely errors of each call first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for samples
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support and faults
+
+from faults.operations import OPERATIONS, Operation, Place
+from faults.shim import FAULTS, Fault, compile_shim
+from support.fork_server import Ended
+
+NOISE = re.compile(r"Traceback|panicked|Warning:|Exception ignored|Fatal Python|core dumped|INTERNAL ASSERT")
+SAYS_SO = re.compile(r"unknown|cannot|could not|unreadable|not be|missing|damaged|left out|changed", re.IGNORECASE)
+CODES = {0, 1, 2, 3, 4, 5, 6, 7}
+FIRST = 3  # of the errors of each call are tried before the others
+
+
+@dataclass(frozen=True)
+class Base:
+    """A run without a fault: what it printed, the state that it started from and the one that it made."""
+
+    stdout: str
+    started: dict[str, Any]
+    made: dict[str, Any]
+    points: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`outcome`: "answer", "told" (less than all, and it says so), "line", "unreached" or "bad", and then why."""
+
+    outcome: str
+    why: str = ""
+    code: int | None = None
+    line: str = ""  # the last one on stderr; of a bad one, more
+
+
+class Walk:
+    """Faults on the operations of a place."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._bases: dict[str, Base] = {}
+        self._resumed: dict[tuple[str, str], str] = {}  # what is wrong with going on from a state
+
+    def base(self, operation: Operation) -> Base:
+        if operation.name not in self._bases:
+            self._bases[operation.name] = self._record(operation)
+        return self._bases[operation.name]
+
+    def faults(self, operation: Operation) -> list[Fault]:
+        """All of them, in the order in which they are tried."""
+        found = [
+            (place >= FIRST, Fault(point, nth, kind))
+            for point, count in sorted(self.base(operation).points.items())
+            for nth in range(1, count + 1)
+            for place, kind in enumerate(FAULTS[point.split()[0]])
+        ]
+        random.Random(operation.name).shuffle(found)
+        found.sort(key=lambda entry: entry[0])
+        return [fault for _, fault in found]
+
+    def attempt(self, operation: Operation, fault: Fault) -> Verdict:
+        base = self.base(operation)
+        self.place.put_back(operation.start)
+        ended = self.place.run(operation.arguments, seed=2, fault=[fault.point, fault.nth, fault.kind])
+        if why := self._wrong(operation, base, ended):
+            return Verdict("bad", why, ended.code, f"{ended.stdout[-400:]}\n---\n{ended.stderr[-600:]}")
+        line = (ended.stderr.splitlines() or [""])[-1]
+        outcome = "unreached" if not ended.told["fired"] else "line" if ended.code else "answer"
+        if outcome == "answer" and not _same(operation, ended.stdout, base.stdout):
+            outcome = "told"
+        return Verdict(outcome, "", ended.code, line)
+
+    def _record(self, operation: Operation) -> Base:
+        """Two runs, which must be equal."""
+        self.place.put_back(operation.start)
+        started = self.place.run(["--version"]).told
+        runs = []
+        points = self.place.top / "scratch" / "points"
+        for _ in range(2):
+            self.place.put_back(operation.start)
+            runs.append(self.place.run(operation.arguments, seed=2, points=str(points)))
+        first, second = runs
+        assert first.code == second.code == 0, (operation.name, first)
+        assert _same(operation, first.stdout, second.stdout) and first.told == second.told, (first, second)
+        counted = dict(line.rsplit("\t", 1) for line in points.read_text().splitlines())
+        return Base(second.stdout, started, second.told, {point: int(count) for point, count in counted.items()})
+
+    def _wrong(self, operation: Operation, base: Base, ended: Ended) -> str:
+        """What is wrong with a run that had a fault; empty if nothing is."""
+        if ended.code is None:
+            return f"hangs: {ended.stderr[-200:]}"
+        if noise := NOISE.search(ended.stderr):
+            return _kind_of(ended.stderr[noise.start() :])
+        if ended.code not in CODES or ended.told is None:
+            return f"exit code {ended.code}"
+        lines = ended.stderr.splitlines()
+        is_told = not operation.needs_all and SAYS_SO.search(
+            ended.stdout + ended.stderr
+        )  # a report lists what is wrong
+        if not all(line.startswith("l4ctx: ") for line in lines) or (ended.code and not lines and not is_told):
+            return f"not a line: {ended.stderr[-200:]!r}"
+        if is_told:
+            return ""
+        if ended.code:
+            if not base.stdout.startswith(ended.stdout):
+                return "wrong output before the error"
+        elif not _same(operation, ended.stdout, base.stdout):
+            return "exit code 0 with another output"
+        return self._wrong_state(operation, base, ended)
+
+    def _wrong_state(self, operation: Operation, base: Base, ended: Ended) -> str:
+        now = ended.told["context"]
+        valid = {base.started["context"], base.made["context"]}
+        if base.started["context"].startswith("damaged"):
+            valid.add("")
+        if now not in valid:
+            return f"the context is lost: {now if ':' in now else 'neither the earlier one nor the new one'}"
+        if operation.keeps and ended.code == 0 and now != base.made["context"]:
+            return "exit code 0, and the context is not complete"
+        tree = ended.told["tree"]
+        if tree == base.started["tree"] or (ended.code == 0 and tree == base.made["tree"]):
+            return ""
+        key = operation.name, tree
+        if key not in self._resumed:
+            self._resumed[key] = self._wrong_afterwards(operation, base)
+        return self._resumed[key]
+
+    def _wrong_afterwards(self, operation: Operation, base: Base) -> str:
+        """The same command again, without a fault."""
+        ended = self.place.run(operation.arguments, seed=3)
+        if ended.code != 0 or NOISE.search(ended.stderr):
+            return f"the same command afterwards: exit code {ended.code}: {ended.stderr[-300:]}"
+        is_same = _same(operation, ended.stdout, base.stdout)
+        if operation.name == "questions":  # what is answered already is not asked again
+            is_same = ended.stdout in base.stdout
+        if not is_same:
+            return "the same command afterwards prints something else"
+        if ended.told["context"] != base.made["context"]:
+            return f"the same command afterwards makes another context: {ended.told['context']}"
+        if ended.told["files"] != base.made["files"]:
+            return "the same command afterwards makes other files"
+        return ""
+
+
+def _same(operation: Operation, one: str, other: str) -> bool:
+    if operation.name == "plan":  # how much memory is free
+        one, other = (re.sub(r"[\d.,]+ ?[KMGT]?i?B?", "0", text) for text in (one, other))
+    return one == other
+
+
+def _kind_of(trace: str) -> str:
+    """The exception and where it came from, without what differs from run to run."""
+    ours = re.findall(r'File "[^"]*?/((?:l4ctx|model|cache)/[^"]+)", line \d+, in (\S+)', trace)
+    frames = re.findall(r'File "([^"]+)", line \d+, in (\S+)', trace)
+    last = ours[-1] if ours else frames[-1] if frames else ("", "")
+    said = re.sub(r"'[^']*'|[0-9a-f]{12,}|\d+", "*", (trace.strip().splitlines() or [""])[-1])
+    return f"traceback: {last[0]} {last[1]}: {said[:160]}"
+
+
+def tried(results: Path) -> dict[tuple[str, Fault], dict[str, Any]]:
+    """The last line of each fault in a results file."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return {(line["operation"], Fault(*line["fault"])): line for line in lines}
+
+
+def chosen(walk: Walk, names: list[str], shard: int, shards: int) -> Iterator[tuple[Operation, Fault]]:
+    """The faults of a shard: one of each operation in turn."""
+    lists = [(operation, walk.faults(operation)) for operation in OPERATIONS if operation.name in names]
+    for n in range(max(len(faults) for _, faults in lists)):
+        for operation, faults in lists:
+            if n < len(faults) and n % shards == shard:
+                yield operation, faults[n]
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    outcomes = Counter(line["outcome"] for line in lines)
+    bad = Counter((line["why"], line["operation"]) for line in lines if line["outcome"] == "bad")
+    text = [", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())) or "nothing was tried"]
+    text += [f"{count:6,} {operation}: {why}" for (why, operation), count in bad.most_common()]
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--shard", default="1/1", help="K/N: the K-th of N parts")
+    parser.add_argument("--most", type=int, default=10**9, help="faults to try now")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--operations", default=",".join(operation.name for operation in OPERATIONS))
+    parser.add_argument("--again", action="store_true", help="try what was bad once more")
+    parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    arguments = parser.parse_args()
+    shard, shards = (int(part) for part in arguments.shard.split("/"))
+    top = Path(tempfile.mkdtemp(prefix="l4ctx-faults-", dir=arguments.folder)).resolve()
+    library = compile_shim(top)
+    if isinstance(library, str):
+        raise SystemExit(library)
+    done = tried(arguments.results)
+    began, place = time.monotonic(), Place(top / "place", library)
+    lines = []
+    try:
+        walk = Walk(place)
+        with open(arguments.results, "a") as results:
+            for operation, fault in chosen(walk, arguments.operations.split(","), shard - 1, shards):
+                before = done.get((operation.name, fault))
+                if before is not None if not arguments.again else before is None or before["outcome"] != "bad":
+                    continue
+                if len(lines) >= arguments.most or time.monotonic() - began > arguments.seconds:
+                    break
+                verdict = walk.attempt(operation, fault)
+                line = {"operation": operation.name, "fault": [fault.point, fault.nth, fault.kind], **vars(verdict)}
+                lines.append(line)
+                results.write(json.dumps(line) + "\n")
+                results.flush()
+    finally:
+        place.close()
+        shutil.rmtree(top)
+    print(f"{len(lines):,} faults in {time.monotonic() - began:.0f} s: {summary(lines)}")
+
+
+if __name__ == "__main__":
+    main()
