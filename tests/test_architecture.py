@@ -115,6 +115,7 @@ WITHOUT_TORCH = (
     "l4ctx.machine.memory",
     "l4ctx.drafts.drafter",
     "l4ctx.inspection.model_folder",
+    "l4ctx.checkpoint.template_work",
     "l4ctx.confinement.child",
     "l4ctx.confinement.process",
     "l4ctx.documents.pdf",

@@ -42,6 +42,7 @@ CODES = {
     "l4ctx.checkpoint.image_processor.ImageProcessingError": CHECKPOINT,
     "l4ctx.checkpoint.tokenizer.TokenizerError": CHECKPOINT,
     "l4ctx.checkpoint.chat_template.PromptError": CHECKPOINT,
+    "l4ctx.checkpoint.chat_template.TemplateLimitError": CHECKPOINT,
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
     "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
     "model.errors.LengthError": TOO_LONG,
@@ -56,6 +57,7 @@ CODES = {
 }
 WITHOUT_OWN_CODE = {"model.errors.UserError", "l4ctx.bench.process.ReportedError"}  # root class; has its worker's code
 INTERNAL = {  # each is caught and translated by the package that raises it
+    "l4ctx.checkpoint.chat_environment.TemplateFailure",
     "model.simd.recorder.NoCodeError",
     "l4ctx.bench.peers.gguf.GGUFError",
     "l4ctx.confinement.process.ChildFailedError",

@@ -13,6 +13,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from l4ctx.formatting import only_printable
+
+
+class TemplateFailure(Exception):
+    """A template that fails; the message says why, in one line."""
+
 
 class Generation(Extension):
     """`{% generation %}` … `{% endgeneration %}` marks training targets; at inference it has no effect."""
@@ -49,6 +55,20 @@ class SafeDict:
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
         return dict.fromkeys(*args)
+
+
+def render(source: str, variables: dict[str, Any], date: datetime.datetime | None = None) -> str:
+    """Renders an untrusted template as `transformers` does. Raises TemplateFailure.
+
+    Its loops may never end, and its texts may fill the memory: see `l4ctx.checkpoint.template_work`.
+    """
+    try:
+        return chat_environment(date).from_string(source).render(variables)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template can raise anything
+        reason = " ".join(only_printable(str(error), " ").split())
+        raise TemplateFailure(reason or type(error).__name__) from None
 
 
 def chat_environment(date: datetime.datetime | None = None) -> ImmutableSandboxedEnvironment:

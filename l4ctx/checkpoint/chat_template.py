@@ -1,22 +1,43 @@
-"""A checkpoint's chat template: untrusted Jinja, rendered to find the text around each message."""
+"""A checkpoint's chat template: untrusted Jinja, rendered to find the text around each message.
+
+A template that is not known by its digest is rendered in a confined process, see `l4ctx.checkpoint.template_work`.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from l4ctx.checkpoint.known import is_known_template
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_settings, special_tokens
+from l4ctx.confinement.process import (
+    LARGE,
+    SLOW,
+    ChildFailedError,
+    Confined,
+    Limits,
+    NoChildError,
+    RefusedError,
+)
 from l4ctx.errors import UnusableCheckpointError
-from l4ctx.formatting import only_printable
+from l4ctx.formatting import human_bytes, only_printable
 from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, checkpoint_files
+
+LIMITS = Limits(memory=512 << 20, seconds=60.0, processor_seconds=10.0, reply=4 << 20)
+CHILD = Confined("l4ctx.checkpoint.template_work")
 
 
 class PromptError(UnusableCheckpointError):
     """A prompt that cannot be built, because of the template or the input."""
+
+
+class TemplateLimitError(PromptError):
+    """A template that takes more than a template may."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,8 @@ class ChatTemplate:
         markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
         try:
             return self._split_rendering(markers, as_parts=False)
+        except TemplateLimitError:
+            raise
         except PromptError:
             try:  # templates of multimodal checkpoints may support only lists of parts
                 return self._split_rendering(markers, as_parts=True)
@@ -104,14 +127,38 @@ def _default_template(source: object, file: Path) -> str:
 
 
 def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
-    """Renders an untrusted template as `transformers` does; any failure in it becomes a PromptError."""
-    from l4ctx.checkpoint.chat_environment import chat_environment
+    """Renders an untrusted template as `transformers` does, in a confined process unless the template is known.
 
-    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    Any failure in it becomes a PromptError.
+    """
+    variables = {**tokens, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    date = date or datetime.datetime.now()
+    if is_known_template(source):
+        from l4ctx.checkpoint.chat_environment import TemplateFailure, render
+
+        try:
+            return render(source, variables, date)
+        except TemplateFailure as error:
+            raise PromptError(f"the checkpoint's chat template fails: {error}") from None
+    asked = {"source": source, "variables": variables, "date": date.isoformat()}
     try:
-        return chat_environment(date).from_string(source).render({**tokens, **variables})
-    except Exception as error:  # a template can raise anything
-        raise PromptError(f"the checkpoint's chat template fails: {_one_line(error)}") from None
+        with CHILD.request({}, LIMITS, json.dumps(asked).encode()) as receive:
+            return receive().body.decode("utf-8", "surrogatepass")
+    except RefusedError as error:
+        raise PromptError(f"the checkpoint's chat template fails: {error}") from None
+    except ChildFailedError as error:
+        raise TemplateLimitError(f"the checkpoint's chat template fails: it {_excess(error.why)}") from None
+    except NoChildError as error:
+        raise PromptError(f"the process that renders the checkpoint's chat template {error}") from None
+
+
+def _excess(why: str) -> str:
+    """What of LIMITS a template exceeds."""
+    if why == SLOW:
+        return f"takes more than {LIMITS.processor_seconds:g} s"
+    if why == LARGE:
+        return f"renders more than {human_bytes(LIMITS.reply)} of text"
+    return f"needs more than {human_bytes(LIMITS.memory)} of memory"
 
 
 def _one_line(error: BaseException) -> str:

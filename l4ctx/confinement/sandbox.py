@@ -68,7 +68,8 @@ def confine(readable: Iterable[str], then: Callable[[], None]) -> list[str]:
     by `then`, which is called once files are closed off.
     """
     _be_the_first_to_go()
-    os.environ.clear()
+    for name in os.environ.keys() - {"TZ"}:  # dates are formatted by it
+        del os.environ[name]
     _limit(("RLIMIT_CORE", 0), ("RLIMIT_FSIZE", 0), ("RLIMIT_NOFILE", MOST_FILES))
     folders = [folder for folder in readable if os.path.isdir(folder)]
     if sys.platform != "linux":

@@ -9,6 +9,8 @@ import pytest
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from l4ctx.checkpoint import chat_environment as environment_module
+from l4ctx.checkpoint import chat_template
 from l4ctx.checkpoint.chat_environment import chat_environment
 
 MESSAGES = [
@@ -78,6 +80,15 @@ def by_transformers(template: str) -> str:
 @pytest.mark.parametrize("template", RENDERED)
 def test_templates_render_as_in_transformers(template: str) -> None:
     assert rendered(template) == by_transformers(template)
+
+
+@pytest.mark.parametrize("template", RENDERED)
+def test_the_confined_process_renders_the_same(template: str) -> None:
+    now, variables = datetime.datetime.now(), VARIABLES | {"tools": None, "documents": None}
+    expected = environment_module.render(
+        template, variables | {"messages": MESSAGES, "add_generation_prompt": True}, now
+    )
+    assert chat_template._render(template, VARIABLES, MESSAGES, now) == expected
 
 
 @pytest.mark.parametrize("template", REFUSED)

@@ -64,13 +64,14 @@ def attempt(confined: Confined, do: str, argument: object = None) -> dict[str, A
 
 def test_it_does_its_work_and_is_kept(confined: Confined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET", "token")
+    monkeypatch.setenv("TZ", "UTC")
     confined.end()
     pids = set()
     for body in (b"", b"ab" * 500_000):
         with confined.request({"do": "echo"}, LIMITS, body) as receive:
             assert receive().header == {"first": True}
             last = receive()
-        assert last.body == body and set(last.header["environment"]) == set()
+        assert last.body == body and set(last.header["environment"]) == {"TZ"}
         assert all(os.path.isabs(path) for path in last.header["path"])
         pids.add(confined.pid)
     assert len(pids) == 1 and os.getsid(pids.pop() or 0) != os.getsid(0)
