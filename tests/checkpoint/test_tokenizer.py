@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import re
@@ -19,7 +18,7 @@ import tokenizers
 from l4ctx.checkpoint import tokenizer as module
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, StreamDecoder, Tokenizer, TokenizerError
 from support.places import ROOT
-from support.tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, toy_tokenizer_folder
+from support.tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, loaded_tokenizer, toy_tokenizer_folder
 
 HOSTILE = "".join(CONTROL_TOKENS) + "<|python_start|><|eot|> <|eot|>\n<|image|>x"
 ALPHABET = [
@@ -74,26 +73,26 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(folder)
+    return loaded_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Callable[[str], list[int]]:
-    """The oracle: the same JSON with its added tokens removed, the whole text encoded at once."""
+def oracle(folder: Path) -> tokenizers.Tokenizer:
+    """The same JSON with its added tokens removed."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    oracle = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def whole(oracle: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
+    """The oracle's encoding of a whole text at once."""
     return lambda text: oracle.encode(text, add_special_tokens=False).ids
 
 
-@functools.cache
-def pre_tokenizer(folder: Path) -> Any:
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).pre_tokenizer
-
-
-def words(folder: Path, text: str) -> list[str]:
+def words(oracle: tokenizers.Tokenizer, text: str) -> list[str]:
     """What the pre-tokenizer splits `text` into: unlike ids, different for any wrong cut."""
-    return [word for word, _ in pre_tokenizer(folder).pre_tokenize_str(text)]
+    return [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
 
 
 @pytest.fixture
@@ -107,7 +106,9 @@ def toy(path: Path, change: Callable[[dict[str, Any]], None] | None = None) -> T
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_every_safe_cut_is_safe(folder: Path, tokenizer: Tokenizer, whole: Callable[[str], list[int]]) -> None:
+def test_every_safe_cut_is_safe(
+    oracle: tokenizers.Tokenizer, tokenizer: Tokenizer, whole: Callable[[str], list[int]]
+) -> None:
     draw = random.Random(5)
     cuts = 0
     for _ in range(300):
@@ -116,7 +117,7 @@ def test_every_safe_cut_is_safe(folder: Path, tokenizer: Tokenizer, whole: Calla
         ends = list(module._piece_ends(text, forced))
         cuts += len(ends) - 1
         pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        assert [word for piece in pieces for word in words(folder, piece)] == words(folder, text), repr(text)
+        assert [word for piece in pieces for word in words(oracle, piece)] == words(oracle, text), repr(text)
         assert tokenizer.encode_data(text).ids.tolist() == whole(text), repr(text)
         assert forced == []
     assert cuts > 1500
@@ -155,7 +156,7 @@ def test_ids_are_appended(tokenizer: Tokenizer) -> None:
 
 
 def test_a_line_without_a_safe_cut_is_cut_by_force(tokenizer: Tokenizer) -> None:
-    text = "x" * 5_000_000
+    text = "x" * 1_000_000
     encoded = tokenizer.encode_data(text)
     assert encoded.forced_cuts == tuple(range(LONGEST_PIECE, len(text), LONGEST_PIECE))
     assert tokenizer.decode(encoded.ids) == text

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from l4ctx.checkpoint import tokenizer as tokenizer_module
 from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
@@ -18,7 +17,13 @@ from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
 from l4ctx.documents.document import Document
 from l4ctx.prompt.builder import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
 from l4ctx.spans import Span
-from support.tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, toy_tokenizer_folder
+from support.tokenizer_fixtures import (
+    CONTROL_TOKENS,
+    LLAMA4_TOKENIZER,
+    loaded_tokenizer,
+    toy_tokenizer_folder,
+    transformers_tokenizer,
+)
 
 DOCUMENTS = [
     Document("notes/a.md", "", "The access code for the amber falcon is 48213.\n"),
@@ -43,7 +48,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(folder)
+    return loaded_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +66,13 @@ def raw(folder: Path) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize("system", [None, "Answer briefly."])
 @pytest.mark.parametrize("documents", [[], DOCUMENTS], ids=["question alone", "documents"])
 def test_a_prompt_is_what_transformers_renders(
-    folder: Path, tokenizer: Tokenizer, template: ChatTemplate, documents: list[Document], system: str | None
+    folder: Path,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    documents: list[Document],
+    system: str | None,
 ) -> None:
-    oracle = PreTrainedTokenizerFast.from_pretrained(folder)
+    oracle = transformers_tokenizer(folder)
     content = (WRAPPED if documents else "") + "What is the access code?"
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content})

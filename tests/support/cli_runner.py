@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
@@ -24,11 +25,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
+import typer
+import typer.main
 from safetensors.torch import load_file, save_file
 
 from l4ctx.cli import app, exits
 from support.places import TINY
+
+_command = functools.cache(typer.main.get_command)
+"""What typer makes of the declared options takes longer than many of the commands that are tested."""
 
 COMMAND = [sys.executable, "-P", "-c", "from l4ctx.cli.app import main; main()"]
 ON_TERMINAL = [
@@ -113,6 +120,7 @@ def run_here(
         }
         if stdout is not None:
             streams["out"] = stdout
+        stack.enter_context(mock.patch.object(typer.main, "get_command", _command))
         source = stack.enter_context(_piped(stdin)) if isinstance(stdin, bytes) else stdin
         if source is None:
             source = stack.enter_context(open(os.devnull, encoding="utf-8"))

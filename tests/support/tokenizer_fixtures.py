@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from l4ctx.checkpoint.tokenizer import Tokenizer
 from support.places import SHARED
 
 LLAMA4_TOKENIZER = SHARED / "llama4-tokenizer"
@@ -39,6 +40,20 @@ CORPUS = (
     "def read(path):\n    return open(path).read()\n\n\nclass Reader:\n    pass  # it's what they'll want\n",
     'Über die Brücke, 日本語の文章。 Привет, мир! 👍🏽 naïve café\r\nWindows line\r\n<document index="1">\n',
 )
+
+
+@functools.cache
+def loaded_tokenizer(folder: Path) -> Tokenizer:
+    """Of a folder that does not change. The published one takes seconds to load."""
+    return Tokenizer.from_folder(folder)
+
+
+@functools.cache
+def transformers_tokenizer(folder: Path) -> Any:
+    """The same for `PreTrainedTokenizerFast`."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @functools.cache

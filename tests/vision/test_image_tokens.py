@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import Llama4ImageProcessor, Llama4Processor, PreTrainedTokenizerFast
+from transformers import Llama4ImageProcessor, Llama4Processor
 
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from l4ctx.vision.tiles import TileLayout, tile_layout
 from l4ctx.vision.tokens import ImageTokens
 from support.places import TINY
-from support.tokenizer_fixtures import LLAMA4_TOKENIZER, toy_tokenizer_folder
+from support.tokenizer_fixtures import LLAMA4_TOKENIZER, loaded_tokenizer, toy_tokenizer_folder, transformers_tokenizer
 
 LAYOUTS = [TileLayout(rows, columns) for rows in range(1, 17) for columns in range(1, 17) if rows * columns <= 16]
 FOLDERS = [
@@ -28,11 +28,11 @@ FOLDERS = [
 
 def processor(folder: Path, side: int) -> Llama4Processor:
     image_processor = Llama4ImageProcessor(size={"height": side, "width": side})
-    return Llama4Processor(image_processor, PreTrainedTokenizerFast.from_pretrained(folder), patch_size=14)
+    return Llama4Processor(image_processor, transformers_tokenizer(folder), patch_size=14)
 
 
 def tokens(folder: Path, per_tile: int) -> ImageTokens:
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = loaded_tokenizer(folder)
     patch = tokenizer.special_id("<|patch|>")
     assert patch is not None
     return ImageTokens.from_tokenizer(tokenizer, per_tile, patch)
@@ -42,7 +42,7 @@ def tokens(folder: Path, per_tile: int) -> ImageTokens:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_layout_as_transformers_writes_it(folder: Path) -> None:
     side, per_tile = 84, 9  # 6 x 6 patches, of which pixel shuffle makes 3 x 3
-    theirs, ours, control = processor(folder, side), tokens(folder, per_tile), Tokenizer.from_folder(folder)
+    theirs, ours, control = processor(folder, side), tokens(folder, per_tile), loaded_tokenizer(folder)
     for layout in LAYOUTS:
         written = theirs._prompt_split_image(list(layout), per_tile)
         assert ours.ids(layout) == control.encode_control(written)
@@ -56,7 +56,7 @@ def test_every_layout_as_transformers_writes_it(folder: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_texts_with_several_images(folder: Path) -> None:
     side, per_tile = 56, 4
-    theirs, ours, control = processor(folder, side), tokens(folder, per_tile), Tokenizer.from_folder(folder)
+    theirs, ours, control = processor(folder, side), tokens(folder, per_tile), loaded_tokenizer(folder)
     rng = random.Random(3)
     for count in range(1, 9):
         images = [Image.new("RGB", (rng.randint(1, 300), rng.randint(1, 300))) for _ in range(count)]
@@ -84,7 +84,7 @@ def test_counts_and_places(per_tile: int) -> None:
 
 @pytest.mark.skipif(not LLAMA4_TOKENIZER.is_dir(), reason="the real tokenizer is not at ../shared")
 def test_the_ids_of_llama_4() -> None:
-    ours = ImageTokens.from_tokenizer(Tokenizer.from_folder(LLAMA4_TOKENIZER), 144, 200092)
+    ours = ImageTokens.from_tokenizer(loaded_tokenizer(LLAMA4_TOKENIZER), 144, 200092)
     assert ours.patch == 200092 and ours.count(TileLayout(1, 1)) == 147 and ours.count(TileLayout(4, 4)) == 2467
 
 

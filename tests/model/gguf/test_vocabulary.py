@@ -19,7 +19,7 @@ from model.checkpoint_files import checkpoint_files
 from model.errors import CheckpointError
 from support.gguf_files import add_tokenizer
 from support.gguf_headers import ARRAY, I32, STRING, U32, File, key
-from support.tokenizer_fixtures import CHAT_TEMPLATE, CORPUS, LLAMA4_TOKENIZER, toy_tokenizer_folder
+from support.tokenizer_fixtures import CHAT_TEMPLATE, CORPUS, LLAMA4_TOKENIZER, loaded_tokenizer, toy_tokenizer_folder
 
 TEXTS = (
     *CORPUS,
@@ -34,9 +34,17 @@ TEXTS = (
 )
 
 
-def vocabulary_file(file: Path, folder: Path) -> Path:
-    writer = gguf.GGUFWriter(file, "llama4")
+def vocabulary_file(file: Path, folder: Path, *, has_config: bool = False) -> Path:
+    """A file with a folder's tokenizer and, `has_config`, with the least that a model's configuration needs."""
+    writer = gguf.GGUFWriter(file, "llama" if has_config else "llama4")
     add_tokenizer(writer, folder)
+    if has_config:
+        writer.add_block_count(1)
+        writer.add_context_length(64)
+        writer.add_embedding_length(8)
+        writer.add_feed_forward_length(8)
+        writer.add_head_count(1)
+        writer.add_layer_norm_rms_eps(1e-5)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -46,7 +54,7 @@ def vocabulary_file(file: Path, folder: Path) -> Path:
 
 def check_same_ids(ours: Path, folder: Path) -> None:
     """`ours` in a folder without files beside it."""
-    found, expected = Tokenizer.from_folder(ours), Tokenizer.from_folder(folder)
+    found, expected = Tokenizer.from_folder(ours), loaded_tokenizer(folder)
     assert (found.vocab_size, found.bos_id) == (expected.vocab_size, expected.bos_id)
     for text in TEXTS:
         assert found.encode_control(text) == expected.encode_control(text), text
@@ -72,33 +80,17 @@ def test_a_toy_tokenizer(toy: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA4_TOKENIZER.is_dir(), reason="the published tokenizer is not here")
 def test_the_published_tokenizer(tmp_path: Path) -> None:
-    file = vocabulary_file(tmp_path / "llama4.gguf", LLAMA4_TOKENIZER)
+    file = vocabulary_file(tmp_path / "llama4.gguf", LLAMA4_TOKENIZER, has_config=True)
     check_same_ids(file, LLAMA4_TOKENIZER)
-    assert GenerationConfig.from_folder(with_config(file)).stop_tokens == {200001, 200007, 200008}
+    assert GenerationConfig.from_folder(file).stop_tokens == {200001, 200007, 200008}
 
 
-def with_config(file: Path) -> Path:
-    """The same vocabulary with the least that a model's configuration needs."""
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(file.with_name("whole.gguf"), "llama")
-    for name, found in reader.fields.items():
-        if name.startswith("tokenizer."):
-            kinds = found.types
-            writer.add_key_value(name, found.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None)
-    for name, number in (("block_count", 1), ("context_length", 64), ("embedding_length", 8)):
-        writer.add_uint32(f"llama.{name}", number)
-    for name, number in (("feed_forward_length", 8), ("attention.head_count", 1)):
-        writer.add_uint32(f"llama.{name}", number)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return file.with_name("whole.gguf")
+def with_config(toy: tuple[Path, Path]) -> Path:
+    return vocabulary_file(toy[0].with_name("whole.gguf"), toy[1], has_config=True)
 
 
 def test_template_and_stop_tokens(toy: tuple[Path, Path]) -> None:
-    file = with_config(toy[0])
+    file = with_config(toy)
     template = ChatTemplate.from_folder(file)
     assert template is not None and template.source == CHAT_TEMPLATE
     assert template.special_tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>"}
@@ -109,7 +101,7 @@ def test_template_and_stop_tokens(toy: tuple[Path, Path]) -> None:
 
 
 def test_files_beside_come_first(toy: tuple[Path, Path], tmp_path: Path) -> None:
-    file = with_config(toy[0])
+    file = with_config(toy)
     other = toy_tokenizer_folder(tmp_path / "other", digits=r"\p{N}")
     beside = file.parent
     (beside / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())

@@ -134,7 +134,8 @@ def random_ids(count: int) -> array[int]:
 )  # in attention chunks
 def test_operations_equal_the_closed_form_after_every_step(toys: Toys, name: str, block: int, segment: int) -> None:
     model, ids = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32), random_ids(LENGTH)
-    for size in SIZES:
+    turn = KINDS.index(name)
+    for size in SIZES if name in ("scout", "nope_first") else {SIZES[turn % 5], SIZES[(turn + 2) % 5]}:
         cache = new_cache(model, torch.zeros(1, LENGTH), block_chunks=block, segment_chunks=segment)
         with counting(model) as work:
             steps = 0
