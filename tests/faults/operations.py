@@ -114,6 +114,7 @@ class Place:
         self.top, self.state = top, top / "state"
         write_checkpoint(top / "model")
         write_documents(top)
+        self._tree: str | None = None  # of `state`, where it is known
         self.state.mkdir()
         scratch = top / "scratch"
         scratch.mkdir()
@@ -125,7 +126,10 @@ class Place:
         self.server = ForkServer(scratch, warm_up, without=["llvmlite"], LD_PRELOAD=str(library))
         self._make_starts()
 
-    def put_back(self, start: str) -> None:
+    def put_back(self, start: str, tree: str | None = None) -> None:
+        """Makes `state` as it is at the start; nothing is done where it still is, by its digest `tree`."""
+        if tree is not None and tree == self._tree:
+            return
         shutil.rmtree(self.state, ignore_errors=True)
         shutil.copytree(self.top / "starts" / start, self.state)
 
@@ -134,7 +138,9 @@ class Place:
         roots |= {name: str(self.top / name) for name in ("more.md", "questions.txt")}
         argument = {"roots": roots, "state": str(self.state), **more}
         hooks = {"before": "faults.shim:begin", "after": "faults.shim:report", "argument": argument}
-        return self.server.run(Run(arguments, str(self.top), seconds=seconds, **hooks))  # type: ignore[arg-type]
+        ended = self.server.run(Run(arguments, str(self.top), seconds=seconds, **hooks))  # type: ignore[arg-type]
+        self._tree = None if ended.told is None else ended.told["tree"]
+        return ended
 
     def close(self) -> None:
         self.server.close()

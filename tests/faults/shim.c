@@ -357,13 +357,23 @@ int truncate64(const char *path, off64_t size) {
     GUARDED(consult_at("truncate", AT_FDCWD, path), (int)syscall(SYS_truncate, path, size));
 }
 int truncate(const char *path, off_t size) { return truncate64(path, size); }
-int fallocate(int fd, int mode, off_t at, off_t size) {
-    GUARDED(consult_fd("fallocate", fd), (int)syscall(SYS_fallocate, fd, mode, at, size));
+static int reserved(int fd, int mode, off64_t at, off64_t size) {
+    char path[PATH_MAX];
+    int logged = log_begin(fd, path), result = syscall(SYS_fallocate, fd, mode, at, size), error = errno;
+    if (logged) {
+        off64_t end = syscall(SYS_lseek, fd, 0, SEEK_CUR), length = syscall(SYS_lseek, fd, 0, SEEK_END);
+        syscall(SYS_lseek, fd, end, SEEK_SET);
+        if (!result) tell("truncate\t%lu\t%lld\t0\t%s\n", inode(fd), (long long)length, path);
+        unlock();
+    }
+    errno = error;
+    return result;
 }
+int fallocate(int fd, int mode, off_t at, off_t size) { GUARDED(consult_fd("fallocate", fd), reserved(fd, mode, at, size)); }
 int fallocate64(int fd, int mode, off64_t at, off64_t size) { return fallocate(fd, mode, at, size); }
 int posix_fallocate(int fd, off_t at, off_t size) {
     if (consult_fd("fallocate", fd) == FAIL) return armed.error;
-    return syscall(SYS_fallocate, fd, 0, at, size) ? errno : 0;
+    return reserved(fd, 0, at, size) ? errno : 0;
 }
 int posix_fallocate64(int fd, off64_t at, off64_t size) { return posix_fallocate(fd, at, size); }
 
@@ -459,8 +469,46 @@ int fcntl64(int fd, int command, ...) { va_list more; va_start(more, command); v
 int statvfs64(const char *restrict path, struct statvfs64 *restrict s) { REAL(int, statvfs64, const char *, struct statvfs64 *); GUARDED(consult_at("statvfs", AT_FDCWD, path), real(path, s)); }
 int statvfs(const char *restrict path, struct statvfs *restrict s) { REAL(int, statvfs, const char *, struct statvfs *); GUARDED(consult_at("statvfs", AT_FDCWD, path), real(path, s)); }
 int fstatvfs64(int fd, struct statvfs64 *s) { REAL(int, fstatvfs64, int, struct statvfs64 *); GUARDED(consult_fd("fstatvfs", fd), real(fd, s)); }
-ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t n, unsigned flags) { GUARDED(consult_fd("copy_file_range", to), (ssize_t)syscall(SYS_copy_file_range, from, a, to, b, n, flags)); }
-ssize_t sendfile64(int to, int from, off64_t *at, size_t n) { GUARDED(consult_fd("sendfile", to), (ssize_t)syscall(SYS_sendfile, to, from, at, n)); }
+/* What was copied inside the kernel is read back for the log. */
+static ssize_t copied(const char *name, int to, long result_of(int, void *), void *copy) {
+    if (consult_fd(name, to) == FAIL) return -1;
+    char path[PATH_MAX], link[64], block[65536];
+    int logged = log_begin(to, path);
+    ssize_t n = result_of(to, copy), left = n;
+    int error = errno;
+    if (logged) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", to);
+        int source = syscall(SYS_openat, AT_FDCWD, link, O_RDONLY);
+        off64_t at = syscall(SYS_lseek, to, 0, SEEK_CUR) - n;
+        while (left > 0) {
+            ssize_t some = syscall(SYS_pread64, source, block, left < 65536 ? left : 65536, at);
+            if (some <= 0) break;
+            log_written(to, path, block, some, at);
+            at += some, left -= some;
+        }
+        syscall(SYS_close, source);
+        unlock();
+    }
+    errno = error;
+    return n;
+}
+struct range { int from; off64_t *a, *b; size_t n; unsigned flags; };
+static long copy_range(int to, void *copy) {
+    struct range *r = copy;
+    return syscall(SYS_copy_file_range, r->from, r->a, to, r->b, r->n, r->flags);
+}
+static long send_file(int to, void *copy) {
+    struct range *r = copy;
+    return syscall(SYS_sendfile, to, r->from, r->a, r->n);
+}
+ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t n, unsigned flags) {
+    struct range copy = {from, a, b, n, flags};
+    return copied("copy_file_range", to, copy_range, &copy);
+}
+ssize_t sendfile64(int to, int from, off64_t *at, size_t n) {
+    struct range copy = {from, at, NULL, n, 0};
+    return copied("sendfile", to, send_file, &copy);
+}
 ssize_t sendfile(int to, int from, off_t *at, size_t n) { return sendfile64(to, from, at, n); }
 
 ssize_t getrandom(void *buffer, size_t n, unsigned flags) {
@@ -493,13 +541,15 @@ DIR *fdopendir(int fd) {
     REAL(DIR *, fdopendir, int);
     return consult_fd("opendir", fd) == FAIL ? NULL : real(fd);
 }
+/* The first of a folder's entries asks the system for many; the following ones are in memory by then. */
+static int consult_list(DIR *stream) { return telldir(stream) ? NOTHING : consult_fd("readdir", dirfd(stream)); }
 struct dirent64 *readdir64(DIR *stream) {
     REAL(struct dirent64 *, readdir64, DIR *);
-    return consult_fd("readdir", dirfd(stream)) == FAIL ? NULL : real(stream);
+    return consult_list(stream) == FAIL ? NULL : real(stream);
 }
 struct dirent *readdir(DIR *stream) {
     REAL(struct dirent *, readdir, DIR *);
-    return consult_fd("readdir", dirfd(stream)) == FAIL ? NULL : real(stream);
+    return consult_list(stream) == FAIL ? NULL : real(stream);
 }
 void *mmap64(void *at, size_t n, int protection, int flags, int fd, off64_t offset) {
     if (fd > 2 && consult_fd("mmap", fd) == FAIL) return MAP_FAILED;

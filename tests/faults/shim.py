@@ -106,11 +106,14 @@ def _library() -> Any:
 
 
 def begin(argument: dict[str, Any]) -> None:
-    """Counts and fails from here on. `argument`: "roots" by label, and perhaps "fault", "log" (a path) and "seed"."""
+    """Counts and fails from here on. `argument`: "roots" by label, and perhaps "fault", "log" (a path), "seed", and
+    "at_first": take a snapshot before, too."""
     from cache import layout
 
     layout.MIN_BLOCK_BYTES = layout.MIN_SEGMENT_BYTES = layout.MIN_SEGMENT_TOKENS = 1  # blocks of one attention chunk
     library, log = _library(), argument.get("log")
+    if argument.get("at_first"):
+        argument["first"] = snapshots.context(Path(argument["state"]) / "ctx")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) if log else -1
     lines = "\n".join(f"{label}={path}" for label, path in argument["roots"].items())
     library.fault_start(lines.encode(), descriptor)
@@ -126,7 +129,7 @@ def report(argument: dict[str, Any]) -> dict[str, Any]:
     """Stops counting; what was counted, whether the fault came, and what the folder "state" holds now."""
     library = _library()
     library.fault_stop()
-    told: dict[str, Any] = {"fired": bool(library.fault_fired())}
+    told: dict[str, Any] = {"fired": bool(library.fault_fired()), "first": argument.get("first")}
     if argument.get("points"):
         with open(argument["points"], "wb") as file:
             library.fault_points(file.fileno())
