@@ -243,7 +243,9 @@ def _build_once() -> None:
 
     if not hasattr(typer.main.get_command, "cache_info"):
         typer.main.get_command = functools.cache(typer.main.get_command)
-    typer.main.get_command(app)
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            parameter.get_runtime_param()
     chat_environment().from_string("{{ 1 }}")
 
 
