@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +68,10 @@ class Power:
         for n in range(count):
             yield Cut(operation.name, moments[n % len(moments)], n)
 
-    def attempt(self, operation: Operation, cut: Cut) -> Verdict:
-        """Every fifth cut is asked, inspected and gone on with; of the others, all that the context holds is read."""
+    def attempt(self, operation: Operation, cut: Cut, *, per_full: int = 5) -> Verdict:
+        """Of each cut, all that the context holds is read; one of `per_full` is asked, inspected and gone on with."""
         self.walk.base(operation)
-        is_full = cut.seed % 5 == 0
+        is_full = cut.seed % per_full == per_full - 1
         changes = self.changes(operation)
         chance = random.Random(f"{cut.operation} {cut.after} {cut.seed}")
         disk = Disk(self.place.top / "starts" / operation.start)
@@ -113,9 +113,10 @@ class Power:
     def _wrong_context(self, operation: Operation, *, is_done: bool) -> str:
         """What is wrong with the context that a restart finds; empty if nothing is."""
         base = self.walk.base(operation)
-        found = self._context()
+        told = self.place.run(["--version"]).told
+        found = told["context"]
         is_valid = found in (base.started["context"], base.made["context"])
-        if operation.keeps and is_done and found != base.made["context"]:
+        if is_done and (found, told["files"]) != (base.made["context"], base.made["files"]):
             return "what was said to be kept is lost"
         if not is_valid and base.started["context"] and ":" not in base.started["context"]:
             return f"the context is lost: {found if ':' in found else 'neither the earlier one nor the new one'}"
@@ -171,9 +172,9 @@ class _First(random.Random):
         return a
 
 
-def each(power: Power, cuts: int) -> Iterator[tuple[Operation, Cut]]:
+def each(power: Power, names: Collection[str], cuts: int) -> Iterator[tuple[Operation, Cut]]:
     """As many cuts, one of each operation in turn."""
-    operations = [operation for operation in OPERATIONS if operation.name in CUT]
+    operations = [operation for operation in OPERATIONS if operation.name in names]
     lists = [(operation, power.cuts(operation, -(-cuts // len(operations)))) for operation in operations]
     for n in range(cuts):
         operation, some = lists[n % len(lists)]
@@ -202,7 +203,7 @@ def main() -> None:
     try:
         power = Power(Walk(place))
         with open(arguments.results, "a") as results:
-            for number, (operation, cut) in enumerate(each(power, arguments.cuts)):
+            for number, (operation, cut) in enumerate(each(power, CUT, arguments.cuts)):
                 known = done.get((cut.operation, cut.after, cut.seed))
                 if number % shards != shard - 1 or (known != "bad" if arguments.again else known is not None):
                     continue

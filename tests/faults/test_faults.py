@@ -1,20 +1,25 @@
-"""Errors of a file system at every call: the harness itself, and a share of what `walk.py` walks."""
+"""Errors of a file system at every call, and cuts of the power: a share of what `walk.py` and `power.py` try."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 import pytest
 
 from faults.operations import OPERATIONS, Place
+from faults.power import CUT, Cut, Power, each
 from faults.shim import FAULTS, compile_shim
 from faults.walk import Walk, chosen, summary
 from support.cli_runner import run_process
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
+CHANGES = ("write", "pwrite", "fsync", "rename", "open-create", "mkdir", "unlink", "ftruncate", "flock")
+SHARE = ("prefill", "replace")
+MOST, SHARD = int(os.environ.get("FAULTS_MOST", "1000000")), os.environ.get("FAULTS_SHARD", "1/1")
+PART, PARTS = (int(number) for number in SHARD.split("/"))
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +33,18 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     place.close()
 
 
-@pytest.mark.faults
-def test_a_fork_does_what_a_process_does(walk: Walk) -> None:
-    place, operation = walk.place, BY_NAME["ask"]
-    place.put_back(operation.start)
-    ended = place.run(operation.arguments)
-    process = run_process(*operation.arguments, folder=place.top)
-    assert (ended.code, ended.stdout) == (process.code, process.stdout) == (0, ended.stdout)
-
-
 @pytest.mark.slow
-def test_points_are_counted_and_fail(walk: Walk) -> None:
+def test_a_share(walk: Walk) -> None:
+    """In one test, so that one process is started."""
+    check_points(walk)
+    check_faults(walk, SHARE, 10, CHANGES)
+    power = Power(walk)
+    check_cuts(power, SHARE, 50, per_full=13)
+    check_that_syncs_matter(power)
+
+
+def check_points(walk: Walk) -> None:
+    """What is counted, and that it fails when it is told to."""
     place, operation = walk.place, BY_NAME["prefill"]
     points = walk.base(operation).points
     assert points.keys() >= {
@@ -60,14 +66,52 @@ def test_points_are_counted_and_fail(walk: Walk) -> None:
     assert ended.code == 5 and os.strerror(errno.ENOSPC) in ended.stderr and ended.told["fired"]
 
 
-@pytest.mark.faults
-def test_every_fault(walk: Walk, tmp_path: Path) -> None:
-    """FAULTS_MOST: how many; FAULTS_SHARD: K/N, the K-th of N parts. `walk.py` can be stopped and continued."""
-    most, shard = int(os.environ.get("FAULTS_MOST", "1000000")), os.environ.get("FAULTS_SHARD", "1/1")
-    part, parts = (int(number) for number in shard.split("/"))
-    lines = []
-    for operation, fault in chosen(walk, list(BY_NAME), part - 1, parts):
-        if len(lines) >= most:
-            break
-        lines.append({"operation": operation.name, "fault": fault, **vars(walk.attempt(operation, fault))})
+def check_faults(walk: Walk, names: Collection[str], most: int, calls: Collection[str] = FAULTS) -> None:
+    all_of_them = chosen(walk, names, PART - 1, PARTS)
+    some = ((operation, fault) for operation, fault in all_of_them if fault.point.split()[0] in calls)
+    lines = [
+        {"operation": operation.name, "fault": fault, **vars(walk.attempt(operation, fault))}
+        for operation, fault in itertools.islice(some, most)
+    ]
     assert not [line for line in lines if line["outcome"] == "bad"], summary(lines)
+
+
+def check_cuts(power: Power, names: Collection[str], cuts: int, per_full: int) -> None:
+    lines = [
+        {"operation": operation.name, "cut": cut, **vars(power.attempt(operation, cut, per_full=per_full))}
+        for operation, cut in each(power, names, cuts)
+    ]
+    assert not [line for line in lines if line["outcome"] == "bad"], summary(lines)
+
+
+def check_that_syncs_matter(power: Power) -> None:
+    """Without the changes that sync, some cut loses an earlier context: the model finds what is missing."""
+    operation = BY_NAME["replace"]
+    changes = power.changes(operation)
+    unsynced = [change for change in changes if change.what != "sync"]
+    assert len(unsynced) < len(changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(power._changes, operation.name, unsynced)
+        cuts = (Cut(operation.name, 9 + n % (len(unsynced) - 8), n) for n in itertools.count())
+        found = (power.attempt(operation, cut, per_full=10**9) for cut in itertools.islice(cuts, 40))
+        assert any(verdict.why.startswith("the context is lost") for verdict in found)
+
+
+@pytest.mark.faults
+def test_a_fork_does_what_a_process_does(walk: Walk) -> None:
+    place, operation = walk.place, BY_NAME["ask"]
+    place.put_back(operation.start)
+    ended = place.run(operation.arguments)
+    process = run_process(*operation.arguments, folder=place.top)
+    assert (ended.code, ended.stdout) == (process.code, process.stdout) == (0, ended.stdout)
+
+
+@pytest.mark.faults
+def test_every_fault(walk: Walk) -> None:
+    """FAULTS_MOST: how many; FAULTS_SHARD: K/N, the K-th of N parts. `walk.py` can be stopped and continued."""
+    check_faults(walk, BY_NAME, MOST)
+
+
+@pytest.mark.faults
+def test_cuts_of_the_power(walk: Walk) -> None:
+    check_cuts(Power(walk), CUT, min(MOST, 5000), per_full=5)

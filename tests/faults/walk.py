@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def tried(results: Path) -> dict[tuple[str, Fault], dict[str, Any]]:
     return {(line["operation"], Fault(*line["fault"])): line for line in lines}
 
 
-def chosen(walk: Walk, names: list[str], shard: int, shards: int) -> Iterator[tuple[Operation, Fault]]:
+def chosen(walk: Walk, names: Collection[str], shard: int, shards: int) -> Iterator[tuple[Operation, Fault]]:
     """The faults of a shard: one of each operation in turn."""
     lists = [(operation, walk.faults(operation)) for operation in OPERATIONS if operation.name in names]
     for n in range(max(len(faults) for _, faults in lists)):

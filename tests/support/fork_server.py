@@ -133,6 +133,7 @@ class _Server:
             answer: dict[str, Any] = {}
             if "without" in request:
                 sys.modules.update(dict.fromkeys(request["without"]))  # type: ignore[arg-type]
+                self.import_all(["torch", "l4ctx.run.session"])
             elif "learn" in request:
                 code, seconds = self.fork(Run(**request["learn"]), learn=True)
                 self.import_all(json.loads(Path(self.told).read_bytes() or b"[]"))
