@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -57,11 +58,12 @@ def add_in_order(
 ) -> bool:
     """Adds the same tokens to another tokenizer of the same model, with `control` as special tokens, which it then
     encodes as plain text. Returns whether every token kept its id."""
-    for _, token in sorted(added.items()):
-        if token.content in control:
-            target.add_special_tokens([token])
+    in_order = (token for _, token in sorted(added.items()))
+    for is_control, tokens in itertools.groupby(in_order, lambda token: token.content in control):
+        if is_control:
+            target.add_special_tokens(list(tokens))
         else:
-            target.add_tokens([token])
+            target.add_tokens(list(tokens))
     target.encode_special_tokens = True
     again = target.get_added_tokens_decoder()
     return {token_id: token.content for token_id, token in again.items()} == {

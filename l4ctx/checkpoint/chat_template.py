@@ -28,7 +28,7 @@ from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import human_bytes, only_printable
 from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, checkpoint_files
 
-LIMITS = Limits(memory=512 << 20, seconds=60.0, processor_seconds=10.0, reply=4 << 20)
+LIMITS = Limits(memory=512 << 20, seconds=60.0, processor_seconds=3.0, reply=4 << 20)
 CHILD = Confined("l4ctx.checkpoint.template_work")
 
 

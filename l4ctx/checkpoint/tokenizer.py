@@ -21,6 +21,9 @@ from typing import Any
 import tokenizers
 
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
+from l4ctx.checkpoint.aside import Aside, quiet
+from l4ctx.checkpoint.growth import normalized_growth
+from l4ctx.checkpoint.tokenizer_trial import why_unfit
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
 from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, CheckpointFiles, checkpoint_files
@@ -31,6 +34,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first bat
 
 PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many characters
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
+USUAL_GROWTH = 16.0  # by a normalizer, in bytes; beyond it, texts are measured before they are encoded
+GROWTH_ALLOWANCE = 1 << 16  # bytes, for short texts
 LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
 
 _LLAMA4_PATTERNS = frozenset({LLAMA4_PATTERN, LLAMA4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")})
@@ -91,6 +96,8 @@ class Tokenizer:
             if not add_in_order(self._data, added, control_contents):
                 raise TokenizerError("the ids of the added tokens do not follow those of the vocabulary")
             self._cuts = CutCheck(self._added.values())
+        self._normalized_growth = normalized_growth(_state(control.normalizer))
+        self._aside = Aside()
         self._has_safe_cuts = control.normalizer is None and _is_llama4(_state(control.pre_tokenizer))
         self.byte_level = _state(control.decoder).get("type") == "ByteLevel"
         self.vocab_size: int = control.get_vocab_size(with_added_tokens=True)
@@ -103,10 +110,13 @@ class Tokenizer:
     def from_folder(cls, path: str | os.PathLike[str], embeddings: int | None = None) -> Tokenizer:
         """Loads `tokenizer.json`, or a GGUF file's tokenizer, for a model with this number of embeddings.
 
-        Raises TokenizerError if it is missing or broken, and CheckpointError for that of a GGUF file.
+        One that is not known is tried first, see `l4ctx.checkpoint.tokenizer_trial`. Raises TokenizerError if it is
+        missing, broken or makes too much of a text, and CheckpointError for that of a GGUF file.
         """
         files = checkpoint_files(Path(path))
         content = tokenizer_content(files)
+        if (reason := why_unfit(content)) is not None:
+            raise TokenizerError(f"{files.place(TOKENIZER)}: {reason}")
         with _as_tokenizer_error(f"{files.place(TOKENIZER)}: cannot be loaded"):
             control = tokenizers.Tokenizer.from_buffer(content)
         config = read_settings(files, TOKENIZER_CONFIG)
@@ -135,7 +145,8 @@ class Tokenizer:
     def encode_control(self, text: str) -> list[int]:
         """Encodes template text: added tokens are recognised; nothing is prepended or appended."""
         with _as_tokenizer_error("the template's text cannot be encoded"):
-            ids: list[int] = self._control.encode(without_surrogates(text), add_special_tokens=False).ids
+            (encoding,) = self._encoded(self._control, [without_surrogates(text)], "the chat template")
+        ids: list[int] = encoding.ids
         self.check_ids(ids, "the chat template")
         return ids
 
@@ -179,7 +190,7 @@ class Tokenizer:
     def _encode_batch(self, pieces: list[str], ids: array[int], user: str) -> None:
         clean = [without_surrogates(piece) for piece in pieces]
         with _as_tokenizer_error("a text cannot be encoded"):
-            encodings = self._data.encode_batch_fast(clean, add_special_tokens=False)
+            encodings = self._encoded(self._data, clean, user)
         for encoding in encodings:
             piece_ids = encoding.ids
             if not self._controls.keys().isdisjoint(piece_ids):
@@ -187,6 +198,29 @@ class Tokenizer:
                 raise TokenizerError(f"plain text was encoded as the control token {token!r}: the tokenizer is unfit")
             self.check_ids(piece_ids, user)
             ids.extend(piece_ids)
+
+    def _encoded(self, encoder: tokenizers.Tokenizer, texts: list[str], user: str) -> list[tokenizers.Encoding]:
+        """What is not cut into pieces may take minutes: Ctrl-C comes through, and a panic prints nothing."""
+        encode = partial(encoder.encode_batch_fast, texts, add_special_tokens=False)
+        if self._has_safe_cuts:
+            return encode()
+        for text in texts:
+            self._check_growth(text, user)
+        with quiet():
+            return self._aside(encode)
+
+    def _check_growth(self, text: str, user: str) -> None:
+        """Raises TokenizerError where the normalizer makes a text many times as long; in pieces, which stay small."""
+        if self._normalized_growth <= USUAL_GROWTH:
+            return
+        left = GROWTH_ALLOWANCE + USUAL_GROWTH * len(text.encode())
+        with quiet():
+            for start in range(0, len(text), PIECE_CHARACTERS):
+                left -= len(self._control.normalizer.normalize_str(text[start : start + PIECE_CHARACTERS]).encode())
+                if left < 0:
+                    raise TokenizerError(
+                        f"{user} would be more than {USUAL_GROWTH:g} times as long after the tokenizer's normalizer"
+                    )
 
     def _check_alphabet(self) -> None:
         """Every byte that occurs in UTF-8 needs its own token, or text would be dropped silently."""
@@ -352,6 +386,8 @@ def _as_tokenizer_error(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, TokenizerError):
+            raise
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise TokenizerError(f"{what}: {_one_line(error)}") from None
         raise
