@@ -29,3 +29,9 @@ class LengthError(UserError):
     """More tokens than the model's positions allow."""
 
     exit_code = 4
+
+
+class DivisionError(UserError):
+    """A model that cannot be divided over so many ranks; the message names the size that does not allow it."""
+
+    exit_code = 2

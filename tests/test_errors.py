@@ -45,6 +45,7 @@ CODES = {
     "l4ctx.checkpoint.chat_template.TemplateLimitError": CHECKPOINT,
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
     "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
+    "model.errors.DivisionError": INPUT,
     "model.errors.LengthError": TOO_LONG,
     "l4ctx.errors.ContextError": CONTEXT,
     "cache.errors.DiskError": CONTEXT,

@@ -17,12 +17,14 @@ from model.errors import CheckpointError
 from model.gguf.files import find_gguf, read_gguf
 from model.layers import Embedding, Linear, looked_up, set_weight
 from model.moe import Expert, SplitExperts
+from model.parallel import Exchange, divided_model
 from model.quantization.choice import Quantization
 from model.quantization.form import StoredMatrix, Weight
 from model.quantization.plain import PlainMatrix
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
+from model.weights.cutting import cut_sources
 from model.weights.expert_parts import ExpertPart
 from model.weights.formats import find_sources
 from model.weights.gguf import check_complete
@@ -48,17 +50,21 @@ def load_checkpoint(
     attention: str = "sdpa",
     is_mapped: bool = True,
     quantization: Quantization | None = None,
+    exchange: Exchange | None = None,
 ) -> Transformer:
     """Loads the text model of the checkpoint `path`, a folder or a GGUF file.
 
     `dtype`, in which it computes, is a torch.dtype, its name, or "auto": the dtype of the stored embeddings, or
     bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
     CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. With `quantization`, weights that are
-    stored in a floating-point dtype are quantized in memory, one at a time. Raises CheckpointError and ConfigError.
+    stored in a floating-point dtype are quantized in memory, one at a time. With `exchange` the model is one rank's,
+    and only its part is read. Raises CheckpointError, ConfigError and DivisionError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
     model, sources = _checked_text(folder, config, attention)
+    if exchange is not None:
+        model, sources = divided_model(config, attention, exchange), cut_sources(sources, config, exchange.rank)
     sources = quantized_sources(sources, quantization)
     wanted = _wanted_dtype(dtype, sources[EMBEDDINGS])
     _Loader(wanted, torch.device(device), is_mapped).fill_text(model, sources)
@@ -243,11 +249,12 @@ class _Loader:
 
     def _weight(self, source: WeightSource, expert: int | None = None, *, is_turned: bool = False) -> Weight:
         """The weight, or one matrix of a stack, transposed if asked for; in memory unless it may stay mapped."""
-        tensors = {role: self.files.tensor(tensor) for role, tensor in source.tensors.items()}
         shape = source.shape
-        if expert is not None:
-            tensors = {role: t[expert] if t.dim() and len(t) == shape[0] else t for role, t in tensors.items()}
-            shape = shape[1:]
+        tensors = {
+            role: self.files.tensor(t, None if t.shape[:1] != shape[:1] else expert)
+            for role, t in source.tensors.items()
+        }
+        shape = shape if expert is None else shape[1:]
         if not isinstance(source.scheme, PlainScheme):
             if not self.is_mapped:
                 tensors = {role: tensor.to(self.device, copy=True) for role, tensor in tensors.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
-from model.weights.sources import StoredTensor
+from model.weights.sources import StoredPart, StoredTensor
 
 DTYPES = {
     "F32": torch.float32,
@@ -39,11 +39,18 @@ class MappedFiles:
     def __init__(self) -> None:
         self._storages: dict[Path, torch.UntypedStorage] = {}
 
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """A tensor of the stored dtype and shape; of a dtype that torch lacks, uint8 (..., bytes of a row).
-
-        Raises CheckpointError.
+    def tensor(self, stored: StoredTensor, index: int | None = None) -> Tensor:
+        """A tensor of the stored dtype and shape, or what is at `index` of its first axis; of a dtype that torch lacks,
+        uint8 (..., bytes of a row). Parts of a tensor are copied. Raises CheckpointError.
         """
+        if isinstance(stored, StoredPart):
+            whole, axis = self.tensor(stored.whole, index), stored.axis
+            parts = [whole.narrow(axis, part.start, len(part)) for part in stored.parts]
+            return torch.cat(parts, axis) if len(parts) > 1 else parts[0].contiguous()
+        tensor = self._whole(stored)
+        return tensor if index is None else tensor[index]
+
+    def _whole(self, stored: StoredTensor) -> Tensor:
         storage = self._storage(stored.file)
         if stored.offset + stored.num_bytes > storage.nbytes():
             raise CheckpointError(f"{stored.file}: truncated inside tensor {stored.name}; download it again")

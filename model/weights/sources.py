@@ -25,6 +25,15 @@ class StoredTensor:
     offset: int  # file offset of its first byte
 
 
+@dataclass(frozen=True)
+class StoredPart(StoredTensor):
+    """Parts of a tensor along one axis, in this order; shape and bytes are those of the parts together."""
+
+    whole: StoredTensor
+    axis: int  # negative: counted from the last one
+    parts: tuple[range, ...]  # in elements of the tensor as it is mapped
+
+
 class Scheme(Protocol):
     """What the stored tensors of a weight mean; one kind a format, immutable and comparable."""
 

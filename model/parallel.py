@@ -1,0 +1,117 @@
+"""Tensor parallelism, applied from outside to a model on the meta device: its layers do not know their rank.
+
+Every rank computes its heads and its part of every feed-forward layer for all tokens; the parts are summed after
+attention and after the feed-forward layer. Embeddings are looked up where they are and summed, logits are gathered.
+What a rank holds is said in `model.division`, who calls the model in `l4ctx.run.ranks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.attention import Step
+from model.config import TextConfig
+from model.division import TensorRank, divided
+from model.layers import Embedding, Linear, looked_up
+from model.moe import MoE
+from model.programs import Programs
+from model.transformer import Transformer
+
+
+class Exchange(Protocol):
+    """What the ranks tell one another; every rank calls the same in the same order."""
+
+    rank: TensorRank
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each; x may be overwritten."""
+        ...
+
+    def gathered(self, x: Tensor, total: int) -> Tensor:
+        """x (..., N_i) of each rank -> (..., total), joined in the order of ranks; N_i is `rank.part(total)`."""
+        ...
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """Rank 0's x, on every rank; elsewhere x is overwritten."""
+        ...
+
+
+class GroupExchange:
+    """By a process group of torch.distributed, with sums in float32."""
+
+    def __init__(self, rank: TensorRank, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self._group = rank, group
+
+    def summed(self, x: Tensor) -> Tensor:
+        wide = x.float().contiguous()
+        dist.all_reduce(wide, group=self._group)
+        return wide.to(x.dtype)
+
+    def gathered(self, x: Tensor, total: int) -> Tensor:
+        widest = -(-total // self.rank.count)
+        padded = x.new_zeros(*x.shape[:-1], widest)
+        padded[..., : x.shape[-1]] = x
+        found = [torch.empty_like(padded) for _ in range(self.rank.count)]
+        dist.all_gather(found, padded, group=self._group)
+        sizes = [len(TensorRank(number, self.rank.count).part(total)) for number in range(self.rank.count)]
+        return torch.cat([part[..., :size] for part, size in zip(found, sizes, strict=True)], -1)
+
+    def from_first(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.broadcast(x, group_src=0, group=self._group)
+        return x
+
+
+class DividedEmbedding(Embedding):
+    """One rank's rows of the embeddings; `look_up` takes any token."""
+
+    def __init__(self, config: TextConfig, exchange: Exchange) -> None:
+        self.here = exchange.rank.part(config.vocab_size)
+        super().__init__(len(self.here), config.hidden_size)
+        self._exchange = exchange
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Token ids (...) -> embeddings (..., C) in this dtype, a new tensor."""
+        is_here = (ids >= self.here.start) & (ids < self.here.stop)
+        own = looked_up((ids - self.here.start).where(is_here, 0), self.weight, dtype)
+        return self._exchange.summed(own.masked_fill_(~is_here[..., None], 0))
+
+
+class _NoPrograms(Programs):
+    """A program computes a layer as a whole, without a sum over ranks in it."""
+
+    def begin(self, config: TextConfig, dtype: torch.dtype, step: Step, x: Tensor) -> bool:
+        return False
+
+
+def divided_model(config: TextConfig, attention: str, exchange: Exchange) -> Transformer:
+    """One rank's model on the meta device, which computes the whole model's logits, the same bits on every rank.
+
+    `config` is the whole model's; `model.config` will be this rank's. Raises DivisionError.
+    """
+    with torch.device("meta"):
+        model = Transformer(divided(config, exchange.rank), attention)
+        model.model.embed_tokens = DividedEmbedding(config, exchange)
+        model.lm_head = Linear(config.hidden_size, len(exchange.rank.part(config.vocab_size)), bias=False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.programs = _NoPrograms()
+
+    def total(module: nn.Module, arguments: Any, out: Tensor | None) -> Tensor | None:
+        return None if out is None else exchange.summed(out)
+
+    for layer in model.model.layers:
+        attended: Any = layer.self_attn
+        if exchange.rank.number:
+            attended.o_proj.bias = None  # added once
+        attended.register_forward_hook(total)
+        forward: Any = layer.feed_forward
+        forward.register_forward_hook(total)
+        if isinstance(forward, MoE):  # a token whose experts differed between ranks would be wrong
+            forward.router.register_forward_hook(lambda module, arguments, out: exchange.from_first(out))
+    model.lm_head.register_forward_hook(lambda module, arguments, out: exchange.gathered(out, config.vocab_size))
+    return model

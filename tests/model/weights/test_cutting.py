@@ -1,0 +1,195 @@
+"""One rank's part of every stored form: together the ranks compute what one process computes, and read each byte once.
+
+The ranks are threads here; processes are in tests/model/test_parallel.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.config import TextConfig
+from model.division import TensorRank, division_of
+from model.errors import CheckpointError, DivisionError
+from model.quantization.choice import Quantization
+from model.transformer import Transformer
+from model.weights.cutting import cut_sources
+from model.weights.loading import checked_sources, load_checkpoint
+from support.compressed import RECIPES
+from support.quantized_toys import write_compressed, write_fused
+from support.rank_threads import ThreadExchange, Together
+from support.toy_checkpoints import BASE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
+
+SIZES = BASE | {
+    "hidden_size": 48,
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 192,
+    "head_dim": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "num_local_experts": 3,
+}
+"""Groups of 16 and blocks end where two ranks do, and where four do; all sizes differ."""
+MOE, DENSE, NESTED = Kind(SIZES | SCOUT), Kind(SIZES | MAVERICK), Kind(SIZES | SCOUT, nested=True)
+LINEAR, HEAD = ["Linear"], "re:.*lm_head"
+
+PLAIN = {
+    "as published": MOE,
+    "dense layers, biases": Kind(SIZES | MAVERICK | {"attention_bias": True}),
+    "tied": Kind(SIZES | {"tie_word_embeddings": True}),
+    "bfloat16, two experts a token": Kind(SIZES | {"num_experts_per_tok": 2}, dtype=torch.bfloat16),
+}
+COMPRESSED: dict[str, tuple[Kind, str]] = {
+    "int4": (NESTED, "w4a16"),
+    "int4 with zero points, dense layers": (DENSE, "w4a16_asym"),
+    "int8": (DENSE, "int8"),
+    "FP8 per channel": (NESTED, "fp8_dynamic"),
+    "FP8 per tensor": (MOE, "fp8_tensor"),
+    "NVFP4": (NESTED, "nvfp4"),
+}
+FUSED = {"modelopt FP8": (NESTED, "FP8"), "modelopt NVFP4": (DENSE, "NVFP4"), "FBGEMM": (NESTED, "fbgemm_fp8")}
+FORMS = [*PLAIN, *COMPRESSED, *FUSED]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of checkpoints by name, each written once."""
+    root = tmp_path_factory.mktemp("cut")
+
+    def write(name: str) -> Path:
+        folder = root / name / "stored"
+        if folder.exists():
+            return folder
+        if name in PLAIN:
+            write_kind(folder, name, PLAIN[name], 0.2, seed=3)
+        elif name in FUSED:
+            write_fused(folder.parent, *FUSED[name])
+        else:
+            kind, recipe = COMPRESSED[name]
+            write_compressed(folder.parent, kind, {"a": (RECIPES[recipe], LINEAR)}, [HEAD])
+        return folder
+
+    return write
+
+
+def ids() -> Tensor:
+    return torch.randint(VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: Transformer) -> Tensor:
+    found = model(ids())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", FORMS)
+def test_ranks_compute_what_one_process_computes(written: Callable[[str], Path], name: str, count: int) -> None:
+    """With four ranks, each KV head is on two."""
+    folder = written(name)
+    expected = logits(load_checkpoint(folder, dtype="float32"))
+
+    def one(exchange: ThreadExchange) -> Tensor:
+        model = load_checkpoint(folder, dtype="float32", exchange=exchange, is_mapped=exchange.rank.number % 2 == 0)
+        return logits(model)
+
+    for found in Together(count).run(one):
+        assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", FORMS)
+def test_each_byte_is_read_by_one_rank_unless_all_need_it(
+    written: Callable[[str], Path], name: str, count: int
+) -> None:
+    folder = written(name)
+    config = TextConfig.from_folder(folder)
+    whole = checked_sources(folder, config)
+    ranks = [cut_sources(whole, config, TensorRank(number, count)) for number in range(count)]
+    copies = max(1, count // config.num_key_value_heads)
+    for weight, source in whole.items():
+        is_divided = division_of(weight, config, TensorRank(0, count)) is not None
+        is_kv = ".k_proj." in weight or ".v_proj." in weight
+        for role, tensor in source.tensors.items():
+            read = [rank[weight].tensors[role].num_bytes for rank in ranks if weight in rank]
+            if max(read) == tensor.num_bytes:  # norms, routers, and scales of a whole tensor or its outputs
+                assert not is_divided or role != "weight"
+                continue
+            assert sum(read) == tensor.num_bytes * (copies if is_kv else 1), (weight, role)
+            assert max(read) - min(read) <= tensor.num_bytes // config.vocab_size + 1, (weight, role)
+
+
+def test_a_rank_holds_its_share_in_memory(written: Callable[[str], Path]) -> None:
+    """What is loaded is what the cut sources say."""
+    folder = written("as published")
+    config = TextConfig.from_folder(folder)
+    whole = checked_sources(folder, config)
+
+    def one(exchange: ThreadExchange) -> tuple[int, int]:
+        model = load_checkpoint(folder, exchange=exchange, is_mapped=False)
+        return model.weight_bytes, sum(s.num_bytes for s in cut_sources(whole, config, exchange.rank).values())
+
+    for held, said in Together(2).run(one):
+        assert held == said < 0.6 * sum(source.num_bytes for source in whole.values())
+
+
+def test_weights_are_quantized_after_they_are_cut(written: Callable[[str], Path]) -> None:
+    """Groups that lie within a rank's columns are those of one process, so the weights are the same."""
+    folder = written("as published")
+    options: dict[str, Any] = {"dtype": "float32", "quantization": Quantization("int4-g32")}
+    expected = logits(load_checkpoint(folder, **options))
+    for found in Together(2).run(lambda exchange: logits(load_checkpoint(folder, exchange=exchange, **options))):
+        assert (found - expected).abs().max() <= 1e-4
+
+
+def test_ranks_agree_when_they_decode(written: Callable[[str], Path]) -> None:
+    folder = written("as published")
+    found = Together(4).run(lambda exchange: logits(load_checkpoint(folder, exchange=exchange)))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "named"),
+    [
+        (3, {}, "num_attention_heads 8"),
+        (8, {"intermediate_size": 100}, "intermediate_size 100"),
+        (4, {"num_attention_heads": 12, "num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ],
+)
+def test_sizes_that_cannot_be_divided_are_refused(
+    tmp_path: Path, count: int, changes: dict[str, int], named: str
+) -> None:
+    folder = tmp_path / "toy"
+    write_kind(folder, "toy", Kind(SIZES | changes), 0.2, seed=3)
+    with pytest.raises(DivisionError, match=f"{count} ranks: {named} "):
+        Together(count).run(lambda exchange: load_checkpoint(folder, exchange=exchange))
+
+
+def test_groups_that_ranks_would_cut_are_refused(tmp_path: Path) -> None:
+    kind = Kind(SIZES | SCOUT | {"intermediate_size": 48})  # groups of 16; a quarter is 12
+    write_compressed(tmp_path, kind, {"a": (RECIPES["w4a16"], LINEAR)}, [HEAD])
+    folder = tmp_path / "stored"
+    load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"is stored as w4a16 .* cannot be divided over 4 ranks between inputs"):
+        Together(4).run(lambda exchange: load_checkpoint(folder, exchange=exchange))
+
+
+def test_other_ranks_do_not_matter_to_a_rank(written: Callable[[str], Path], tmp_path: Path) -> None:
+    """Bytes that belong to others are not read: they may be anything."""
+    folder = Path(shutil.copytree(written("as published"), tmp_path / "copy"))
+    config, rank = TextConfig.from_folder(folder), TensorRank(1, 2)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    source = cut_sources(checked_sources(folder, config), config, rank)[name]
+    stored = load_file(folder / "model.safetensors")[name]
+    from model.weights.mapping import MappedFiles
+
+    found = MappedFiles().tensor(source.tensors["weight"])
+    assert torch.equal(found, stored[:, stored.shape[1] // 2 :])
