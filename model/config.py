@@ -6,18 +6,17 @@ no torch, so that planning and errors are fast.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.bounds import BOUNDS, ROPE_BOUND, check_bound, shown
 from model.checkpoint_files import CheckpointFiles, checkpoint_files
 from model.errors import ConfigError
 from model.folder import CONFIG, UNREADABLE, read_json, reason_of
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
-MAX_LAYERS = 10_000
 BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
 """Attention backends, implemented in model/kernels/."""
 
@@ -170,14 +169,11 @@ def _read(file: Path, missing: str, read: Callable[[Path], Any]) -> Any:
         raise ConfigError(f"{file}: cannot be read as JSON ({reason_of(error)})") from None
 
 
-def shown(value: object) -> str:
-    """A configuration value for an error message, truncated if it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
 class FieldReader:
-    """Typed access to configuration fields: null means the default; a wrong type raises ConfigError with the name."""
+    """Typed access to configuration fields: null means the default.
+
+    ConfigError, with the name, for a wrong type and for a number beyond its bound in model.bounds.
+    """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields = fields
@@ -188,14 +184,16 @@ class FieldReader:
 
     def integer(self, name: str, default: int) -> int:
         value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise ConfigError(f"{name}: {shown(value)} is not a positive integer")
+        check_bound(name, value)
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ConfigError(f"{name}: {shown(value)} is not a non-negative number")
+        check_bound(name, value)
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -210,10 +208,10 @@ def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's fields. In a nested file only these count, as in the reference."""
     names = raw.get("architectures") or []
     if not isinstance(names, list) or any(name not in list(ARCHITECTURES) for name in names):
-        raise ConfigError(f"architectures: {names!r} is not supported; must be {' or '.join(ARCHITECTURES)}")
+        raise ConfigError(f"architectures: {shown(names)} is not supported; must be {' or '.join(ARCHITECTURES)}")
     model_type = raw.get("model_type", ARCHITECTURES[names[0]] if names else None)
     if model_type not in list(ARCHITECTURES.values()):
-        raise ConfigError(f"model_type: {model_type!r} is not supported; must be llama4 or llama4_text")
+        raise ConfigError(f"model_type: {shown(model_type)} is not supported; must be llama4 or llama4_text")
     text = raw if model_type == "llama4_text" else raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError("text_config: missing, though model_type is llama4")
@@ -223,7 +221,8 @@ def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
     """Same lookup order as the reference: top level first, and `dtype` (5.x files) before `torch_dtype` (4.x files)."""
     found = (part.get(name) for part in (raw, text) for name in ("dtype", "torch_dtype"))
-    return next((dtype for dtype in found if dtype is not None), None)
+    stored = next((dtype for dtype in found if dtype is not None), None)
+    return stored if isinstance(stored, str) else None
 
 
 def _chunk_size(text: Mapping[str, Any]) -> int:
@@ -265,7 +264,7 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
     rope_type = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"rope_type: {rope_type!r} is not supported; must be one of {', '.join(ROPE_TYPES)}")
+        raise ConfigError(f"rope_type: {shown(rope_type)} is not supported; must be one of {', '.join(ROPE_TYPES)}")
     for where in (fields, text):
         if where.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ConfigError("partial_rotary_factor: only 1.0 is supported")
@@ -290,6 +289,9 @@ def _rope_parameters(text: Mapping[str, Any]) -> RopeParameters:
     for name in needed:
         if not getattr(parameters, name):
             raise ConfigError(f"rope_parameters.{name}: missing, though rope_type is {rope_type}")
+    for of, name in (("yarn", "rope_theta"), ("longrope", "original_max_position_embeddings")):
+        if rope_type == of and getattr(parameters, name) == 1:  # whose logarithm is a divisor
+            raise ConfigError(f"rope_parameters.{name}: 1 is not supported where rope_type is {rope_type}")
     return parameters
 
 
@@ -299,11 +301,12 @@ def _positive(name: str, value: Any) -> Any:
     if value is None or (isinstance(value, bool) and name == "truncate"):
         return value
     if is_table != isinstance(value, list):
-        raise ConfigError(f"rope_parameters.{name}: {value!r} is {'not a list' if is_table else 'not a number'}")
+        raise ConfigError(f"rope_parameters.{name}: {shown(value)} is {'not a list' if is_table else 'not a number'}")
     smallest = 0.0 if name in ("mscale", "mscale_all_dim") else 1e-30  # 0 there means: not used
     for number in value if is_table else [value]:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not smallest <= number < float("inf"):
-            raise ConfigError(f"rope_parameters.{name}: {number!r} is not a positive number")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number >= smallest:
+            raise ConfigError(f"rope_parameters.{name}: {shown(number)} is not a positive number")
+        check_bound(f"rope_parameters.{name}", number, BOUNDS.get(name, ROPE_BOUND))
     return tuple(value) if is_table else value
 
 
@@ -321,14 +324,12 @@ def _check(config: TextConfig, text: Mapping[str, Any]) -> None:
             f"num_attention_heads: {config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads ({config.num_key_value_heads})"
         )
-    if config.num_hidden_layers > MAX_LAYERS:
-        raise ConfigError(f"num_hidden_layers: {config.num_hidden_layers} is more than {MAX_LAYERS}")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim: {config.head_dim} is odd, so it cannot be rotated in pairs")
     if config.num_experts_per_tok > config.num_local_experts:
         raise ConfigError(f"num_experts_per_tok: {config.num_experts_per_tok} of {config.num_local_experts} experts")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act: {text['hidden_act']!r} is not supported; must be silu")
+        raise ConfigError(f"hidden_act: {shown(text['hidden_act'])} is not supported; must be silu")
     for name in TABLES:
         factors = getattr(config.rope_parameters, name)
         if factors is not None and len(factors) != config.head_dim // 2:

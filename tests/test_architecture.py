@@ -42,7 +42,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
         "simd",
         "simd.words",
     },
-    {"weights.owners"},
+    {"bounds", "weights.owners"},
     {"weights.pages", "weights.residency"},
     {"quantization.gguf_types", "quantization.gguf_simple", "quantization.gguf_library"},
     {"quantization.gguf_k", "simd.layouts"},

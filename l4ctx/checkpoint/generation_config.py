@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from l4ctx.errors import UnusableCheckpointError
+from model.bounds import BOUNDS, shown
 from model.checkpoint_files import GENERATION_CONFIG, checkpoint_files
 from model.folder import CONFIG
+
+MOST_TEMPERATURE = 1e6
+"""At which all tokens of a model are as likely as one another."""
 
 
 class GenerationConfigError(UnusableCheckpointError):
@@ -44,14 +47,15 @@ class GenerationConfig:
         places = (raw, config, text_config if isinstance(text_config, dict) else {})
         stop: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
         ids = stop if isinstance(stop, list) else [stop]
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise GenerationConfigError(f"{path}: eos_token_id {stop!r} is not a token id or a list of them")
+        most = BOUNDS["vocab_size"].most
+        if any(isinstance(i, bool) or not isinstance(i, int) or not -1 <= i <= most for i in ids):  # -1: none
+            raise GenerationConfigError(f"{path}: eos_token_id {shown(stop)} is not a token id or a list of them")
         if not raw.get("do_sample", raw.get("temperature") is not None):
             return cls(frozenset(ids))
         return cls(
             frozenset(ids),
             Sampling(
-                temperature=_number(file, raw, "temperature", 1.0, math.inf),
+                temperature=_number(file, raw, "temperature", 1.0, MOST_TEMPERATURE),
                 top_p=_number(file, raw, "top_p", 1.0, 1.0),
                 top_k=int(_number(file, raw, "top_k", 0, 2.0**31)),
             ),
@@ -69,6 +73,6 @@ class GenerationConfig:
 def _number(file: Path, raw: dict[str, Any], name: str, default: float, largest: float) -> float:
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest or value == math.inf:
-        raise GenerationConfigError(f"{file}: {name} {value!r} is not a number from 0 to {largest:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
+        raise GenerationConfigError(f"{file}: {name} {shown(value)} is not a number from 0 to {largest:g}")
     return value

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4ctx.errors import UnusableCheckpointError
+from model.bounds import shown
 from model.checkpoint_files import checkpoint_files
-from model.config import FieldReader, shown
+from model.config import FieldReader
 from model.errors import ConfigError
 
-MOST_TILES = 256  # Llama 4 has 16
 _RESAMPLE_NAMES = {0: "NEAREST", 1: "LANCZOS", 2: "BILINEAR", 3: "BICUBIC"}  # Pillow's numbers
 _LEAST, _MOST = 1e-6, 1e6  # factors and divisors outside would overflow or underflow somewhere in the model
 
@@ -70,12 +70,9 @@ class ImageProcessing:
         do_rescale, do_normalize = get.boolean("do_rescale", True), get.boolean("do_normalize", True)
         if do_normalize and not do_rescale:
             raise ConfigError("do_rescale: False is not supported where do_normalize is true; must be true")
-        max_patches = get.integer("max_patches", default.max_patches)
-        if max_patches > MOST_TILES:
-            raise ConfigError(f"max_patches: {max_patches} is more than {MOST_TILES}")
         return cls(
             size=_size(get, image_size),
-            max_patches=max_patches,
+            max_patches=get.integer("max_patches", default.max_patches),
             resize_to_max_canvas=get.boolean("resize_to_max_canvas", default.resize_to_max_canvas),
             image_mean=_three(get, "image_mean", default.image_mean, -_MOST),
             image_std=_three(get, "image_std", default.image_std, _LEAST),

@@ -26,7 +26,8 @@ from l4ctx.run.measuring import feed_forward_weight
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
-from model.config import TextConfig, shown
+from model.bounds import shown
+from model.config import TextConfig
 from model.costs import Operations, reading_operations
 from model.gguf.files import find_gguf, read_gguf
 from model.weights.settings import quantization_settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "id": ("a text or a whole number", lambda value: isinstance(value, str) or _is_count(value, -(2**63), 2**63 - 1)),
     "question": ("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())),
     "max_new_tokens": ("a whole number from 1 on", lambda value: _is_count(value, 1, 2**63 - 1)),
-    "temperature": ("a number from 0 on", lambda value: _is_number(value, math.inf) and math.isfinite(value)),
+    "temperature": ("a number from 0 on", lambda value: _is_number(value, sys.float_info.max)),
     "top_p": ("a number from 0 to 1", lambda value: _is_number(value, 1.0)),
     "top_k": ("a whole number from 0 on", lambda value: _is_count(value, 0, 2**63 - 1)),
     "seed": ("a whole number from 0 to 2^63 - 1", lambda value: _is_count(value, 0, 2**63 - 1)),

@@ -12,6 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from model.bounds import BOUNDS, ROPE_BOUND, Bound, check_bound
 from model.errors import ConfigError
 from model.folder import open_regular
 from model.gguf.files import GgufModel
@@ -34,6 +35,26 @@ _CHANGES_RESULTS = (
     "residual_scale",
 )
 """Fields of models that are computed otherwise; Llama's files have none of them."""
+
+_BOUNDS: Mapping[str, Bound] = {
+    "attention.head_count": BOUNDS["num_attention_heads"],
+    "attention.head_count_kv": BOUNDS["num_key_value_heads"],
+    "attention.key_length": BOUNDS["head_dim"],
+    "attention.layer_norm_rms_epsilon": BOUNDS["rms_norm_eps"],
+    "attention.value_length": BOUNDS["head_dim"],
+    "block_count": BOUNDS["num_hidden_layers"],
+    "context_length": BOUNDS["max_position_embeddings"],
+    "embedding_length": BOUNDS["hidden_size"],
+    "expert_count": BOUNDS["num_local_experts"],
+    "expert_feed_forward_length": BOUNDS["intermediate_size"],
+    "expert_used_count": BOUNDS["num_experts_per_tok"],
+    "feed_forward_length": BOUNDS["intermediate_size_mlp"],
+    "interleave_moe_layer_step": BOUNDS["interleave_moe_layer_step"],
+    "rope.dimension_count": BOUNDS["head_dim"],
+    "rope.freq_base": BOUNDS["rope_theta"],
+    "rope.scaling.factor": ROPE_BOUND,
+    "vocab_size": BOUNDS["vocab_size"],
+}
 
 
 @dataclass(frozen=True)
@@ -186,14 +207,16 @@ class _Fields:
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
-        if type(value) is not int or not 0 < value < 2**31:
+        if type(value) is not int or value <= 0:
             raise self._error(name, "a positive integer")
+        self._check_bound(name, value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
         if type(value) not in (int, float) or not 0 < float(value) < float("inf"):  # type: ignore[arg-type]
             raise self._error(name, "a positive number")
+        self._check_bound(name, float(value))  # type: ignore[arg-type]
         return _shortest(float(value))  # type: ignore[arg-type]
 
     def refuse(self, *names: str) -> None:
@@ -201,6 +224,12 @@ class _Fields:
         for name in names:
             if self.optional(name):
                 raise ConfigError(f"{self.path}: {self.key(name)} is not supported in this architecture")
+
+    def _check_bound(self, name: str, value: float) -> None:
+        try:
+            check_bound(self.key(name), value, _BOUNDS[name])
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
 
     def _value(self, name: str, default: float | None) -> Value | None:
         value = self.optional(name)

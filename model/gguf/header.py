@@ -23,8 +23,10 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MOST_DIMENSIONS = 4
 LONGEST_NAME = 1024  # of keys and tensors; llama.cpp's own have up to 64 bytes
-MOST_VALUES = 2**22  # in an array; Llama 4's longest has 440,000
-MAX_HEADER_BYTES = 2**27  # Llama 4's has 16 MB
+MAX_HEADER_BYTES = 2**26  # Llama 4's has 16 MB
+MOST_KEYS, MOST_TENSORS = 2**16, 2**16  # each takes memory, as an object in Python: Llama 4 has 50 and 1,000
+MOST_VALUES = 2**20  # in an array, of which the longest of Llama 4 has 440,000
+MOST_NUMBERS = 2**22  # in all arrays of numbers, at 40 bytes each
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -107,6 +109,7 @@ class _Parser:
         self.size = size
         self.stop = len(data)
         self.at = 0
+        self.numbers = 0  # in arrays, so far
 
     def header(self) -> GgufHeader:
         magic, version, tensor_count, key_count = _START.unpack_from(self.data)
@@ -119,14 +122,14 @@ class _Parser:
             what = "a big-endian file" if is_swapped else f"version {version} of the format"
             raise self.error(f"{what} is not read; only versions 2 and 3, little-endian, are: convert it again")
         self.at = _START.size
-        self.expect(key_count * (8 + 4 + 1), f"{key_count:,} keys")
+        self.expect_objects(key_count, 8 + 4 + 1, MOST_KEYS, "keys")
         metadata: dict[str, Value] = {}
         for _ in range(key_count):
             key = self.name("a metadata key")
             if key in metadata:
                 raise self.error(f"metadata key {key} appears twice")
             metadata[key] = self.value(key)
-        self.expect(tensor_count * (8 + 4 + 4 + 8), f"{tensor_count:,} tensors")
+        self.expect_objects(tensor_count, 8 + 4 + 4 + 8, MOST_TENSORS, "tensors")
         found: dict[str, TensorInfo] = {}
         for _ in range(tensor_count):
             tensor = self.tensor()
@@ -215,6 +218,9 @@ class _Parser:
         code = _SCALARS.get(kind)
         if code is None:
             raise self.error(f"metadata key {key}: its type, number {kind}, is unknown")
+        self.numbers += count
+        if self.numbers > MOST_NUMBERS:
+            raise self.error(f"metadata key {key}: more than {MOST_NUMBERS:,} numbers up to here")
         num_bytes = count * struct.calcsize(f"<{code}")
         self.expect(num_bytes, key)
         values: tuple[bool | int | float, ...] = struct.unpack_from(f"<{count}{code}", self.data, self.at)
@@ -247,6 +253,11 @@ class _Parser:
         self.expect(8, what)
         self.at += 8
         return int(_U64.unpack_from(self.data, self.at - 8)[0])
+
+    def expect_objects(self, count: int, least_bytes: int, most: int, what: str) -> None:
+        self.expect(count * least_bytes, f"{count:,} {what}")
+        if count > most:
+            raise self.error(f"{count:,} {what} are more than {most:,}")
 
     def expect(self, num_bytes: int, what: str) -> None:
         if num_bytes > self.stop - self.at:

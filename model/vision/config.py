@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.bounds import shown
 from model.checkpoint_files import checkpoint_files
-from model.config import MAX_LAYERS, FieldReader, no_config, read_config
+from model.config import FieldReader, no_config, read_config
 from model.errors import ConfigError
 from model.folder import CONFIG
 
@@ -120,7 +121,7 @@ def _side(fields: Mapping[str, Any], name: str, default: int) -> int:
     value = fields.get(name)
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
-            raise ConfigError(f"{name}: {value!r} is not a square; must be one number, or two equal ones")
+            raise ConfigError(f"{name}: {shown(value)} is not a square; must be one number, or two equal ones")
         value = value[0]
     return FieldReader({name: value}).integer(name, default)
 
@@ -139,7 +140,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
         raise ConfigError("rope_parameters: not an object")
     rope_type = parameters.get("rope_type") or "default"
     if rope_type != "default":
-        raise ConfigError(f"rope_parameters.rope_type: {rope_type!r} is not supported; must be default")
+        raise ConfigError(f"rope_parameters.rope_type: {shown(rope_type)} is not supported; must be default")
     where = fields if parameters.get("rope_theta") is None else parameters
     theta = FieldReader(where).number("rope_theta", 10000.0)
     if theta <= 0:
@@ -152,7 +153,7 @@ def _check_supported(get: FieldReader) -> None:
     for name, supported in (("hidden_act", "gelu"), ("vision_feature_select_strategy", "default")):
         value = get.fields.get(name)
         if value not in (None, supported):
-            raise ConfigError(f"{name}: {value!r} is not supported; must be {supported}")
+            raise ConfigError(f"{name}: {shown(value)} is not supported; must be {supported}")
     if get.boolean("multi_modal_projector_bias", False):
         raise ConfigError("multi_modal_projector_bias: true is not supported")
 
@@ -162,8 +163,6 @@ def _check_sizes(config: VisionConfig) -> None:
     c, heads, joined = config.hidden_size, config.num_attention_heads, config.shuffle**2
     if config.num_channels != 3:
         raise ConfigError(f"num_channels: {config.num_channels} is not supported; must be 3 (red, green, blue)")
-    if config.num_hidden_layers > MAX_LAYERS:
-        raise ConfigError(f"num_hidden_layers: {config.num_hidden_layers} is more than {MAX_LAYERS}")
     if c % heads:
         raise ConfigError(f"hidden_size: {c} is not a multiple of num_attention_heads ({heads})")
     if config.head_dim % 4:

@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from model.bounds import shown
 from model.errors import CheckpointError
-from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, open_regular, read_json
+from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, open_regular, read_json, reason_of
 from model.gguf.files import SUFFIX, find_gguf, read_gguf
 from model.gguf.vision import find_vision
 from model.weights.gguf import gguf_tensors, gguf_vision_tensors
@@ -21,7 +23,11 @@ VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 IGNORED_PREFIXES = (*VISION_PREFIXES, *(f"model.{prefix}" for prefix in VISION_PREFIXES))
 """Prefixes of tensors that do not belong to the text model; like transformers, with and without `model.`."""
 EMBEDDINGS = "model.embed_tokens.weight"
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 2**24
+"""The format allows 100 MB, which would take 2 GB of memory; 37,000 tensors of Llama 4's experts take 6 MB."""
+
+MOST_DIMENSIONS, MOST_ELEMENTS, LONGEST_DTYPE, LONGEST_NAME = 8, 2**48, 16, 1024
+"""Of one tensor, and of one of its dimensions; what is longer is no header, and fits into no message."""
 
 
 def text_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -141,16 +147,17 @@ def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
     if files == [folder / SINGLE]:
         yield from read_header(files[0]).values()
         return
-    weight_map = _weight_map(index_file)
-    for shard in sorted(set(weight_map.values())):
+    expected: dict[str, set[str]] = {}
+    for name, shard in _weight_map(index_file).items():
+        expected.setdefault(shard, set()).add(name)
+    for shard, names in sorted(expected.items()):
         file = folder / shard
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file}: missing shard, named in {index_file.name}; download it again")
         header = read_header(file)
-        expected = {name for name, where in weight_map.items() if where == shard}
-        for name in expected - header.keys():
+        for name in names - header.keys():
             raise CheckpointError(f"{file}: tensor {name} is missing, though {index_file.name} places it there")
-        for name in header.keys() - expected:
+        for name in header.keys() - names:
             raise CheckpointError(f"{file}: extra tensor {name}, not listed in {index_file.name}")
         yield from header.values()
 
@@ -186,27 +193,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{file}: not a safetensors file, or cut short inside its header ({size} bytes)")
             header = json.loads(stream.read(length))
-        entries = [
-            (
-                name,
-                str(entry["dtype"]),
-                tuple(int(n) for n in entry["shape"]),
-                int(entry["data_offsets"][0]),
-                int(entry["data_offsets"][1]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+        entries = [(name, *_entry(name, entry)) for name, entry in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({reason_of(error)})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: its header cannot be read ({type(error).__name__}: {error})") from None
     end = 8 + length + max((entry[-1] for entry in entries), default=0)
     if size != end:
@@ -217,7 +207,25 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if begin != reached or stop < begin:
             raise CheckpointError(f"{file}: tensor {name} overlaps another one, or leaves a gap before it")
         reached = stop
-        if dtype in DTYPES and (min(shape, default=1) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != stop - begin):
+        if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - begin:
             raise CheckpointError(f"{file}: tensor {name}: shape {list(shape)} in {dtype} is not {stop - begin} bytes")
         tensors[name] = StoredTensor(file, name, dtype, shape, stop - begin, 8 + length + begin)
     return tensors
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, begin and end of a tensor. Raises ValueError, KeyError and TypeError."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise TypeError("a dtype that is no text, or a shape or offsets that are no list")
+    begin, end = offsets
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(name):,} characters, more than {LONGEST_NAME:,}")
+    if len(dtype) > LONGEST_DTYPE or len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"a dtype longer than {LONGEST_DTYPE} characters, or more than {MOST_DIMENSIONS} dimensions")
+    for number in (*shape, begin, end):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{shown(number)} is not a whole number")
+    if not all(0 <= number <= MOST_ELEMENTS for number in shape) or not 0 <= begin <= end <= 16 * MOST_ELEMENTS:
+        raise ValueError(f"tensor {name}: impossible sizes: shape {shown(shape)} at {shown(offsets)}")
+    return dtype, tuple(shape), begin, end

@@ -241,7 +241,7 @@ BROKEN_MODELS: dict[str, tuple[Break, list[str], list[str]]] = {  # damage, one 
         ["hidden_size: 549755813888"],
         ["3 shards"],
     ),
-    "large sizes": (lambda m: _edit_text_config(m, hidden_size=2**30, intermediate_size=2**30), [""], ["3 RoPE"]),
+    "large sizes": (lambda m: _edit_text_config(m, hidden_size=2**20, intermediate_size=2**22), [""], ["3 RoPE"]),
     "configuration cut short": (lambda m: cut(m / "config.json", 50), ["cannot be read as JSON"], ["3 shards", "yes"]),
     "configuration of a list": (lambda m: (m / "config.json").write_text("[]"), ["holds no JSON object"], ["yes"]),
     "empty configuration": (lambda m: (m / "config.json").write_text("{}"), ["model_type"], ["3 shards"]),

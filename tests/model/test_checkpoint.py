@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from model.config import TextConfig
 from model.errors import CheckpointError, ConfigError
+from model.weights import mapping
 from model.weights.loading import load_checkpoint
+from model.weights.mapping import MappedFiles
 from model.weights.shards import read_header, text_tensors
 from support.error_budget import difference
 from support.places import ROOT
@@ -205,8 +208,21 @@ def with_header(file: Path, header: bytes, length: int | None = None) -> None:
                 b'"shape": [1], "data_offsets": "04"',
                 b'"shape": [1], "data_offsets": [0, 1e999]',
                 b'"shape": [1e999], "data_offsets": [0, 4]',
+                b'"shape": [1.0], "data_offsets": [0, 4]',
+                b'"shape": [true], "data_offsets": [0, 4]',
+                b'"shape": ["1"], "data_offsets": [0, 4]',
+                b'"shape": [1], "data_offsets": [0, "4"]',
+                b'"shape": [1], "data_offsets": [0, 4, 4]',
+                b'"shape": [1], "data_offsets": [-4, 4]',
+                b'"shape": [1], "data_offsets": [0, ' + b"9" * 4300 + b"]",
+                b'"shape": [1], "data_offsets": [0, ' + b"9" * 4400 + b"]",
+                b'"shape": [' + b"9" * 400 + b', 0], "data_offsets": [0, 0]',
+                b'"shape": [1' + b", 1" * 8 + b'], "data_offsets": [0, 4]',
             )
         ),
+        b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "' + b"F" * 17 + b'", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"' + b"a" * 1025 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
 )
 def test_header_garbage(flat: Path, header: bytes) -> None:
@@ -218,6 +234,35 @@ def test_header_garbage(flat: Path, header: bytes) -> None:
 def test_absurd_header_length(flat: Path, length: int) -> None:
     with_header(flat / SINGLE, b"{}", length)
     refused(flat, str(flat / SINGLE))
+
+
+def test_a_pipe_for_a_shard_is_not_waited_for(flat: Path) -> None:
+    (flat / SINGLE).unlink()
+    os.mkfifo(flat / SINGLE)
+    refused(flat, str(flat / SINGLE), "not a regular file")
+
+
+def test_a_shard_that_shrinks_before_it_is_mapped(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the end of a file, a mapping kills the process."""
+    mapped = MappedFiles._storage
+
+    def cut(files: MappedFiles, file: Path) -> torch.UntypedStorage:
+        os.truncate(flat / SINGLE, (flat / SINGLE).stat().st_size - 4)
+        return mapped(files, file)
+
+    monkeypatch.setattr(MappedFiles, "_storage", cut)
+    refused(flat, str(flat / SINGLE), "truncated inside tensor")
+
+
+def test_a_shard_that_shrinks_while_it_is_mapped(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mapping._mapped
+
+    def cut(file: Path, size: int) -> torch.UntypedStorage:
+        os.truncate(file, size - 4)
+        return real(file, size)
+
+    monkeypatch.setattr(mapping, "_mapped", cut)
+    refused(flat, str(flat / SINGLE), "cannot be mapped")
 
 
 @pytest.mark.parametrize(

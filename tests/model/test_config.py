@@ -7,6 +7,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Llama4Config
 
-from model.config import RopeParameters, TextConfig
+from model.bounds import BOUNDS
+from model.config import FieldReader, RopeParameters, TextConfig
 from model.costs import parameter_count, reading_operations
 from model.errors import ConfigError
 from model.transformer import Transformer
@@ -284,6 +287,43 @@ def test_refusals_name_the_field_in_one_line(tmp_path: Path, changes: dict[str, 
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("times", [1, 2**40, 10**400])
+def test_numbers_have_upper_bounds(name: str, times: int) -> None:
+    """Each is refused before anything of that size is built, and the message says the bound and the reason."""
+    most, why = BOUNDS[name]
+    value = (int(most) + 1) * times
+    lists: dict[str, Any] = {"no_rope_layers": REMOVED, "moe_layers": REMOVED}
+    if name in FLAT or name in ("no_rope_layer_interval", "interleave_moe_layer_step"):
+        read: Callable[[], object] = partial(TextConfig.from_dict, changed(FLAT, **lists, **{name: value}))
+    elif name == "original_max_position_embeddings":
+        read = partial(TextConfig.from_dict, changed(FLAT, rope_scaling={**LONGROPE, name: value}))
+    else:  # of the vision tower
+        read = partial(FieldReader({name: value}).integer, name, 1)
+    with pytest.raises(ConfigError) as caught:
+        read()
+    assert f"{name}: " in str(caught.value) and str(caught.value).endswith(f" is more than {most:,} ({why})")
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, float("inf")])
+@pytest.mark.parametrize("name", [*LLAMA3, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"])
+def test_rope_parameters_have_upper_bounds(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^rope_parameters.{name}: .* is more than .*$"):
+        TextConfig.from_dict(changed(FLAT, rope_scaling={"rope_type": "llama3", **LLAMA3, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("rope", "field"),
+    [
+        ({"rope_type": "yarn", "rope_theta": 1, "original_max_position_embeddings": 64}, "rope_theta"),
+        ({**LONGROPE, "original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+    ],
+)
+def test_a_logarithm_of_zero_is_no_divisor(rope: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^rope_parameters\.{field}: 1 is not supported"):
+        TextConfig.from_dict(changed(FLAT, rope_scaling=rope))
+
+
 def test_refusals_of_nested_files() -> None:
     for raw, field in (
         (nested(changed(FLAT, hidden_act="gelu")), "hidden_act"),
@@ -293,7 +333,9 @@ def test_refusals_of_nested_files() -> None:
             TextConfig.from_dict(raw)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b"[1]", b"null", b'"text"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b"[1]", b"null", b'"text"', b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"^[^\n]*config\.json: [^\n]+$"):

@@ -126,7 +126,7 @@ def test_text_only_checkpoints(tmp_path: Path) -> None:
         ({"hidden_size": 1408.0}, "hidden_size: 1408.0 is not a positive integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers: True is not"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not"),
-        ({"num_hidden_layers": 10_001}, "num_hidden_layers: 10001 is more than 10000"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers: 1001 is more than 1,000"),
         ({"num_attention_heads": "16"}, "num_attention_heads: '16' is not"),
         ({"num_attention_heads": 15}, r"hidden_size: 1408 is not a multiple of num_attention_heads \(15\)"),
         ({"num_attention_heads": 64}, "hidden_size: 1408 in 64 heads of 22, which is not a multiple of 4"),

@@ -74,6 +74,7 @@ REFUSED: list[tuple[str | bytes, str]] = [
     ('{"question": "a", "temperature": -0.1}', "temperature is not a number from 0 on"),
     ('{"question": "a", "temperature": NaN}', "NaN is not a number in JSON"),
     ('{"question": "a", "temperature": 1e999}', "temperature is not"),
+    (f'{{"question": "a", "temperature": {10**400}}}', "temperature is not"),
     ('{"question": "a", "temperature": true}', "temperature is not"),
     ('{"question": "a", "top_p": 1.01}', "top_p is not a number from 0 to 1"),
     ('{"question": "a", "top_k": 2.0}', "top_k is not"),

@@ -197,7 +197,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"block_count": None}, "metadata key llama.block_count is missing"),
     "0 layers": ({"block_count": key("llama.block_count", U32, 0)}, "llama.block_count: '0' is not a positive integer"),
     "layers in words": ({"block_count": key("llama.block_count", STRING, "2")}, "llama.block_count: '2' is not a pos"),
-    "many layers": ({"block_count": key("llama.block_count", U32, 2**20)}, "num_hidden_layers: 1048576 is more than"),
+    "many layers": ({"block_count": key("llama.block_count", U32, 2**20)}, "llama.block_count: 1048576 is more than"),
     "layers yes": ({"block_count": key("llama.block_count", BOOL, True)}, "llama.block_count: 'True' is not a pos"),
     "no eps": ({"eps": None}, "metadata key llama.attention.layer_norm_rms_epsilon is missing"),
     "nan": ({"eps": key("llama.attention.layer_norm_rms_epsilon", F32, float("nan"))}, "'nan' is not a positive"),

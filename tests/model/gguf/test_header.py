@@ -153,6 +153,18 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "an odd offset": (tensors(tensor("a", (2,), 4)), "tensor a: its offset 4 is no multiple of 32"),
     "an overlap": (tensors(tensor("a", (9,), 0), tensor("b", (2,), 32)), "tensors a and b overlap"),
     "an overlap of the same place": (tensors(tensor("b", (2,), 32), tensor("a", (2,), 32)), "tensors b and a overlap"),
+    "keys without number": (
+        lambda file: (put("key_count", 2**16 + 1)(file), put("data", bytes(2**20))(file)),
+        "65,537 keys are more than 65,536",
+    ),
+    "tensors without number": (
+        lambda file: (put("tensor_count", 2**16 + 1)(file), put("data", bytes(2**21))(file)),
+        "65,537 tensors are more than 65,536",
+    ),
+    "numbers without end": (
+        added(*(string(f"x{n}") + struct.pack("<IIQ", ARRAY, 0, 2**20) + bytes(2**20) for n in range(5))),
+        "metadata key x3: more than 4,194,304 numbers up to here",
+    ),
     "no data": (put("data", b""), "truncated: tensor a ends at byte"),
     "a name of a megabyte": (tensors(tensor("a" * 2**20, (2,), 0)), "a tensor's name at byte .* has 1,048,576 bytes"),
 }
