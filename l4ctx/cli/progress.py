@@ -149,7 +149,8 @@ def reading_summary(session: Session) -> str | None:
         return None
     timing = session.monitor.timings["prefill"]
     rate = f" ({_rate(timing.tokens / timing.seconds)} tokens/s)" if timing.seconds else ""
-    on_disk = f"; {human_bytes(written.bytes_on_disk())} on disk" if written is not None else ""
+    size = None if written is None else written.bytes_on_disk()
+    on_disk = "" if size is None else f"; {human_bytes(size)} on disk"
     return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{on_disk}"
 
 

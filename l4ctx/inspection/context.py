@@ -54,12 +54,21 @@ def _open_to_others(folder: Path) -> list[str]:
     from l4ctx.contexts.folder import BLOCKS
     from l4ctx.machine.private import is_open_to_others
 
+    names = [".", *_names(folder, ""), *_names(folder, f"{BLOCKS}/")]
     found = []
-    for path in (folder, *(path for part in (folder, folder / BLOCKS) if part.is_dir() for path in part.iterdir())):
+    for name in names:
         with suppress(OSError):  # a writer may have removed it
-            if is_open_to_others(path):
-                found.append(path.relative_to(folder).as_posix())
+            if is_open_to_others(folder / name):
+                found.append(name)
     return sorted(found)
+
+
+def _names(folder: Path, prefix: str) -> list[str]:
+    """What a part of the context holds; nothing where that cannot be told."""
+    try:
+        return [prefix + name for name in os.listdir(folder / prefix)]
+    except OSError:
+        return []
 
 
 def _path_of_checkpoint(folder: Path) -> str | None:
@@ -136,20 +145,26 @@ def _can_keep(state: State, block_tokens: int, bad: set[str]) -> int:
     return block_tokens * next((n for n, block in enumerate(state.blocks) if block.name in bad), len(state.blocks))
 
 
-def _bytes_on_disk(context: Context) -> dict[str, int]:
-    """Bytes by kind of file; `unused` is what no state needs, including files that are being written."""
+def _bytes_on_disk(context: Context) -> dict[str, int] | None:
+    """Bytes by kind of file; `unused` is what no state needs, including files that are being written.
+
+    None where they cannot be told: a sum without some of the files would be taken for the whole.
+    """
     from l4ctx.contexts.folder import BLOCKS
     from l4ctx.contexts.states import is_ours
 
     needed = {stored.name for state in context.usable for stored in state.needs}
     sizes = dict.fromkeys(("blocks", "token_ids", "tails", "unused", "other"), 0)
-    for prefix in ("", f"{BLOCKS}/"):
-        with suppress(OSError), os.scandir(context.folder / prefix) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                kind = _kind(name) if name in needed else "unused" if is_ours(name) else "other"
-                with suppress(FileNotFoundError):  # a writer may be at work
-                    sizes[kind] += entry.stat(follow_symlinks=False).st_size * entry.is_file(follow_symlinks=False)
+    try:
+        for prefix in ("", f"{BLOCKS}/"):
+            with suppress(FileNotFoundError), os.scandir(context.folder / prefix) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    kind = _kind(name) if name in needed else "unused" if is_ours(name) else "other"
+                    with suppress(FileNotFoundError):  # a writer may be at work
+                        sizes[kind] += entry.stat(follow_symlinks=False).st_size * entry.is_file(follow_symlinks=False)
+    except OSError:
+        return None
     return sizes
 
 

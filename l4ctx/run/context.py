@@ -290,8 +290,12 @@ class WrittenContext:
             f"{self.writer.kept:,} of {tip.tokens:,} tokens are kept in {self.folder}; the same command resumes there"
         )
 
-    def bytes_on_disk(self) -> int:
-        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file())
+    def bytes_on_disk(self) -> int | None:
+        """None where the folder cannot be listed."""
+        try:
+            return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file())
+        except OSError:
+            return None
 
     def close(self) -> None:
         self.writer.close()

@@ -47,7 +47,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`outcome`: "answer", "told" (less than all, and it says so), "line", "unreached" or "bad", and then why."""
+    """`outcome`: "answer", "told" (less than all, and it says so), "line", "absent" (a file that is not there is no
+    fault), "unreached" or "bad", and then why."""
 
     outcome: str
     why: str = ""
@@ -84,9 +85,9 @@ class Walk:
         base = self.base(operation)
         self.place.put_back(operation.start, base.started["tree"])
         ended = self.place.run(operation.arguments, seed=2, fault=[fault.point, fault.nth, fault.kind])
-        # what is not there is no fault of a checkpoint, nor of what is looked at
-        is_absent = fault.kind == "ENOENT" and (not operation.needs_all or " model/" in fault.point)
-        if why := self._wrong(operation, base, ended, is_absent=is_absent):
+        if fault.kind == "ENOENT" and (not operation.needs_all or " model/" in fault.point) and not _noise(ended):
+            return Verdict("absent", "", ended.code)  # another checkpoint, or less to look at
+        if why := self._wrong(operation, base, ended):
             return Verdict("bad", why, ended.code, f"{ended.stdout[-400:]}\n---\n{ended.stderr[-600:]}")
         line = (ended.stderr.splitlines() or [""])[-1]
         outcome = "unreached" if not ended.told["fired"] else "line" if ended.code else "answer"
@@ -109,7 +110,7 @@ class Walk:
         counted = dict(line.rsplit("\t", 1) for line in points.read_text().splitlines())
         return Base(second.stdout, started, second.told, {point: int(count) for point, count in counted.items()})
 
-    def _wrong(self, operation: Operation, base: Base, ended: Ended, *, is_absent: bool) -> str:
+    def _wrong(self, operation: Operation, base: Base, ended: Ended) -> str:
         """What is wrong with a run that had a fault; empty if nothing is."""
         if ended.code is None:
             return f"hangs: {ended.stderr[-200:]}"
@@ -128,7 +129,7 @@ class Walk:
         if ended.code:
             if not base.stdout.startswith(ended.stdout.rstrip("\n")):
                 return "wrong output before the error"
-        elif not _same(operation, ended.stdout, base.stdout) and not is_absent:
+        elif not _same(operation, ended.stdout, base.stdout):
             return "exit code 0 with another output"
         return self._wrong_state(operation, base, ended)
 
@@ -162,6 +163,10 @@ class Walk:
         if ended.told["files"] != base.made["files"]:
             return "the same command afterwards makes other files"
         return ""
+
+
+def _noise(ended: Ended) -> bool:
+    return ended.code not in CODES or NOISE.search(ended.stderr) is not None
 
 
 def _same(operation: Operation, one: str, other: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -71,6 +73,22 @@ def test_a_complete_context(context: Callable[[str], Path]) -> None:
         "none, every byte was read",
     ):
         assert part in text
+
+
+def test_a_size_that_cannot_be_told(context: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without some of the files, a sum would be too small."""
+    folder, scandir = context("complete"), os.scandir
+
+    def failing(path: Any) -> Any:
+        if Path(path).name == "blocks":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", failing)
+        report = inspect_folder(str(folder), verify=False)
+    assert exit_code(report) == 0 and report["bytes"] is None
+    assert "on disk          unknown: " in listing(report)
 
 
 def test_contexts_that_are_not_read_to_the_end(context: Callable[[str], Path]) -> None:

@@ -162,12 +162,14 @@ def _context_lines(report: Report) -> Iterator[Line]:
     if sizes:
         parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(count)}" for name, count in sizes.items())
         yield "on disk", f"{human_bytes(sum(sizes.values()))}: {parts}"
+    elif made and "bytes" in report and report.get("states"):
+        yield "on disk", "unknown: the folder cannot be listed"
     if "." in report.get("others_have_rights_on", ()):  # else nobody gets to the files
         yield "permissions", "others may enter the folder; the next l4ctx prefill into it makes it yours alone"
     is_written = bool(report.get("is_being_written"))
     for state in report.get("states", ()):
         yield from _state_lines(state, is_written=is_written)
-    if sizes and not report["states"]:
+    if made and not report["states"] and not report["damage"]:
         yield (
             "documents",
             "none yet: "
