@@ -20,7 +20,6 @@ def trial_limits(count: int) -> Limits:
         seconds=6 * processor_seconds,
         processor_seconds=processor_seconds,
         reply=0,
-        left=0,  # it is needed once
     )
 
 
