@@ -70,6 +70,11 @@ class ChatTemplate:
             raise PromptError(str(error)) from None
         return None
 
+    def prepare(self) -> None:
+        """Starts the process that renders it, if it needs one; it is ready by the time the tokenizer is loaded."""
+        if not is_known_template(self.source):
+            CHILD.start()
+
     def split(self, *, system: bool) -> list[str]:
         """The template's own text around the messages: [before, "user", after], or with `system`
         [before, "system", between, "user", after], in the order in which the template renders the two.

@@ -277,9 +277,11 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
     found.require_any(request.sources.paths)
     for text in found.notes:
         note(text)
+    template = ChatTemplate.from_folder(request.model)
+    if template is not None:
+        template.prepare()
     tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
     images = sources.images.prepare(tokenizer, _tower(sources.images, note)) if found.has_images else None
-    template = ChatTemplate.from_folder(request.model)
     prompt = build_prompt(tokenizer, template, found.take(), "", images=images.prompter if images else None)
     for text in prompt.notes:
         note(text)

@@ -154,8 +154,10 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         monitor.tell("checking the checkpoint")
         checked = _check_checkpoint(choices, config, monitor.note)
         context = _opened(request, monitor)
-        tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
         template = ChatTemplate.from_folder(request.model, date=choices.date)
+        if template is not None:
+            template.prepare()
+        tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
     if template is None:
         monitor.note("the checkpoint has no chat template: documents and question are given to it as plain text")
     began = time.perf_counter()
