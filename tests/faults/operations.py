@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ OPERATIONS = [
     Operation("quantize", ["quantize", "model", "-o", "state/out", "--to", "w8a16"]),
 ]
 
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+
 
 def write_checkpoint(folder: Path) -> None:
     """Two layers of the sample model's text part, in two files."""
@@ -107,31 +110,39 @@ def write_documents(top: Path) -> None:
         (top / name).write_text(content)
 
 
+WARM_UP = ("prefill", "ask-context", "questions", "inspect", "inspect-model", "plan", "quantize")
+
+
 class Place:
     """The folder, with a fork server; `starts` below it holds the states that operations start from."""
 
-    def __init__(self, top: Path, library: Path) -> None:
+    def __init__(self, top: Path, library: Path, warm_up: Collection[str] = WARM_UP) -> None:
+        """`warm_up` are operations whose modules are imported before the first fork, for speed."""
         self.top, self.state = top, top / "state"
         write_checkpoint(top / "model")
         write_documents(top)
         self._tree: str | None = None  # of `state`, where it is known
         self.state.mkdir()
-        scratch = top / "scratch"
-        scratch.mkdir()
-        warm_up = [
-            Run(OPERATIONS[n].arguments, str(top), seconds=300)
-            for n, name in enumerate([operation.name for operation in OPERATIONS])
-            if name in ("prefill", "ask-context", "questions", "inspect", "inspect-model", "plan", "quantize")
-        ]
-        self.server = ForkServer(scratch, warm_up, without=["llvmlite"], LD_PRELOAD=str(library))
-        self._make_starts()
+        (top / "scratch").mkdir()
+        (top / "starts" / "empty").mkdir(parents=True)
+        runs = [Run(BY_NAME[name].arguments, str(top), seconds=300) for name in warm_up]
+        self.server = ForkServer(top / "scratch", runs, without=["llvmlite"], LD_PRELOAD=str(library))
+
+    def start(self, name: str) -> Path:
+        """The folder of a state that operations start from."""
+        folder = self.top / "starts" / name
+        if not folder.exists():
+            self._make(name)
+            shutil.copytree(self.state, folder)
+        return folder
 
     def put_back(self, start: str, tree: str | None = None) -> None:
         """Makes `state` as it is at the start; nothing is done where it still is, by its digest `tree`."""
         if tree is not None and tree == self._tree:
             return
+        source = self.start(start)
         shutil.rmtree(self.state, ignore_errors=True)
-        shutil.copytree(self.top / "starts" / start, self.state)
+        shutil.copytree(source, self.state)
 
     def run(self, arguments: list[str], seconds: float = 30.0, **more: object) -> Ended:
         roots = {name: str(self.top / name) for name in ("model", "docs", "other", "state")}
@@ -145,29 +156,29 @@ class Place:
     def close(self) -> None:
         self.server.close()
 
-    def _make_starts(self) -> None:
-        starts = self.top / "starts"
-        shutil.rmtree(self.state)
-        (starts / "empty").mkdir(parents=True)
-        prefill = OPERATIONS[0].arguments
-
-        def make(name: str, start: str, arguments: list[str], **more: object) -> Ended:
-            self.put_back(start)
-            ended = self.run(arguments, seed=1000 + len(list(starts.iterdir())), **more)
-            shutil.copytree(self.state, starts / name)
-            return ended
-
-        def checked(ended: Ended, code: int) -> None:
+    def _make(self, name: str) -> None:
+        """Makes `state` a state to start from, with names that no run gives."""
+        earlier, operation, fault, code = STARTS[name]
+        self.put_back(earlier)
+        more = {} if fault is None else {"fault": fault}
+        if operation is not None:
+            ended = self.run(BY_NAME[operation].arguments, seed=1000 + list(STARTS).index(name), **more)
             assert ended.code == code, ended
+        if name == "answered":
+            answers = self.state / "answers"
+            answers.write_bytes(answers.read_bytes().splitlines(keepends=True)[0])
+        elif name == "damaged":
+            block = min((self.state / "ctx" / "blocks").glob("000001-*"))
+            content = bytearray(block.read_bytes())
+            content[-5] ^= 1
+            block.write_bytes(content)
+        self._tree = None
 
-        checked(make("complete", "empty", prefill), 0)
-        checked(make("interrupted", "empty", prefill, fault=["write state/ctx/journal", 3, "ENOSPC"]), 5)
-        by_name = {operation.name: operation for operation in OPERATIONS}
-        checked(make("answered", "complete", by_name["questions"].arguments), 0)
-        answers = starts / "answered" / "answers"
-        answers.write_bytes(answers.read_bytes().splitlines(keepends=True)[0])
-        shutil.copytree(starts / "complete", starts / "damaged")
-        block = min((starts / "damaged" / "ctx" / "blocks").glob("000001-*"))
-        content = bytearray(block.read_bytes())
-        content[-5] ^= 1
-        block.write_bytes(content)
+
+# From which one each state to start from is made, by which operation, with which fault, and how that ends.
+STARTS: dict[str, tuple[str, str | None, list[object] | None, int]] = {
+    "complete": ("empty", "prefill", None, 0),
+    "interrupted": ("empty", "prefill", ["write state/ctx/journal", 3, "ENOSPC"], 5),
+    "answered": ("complete", "questions", None, 0),
+    "damaged": ("complete", None, None, 0),
+}

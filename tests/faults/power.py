@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for samples
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support and faults
 
+from faults import snapshots
 from faults.disk import Change, Disk, losses, read_log
 from faults.operations import ASK, OPERATIONS, QUESTION, Operation, Place
 from faults.shim import compile_shim
@@ -74,7 +75,7 @@ class Power:
         is_full = cut.seed % per_full == per_full - 1
         changes = self.changes(operation)
         chance = random.Random(f"{cut.operation} {cut.after} {cut.seed}")
-        disk = Disk(self.place.top / "starts" / operation.start)
+        disk = Disk(self.place.start(operation.start))
         for number, change in enumerate(changes[: cut.after]):
             disk.apply(number, change)
         files = disk.after(losses(chance, cut.after))
@@ -90,7 +91,7 @@ class Power:
 
     def _check_log(self, operation: Operation) -> None:
         """All changes, none lost, are what the run left: the log has them all."""
-        disk = Disk(self.place.top / "starts" / operation.start)
+        disk = Disk(self.place.start(operation.start))
         for number, change in enumerate(self._changes[operation.name]):
             disk.apply(number, change)
         kept = disk.after(losses(_First(), 0))
@@ -113,17 +114,16 @@ class Power:
     def _wrong_context(self, operation: Operation, *, is_done: bool) -> str:
         """What is wrong with the context that a restart finds; empty if nothing is."""
         base = self.walk.base(operation)
-        told = self.place.run(["--version"]).told
-        found = told["context"]
+        found, files = self._context(), snapshots.tree(self.place.state, without="ctx")
         is_valid = found in (base.started["context"], base.made["context"])
-        if is_done and (found, told["files"]) != (base.made["context"], base.made["files"]):
+        if is_done and (found, files) != (base.made["context"], base.made["files"]):
             return "what was said to be kept is lost"
         if not is_valid and base.started["context"] and ":" not in base.started["context"]:
             return f"the context is lost: {found if ':' in found else 'neither the earlier one nor the new one'}"
         return ""
 
     def _context(self) -> str:
-        return str(self.place.run(["--version"]).told["context"])
+        return snapshots.context(self.place.state / "ctx")
 
     def _wrong(self, operation: Operation) -> str:
         """What readers and the same command make of it."""

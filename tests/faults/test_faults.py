@@ -6,36 +6,48 @@ import errno
 import itertools
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from faults.operations import OPERATIONS, Place
+from faults.operations import BY_NAME, Place
 from faults.power import CUT, Cut, Power, each
 from faults.shim import FAULTS, compile_shim
 from faults.walk import Walk, chosen, summary
 from support.cli_runner import run_process
 
-BY_NAME = {operation.name: operation for operation in OPERATIONS}
 CHANGES = ("write", "pwrite", "fsync", "rename", "open-create", "mkdir", "unlink", "ftruncate", "flock")
 SHARE = ("prefill", "replace")
 MOST, SHARD = int(os.environ.get("FAULTS_MOST", "1000000")), os.environ.get("FAULTS_SHARD", "1/1")
 PART, PARTS = (int(number) for number in SHARD.split("/"))
 
 
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
-    top = tmp_path_factory.mktemp("faults").resolve()
-    library = compile_shim(top)
+@contextmanager
+def placed(top: Path, *warm_up: str) -> Iterator[Walk]:
+    library = compile_shim(top.resolve())
     if isinstance(library, str):
         pytest.skip(library)
-    place = Place(top / "place", library)
-    yield Walk(place)
-    place.close()
+    place = Place(top.resolve() / "place", library, *([warm_up] if warm_up else []))
+    try:
+        yield Walk(place)
+    finally:
+        place.close()
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
+    with placed(tmp_path_factory.mktemp("faults")) as walk:
+        yield walk
 
 
 @pytest.mark.slow
-def test_a_share(walk: Walk) -> None:
-    """In one test, so that one process is started."""
+def test_a_share(tmp_path: Path) -> None:
+    with placed(tmp_path, "prefill", "ask-context") as walk:  # one process for all
+        check_share(walk)
+
+
+def check_share(walk: Walk) -> None:
     check_points(walk)
     check_faults(walk, SHARE, 10, CHANGES)
     power = Power(walk)

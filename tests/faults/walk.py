@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for samples
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support and faults
 
+from faults import snapshots
 from faults.operations import OPERATIONS, Operation, Place
 from faults.shim import FAULTS, Fault, compile_shim
 from support.fork_server import Ended
@@ -98,7 +99,8 @@ class Walk:
     def _record(self, operation: Operation) -> Base:
         """Two runs, which must be equal."""
         self.place.put_back(operation.start)
-        started = self.place.run(["--version"]).told
+        state = self.place.state
+        started = {"tree": snapshots.tree(state), "context": snapshots.context(state / "ctx")}
         runs = []
         points = self.place.top / "scratch" / "points"
         for _ in range(2):
