@@ -14,7 +14,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ from cache.errors import DiskError, DiskFullError, UnreadableError
 from model.weights.read_ahead import as_bytes, read_exactly
 
 MAX_HEADER_BYTES = 16 * 2**20
+LONGEST_NAME = 64  # of a unit, which is in messages
 ALIGNMENT = 64
+PIECE_BYTES = 16 * 2**20
+"""Read at a time where a whole file is verified."""
+
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -137,6 +141,19 @@ class UnitFile:
         assert self.units is not None
         return self._metadata
 
+    def num_bytes(self, name: str, most: int) -> int:
+        """How long a unit is, for whoever makes a buffer for it: no longer than the file, and at most `most`.
+
+        Raises DiskError.
+        """
+        self.check_size()
+        unit = self.units.get(name)
+        if unit is None:
+            raise DiskError(f"{self.source}: {name} is missing")
+        if unit.nbytes > most:
+            raise DiskError(f"{self.source}: {name} has {unit.nbytes:,} bytes, more than {most:,}")
+        return unit.nbytes
+
     def read(self, name: str, into: memoryview) -> None:
         """Fills `into`, which is as long as the unit, and verifies the checksum the first time. Raises DiskError."""
         with self._opened() as descriptor:
@@ -147,18 +164,28 @@ class UnitFile:
             if unit is None or unit.nbytes != len(into):
                 found = "missing" if unit is None else f"{unit.nbytes:,} bytes long"
                 raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
-            try:
-                done = read_exactly(descriptor, into, self._data + unit.offset)
-            except OverflowError as error:  # an offset past what a file can have
-                raise DiskError(f"{self.source}: cannot be read: {error}") from None
-            except OSError as error:
-                raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
+            done = self._read_into(descriptor, into, unit.offset)
         if done < len(into):
-            raise DiskError(f"{self.source}: cut short: {name} ends after {done:,} of {len(into):,} bytes")
+            raise self._cut_short(name, done, len(into))
         if name not in self._verified:
-            if zlib.crc32(into) != unit.crc32:
-                raise DiskError(f"{self.source}: damaged: the checksum of {name} does not match")
-            self._verified.add(name)
+            self._check_sum(name, unit, zlib.crc32(into))
+
+    def _read_into(self, descriptor: int, into: memoryview, offset: int) -> int:
+        """Bytes read from `offset` behind the header, fewer only at the file's end. Raises DiskError."""
+        try:
+            return read_exactly(descriptor, into, self._data + offset)
+        except OverflowError as error:  # an offset past what a file can have
+            raise DiskError(f"{self.source}: cannot be read: {error}") from None
+        except OSError as error:
+            raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
+
+    def _cut_short(self, name: str, done: int, nbytes: int) -> DiskError:
+        return DiskError(f"{self.source}: cut short: {name} ends after {done:,} of {nbytes:,} bytes")
+
+    def _check_sum(self, name: str, unit: Unit, crc32: int) -> None:
+        if crc32 != unit.crc32:
+            raise DiskError(f"{self.source}: damaged: the checksum of {name} does not match")
+        self._verified.add(name)
 
     def check_size(self) -> None:
         """Checks the header and the length of the file without reading a unit. Raises DiskError."""
@@ -178,9 +205,17 @@ class UnitFile:
     def verify(self) -> int:
         """Reads and verifies every unit; returns the number of bytes. Raises DiskError at the first damage."""
         self.check_size()
-        buffer = bytearray(max((unit.nbytes for unit in self.units.values()), default=0))
-        for name, unit in self.units.items():
-            self.read(name, memoryview(buffer)[: unit.nbytes])
+        buffer = memoryview(bytearray(min(PIECE_BYTES, max((unit.nbytes for unit in self.units.values()), default=0))))
+        with self._opened() as descriptor:
+            for name, unit in self.units.items():
+                crc = 0
+                for start in range(0, unit.nbytes, PIECE_BYTES):
+                    piece = buffer[: min(PIECE_BYTES, unit.nbytes - start)]
+                    done = self._read_into(descriptor, piece, unit.offset + start)
+                    if done < len(piece):
+                        raise self._cut_short(name, start + done, unit.nbytes)
+                    crc = zlib.crc32(piece, crc)
+                self._check_sum(name, unit, crc)
         return sum(unit.nbytes for unit in self.units.values())
 
     @contextmanager
@@ -196,7 +231,8 @@ class UnitFile:
         try:
             yield descriptor
         finally:
-            os.close(descriptor)
+            with suppress(OSError):  # nothing was written
+                os.close(descriptor)
 
     def _read_header(self, descriptor: int) -> None:
         length = bytearray(8)
@@ -218,6 +254,8 @@ class UnitFile:
             units = {str(name): Unit(*(int(number) for number in place)) for name, place in places.items()}
             if any(unit.offset < 0 or unit.nbytes < 0 for unit in units.values()):
                 raise ValueError("a negative length")
+            if any(len(name) > LONGEST_NAME for name in units):
+                raise ValueError(f"a name of more than {LONGEST_NAME} characters")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise DiskError(f"{self.source}: not a file that l4ctx wrote ({type(error).__name__}: {error})") from None
         self._data = self._base + 8 + size

@@ -18,9 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from model.bounds import shown
 from model.folder import read_regular
+
+T = TypeVar("T")
 
 FORMAT, VERSION = "l4ctx context", 1
 FILE = "manifest.json"
@@ -35,6 +38,13 @@ def read_json(file: Path) -> Any:
     Links are not followed, and nothing is waited for: what belongs to a context lies in its folder.
     """
     return json.loads(read_regular(file, MAX_JSON_BYTES, follow=False))
+
+
+def typed(value: Any, kind: type[T]) -> T:
+    """A value of a context's JSON, which must be exactly of that type. Raises TypeError."""
+    if type(value) is not kind:
+        raise TypeError(f"{shown(value)} is not of type {kind.__name__}")
+    return value
 
 
 def digest(record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from l4ctx.contexts.folder import HEAD, JOURNAL, RECREATE, digest, read_json
+from l4ctx.contexts.folder import HEAD, JOURNAL, RECREATE, digest, read_json, typed
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import write_atomically
 
@@ -21,7 +21,7 @@ def read_head(folder: Path) -> tuple[int, str] | None:
     file = folder / HEAD
     try:
         head = read_json(file)
-        return int(head["records"]), str(head["end"])
+        return typed(head["records"], int), typed(head["end"], str)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import KV_DTYPES, QUANTIZED
-from l4ctx.contexts.folder import BLOCKS, FILE, FORMAT, READERS_LOCK, RECREATE, VERSION, WRITER_LOCK, digest, read_json
+from l4ctx.contexts.folder import (
+    BLOCKS,
+    FILE,
+    FORMAT,
+    READERS_LOCK,
+    RECREATE,
+    VERSION,
+    WRITER_LOCK,
+    digest,
+    read_json,
+    typed,
+)
 from l4ctx.errors import ContextError
 from l4ctx.machine.files import write_atomically
+from model.bounds import shown
 from model.config import BACKEND_NAMES
 from model.quantization.choice import NONE, Quantization
 
@@ -54,14 +66,14 @@ class Recipe:
         """A manifest is untrusted input, and its values are used as sizes and names."""
         for name in ("prefill_chunk_size", "block_tokens", "segment_tokens"):
             if not 0 < getattr(self, name) < 2**40:
-                raise ValueError(f"{name} {getattr(self, name)!r}")
+                raise ValueError(f"{name} {shown(getattr(self, name))}")
         for name, known in (
             ("dtype", KV_DTYPES.keys() - set(QUANTIZED)),
             ("kv_dtype", KV_DTYPES.keys()),
             ("attention", set(BACKEND_NAMES)),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}")
+                raise ValueError(f"{name} {shown(getattr(self, name))}")
         datetime.datetime.fromisoformat(self.date)
         if self.quantize != NONE:
             Quantization.parse(self.quantize)
@@ -120,26 +132,29 @@ def _read(folder: Path) -> tuple[Recipe, Path | None]:
         content = read_json(file)
         said = content.pop("sha256")
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
+            raise ValueError(f"format {shown(content['format'])}")
         if content["version"] != VERSION:
             raise ContextError(
-                f"{file}: version {content['version']!r} of the format is not supported, only "
+                f"{file}: version {shown(content['version'])} of the format is not supported, only "
                 f"{VERSION}: {RECREATE}, or use the l4ctx that made it"
             )
         if digest(content) != said:
             raise ValueError("its checksum does not match")
         made = content["made_with"]
         known = [field for field in fields(Recipe) if field.default is MISSING or field.name in made]
-        recipe = Recipe(**{field.name: _typed(made[field.name], field.type) for field in known})
+        values: dict[str, Any] = {
+            field.name: typed(made[field.name], int if field.type == "int" else str) for field in known
+        }
+        recipe = Recipe(**values)
         said_path = content.get("checkpoint")
-        if said_path is not None and (not os.path.isabs(_typed(said_path, "str")) or "\0" in said_path):
-            raise ValueError(f"checkpoint {said_path!r}")
+        if said_path is not None and (not os.path.isabs(typed(said_path, str)) or "\0" in said_path):
+            raise ValueError(f"checkpoint {shown(said_path)}")
     except FileNotFoundError:
         from l4ctx.machine.suggestions import did_you_mean
 
         what = (
             f"not a saved context: it has no {FILE}"
-            if folder.exists()
+            if os.path.exists(folder)
             else (f"no such folder{did_you_mean(str(folder))}")
         )
         raise ContextError(f"{folder}: {what} (l4ctx prefill PATH... -o {folder} makes one)") from None
@@ -180,10 +195,3 @@ def saved_recipe(folder: Path) -> Recipe | None:
             f"{folder}: holds other files ({', '.join(others[:3])}) and no saved context; name a new or an empty folder"
         )
     return None
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    expected = int if kind == "int" else str
-    if isinstance(value, bool) or not isinstance(value, expected):
-        raise TypeError(f"{value!r} is not of type {expected.__name__}")
-    return value

@@ -6,6 +6,7 @@ A reader goes by the journal as it was when the reader came. `l4ctx.contexts.fol
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError, UnreadableError
 from cache.layout import StoreLayout
-from l4ctx.contexts.folder import BLOCKS, JOURNAL, RECREATE
+from l4ctx.contexts.folder import BLOCKS, JOURNAL, RECREATE, typed
 from l4ctx.contexts.head import check_head, read_head
 from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
@@ -27,10 +28,14 @@ from l4ctx.drafts.index import IndexedText
 from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
 from l4ctx.spans import ImageSpan, Span
+from model.bounds import shown
 from model.weights.read_ahead import as_bytes
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
+
+MAX_LIST_BYTES = 2**27
+"""Of the list of documents, as JSON: 700,000 with long names."""
 
 
 class Context:
@@ -40,7 +45,7 @@ class Context:
         self, folder: Path, recipe: Recipe, head: tuple[int, str] | None, records: list[dict[str, Any]]
     ) -> None:
         self.folder, self.recipe = folder, recipe
-        if (folder / BLOCKS).is_symlink():
+        if os.path.islink(folder / BLOCKS):
             raise ContextError(f"{folder / BLOCKS}: a symbolic link; a context's blocks lie in its own folder")
         self.states = replay(folder / JOURNAL, records, recipe.block_tokens)
         check_head(folder, head, records)
@@ -90,11 +95,10 @@ class Context:
 
     def ids(self, state: State) -> array[int]:
         """The documents' token ids. Raises DiskError."""
-        file = self.file(state.ids)
-        unit = file.units.get("ids")
-        if unit is None or unit.nbytes != 4 * state.tokens:
+        file, num_bytes = self.file(state.ids), 4 * state.tokens
+        if "ids" not in file.units or file.num_bytes("ids", num_bytes) < num_bytes:
             raise DiskError(f"{file.source}: it does not hold {state.tokens:,} token ids")
-        ids = array("i", bytes(unit.nbytes))
+        ids = array("i", bytes(num_bytes))
         file.read("ids", memoryview(ids).cast("B"))
         return ids
 
@@ -121,14 +125,14 @@ class Context:
         file = self.file(state.ids)
         if "documents" not in file.units:
             raise DiskError(f"{file.source}: it lists no documents")
-        return [Span(*entry) for entry in _listed(file, "documents")]
+        return [Span(*entry) for entry in _listed(file, "documents", state.tokens)]
 
     def images(self, state: State) -> list[ImageSpan]:
         """Where images are among the tokens, and digests of everything their features depend on. Raises DiskError."""
         file = self.file(state.ids)
         return [
             ImageSpan(start, stop, sha256)
-            for _, start, stop, sha256 in (_listed(file, "images") if "images" in file.units else ())
+            for _, start, stop, sha256 in (_listed(file, "images", state.tokens) if "images" in file.units else ())
         ]
 
     def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
@@ -139,12 +143,17 @@ class Context:
         rows = tokens // self.recipe.block_tokens
         files = [self.file(stored) for stored in state.blocks[:rows]]
         source = self.source(state, tokens)
+        is_within_chunk = tokens % cache.layout.config.attention_chunk_size != 0
+        if is_within_chunk and (source is None or source.name.startswith(BLOCKS)):
+            raise DiskError(
+                f"{self.folder / JOURNAL}: {tokens:,} tokens end within an attention chunk, without its tail"
+            )
         if source is None:
             cache.restore(tokens, files)
         elif source.name.startswith(BLOCKS):
             cache.restore(tokens, files, partial=self.file(source))
         else:
-            cache.restore(tokens, files, tail=self._tail(source, cache.layout))
+            cache.restore(tokens, files, tail=self._tail(source, cache.layout, tokens))
 
     def source(self, state: State, tokens: int) -> Stored | None:
         """The file with those of the first `tokens` that fill no whole block; None where there are none."""
@@ -155,33 +164,48 @@ class Context:
             return state.blocks[rows]
         return state.tail if state.is_complete else state.partial
 
-    def _tail(self, stored: Stored, layout: StoreLayout) -> dict[int, Block]:
+    def _tail(self, stored: Stored, layout: StoreLayout, tokens_before: int) -> dict[int, Block]:
+        """What a tail file holds of each layer, for a cache of so many tokens. Raises DiskError."""
         file, config = self.file(stored), layout.config
         dtype = getattr(torch, self.recipe.dtype)
         per_token = config.num_key_value_heads * config.head_dim * dtype.itemsize
+        most = max(layout.block_tokens, config.attention_chunk_size)
+        layers = {str(layer): layer for layer in range(config.num_hidden_layers)}
         tail = {}
-        for name, unit in file.units.items():
-            tokens, rest = divmod(unit.nbytes, 2 * per_token)
-            if rest or not name.isdecimal() or int(name) >= config.num_hidden_layers:
-                raise DiskError(f"{file.source}: {name} is not a layer of this model")
+        for name in file.units:
+            tokens, rest = divmod(file.num_bytes(name, 2 * per_token * most), 2 * per_token)
+            if rest or name not in layers:
+                raise DiskError(f"{file.source}: {shown(name)} is not a layer of this model")
             shape = (2, 1, config.num_key_value_heads, tokens, config.head_dim)
             buffer = torch.empty(shape, dtype=dtype)
             file.read(name, as_bytes(buffer))
-            tail[int(name)] = Block(buffer[0], buffer[1])
+            tail[layers[name]] = Block(buffer[0], buffer[1])
+        for layer in layers.values():
+            needed = tokens_before % (config.attention_chunk_size if config.uses_rope(layer) else layout.block_tokens)
+            if needed and (layer not in tail or tail[layer].keys.shape[2] < needed):
+                raise DiskError(f"{file.source}: it does not hold the last {needed:,} tokens of layer {layer}")
         return tail
 
 
-def _listed(file: UnitFile, unit: str) -> list[tuple[str, int, int, str]]:
-    """A unit of a tokens file that is a JSON list: source (or ""), start, stop and SHA-256. Raises DiskError."""
-    text = bytearray(file.units[unit].nbytes)
+def _listed(file: UnitFile, unit: str, tokens: int) -> list[tuple[str, int, int, str]]:
+    """A unit of a tokens file that is a JSON list: source (or ""), start, stop and SHA-256, within `tokens` tokens.
+
+    Raises DiskError.
+    """
+    text = bytearray(file.num_bytes(unit, MAX_LIST_BYTES))
     file.read(unit, memoryview(text))
     try:
-        return [
-            (str(entry.get("source", "")), int(entry["start"]), int(entry["stop"]), str(entry["sha256"]))
-            for entry in json.loads(text)
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return [_entry(typed(entry, dict), tokens) for entry in typed(json.loads(text), list)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DiskError(f"{file.source}: its list of {unit} cannot be read ({error})") from None
+
+
+def _entry(entry: dict[str, Any], tokens: int) -> tuple[str, int, int, str]:
+    source, sha256 = typed(entry.get("source", ""), str), typed(entry["sha256"], str)
+    start, stop = typed(entry["start"], int), typed(entry["stop"], int)
+    if not 0 <= start <= stop <= tokens:
+        raise ValueError(f"tokens {shown(start)} to {shown(stop)} of {tokens:,}")
+    return source, start, stop, sha256
 
 
 class ContextReader:

@@ -12,14 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l4ctx.contexts.folder import RECREATE
+from l4ctx.contexts.folder import RECREATE, typed
 from l4ctx.errors import ContextError
+from model.bounds import shown
 
 _NAMES = {
     "block": re.compile(r"blocks/\d{6,12}-[0-9a-f]{12}\.safetensors"),
     "ids": re.compile(r"tokens-[0-9a-f]{12}\.safetensors"),
     "tail": re.compile(r"tail-[0-9a-f]{12}\.safetensors"),
 }
+MOST_TOKENS = 2**26
+"""Six times the longest context of a published model: 256 MiB of ids."""
+
+MOST_REFERENCES = 2**24
+"""To blocks, of all states together: each state may begin with those of an earlier one."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,11 +99,14 @@ def end_record(tail: Stored | None, ids: Stored) -> dict[str, Any]:
 def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]:
     """The states, oldest first. Raises ContextError for an invalid record."""
     states: list[State] = []
-    number = 0
+    number = references = 0
     try:
         for number, record in enumerate(records, 1):  # noqa: B007 (named in the error)
             if record["type"] == "begin":
                 states.append(_begun(record, states, block_tokens))
+                references += len(states[-1].blocks)
+                if references > MOST_REFERENCES:
+                    raise ValueError(f"more than {MOST_REFERENCES:,} blocks of earlier states")
             elif record["type"] == "block":
                 tip, index = states[-1], _count(record["index"])
                 if tip.has_ended or index > len(tip.blocks):
@@ -108,10 +118,12 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
                 tip = states[-1]
                 if len(tip.blocks) != tip.tokens // block_tokens:
                     raise ValueError(f"{len(tip.blocks)} blocks for {tip.tokens} tokens")
+                if record["tail"] is None and tip.tokens % block_tokens:
+                    raise ValueError(f"no tail for {tip.tokens} tokens")
                 tip.tail = None if record["tail"] is None else _stored(record["tail"], "tail")
                 tip.is_complete = tip.has_ended = True
             else:
-                raise ValueError(f"type {record['type']!r}")
+                raise ValueError(f"type {shown(record['type'])}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ContextError(
             f"{file}: damaged: record {number} is invalid ({type(error).__name__}: {error}); {RECREATE}"
@@ -121,29 +133,29 @@ def replay(file: Path, records: Iterable[Any], block_tokens: int) -> list[State]
 
 def _begun(record: dict[str, Any], states: list[State], block_tokens: int) -> State:
     base, kept, partial = record["base"], _count(record["kept"]), record["partial"]
-    if base is not None and not 0 <= base < len(states):
+    if base is not None and _count(base) >= len(states):
         raise ValueError(f"base {base}")
     blocks = states[base].blocks[:kept] if base is not None else []
     start, tokens = _count(record["start"]), _count(record["tokens"])
-    if len(blocks) != kept or kept != start // block_tokens or start > tokens:
+    if len(blocks) != kept or kept != start // block_tokens or not start <= tokens <= MOST_TOKENS:
         raise ValueError(f"{kept} blocks for {start} of {tokens} tokens")
     if (partial is None) != (start % block_tokens == 0):
         raise ValueError(f"partial block for {start} tokens")
     if partial is not None:
         partial = _stored(partial, "tail" if str(partial["file"]).startswith("tail") else "block")
-    return State(tokens, start, _stored(record["ids"], "ids"), bool(record["system"]), blocks, partial)
+    return State(tokens, start, _stored(record["ids"], "ids"), typed(record["system"], bool), blocks, partial)
 
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**48:
-        raise ValueError(f"{value!r} is not a count")
+        raise ValueError(f"{shown(value)} is not a count")
     return value
 
 
 def _stored(record: dict[str, Any], kind: str) -> Stored:
     name, sha256 = record["file"], record["sha256"]
     if not _NAMES[kind].fullmatch(name) or not _DIGEST.fullmatch(sha256):
-        raise ValueError(f"{name!r} is not a file of a context")
+        raise ValueError(f"{shown(name)} is not a file of a context")
     return Stored(name, sha256)
 
 

@@ -28,7 +28,7 @@ from l4ctx.contexts.locks import make_readers_lock, writer_lock
 from l4ctx.contexts.manifest import Recipe, read_manifest, saved_recipe, write_manifest
 from l4ctx.contexts.reader import Context
 from l4ctx.contexts.reuse import reusable
-from l4ctx.contexts.states import State, Stored, block_record, end_record
+from l4ctx.contexts.states import MOST_TOKENS, State, Stored, block_record, end_record
 from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
 from l4ctx.machine.private import make_folder
@@ -101,8 +101,10 @@ class ContextWriter:
     ) -> int:
         """Starts to read `ids`, or resumes it; returns how many of them need not be read.
 
-        Raises DiskError and DiskFullError.
+        Raises DiskError, DiskFullError, and ContextError for too many.
         """
+        if len(ids) > MOST_TOKENS:
+            raise ContextError(f"{self.folder}: {len(ids):,} tokens are more than a context can hold, {MOST_TOKENS:,}")
         reuse = reusable(self.context, ids, layout, self.context.usable, images)
         base = reuse.state
         if base is not None and reuse.is_same and base is self.tip:
