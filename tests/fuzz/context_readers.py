@@ -8,8 +8,10 @@ import json
 import os
 import random
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fuzz.checkpoint_readers import mutate_shard
 from fuzz.inputs import Failure, Files, Reader, one_of
@@ -38,6 +40,37 @@ def _files(folder: Path) -> Files:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.suffix != ".lock"
     }
+
+
+def mutate_units(draw: random.Random, content: bytes) -> bytes:
+    """A file of units as its writer might have made it: one with other places, or another content and its CRC-32."""
+    try:
+        return _other_units(draw, content)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):  # it was changed before
+        return mutate_bytes(draw, content, 200)
+
+
+def _other_units(draw: random.Random, content: bytes) -> bytes:
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    places = json.loads(header["__metadata__"]["units"])
+    if draw.randrange(2):
+        units = mutate_json(draw, json.dumps(places).encode())
+        return _shard(header, units.decode("utf-8", "replace"), data)
+    name = draw.choice(sorted(places))
+    offset, size, _ = places[name]
+    unit = data[offset : offset + size]
+    changed = mutate_json(draw, unit) if unit[:1] in (b"[", b"{") else mutate_bytes(draw, unit)
+    for other, place in places.items():
+        if other != name and place[0] >= offset + size:
+            places[other] = [place[0] + len(changed) - size, *place[1:]]
+    places[name] = [offset, len(changed), zlib.crc32(changed)]
+    return _shard(header, json.dumps(places), data[:offset] + changed + data[offset + size :])
+
+
+def _shard(header: dict[str, Any], units: str, data: bytes) -> bytes:
+    text = json.dumps(header | {"__metadata__": header["__metadata__"] | {"units": units}}).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def mutate_journal(draw: random.Random, content: bytes) -> bytes:
@@ -104,7 +137,7 @@ def _with_head(files: Files) -> Files:
 _ONE = one_of(
     ("manifest.json", mutate_json), ("head.json", mutate_json), ("journal", mutate_journal),
     ("journal", mutate_journal), ("journal", mutate_journal), ("safetensors", mutate_shard),
-    ("safetensors", mutate_bytes),
+    ("safetensors", mutate_bytes), ("safetensors", mutate_units), ("safetensors", mutate_units),
 )  # fmt: skip
 
 

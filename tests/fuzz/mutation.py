@@ -31,7 +31,7 @@ LARGE = (
 """Rarely, as they take time to write and to read."""
 INTEGERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63,
             2**64 - 1)  # fmt: skip
-MOST_TRIES = 50
+MOST_TRIES, MOST_LEAVES = 50, 300
 
 
 def hostile(draw: random.Random) -> str:
@@ -81,7 +81,11 @@ def mutate_json(draw: random.Random, content: bytes) -> bytes:
 
 
 def _place(draw: random.Random, tree: Node) -> tuple[Node, Any]:
-    """A container and one of its keys. Descends by chance, so that large lists do not take all changes."""
+    """A container and one of its keys: any leaf of a small tree; or by descent, so that large lists do not take all."""
+    if draw.randrange(3):
+        leaves = _leaves(tree)
+        if leaves:
+            return draw.choice(leaves)
     node, key = tree, None
     for _ in range(MOST_TRIES):
         if not node:
@@ -92,6 +96,21 @@ def _place(draw: random.Random, tree: Node) -> tuple[Node, Any]:
             break
         node = inner
     return node, key
+
+
+def _leaves(tree: Node) -> list[tuple[Node, Any]]:
+    """The places of all values that hold no others; none where there are more than MOST_LEAVES."""
+    found, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(inner, dict | list) and inner:
+                waiting.append(inner)
+            else:
+                found.append((node, key))
+            if len(found) + len(waiting) > MOST_LEAVES:
+                return []
+    return found
 
 
 def _replace(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> None:
@@ -114,6 +133,21 @@ def _number(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> 
         )
     )
     return None
+
+
+def _like(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> None:
+    """A hostile value of the same type: it gets farther than one of another."""
+    value = node[key]
+    kinds = {bool: ("true", "false"), int: NUMBERS, float: NUMBERS, str: TEXTS}
+    node[key] = raw.of(draw.choice(kinds.get(type(value), OTHERS)))
+
+
+def _numbers(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> None:
+    """Several numbers that are one hostile number: sizes whose product is beyond all bounds."""
+    places = [(n, k) for n, k in _leaves(tree) if type(n[k]) in (int, float)]
+    number = draw.choice(NUMBERS)
+    for where, place in draw.sample(places, min(len(places), draw.choice((2, 3, 5, 50)))):
+        where[place] = raw.of(number)
 
 
 def _delete(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> None:
@@ -155,13 +189,15 @@ def _text(draw: random.Random, raw: _Raw, tree: Node, node: Any, key: Any) -> No
     """A similar text where it was one."""
     if not isinstance(node[key], str):
         return _replace(draw, raw, tree, node, key)
-    changed = mutate_text(draw, node[key].encode("utf-8", "surrogatepass"))
+    text = node[key].encode("utf-8", "surrogatepass")
+    changed = mutate_json(draw, text) if text[:1] in (b"{", b"[") else mutate_text(draw, text)
     node[key] = changed.decode("utf-8", draw.choice(("replace", "surrogateescape")))
     return None
 
 
 _CHANGES: Sequence[Callable[[random.Random, _Raw, Node, Any, Any], None]] = (
-    _replace, _replace, _replace, _number, _number, _delete, _twice, _swap, _copy, _rename, _wrap, _text,
+    _replace, _replace, _like, _like, _like, _like, _number, _number, _numbers, _delete, _twice, _swap, _copy, _rename,
+    _wrap, _text,
 )  # fmt: skip
 
 
