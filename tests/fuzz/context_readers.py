@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fuzz.checkpoint_readers import mutate_shard
 from fuzz.inputs import Failure, Files, Reader, one_of
@@ -27,11 +29,21 @@ def contexts() -> Mapping[str, Files]:
 
     found: dict[str, Files] = {}
     for name, stop in (("complete", None), ("interrupted", 40)):
-        with tempfile.TemporaryDirectory() as place:
+        with mock.patch("secrets.token_hex", _Counter()), tempfile.TemporaryDirectory() as place:
             keep(Path(place) / "c", tokens(75), stop=stop)
             found[name] = _files(Path(place) / "c")
     saved = ROOT / "tests" / "contexts" / "saved_by_0_1_0"
     return found | {"older, with an image": _files(saved / "image" / "context")}
+
+
+class _Counter:
+    """Names that are the same in every run."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+
+    def __call__(self, count: int) -> str:
+        return f"{next(self._numbers):0{2 * count}x}"
 
 
 def _files(folder: Path) -> Files:

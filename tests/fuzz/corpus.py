@@ -53,6 +53,7 @@ def keep(reader: Reader, seed: str, files: Files, why: str) -> Path:
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     if len(text.encode()) > MOST_BYTES:
         raise ValueError(f"{len(text):,} characters are too many for the corpus")
+    CORPUS.mkdir(exist_ok=True)
     known = {file.read_text(encoding="utf-8") for file in CORPUS.glob("*.json")}
     number = next(n for n in itertools.count(1) if not (CORPUS / f"{reader.name}-{n:02}.json").exists())
     file = CORPUS / f"{reader.name}-{number:02}.json"

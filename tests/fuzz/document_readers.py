@@ -80,7 +80,7 @@ def others() -> Mapping[str, Files]:
     archive, tape = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for name in ("[Content_Types].xml", "word/document.xml", "mimetype"):
-            file.writestr(name, "application/epub+zip")
+            file.writestr(zipfile.ZipInfo(name), "application/epub+zip")
     with tarfile.open(fileobj=tape, mode="w") as file:
         file.addfile(tarfile.TarInfo("a"), io.BytesIO(b""))
     found = {

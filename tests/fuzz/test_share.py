@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -73,7 +74,14 @@ def _check_drawn(reader: Reader, place: Path, examples: int) -> None:
     read()
 
 
-@pytest.mark.parametrize("file", sorted(CORPUS.glob("*.json")), ids=lambda file: file.stem)
+def _kept() -> list[Any]:
+    """Those that take seconds, as limits of time are what holds them, are for -m fuzz."""
+    files = sorted(CORPUS.glob("*.json"))
+    slow = {file for file in files if '"slow": true' in file.read_text(encoding="utf-8")}
+    return [pytest.param(file, id=file.stem, marks=[pytest.mark.fuzz] * (file in slow)) for file in files]
+
+
+@pytest.mark.parametrize("file", _kept())
 def test_what_failed_once(file: Path) -> None:
     assert file.stat().st_size <= MOST_BYTES
     reader, files = load(file)
