@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from l4ctx.checkpoint.known import is_known_template
-from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError, read_settings, special_tokens
+from l4ctx.checkpoint.tokenizer import MOST_TEMPLATE, Tokenizer, TokenizerError, read_settings, special_tokens
 from l4ctx.confinement.process import (
     LARGE,
     SLOW,
@@ -81,6 +81,8 @@ class ChatTemplate:
 
         Raises PromptError if the template fails or does not render each message exactly once.
         """
+        if len(self.source) > MOST_TEMPLATE:
+            raise PromptError(f"the checkpoint's chat template has more than {MOST_TEMPLATE:,} characters")
         markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
         try:
             return self._split_rendering(markers, as_parts=False)
@@ -96,7 +98,9 @@ class ChatTemplate:
     def _marker(self, role: str) -> str:
         """A placeholder for a message that no filter trims and that occurs nowhere in the template."""
         text = self.source + "".join(self.special_tokens.values())
-        return next(marker for n in range(len(text) + 1) if (marker := f"l4ctx{role.title()}Text{n}q") not in text)
+        start = f"l4ctx{role.title()}Text"
+        taken = set(re.findall(rf"{start}(\d+)q", text))
+        return next(f"{start}{n}q" for n in range(len(taken) + 1) if str(n) not in taken)
 
     def _split_rendering(self, markers: dict[str, str], *, as_parts: bool) -> list[str]:
         messages: list[dict[str, Any]] = []

@@ -11,7 +11,8 @@ from typing import Any
 MOST_GROWTH = 1024.0  # bytes of normalized and split text for each byte of the text, at worst
 MOST_SPLIT_GROWTH = 24.0  # the same by splitting alone
 MOST_DECODED_GROWTH = 24.0  # bytes of text for each byte of the tokens
-MOST_ADDED_TOKENS = 1 << 16
+MOST_ADDED_TOKENS = 1 << 14  # Llama 4's has 1,135
+MOST_ADDED_TEXT = 1 << 20  # characters of all added tokens
 
 _UNCHANGED = 1.0
 _BYTES_AS_CHARACTERS = 2.0 + 2.0  # of byte-level BPE; and a space before each piece

@@ -36,6 +36,7 @@ PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many ch
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
 USUAL_GROWTH = 16.0  # by a normalizer, in bytes; beyond it, texts are measured before they are encoded
 GROWTH_ALLOWANCE = 1 << 16  # bytes, for short texts
+MOST_TEMPLATE = 1 << 17  # characters; Llama 4's has 6,000
 LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
 
 _LLAMA4_PATTERNS = frozenset({LLAMA4_PATTERN, LLAMA4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")})
@@ -321,9 +322,10 @@ def _template_source(files: CheckpointFiles, config: dict[str, Any]) -> str:
     sources = [config.get("chat_template"), read_settings(files, "chat_template.json").get("chat_template")]
     with suppress(OSError):
         sources.append(files.content(CHAT_TEMPLATE).decode("utf-8", "replace"))
-    return "\n".join(
+    texts = (
         source if isinstance(source, str) else json.dumps(source, ensure_ascii=False) for source in sources if source
     )
+    return "\n".join(texts)[: 2 * MOST_TEMPLATE]  # one that is longer is refused
 
 
 def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], bool] | None = None) -> Iterator[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from l4ctx.checkpoint.growth import (
+    MOST_ADDED_TEXT,
     MOST_ADDED_TOKENS,
     MOST_DECODED_GROWTH,
     MOST_GROWTH,
@@ -41,9 +42,13 @@ def _serve(request: dict[str, Any], receive: Receive, send: Send) -> Last:
     content = receive()
     tokenizer = _loaded(content)
     del content
-    count = len(tokenizer.get_added_tokens_decoder())
-    if count > MOST_ADDED_TOKENS:
-        raise Refusal(f"has {count:,} added tokens; at most {MOST_ADDED_TOKENS:,} are read")
+    added = tokenizer.get_added_tokens_decoder().values()
+    characters = sum(len(token.content) for token in added)
+    if len(added) > MOST_ADDED_TOKENS or characters > MOST_ADDED_TEXT:
+        raise Refusal(
+            f"has {len(added):,} added tokens of {characters:,} characters; at most {MOST_ADDED_TOKENS:,} of "
+            f"{MOST_ADDED_TEXT:,} are read"
+        )
     split = split_growth(_state(tokenizer.pre_tokenizer))
     _check("pre-tokenizer", split, MOST_SPLIT_GROWTH)
     _check("normalizer", split * normalized_growth(_state(tokenizer.normalizer)), MOST_GROWTH)

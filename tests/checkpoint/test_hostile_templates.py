@@ -144,6 +144,13 @@ def test_one_with_a_huge_text_is_refused() -> None:
     assert split("{{ 'a' * 10 ** 6 }}")[0] == "a" * 10**6
 
 
+def test_a_long_one_is_refused_early() -> None:
+    """Even one with everything that could mark a message."""
+    markers = "".join(f"l4ctxUserText{n}q" for n in range(6000))
+    assert split(markers)[-1] == "" and split(markers)[0] == markers
+    assert refused(markers * 10) == "the checkpoint's chat template has more than 131,072 characters"
+
+
 @pytest.mark.parametrize("source", FAILING, ids=range(len(FAILING)))
 def test_one_that_fails_is_one_line(source: str) -> None:
     assert refused(source).startswith("the checkpoint's chat template fails: ")
