@@ -25,7 +25,7 @@ from support.places import ROOT
 
 SEED = 2026
 SHARE = {
-    "config": 100, "plan": 100, "folder": 0, "chat_template": 20, "quantized_weights": 0,
+    "config": 100, "plan": 100, "folder": 0, "tokenizer": 50, "chat_template": 20, "quantized_weights": 0,
     "inspect_checkpoint": 20, "gguf_model": 0,
     "inspect_context": 60, "pdf": 30, "pdf_pages": 4, "command_line": 8,
 }  # fmt: skip
