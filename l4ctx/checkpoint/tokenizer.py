@@ -130,6 +130,16 @@ class Tokenizer:
             embeddings=embeddings,
         )
 
+    @property
+    def longest_token(self) -> int | None:
+        """The most bytes of UTF-8 that a token stands for; None where a normalizer or a pre-tokenizer other than
+        Llama 4's may shorten the text before.
+        """
+        if not self._has_safe_cuts:
+            return None
+        of_vocabulary = self._data.get_vocab(with_added_tokens=False)  # a character for each byte
+        return max(max(map(len, of_vocabulary)), max((len(text.encode()) for text in self._added.values()), default=0))
+
     def special_id(self, content: str) -> int | None:
         """The id of the added token `content`; None if there is none."""
         return next((token_id for token_id, token in self._added.items() if token == content), None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from l4ctx.documents.document import Content, DocumentMemoryError
+from l4ctx.documents.document import Content, DocumentLengthError, DocumentMemoryError
 from l4ctx.documents.images import ImageError, image_format, read_image
+from l4ctx.documents.length import TextLimit, chunks_of
 from l4ctx.documents.payload import Payload, without_payload
 from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
 from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
@@ -36,12 +38,15 @@ class ContentReader:
     no_images: str | None = None
     encoding: str | None = None
     keep_payload: bool = False
+    limit: TextLimit | None = None
 
     def check(self, path: str | None, sample: bytes, size: int | None) -> None:
-        """Raises one of NOT_READ for a file that is left out, judged by its first bytes; and DocumentMemoryError.
+        """Raises one of NOT_READ for a file that is left out, judged by its first bytes; DocumentMemoryError, and
+        DocumentLengthError for text that is surely too long.
 
         `size` is in bytes; None if unknown, as for a pipe.
         """
+        is_plain = False
         if is_pdf(sample):
             check_support()
         elif not is_text(sample, self.encoding):
@@ -52,9 +57,27 @@ class ContentReader:
                 raise LeftOutError(f"a {image_kind} image; {self.no_images}")
         elif is_rtf(sample):
             raise LeftOutError(_named(RTF, path))
+        else:
+            is_plain = True
+        if is_plain and size is not None and path is not None:
+            self.check_length(size, partial(chunks_of, path))
         if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
             raise DocumentMemoryError(
                 f"{human_bytes(size)}, but {human_bytes(free)} of memory is free; split it, or leave it out"
+            )
+
+    def check_length(self, size: int, chunks: Callable[[], Iterable[bytes]]) -> None:
+        """Raises DocumentLengthError for text that is surely too long."""
+        if self.limit is not None and self.encoding is None:
+            self.limit.check(size, chunks, keep_payload=self.keep_payload)
+
+    def check_growth(self, raw: bytes) -> None:
+        """Raises DocumentLengthError and DocumentMemoryError for what a pipe has carried so far."""
+        if self.is_text(raw) and not is_pdf(raw):
+            self.check_length(len(raw), lambda: iter([raw]))
+        if len(raw) > (free := _free_memory(len(raw))):
+            raise DocumentMemoryError(
+                f"{human_bytes(len(raw))} so far, but {human_bytes(free)} of memory is free; split it, or leave it out"
             )
 
     def read(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
@@ -71,6 +94,8 @@ class ContentReader:
         text, payload = (text, None) if self.keep_payload else without_payload(text)
         if not text:
             raise LeftOutError("a notebook without cells")
+        if self.limit is not None:
+            self.limit.taken += len(text)
         return text, payload, notes
 
     def is_text(self, raw: bytes) -> bool:
@@ -79,11 +104,11 @@ class ContentReader:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Adds the name of the document to errors about memory."""
+    """Adds the name of the document to errors about memory and length."""
     try:
         yield
-    except DocumentMemoryError as error:
-        raise DocumentMemoryError(f"{name}: {error}") from None
+    except (DocumentMemoryError, DocumentLengthError) as error:
+        raise type(error)(f"{name}: {error}") from None
     except MemoryError:
         raise DocumentMemoryError(f"{name}: there is not enough memory to read it; split it, or leave it out") from None
 

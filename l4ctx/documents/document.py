@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from l4ctx.documents.images import DocumentImage
 from l4ctx.documents.payload import Payload
-from l4ctx.errors import MEMORY, InputError
+from l4ctx.errors import MEMORY, TOO_LONG, InputError
 from l4ctx.formatting import printable
 
 Content = str | tuple[str | DocumentImage, ...]
@@ -23,7 +23,13 @@ class DocumentMemoryError(DocumentError):
     exit_code = MEMORY
 
 
-@dataclass(frozen=True)
+class DocumentLengthError(DocumentError):
+    """Surely more text than the model has positions for."""
+
+    exit_code = TOO_LONG
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Document:
     """A text, or texts and images in order.
 
@@ -50,7 +56,7 @@ class Document:
         return [part for part in self.parts if isinstance(part, DocumentImage)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A file, or a folder with everything in it, that was left out."""
 

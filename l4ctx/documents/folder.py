@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from l4ctx.contexts.folder import is_context
@@ -12,7 +13,7 @@ from l4ctx.documents.exclusion.rules import Rules
 from l4ctx.formatting import printable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An entry of a folder that is still to be read."""
 
@@ -29,36 +30,61 @@ class Entry:
         return not isinstance(self.status, OSError) and stat.S_ISDIR(self.status.st_mode)
 
 
+class Level:
+    """A folder that is being walked: its entries in the order of their paths' bytes, each looked at when it is due.
+
+    Of those to come there is nothing but the names, so that a folder of a million files is no burden.
+    """
+
+    def __init__(self, path: str, real: str, source: str) -> None:
+        """Lists the folder. Raises OSError."""
+        self.rules: Rules | None = None
+        self._path, self._real = os.path.join(path, ""), os.path.join(real, "")
+        self._source = f"{source}/" if source else ""
+        self._links: set[bytes] = set()
+        with os.scandir(path) as scan:
+            self._keys = [self._key(found) for found in scan]  # the name, and a slash if it is a folder's
+        self._keys.sort(reverse=True)
+
+    def entries(self) -> Iterator[Entry]:
+        """Each one is gone when the next one is asked for."""
+        while self._keys:
+            yield self._entry(self._keys.pop())
+
+    def _key(self, found: os.DirEntry[str]) -> bytes:
+        key = os.fsencode(found.name)
+        try:
+            is_folder = found.is_dir()
+        except OSError:  # of what a link leads to; the look at the entry itself finds it again
+            is_folder = False
+        if is_folder:
+            key += b"/"
+        if found.is_symlink():
+            self._links.add(key)
+        return key
+
+    def _entry(self, key: bytes) -> Entry:
+        name = os.fsdecode(key.removesuffix(b"/"))
+        path, own = self._path + name, self._real + name
+        status: os.stat_result | OSError
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            status = error
+        real, is_link = own, key in self._links
+        if is_link:
+            try:
+                real = os.path.realpath(own, strict=True)
+            except OSError as error:
+                real = os.path.realpath(own)
+                status = status if isinstance(status, OSError) else error
+        return Entry(path, own, real, f"{self._source}{printable(name)}", self.rules, status, is_link)
+
+
 def folder_source(path: str) -> str:
     """The name of a folder argument: its last component; of the current folder, none."""
     name = os.path.basename(os.path.normpath(path))
     return printable({os.curdir: "", os.pardir: os.path.basename(os.path.abspath(path))}.get(name, name))
-
-
-def entries_of(path: str, real: str, source: str, rules: Rules | None) -> list[Entry]:
-    """The entries of a folder, last one first: to be popped in the order of their paths' bytes."""
-    with os.scandir(path) as scan:
-        found = list(scan)
-    entries = []
-    for each in found:
-        is_link = each.is_symlink()
-        status: os.stat_result | OSError
-        try:
-            status = os.stat(each.path)
-        except OSError as error:
-            status = error
-        own = os.path.join(real, each.name)
-        entry = Entry(
-            each.path,
-            own,
-            os.path.realpath(own) if is_link else own,
-            f"{source}/{printable(each.name)}".lstrip("/"),
-            rules,
-            status,
-            is_link,
-        )
-        entries.append((os.fsencode(each.name) + b"/" * entry.is_folder, entry))
-    return [entry for _, entry in sorted(entries, key=lambda pair: pair[0], reverse=True)]
 
 
 def reason_to_leave_out(entry: Entry, root: str) -> str | None:

@@ -31,7 +31,7 @@ def notebook(text: str) -> Notebook | None:
         return None
     cells = content.get("cells")
     if cells is None and isinstance(sheets := content.get("worksheets"), list):
-        cells = [cell for sheet in sheets if isinstance(sheet, dict) for cell in sheet.get("cells") or []]
+        cells = [cell for sheet in sheets if isinstance(sheet, dict) for cell in _listed(sheet.get("cells"))]
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         return None
     shown = []
@@ -46,7 +46,7 @@ def notebook(text: str) -> Notebook | None:
         ends_line = not source or source.endswith("\n")
         shown.append(f"# %% {label}cell {number}\n{source}" + "\n" * (not ends_line))
         found, attached = cell.get("outputs"), cell.get("attachments")
-        outputs += found if isinstance(found, list) else []
+        outputs += _listed(found)
         attachments += list(attached.values()) if isinstance(attached, dict) else []
     counts = [counted(len(parts), what) for parts, what in ((outputs, "output"), (attachments, "attachment")) if parts]
     left_out = json.dumps(outputs + attachments, indent=1, ensure_ascii=False) if counts else ""
@@ -56,6 +56,10 @@ def notebook(text: str) -> Notebook | None:
 def _valid(text: str) -> str:
     """Replaces lone surrogates, which JSON can spell."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _joined(source: object) -> str | None:

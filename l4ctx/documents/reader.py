@@ -6,6 +6,7 @@ Everything that is left out is reported with its reason.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -16,9 +17,13 @@ from l4ctx.contexts.folder import is_context
 from l4ctx.documents.content import NOT_READ, ContentReader, naming
 from l4ctx.documents.document import Document, DocumentError, DocumentMemoryError, DocumentSet, Skipped
 from l4ctx.documents.exclusion.rules import Exclusion, Rules
-from l4ctx.documents.folder import Entry, entries_of, folder_source, reason_to_leave_out
+from l4ctx.documents.folder import Entry, Level, folder_source, reason_to_leave_out
+from l4ctx.documents.length import TextLimit
+from l4ctx.documents.reached import Reached
 from l4ctx.formatting import printable
 from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
+
+_CHUNK_BYTES = 1 << 20
 
 
 def read_documents(
@@ -30,6 +35,7 @@ def read_documents(
     encoding: str | None = None,
     keep_payload: bool = False,
     skip_unreadable: bool = False,
+    limit: TextLimit | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
@@ -42,9 +48,10 @@ def read_documents(
     `l4ctx.documents.payload` would leave out; `progress` is told the number of documents after each. What a file is,
     its first 64 KiB tell; of what is left out no more is read. Raises DocumentError for a path that is missing, is not
     a file or folder, or cannot be read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given
-    twice or without `stdin`; DocumentMemoryError for a file that does not fit into memory.
+    twice or without `stdin`; DocumentMemoryError for a file that does not fit into memory; DocumentLengthError for text
+    that surely has more tokens than `limit` says.
     """
-    content = ContentReader(pdf, no_images, encoding, keep_payload)
+    content = ContentReader(pdf, no_images, encoding, keep_payload, limit)
     reader = _Reader(content, stdin, progress, skip_unreadable=skip_unreadable)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
@@ -56,6 +63,14 @@ def _file_source(path: str) -> str:
     """The name of a file argument: as typed, normalised, without what leads out of or to the top of the tree."""
     parts = os.path.normpath(path).replace(os.sep, "/").split("/")
     return printable("/".join(part for part in parts if part not in ("", "..")))
+
+
+def _real_path(path: str) -> str:
+    """Without links. Raises OSError where one of them cannot be read."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except FileNotFoundError:  # a descriptor's file may have no name any more, as /dev/stdin of a here-document
+        return os.path.realpath(path)
 
 
 class _Reader:
@@ -76,7 +91,7 @@ class _Reader:
         self._sources: set[str] = set()
         self._exclusion = Exclusion()
         self._skip_unreadable, self._missed = skip_unreadable, list[str]()
-        self._seen: dict[str, str] = {}  # real path of a file or folder -> the source it was read as
+        self._reached = Reached()
 
     def read_argument(self, path: str) -> None:
         if path == "-":
@@ -85,7 +100,7 @@ class _Reader:
             raise DocumentError("a path is empty (is a shell variable unset?)")
         try:
             mode = os.stat(path).st_mode
-            real = os.path.realpath(path)
+            real = _real_path(path)
         except FileNotFoundError:
             raise DocumentError(f"{printable(path)}: no such file or folder (check the spelling)") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in it
@@ -127,7 +142,18 @@ class _Reader:
             except NOT_READ as error:
                 self._skip(source, str(error))
             else:
-                self._add(source, sample + stream.read())
+                self._add(source, self._whole(sample, stream))
+
+    def _whole(self, sample: bytes, stream: BinaryIO) -> bytes:
+        """All that a pipe carries, which nothing but its end bounds: checked as it grows."""
+        whole = io.BytesIO()
+        size, checked = whole.write(sample), 1 << 24
+        while chunk := stream.read(_CHUNK_BYTES):
+            size += whole.write(chunk)
+            if size > checked:
+                checked = size + size // 4
+                self._content.check_growth(whole.getvalue())
+        return whole.getvalue()
 
     def _read_named_file(self, path: str, real: str) -> None:
         source = _file_source(path)
@@ -141,7 +167,7 @@ class _Reader:
                     return
                 if changed:
                     self.found.notes.append(f"{source}: changed while it was read")
-                self._seen[real] = self._add(source, raw, path)
+                self._add(source, raw, path, real)
         except NOT_READ as error:
             self._skip(source, str(error))
         except OSError as error:
@@ -153,16 +179,22 @@ class _Reader:
             raise DocumentError(f"{printable(path)}: a saved context, not documents (--context answers from it)")
         if self._already_read(root, source or "."):
             return
-        self._seen[root] = source or "."
+        self._reached.note(root, source or ".")
         try:
-            rules = self._exclusion.top(root)
-            pending = entries_of(root, root, source, rules)
+            top = Level(root, root, source)
+            top.rules = self._exclusion.top(root)
         except OSError as error:
             raise DocumentError(f"{printable(path)}: the folder cannot be read: {error.strerror}") from None
+        pending = [top.entries()]
         while pending:
-            entry = pending.pop()
+            entry = next(pending[-1], None)
+            if entry is None:
+                pending.pop()
+                continue
             try:
-                pending += self._visit(entry, root, rules)
+                below = self._visit(entry, root, top.rules)
+                if below is not None:
+                    pending.append(below.entries())
             except FileNotFoundError:
                 self._miss(entry.source, "vanished while the folder was read")
             except OSError as error:
@@ -175,11 +207,11 @@ class _Reader:
             else:
                 self.found.notes.append(f"{name}: {problem}")
 
-    def _visit(self, entry: Entry, root: str, top: Rules | None) -> list[Entry]:
-        """Reads one entry of a folder, or records why not; returns the entries of a subfolder. Raises OSError."""
+    def _visit(self, entry: Entry, root: str, top: Rules | None) -> Level | None:
+        """Reads one entry of a folder, or records why not; returns a subfolder. Raises OSError."""
         if reason := reason_to_leave_out(entry, root):
             self._skip(entry.source, reason)
-            return []
+            return None
         if isinstance(entry.status, OSError):
             raise entry.status
         rules = entry.rules
@@ -187,29 +219,31 @@ class _Reader:
             rules, ignored = self._exclusion.of_link(entry.real, root, top, is_folder=entry.is_folder)
             if ignored:
                 self._skip(entry.source, "a symbolic link to something ignored")
-                return []
-        if self._already_read(entry.real, entry.source):
-            return []
+                return None
+        if self._already_read(entry.real, entry.source, walked=not entry.is_link):
+            return None
         if entry.is_folder:
-            self._seen[entry.real] = entry.source
-            return entries_of(entry.path, entry.real, entry.source, self._exclusion.inside(entry.real, rules))
+            self._reached.note(entry.real, entry.source)
+            level = Level(entry.path, entry.real, entry.source)
+            level.rules = self._exclusion.inside(entry.real, rules)
+            return level
         if not stat.S_ISREG(entry.status.st_mode):
             self._skip(entry.source, f"a {kind(entry.status.st_mode)}, not a file")
-            return []
+            return None
         try:
             with naming(entry.source):
                 raw, changed = read_regular_file(entry.path, partial(self._content.check, entry.path))
                 if changed:
                     self._miss(entry.source, "changed while it was read")
                 else:
-                    self._seen[entry.real] = self._add(entry.source, raw, entry.path)
+                    self._add(entry.source, raw, entry.path, entry.real, walked=not entry.is_link)
         except NOT_READ as error:
             self._skip(entry.source, str(error))
         except DocumentMemoryError as error:
             if not self._skip_unreadable:
                 raise
             self._skip(entry.source, str(error).removeprefix(f"{entry.source}: "))
-        return []
+        return None
 
     def _miss(self, source: str, reason: str) -> None:
         """An entry of a folder that should have been read."""
@@ -227,13 +261,17 @@ class _Reader:
                 f"{'it' if len(self._missed) == 1 else 'them'} out)"
             )
 
-    def _already_read(self, real: str, source: str) -> bool:
-        if real in self._seen:
-            self._skip(source, f"the same as {self._seen[real]}")
-        return real in self._seen
+    def _already_read(self, real: str, source: str, *, walked: bool = False) -> bool:
+        """`walked`: it was reached by no link, and is not named by the user."""
+        known = self._reached.source(real, self.found.documents, walked=walked)
+        if known is not None:
+            self._skip(source, f"the same as {known}")
+        return known is not None
 
-    def _add(self, source: str, raw: bytes, path: str | None = None) -> str:
-        """Keep `raw` as a document if it can be read; return the source under which it is known."""
+    def _add(
+        self, source: str, raw: bytes, path: str | None = None, real: str | None = None, *, walked: bool = False
+    ) -> None:
+        """Keep `raw` as a document if it can be read."""
         unique, count = source, 1
         while unique in self._sources:
             count += 1
@@ -242,13 +280,13 @@ class _Reader:
             content, payload, notes = self._content.read(unique, raw, path)
         except NOT_READ as error:
             self._skip(source, str(error))
-            return source
+            return
         self._sources.add(unique)
+        self._reached.add(real, unique, walked=walked)
         self.found.notes += [f"{unique}: {note}" for note in notes]
         self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content, payload))
         if self._progress is not None:
             self._progress(len(self.found.documents))
-        return unique
 
     def _skip(self, source: str, reason: str) -> None:
         self.found.skipped.append(Skipped(source, reason))

@@ -16,7 +16,9 @@ _BYTE_ORDER_MARKS = {  # the longer first: the UTF-32 LE mark begins with the UT
     codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
+_MARKS = tuple(_BYTE_ORDER_MARKS)
 _CONTROL_BYTES = bytes(set(range(1, 32)) - set(b"\t\n\v\f\r\b\x1b")) + b"\x7f"
+_NOT_IN_TEXT = _CONTROL_BYTES + b"\0"
 _SHIFTS = b"\x0e\x0f"  # from one set of characters to another in ISO-2022
 _SEVEN_BIT = ("iso2022", "hz", "utf-7")  # beginnings of the names of encodings that look like ASCII
 _MOST_BAD = 0.1  # of a text's characters: where more cannot be decoded, its encoding is another one
@@ -28,7 +30,9 @@ class UndecodableError(Exception):
 
 def _marked_encoding(raw: bytes) -> tuple[str, int] | None:
     """The encoding that the byte order mark names, and the mark's length in bytes; None without one."""
-    return next(((name, len(mark)) for mark, name in _BYTE_ORDER_MARKS.items() if raw.startswith(mark)), None)
+    if not raw.startswith(_MARKS):
+        return None
+    return next((name, len(mark)) for mark, name in _BYTE_ORDER_MARKS.items() if raw.startswith(mark))
 
 
 def check_encoding(name: str) -> str:
@@ -44,6 +48,9 @@ def check_encoding(name: str) -> str:
 
 def is_text(sample: bytes, given: str | None = None) -> bool:
     """Whether what begins with `sample` is text, in whatever encoding; `given` names one."""
+    start = sample[:SAMPLE_BYTES]
+    if start.isascii() and len(start.translate(None, _NOT_IN_TEXT)) == len(start):
+        return True  # as most are; without a mark, and none of the bytes below
     marked = _marked_encoding(sample)
     name, mark_length = marked or ("utf-8", 0)
     head = sample[mark_length : mark_length + SAMPLE_BYTES]

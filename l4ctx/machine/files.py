@@ -39,10 +39,12 @@ def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = No
     """
     with open_regular_file(path) as file:
         before = os.fstat(file.fileno())
+        raw = _sample(file, before.st_size)
         if check is not None:
-            check(_sample(file), before.st_size)
+            check(raw, before.st_size)
+        if len(raw) == SAMPLE_BYTES:
             file.seek(0)
-        raw = file.readall()
+            raw = file.readall()
         after = os.fstat(file.fileno())
     changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
     if not changed and len(raw) < before.st_size:
@@ -50,10 +52,10 @@ def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = No
     return raw, changed
 
 
-def _sample(file: FileIO) -> bytes:
-    """The first bytes; a single read may return fewer than requested."""
-    sample = b""
-    while len(sample) < SAMPLE_BYTES and (more := file.read(SAMPLE_BYTES - len(sample))):
+def _sample(file: FileIO, size: int) -> bytes:
+    """The first SAMPLE_BYTES, or all of a smaller file; a single read may return fewer bytes than requested."""
+    sample, most = b"", min(SAMPLE_BYTES, max(size + 1, 1 << 12))
+    while len(sample) < SAMPLE_BYTES and (more := file.read(min(most, SAMPLE_BYTES - len(sample)))):
         sample += more
     return sample
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
 from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
 from l4ctx.errors import TOO_LONG
-from l4ctx.formatting import as_attribute
+from l4ctx.formatting import as_attribute, counted
 from l4ctx.spans import Span
 from model.errors import UserError
 
@@ -80,13 +80,15 @@ def build_prompt(
     system: str | None = None,
     progress: Progress | None = None,
     first_index: int = 1,
+    positions: int | None = None,
 ) -> Prompt:
     """Puts documents first and the question last into the chat template, or into plain text without one (base models).
 
     The ids up to the end of document k do not depend on anything after it. `documents` is consumed one at a time and no
     text is kept: with `DocumentSet.take()`, each text is freed once it is encoded. `images` is required if documents
-    contain images. `first_index` is the first document's number, if others precede it. Raises PromptError, and
-    TokenizerError for text that the tokenizer cannot encode.
+    contain images. `first_index` is the first document's number, if others precede it. Raises PromptError,
+    TokenizerError for text that the tokenizer cannot encode, and PromptLengthError as soon as the documents have more
+    than twice as many tokens as the model has `positions`.
     """
     prompt = Prompt(first_index=first_index)
     system = (system or "").strip()
@@ -96,7 +98,7 @@ def build_prompt(
             prompt.ids.append(tokenizer.bos_id)
         if system:
             tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids, user="the system prompt")
-        _add_user_content(prompt, tokenizer, documents, question, images, progress)
+        _add_user_content(prompt, tokenizer, documents, question, images, progress, positions)
         return prompt
     parts = template.split(system=bool(system))
     own_texts = [tokenizer.encode_control(part) for part in parts[::2]]  # before any document, as this may fail
@@ -106,7 +108,7 @@ def build_prompt(
         elif part == "system":
             tokenizer.encode_data(system, into=prompt.ids, user="the system prompt")
         else:
-            _add_user_content(prompt, tokenizer, documents, question, images, progress)
+            _add_user_content(prompt, tokenizer, documents, question, images, progress, positions)
     return prompt
 
 
@@ -123,6 +125,28 @@ def after_question(tokenizer: Tokenizer, template: ChatTemplate | None, *, has_s
     return array("i", tokenizer.encode_control(parts[-1]) if parts[-1] != "user" else [])
 
 
+def _check_far_too_long(prompt: Prompt, source: str, start: int, characters: int, positions: int) -> None:
+    """Ends tokenizing once the documents have over twice as many tokens as the model has positions.
+
+    How long they are, to the token, is then not worth the time. The first `characters` of the document `source`, whose
+    first token is `start`, have been tokenized.
+    """
+    tokens = len(prompt.ids)
+    if tokens > 2 * positions:
+        before = f" and the {counted(len(prompt.spans), 'document')} before it" if prompt.spans else ""
+        raise PromptLengthError(
+            f"the first {characters:,} characters of {as_attribute(source)}{before} have {tokens:,} tokens, over twice "
+            f"the model's {positions:,} positions (max_position_embeddings); "
+            f"{_remedy([*prompt.spans, Span(source, start, tokens)])}"
+        )
+
+
+def _remedy(spans: Iterable[Span]) -> str:
+    largest = sorted(spans, key=lambda span: span.start - span.stop)[:5]
+    names = ", ".join(f"{as_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
+    return f"leave out some of the largest documents: {names}" if largest else "shorten the question"
+
+
 def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: int, tokens: int | None = None) -> None:
     """Raises PromptLengthError if prompt and answer need more positions than the model has. Never truncates.
 
@@ -132,13 +156,10 @@ def check_length(prompt: Prompt, max_new_tokens: int, max_position_embeddings: i
     over = tokens + max_new_tokens - max_position_embeddings
     if over <= 0:
         return
-    largest = sorted(prompt.spans, key=lambda span: span.start - span.stop)[:5]
-    names = ", ".join(f"{as_attribute(span.source)} ({span.stop - span.start:,} tokens)" for span in largest)
-    remedy = f"leave out some of the largest documents: {names}" if largest else "shorten the question"
     answer = f" and the answer may have {max_new_tokens:,}" if max_new_tokens > 1 else ""
     raise PromptLengthError(
         f"the prompt has {tokens:,} tokens{answer}: {over:,} more than the model's "
-        f"{max_position_embeddings:,} positions (max_position_embeddings); {remedy}"
+        f"{max_position_embeddings:,} positions (max_position_embeddings); {_remedy(prompt.spans)}"
     )
 
 
@@ -149,11 +170,12 @@ def _add_user_content(
     question: str,
     images: ImagePrompter | None,
     progress: Progress | None,
+    positions: int | None,
 ) -> None:
     done = 0  # characters
     for document in documents:  # not enumerate, which would keep a reference to the document
         length = sum(len(part) for part in document.parts if isinstance(part, str))
-        _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress))
+        _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress), positions)
         del document  # frees its text before the next one is read
         done += length
     prompt.documents_stop = len(prompt.ids)
@@ -166,6 +188,7 @@ def _add_document(
     document: Document,
     images: ImagePrompter | None,
     progress: Progress | None,
+    positions: int | None,
 ) -> None:
     start, done, cuts = len(prompt.ids), 0, list[int]()  # done: characters
 
@@ -173,6 +196,8 @@ def _add_document(
         nonlocal done
 
         def report(characters: int) -> None:
+            if positions is not None:
+                _check_far_too_long(prompt, document.source, start, done + characters, positions)
             if progress is not None:
                 progress(done + characters, len(prompt.ids))
 

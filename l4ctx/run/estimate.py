@@ -282,7 +282,14 @@ def _tokenized(request: PlanRequest, config: TextConfig, note: Note) -> _Read:
         template.prepare()
     tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
     images = sources.images.prepare(tokenizer, _tower(sources.images, note)) if found.has_images else None
-    prompt = build_prompt(tokenizer, template, found.take(), "", images=images.prompter if images else None)
+    prompt = build_prompt(
+        tokenizer,
+        template,
+        found.take(),
+        "",
+        images=images.prompter if images else None,
+        positions=config.max_position_embeddings,
+    )
     for text in prompt.notes:
         note(text)
     return _Read(len(prompt.ids), prompt, images, found.skipped)

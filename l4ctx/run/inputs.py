@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.documents.document import DocumentSet, Skipped
+from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
@@ -101,8 +102,16 @@ def read_sources(
         no_images=images.why_not,
         progress=progress,
         skip_unreadable=options.skip_unreadable,
+        limit=TextLimit(config.max_position_embeddings, lambda: _longest_token(model, config)),
     )
     return Sources(config, images, documents)
+
+
+def _longest_token(model: Path, config: TextConfig) -> int | None:
+    """In bytes; None where it has no bound. Raises TokenizerError."""
+    from l4ctx.checkpoint.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(model, config.vocab_size).longest_token
 
 
 def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, Sources]:
@@ -176,6 +185,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         system=request.system,
         first_index=held + 1,
         progress=_tokenizing(monitor.tell, sources.documents.characters),
+        positions=config.max_position_embeddings,
     )
     prompt_tokens = _cut_prompt(request, context, prompt, tokenizer)
     monitor.timings["tokenize"] = Timing(time.perf_counter() - began, len(prompt.ids))

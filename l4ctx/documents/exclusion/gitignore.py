@@ -138,6 +138,8 @@ def is_utf16(content: bytes) -> bool:
 
 def read_start(path: str, most: int, *, follow_link: bool) -> bytes:
     """At most that many bytes of a regular file, without ever waiting. Raises PatternFileError and OSError."""
+    if "\0" in path:
+        raise PatternFileError("is no name of a file: it has no effect")
     if not follow_link and os.path.islink(path):
         raise PatternFileError("is a symbolic link, which git does not follow: it has no effect")
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

@@ -13,6 +13,7 @@ _SLASH, _STAR, _BACKSLASH, _OPEN, _CLOSE, _COLON, _DASH = b"/*\\[]:-"
 _SPECIAL = re.compile(rb"[*?[\\]")
 _ALL = (1 << 256) - 1
 _UPPER = sum(1 << byte for byte in range(ord("A"), ord("Z") + 1))
+_MOST_TOKENS = 5 << 15  # no path is so long: of five tokens, at least one takes a byte, and no path has 32 KiB
 _ANY, _IN_SEGMENT, _FORK = -1, -2, -3  # tokens beside sets of bytes: **, *, and the choice to skip the next two tokens
 
 
@@ -120,6 +121,8 @@ def _tokens(pattern: bytes, pathname: bool, ignore_case: bool) -> list[int] | No
     at, end = 0, len(pattern)
     any_byte = _ALL ^ (1 << _SLASH if pathname else 0)
     while at < end:
+        if len(tokens) > _MOST_TOKENS:
+            return None
         byte = pattern[at]
         if byte == _STAR:
             at = _add_star(tokens, pattern, at, pathname)
