@@ -35,6 +35,7 @@ CODES = {
     "l4ctx.documents.images.ImageError": INPUT,
     "l4ctx.documents.images.ImageMemoryError": MEMORY,
     "l4ctx.documents.document.DocumentError": INPUT,
+    "l4ctx.documents.document.DocumentLengthError": TOO_LONG,
     "l4ctx.documents.document.DocumentMemoryError": MEMORY,
     "model.errors.ConfigError": CHECKPOINT,
     "model.errors.CheckpointError": CHECKPOINT,

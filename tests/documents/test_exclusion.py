@@ -391,7 +391,7 @@ def test_only_a_real_file_of_sane_size_has_patterns(tmp_path: Path) -> None:
     ]
     assert sorted(found.notes) == [
         "d/five/.gitignore: is a symbolic link, which git does not follow: it has no effect",
-        "d/four/.gitignore: is larger than 8 MiB: it has no effect",
+        "d/four/.gitignore: is larger than 2 MiB: it has no effect",
         "d/one/.gitignore: is a symbolic link, which git does not follow: it has no effect",
         "d/three/.gitignore: is not a file: it has no effect",
         "d/two/.gitignore: is not a file: it has no effect",
@@ -408,11 +408,20 @@ def test_only_a_real_file_of_sane_size_has_patterns(tmp_path: Path) -> None:
         "[core]\n" + "x" * 100_000,
         '[core]\nexcludesFile = "' + "\\" * 9_999,
         "\0\xff",
+        "[core]\nexcludesFile = a\0b",
     ],
 )
 def test_odd_configurations_are_read_in_peace(tmp_path: Path, text: str) -> None:
     write(tmp_path, {"config": text})
     assert isinstance(core_settings(str(tmp_path)).excludes_file, str)
+
+
+def test_a_name_that_no_file_has_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_git(monkeypatch)
+    repo = repository(tmp_path / "r", {"a.txt": "a", ".git/config": "[core]\nexcludesFile = a\0b"})
+    found = read(repo)
+    assert sources(found) == ["r/a.txt"]
+    assert found.notes == [r"r/a\x00b: is no name of a file: it has no effect"]
 
 
 def test_rules_that_cannot_be_read_refuse(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,10 @@ def test_format_3_attachments_and_half_surrogates() -> None:
         {"nbformat": 3, "worksheets": [{"cells": [{"cell_type": "code", "input": ["y\n", "z"], "outputs": []}]}]}
     )
     assert without_payload(old) == ("# %% cell 1\ny\nz\n", None)
+    for odd in ("7", '"x"', "{}", "null", "true"):
+        sheets = f'{{"nbformat": 3, "worksheets": [{{"cells": {odd}}}, {odd}]}}'
+        assert without_payload(sheets)[1] is None
+        assert without_payload(f'{{"nbformat": 4, "cells": [{{"source": "x", "outputs": {odd}}}]}}')[1] is None
     text, payload = without_payload(written(cell("markdown", "\ud800 a", attachments={"a.png": {"image/png": "A"}})))
     assert text == "# %% [markdown] cell 1\n\ufffd a\n"
     assert payload is not None and payload.what == "1 attachment of the notebook"
@@ -59,6 +63,8 @@ def test_format_3_attachments_and_half_surrogates() -> None:
         '["nbformat"]',
         '{"nbformat": 4, "cells": [{"source": 3}]}',
         '{"cells": []}',
+        '{"nbformat": 3, "worksheets": 0}',
+        '{"nbformat": 4, "cells": [{"source": "x"}, 7]}',
         "[" * 9999,
         "words",
     ],

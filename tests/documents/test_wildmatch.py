@@ -161,8 +161,10 @@ def test_rules_for_folders_and_without_regard_to_case() -> None:
         b"\n".join(b"a[b-z]%d/*b" % n for n in range(20_000)),
         b"\\" * 100_001,
         b"!" * 100_000,
+        b"*a" * 1_000_000,
+        b"**/a" * 500_000,
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_no_pattern_makes_us_wait(rules: bytes) -> None:
     """Backtracking would take years over the first of them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from l4ctx.documents.exclusion.wildmatch import PatternSet, literal_length
 
-MOST_BYTES = 8 << 20  # of a file of patterns: 200,000 lines and more
+MOST_BYTES = 2 << 20  # of a file of patterns: tens of thousands of lines, which take some seconds
 AUTOMATON_BYTES = 1 << 14  # of patterns that are matched at once
 
 
