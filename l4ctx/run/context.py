@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cache.layout import StoreLayout
 from l4ctx.contexts.manifest import Recipe, read_manifest, saved_checkpoint, saved_recipe
+from l4ctx.documents.document import Skipped
 from l4ctx.documents.folder import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
@@ -234,14 +235,15 @@ class ReadContext:
 class WrittenContext:
     """A context that what is read is saved in. Close it."""
 
-    def __init__(self, choices: ContextChoices, recipe: Recipe) -> None:
-        """Creates or opens it. Raises ContextError and DiskFullError."""
+    def __init__(self, choices: ContextChoices, recipe: Recipe, skipped: Sequence[Skipped] = ()) -> None:
+        """Creates or opens it; `skipped` is what is left out of what is read. Raises ContextError and
+        DiskFullError."""
         from l4ctx.contexts.writer import ContextWriter
 
         request = choices.request
         assert request.context.save_to is not None
         self.folder = request.context.save_to
-        self._choices = choices
+        self._choices, self._skipped = choices, skipped
         self.writer: ContextWriter = ContextWriter(self.folder, recipe, request.model)
 
     def reuse(self, prompt: Prompt, layout: StoreLayout) -> Reuse:
@@ -308,11 +310,24 @@ class WrittenContext:
         reading = Reading(
             memoryview(prompt.ids)[: prompt.documents_stop],
             prompt.spans,
-            [folder_source(path) for path in paths if os.path.isdir(path)],
+            {folder_source(path): path for path in paths if os.path.isdir(path)},
+            _left_out(self._skipped),
             has_system_prompt,
             layout.config.attention_chunk_size,
         )
         check_loss(self.writer.context, reading)
+
+
+def _left_out(skipped: Sequence[Skipped]) -> Callable[[str], str | None]:
+    """Why a document is left out, by its name: for its own sake, or with a folder that it is in."""
+    reasons = {entry.source: entry.reason for entry in skipped if not entry.reason.startswith("the same as ")}
+
+    def reason(source: str) -> str | None:
+        while source and source not in reasons:
+            source = source.rpartition("/")[0]
+        return reasons.get(source)
+
+    return reason
 
 
 @contextmanager

@@ -180,9 +180,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
         reuse = inputs.context.reuse(inputs.prompt, plan.layout)
     elif save_to is not None:
         provenance = inputs.checked.provenance
-        written = WrittenContext(
-            choices, choices.recipe_for(provenance, plan.layout, plan.prefill_chunk_size, attention)
-        )
+        recipe = choices.recipe_for(provenance, plan.layout, plan.prefill_chunk_size, attention)
+        written = WrittenContext(choices, recipe, inputs.skipped)
         monitor.resources.callback(written.close)
         monitor.kept = written.kept
         reuse = written.reuse(inputs.prompt, plan.layout)

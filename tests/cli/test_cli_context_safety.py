@@ -6,11 +6,13 @@ The sample model has attention chunks of 512 tokens here, and a context's rows a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,79 @@ def test_what_a_context_holds_is_not_lost_unasked(place: Path, case: str, comman
     assert files(place) == before
     assert run_here(*line, "--replace", "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0
     assert run_here(*line, "--quiet", *["--max-new-tokens", "1"] * (command == "ask")).code == 0  # it resumes
+
+
+def unreadable(path: str, patch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refused(file: Any, *arguments: Any, **others: Any) -> int:
+        if str(file).endswith(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(file, *arguments, **others)
+
+    patch.setattr(os, "open", refused)
+
+
+def emptied(folder: str) -> None:
+    for file in Path(folder).rglob("*.md"):
+        file.unlink()
+
+
+LEFT_OUT = "it holds documents that are left out now, which would be lost: docs/b.md ("
+EMPTIED = "it holds documents of folders in which there is nothing to read now, which would be lost: "
+BY_ACCIDENT: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], list[str], str, str]] = {
+    "unreadable": (
+        lambda patch: unreadable("docs/b.md", patch),
+        ["docs", "--skip-unreadable"],
+        LEFT_OUT,
+        "tokens; cannot be read: Permission denied), in all ",
+    ),
+    "empty": (lambda _: Path("docs/b.md").write_text(""), ["docs"], LEFT_OUT, "tokens; empty), in all "),
+    "empty, and named": (
+        lambda _: Path("docs/b.md").write_text(""),
+        ["docs/a.md", "docs/b.md", "docs/c.md"],
+        LEFT_OUT,
+        "tokens; empty), in all ",
+    ),
+    "ignored": (
+        lambda _: Path("docs/.gitignore").write_text("b.md\n"),
+        ["docs"],
+        LEFT_OUT,
+        "tokens; ignored by .gitignore), in all ",
+    ),
+    "a folder without its disk": (lambda _: emptied("docs"), ["docs", "other"], f"{EMPTIED}docs/a.md (", ""),
+    "most deleted": (
+        lambda _: [Path(f"docs/{name}.md").unlink() for name in "ab"],
+        ["docs"],
+        "most of what it holds is no longer there, which would be lost: docs/a.md (",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BY_ACCIDENT)
+def test_a_reading_makes_no_context_poorer_by_accident(place: Path, case: str) -> None:
+    act, arguments, said, reason = BY_ACCIDENT[case]
+    if case == "a folder without its disk":
+        assert run_here("prefill", "docs", "other", "-o", "c", "-q").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        act(patch)
+        before = files(place)
+        for line in (["prefill", *arguments, "-o", "c"], ["ask", "q", *arguments, "--save-context", "c"]):
+            check_refused(run_here(*line, "-q"), 7, f"c: {said}", reason, "nothing was changed: ", "or add --replace")
+        assert files(place) == before
+        assert run_here("prefill", *arguments, "-o", "c", "-q", "--replace").code == 0
+
+
+def test_a_subfolder_that_is_empty_now_and_one_that_is_gone(place: Path) -> None:
+    text_file(Path("docs/deep/sub/e.md"), "Some words.")
+    assert prefill().code == 0
+    emptied("docs/deep")
+    check_refused(prefill("-q"), 7, f"{EMPTIED}docs/deep/sub/e.md (")
+    shutil.rmtree("docs/deep/sub")
+    check_refused(prefill("-q"), 7, f"{EMPTIED}docs/deep/sub/e.md (")
+    shutil.rmtree("docs/deep")
+    assert prefill().code == 0
 
 
 GROWTH: dict[str, tuple[Callable[[], object], list[str]]] = {
