@@ -23,6 +23,7 @@ import tokenizers
 from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 from l4ctx.checkpoint.aside import Aside, quiet
 from l4ctx.checkpoint.growth import normalized_growth
+from l4ctx.checkpoint.known import is_known_tokenizer
 from l4ctx.checkpoint.tokenizer_trial import why_unfit
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
@@ -36,6 +37,7 @@ PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many ch
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
 USUAL_GROWTH = 16.0  # by a normalizer, in bytes; beyond it, texts are measured before they are encoded
 GROWTH_ALLOWANCE = 1 << 16  # bytes, for short texts
+MOST_IDS = 1 << 31  # what is kept of ids has 32 bits
 MOST_TEMPLATE = 1 << 17  # characters; Llama 4's has 6,000
 LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
 
@@ -72,12 +74,13 @@ class Tokenizer:
         settings: Iterable[Mapping[str, Any]] = (),
         template: str = "",
         embeddings: int | None = None,
+        is_known: bool = False,
     ) -> None:
         """`control` recognises its added tokens; a second encoder, for data, is built from its parts.
 
         The second one recognises no control tokens, only words that were added as text. `settings` and `template` are
         as in `added_tokens.control_tokens`. `embeddings` is the model's vocabulary size; ids beyond it raise
-        TokenizerError wherever they occur.
+        TokenizerError wherever they occur. The ids of one that `is_known` have no gaps.
         """
         control.no_truncation()
         control.no_padding()
@@ -102,7 +105,8 @@ class Tokenizer:
         self._has_safe_cuts = control.normalizer is None and _is_llama4(_state(control.pre_tokenizer))
         self.byte_level = _state(control.decoder).get("type") == "ByteLevel"
         self.vocab_size: int = control.get_vocab_size(with_added_tokens=True)
-        self._embeddings = embeddings if embeddings is not None and self.vocab_size > embeddings else None
+        most = MOST_IDS if embeddings is None else min(embeddings, MOST_IDS)
+        self._embeddings = None if is_known and self.vocab_size <= most else most
         self.bos_id = None if bos_token is None else self.special_id(bos_token)
         if self._has_safe_cuts:
             self._check_alphabet()
@@ -116,7 +120,8 @@ class Tokenizer:
         """
         files = checkpoint_files(Path(path))
         content = tokenizer_content(files)
-        if (reason := why_unfit(content)) is not None:
+        is_known = is_known_tokenizer(content)
+        if not is_known and (reason := why_unfit(content)) is not None:
             raise TokenizerError(f"{files.place(TOKENIZER)}: {reason}")
         with _as_tokenizer_error(f"{files.place(TOKENIZER)}: cannot be loaded"):
             control = tokenizers.Tokenizer.from_buffer(content)
@@ -128,6 +133,7 @@ class Tokenizer:
             settings=(config, read_settings(files, "special_tokens_map.json")),
             template=_template_source(files, config),
             embeddings=embeddings,
+            is_known=is_known,
         )
 
     @property

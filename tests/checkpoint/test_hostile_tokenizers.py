@@ -114,7 +114,9 @@ def test_known_tokenizers_start_no_process(tmp_path: Path, monkeypatch: pytest.M
     tokenizer_trial.CHILD.end()
     for folder in (TINY, LLAMA4_TOKENIZER):
         if folder.is_dir():
-            assert tokenizer_trial.why_unfit((folder / "tokenizer.json").read_bytes()) is None
+            known = Tokenizer.from_folder(folder)
+            ids = known._control.get_vocab(with_added_tokens=True).values()
+            assert max(ids) == known.vocab_size - 1  # which is taken for granted
     assert len(TOKENIZERS) == 2
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: the process that tries it cannot be started: No such"):
         loaded(tmp_path, {})
@@ -129,6 +131,22 @@ def test_a_text_that_grows_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtu
             encode("a" * 100_000)
     assert len(tokenizer.encode_data("bc" * 50_000).ids) > 0
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("token_id", "embeddings"), [(2**32 - 1, None), (2**32 - 1, 600), (2**31, 600), (100_000, 600)]
+)
+def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path, token_id: int, embeddings: int | None) -> None:
+    """However few tokens there are."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["Z"] = token_id
+
+    tokenizer = Tokenizer.from_folder(toy_tokenizer_folder(tmp_path, change=change), embeddings)
+    assert tokenizer.encode_data("words") and tokenizer.encode_control("words")
+    for encode in (tokenizer.encode_data, tokenizer.encode_control):
+        with pytest.raises(TokenizerError, match=rf"the token 'Z' \(id {token_id}\), but the model has"):
+            encode("Z")
 
 
 def test_a_panic_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
