@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model.folder import CONFIG, MAX_FILE_BYTES, read_json, read_object, read_regular
+from model.folder import CONFIG, MAX_FILE_BYTES, is_listed, read_json, read_object, read_regular
 from model.gguf.config import config_of
 from model.gguf.files import GgufModel, find_gguf, read_gguf
 from model.gguf.tokenizer import generation_config_of, tokenizer_config_of, tokenizer_of
@@ -78,7 +77,7 @@ class GgufFiles(CheckpointFiles):
         return tokenizer_of(self.model).encode()
 
     def _is_beside(self, name: str) -> bool:
-        return name != CONFIG and os.path.lexists(self.folder / name)
+        return name != CONFIG and is_listed(self.folder / name)
 
 
 _FIELDS: Mapping[str, Callable[[GgufModel], Mapping[str, Any]]] = {

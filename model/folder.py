@@ -16,8 +16,11 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 PICKLED_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated|adapter_model)[\w.-]*\.(bin|pth|pt|ckpt)")
 """Never read: loading such a file can execute arbitrary code."""
 
-MAX_JSON_BYTES = 2**24
-"""Of one file: an index of 18,000 tensors has 2 MB. A parsed file takes up to 24 times its size of memory."""
+MAX_JSON_BYTES = 2**22
+"""Of a configuration: one that lists each quantized expert has 0.6 MB. Parsed, it takes up to 24 times its size."""
+
+MAX_INDEX_BYTES = 2**24
+"""Of an index: that of 18,000 tensors has 2 MB."""
 
 MAX_FILE_BYTES = 2**28
 """Of a tokenizer.json, the largest small file: Llama 4's has 28 MB."""
@@ -86,9 +89,18 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-def read_json(file: Path, *, follow: bool = True) -> Any:
-    """The content of a JSON file of at most MAX_JSON_BYTES. Raises the errors in UNREADABLE."""
-    return json.loads(read_regular(file, MAX_JSON_BYTES, follow=follow).decode("utf-8"))
+def is_listed(file: Path) -> bool:
+    """Whether something has that name, a dangling link included. Raises OSError where the system does not say."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def read_json(file: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file of at most `most` bytes. Raises the errors in UNREADABLE."""
+    return json.loads(read_regular(file, most).decode("utf-8"))
 
 
 def read_object(file: Path, error: Callable[[str], Exception]) -> dict[str, Any]:

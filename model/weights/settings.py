@@ -44,10 +44,7 @@ def older_settings(folder: Path) -> Mapping[str, Any]:
 
     Raises CheckpointError.
     """
-    file = folder / OLDER_SETTINGS
-    if not file.is_file():
-        return {}
-    said = read_object(file, CheckpointError).get("quantization")
+    said = read_object(folder / OLDER_SETTINGS, CheckpointError).get("quantization")
     if not isinstance(said, dict):
         return {}
     found = {"quant_method": "modelopt", "quant_algo": said.get("quant_algo"), "group_size": said.get("group_size")}

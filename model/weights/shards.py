@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model.bounds import shown
 from model.errors import CheckpointError
-from model.folder import INDEX, PICKLED_WEIGHTS, SINGLE, open_regular, read_json, reason_of
+from model.folder import INDEX, MAX_INDEX_BYTES, PICKLED_WEIGHTS, SINGLE, is_listed, open_regular, read_json, reason_of
 from model.gguf.files import SUFFIX, find_gguf, read_gguf
 from model.gguf.vision import find_vision
 from model.weights.gguf import gguf_tensors, gguf_vision_tensors
@@ -86,11 +87,15 @@ def shard_files(folder: Path) -> list[Path]:
         vision = find_vision(file.parent)
         return [*read_gguf(file).parts, *([] if vision is None else [vision])]
     single, index_file = folder / SINGLE, folder / INDEX
-    if single.is_file():
+    if os.path.isfile(single):
         return [single]
-    if os.path.lexists(index_file):  # a dangling link counts as damage, here and below
+    try:
+        has_index, has_single = is_listed(index_file), is_listed(single)  # dangling links count as damage
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({reason_of(error)})") from None
+    if has_index:
         return [folder / shard for shard in sorted(set(_weight_map(index_file).values()))]
-    return [single] if os.path.lexists(single) else []
+    return [single] if has_single else []
 
 
 def unused_weights(folder: Path) -> str | None:
@@ -152,7 +157,7 @@ def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
         expected.setdefault(shard, set()).add(name)
     for shard, names in sorted(expected.items()):
         file = folder / shard
-        if not os.path.isfile(file):
+        if not _is_there(file):
             raise CheckpointError(f"{file}: missing shard, named in {index_file.name}; download it again")
         header = read_header(file)
         for name in names - header.keys():
@@ -162,15 +167,43 @@ def _stored_tensors(folder: Path) -> Iterator[StoredTensor]:
         yield from header.values()
 
 
-def _weight_map(index_file: Path) -> dict[str, str]:
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file; what else is wrong with it, reading it says."""
     try:
-        weight_map = read_json(index_file)["weight_map"]
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _weight_map(index_file: Path) -> Mapping[str, str]:
+    """The shard of each tensor, by its name. Raises CheckpointError."""
+    try:
+        status = os.stat(index_file)
+        return _read_weight_map(index_file, (status.st_mtime_ns, status.st_size, status.st_ino))
+    except OSError as error:
+        raise CheckpointError(f"{index_file}: not a safetensors index that can be read ({reason_of(error)})") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _read_weight_map(index_file: Path, state: tuple[int, int, int]) -> Mapping[str, str]:
+    """`state`: of the file, so that a changed one is read again."""
+    try:
+        weight_map = read_json(index_file, MAX_INDEX_BYTES)["weight_map"]
         pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None
     for _, shard in pairs:
         parts = PurePosixPath(shard)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in shard or not shard.endswith(".safetensors"):
+        if (
+            parts.is_absolute()
+            or ".." in parts.parts
+            or "\\" in shard
+            or not shard.isprintable()
+            or not shard.endswith(".safetensors")
+        ):
             raise CheckpointError(f"{index_file}: shard {shard!r} is not a safetensors file inside the folder")
     return dict(pairs)
 

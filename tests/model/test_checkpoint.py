@@ -236,6 +236,29 @@ def test_absurd_header_length(flat: Path, length: int) -> None:
     refused(flat, str(flat / SINGLE))
 
 
+@pytest.mark.parametrize("name", [INDEX, "a shard"])
+def test_what_cannot_be_looked_at_is_not_taken_for_absent(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    denied = shards(sharded)[1].name if name != INDEX else name
+    for function in ("stat", "lstat", "open"):
+        real = getattr(os, function)
+
+        def deny(path: Any, *args: Any, real: Callable[..., Any] = real, **options: Any) -> Any:
+            if not isinstance(path, int) and Path(path).name == denied:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(os, function, deny)
+    refused(sharded, str(sharded / denied), "be read (Permission denied)")
+
+
+@pytest.mark.parametrize("shard", ["a\0.safetensors", "\ud800.safetensors", "a\n.safetensors"])
+def test_a_name_that_is_no_file_name(sharded: Path, shard: str) -> None:
+    edit_json(sharded / INDEX, lambda index: index["weight_map"].update(dict.fromkeys(index["weight_map"], shard)))
+    refused(sharded, str(sharded / INDEX), "is not a safetensors file inside the folder")
+
+
 def test_a_pipe_for_a_shard_is_not_waited_for(flat: Path) -> None:
     (flat / SINGLE).unlink()
     os.mkfifo(flat / SINGLE)

@@ -45,7 +45,7 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.write(b"{}")
         file.truncate(MAX_JSON_BYTES + 1)  # takes no space
-    with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON \(larger than 16 MiB\)$"):
+    with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON \(larger than 4 MiB\)$"):
         TextConfig.from_folder(tmp_path)
 
 
