@@ -300,7 +300,10 @@ def weights() -> Mapping[str, Files]:
         "weight_map": {name: file for file, part in halves.items() for name in part},
     }
     whole = save(tensors, {"format": "pt"})
+    modelopt = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"], "kv_cache_quant_algo": None}
+    older = {"producer": {"name": "modelopt", "version": "0.1"}, "quantization": modelopt}
     return {
+        "older modelopt": config | {"model.safetensors": whole, "hf_quant_config.json": _json(older)},
         "single": config | {"model.safetensors": whole},
         "shards": config
         | {file: save({name: tensors[name] for name in part}, {}) for file, part in halves.items()}

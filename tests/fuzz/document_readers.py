@@ -206,7 +206,7 @@ GIT_PIECES = (
 def repositories() -> Mapping[str, Files]:
     tree = {"a.md": b"words\n", "b/c.txt": b"words\n", IGNORE: PATTERNS[0], "b/.gitignore": b"*.tmp\n"}
     inner = {"top/.git/config": GIT, "top/.git/HEAD": b"ref: refs/heads/main\n", "top/.git/info/exclude": b"*.bak\n",
-             "top/.git/excluded": b"x\n"}  # fmt: skip
+             "top/.git/excluded": b"x\n", "top/.git/commondir": b"."}  # fmt: skip
     within = {f"top/{name}": content for name, content in tree.items()}
     return {"alone": within, "repository": within | inner, "linked": within | {"top/.git": b"gitdir: ../elsewhere\n"}}
 
@@ -241,6 +241,8 @@ READERS = (
     Reader("pdf_pages", pdfs, _document(mutate_pdf), read_pages, CODES, share=1),
     Reader("recognition", others, _document(mutate_binary, mutate_text), read_content, CODES, NOT_READ, share=60),
     Reader("gitignore", patterns, one_of((IGNORE, mutate_patterns)), read_patterns, CODES, share=25),
-    Reader("folder", repositories, one_of((IGNORE, mutate_patterns), ("config", mutate_git), (".git", mutate_git)),
+    Reader("folder", repositories,
+           one_of((IGNORE, mutate_patterns), ("exclude", mutate_patterns), ("config", mutate_git), (".git", mutate_git),
+                  ("commondir", mutate_git)),
            read_folder, CODES, share=8),
 )  # fmt: skip
