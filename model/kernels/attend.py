@@ -3,7 +3,8 @@
 A backend computes attention to one segment; `attend` loops over the segments, computes on the device where each one's
 keys are, and merges in float32 on the queries' device. Merging softmax attention over disjoint sets of keys is exact
 (https://arxiv.org/abs/2205.14135, section 3). For few queries on a CPU, vector code reads segments as they are stored,
-all that lie in memory in one call; a backend that serves as a comparison does without.
+all that lie in memory in one call; a backend that serves as a comparison does without. Up to FEW_ROWS tokens get what
+each would get alone, to the last bit, so that a draft is verified by the numbers of single steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from model.kernels.masks import AttentionMask
-from model.simd.attending import FewQueries, are_few, is_readable, record
+from model.simd.attending import FewQueries, first_of_few, is_readable, record
+from model.simd.products import FEW_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,26 +117,43 @@ def _states(
     """For ranges of query indices: attention to each segment, or to all those that vector code reads."""
     first_seen = None if backend in _COMPARISONS else mask.first_seen(positions)
     few: FewQueries | None = None
-    takes_few: bool | None = None if first_seen is not None else False
+    tokens = len(positions)
+    first_few: int | None = None if first_seen is not None else tokens
     for segment in segments:
         rows, heads = segment.keys.shape[:2]
-        if takes_few is None:
-            takes_few = are_few(queries, positions.start, heads)
-        if first_seen is None or not (takes_few and is_readable(segment)):
-            yield from backend(queries.to(segment.keys.device), positions, segment.plain, mask)
+        if first_few is None:
+            first_few = first_of_few(queries, positions.start, heads)
+        others = first_few if is_readable(segment) else tokens
+        if others:
+            yield from _by_backend(queries[:, :, :others], positions[:others], segment.plain, mask, backend)
+        if others == tokens or first_seen is None:
             continue
         if segment.positions.stop <= first_seen or segment.start >= positions.stop:
             continue
         if few is not None and few.key_rows != rows:
-            yield range(len(positions)), AttentionState(*few.finish())
+            yield range(first_few, tokens), AttentionState(*few.finish())
             few = None
         if few is None:
-            few = FewQueries(queries.cpu(), positions.start, rows, heads)
+            few = FewQueries(queries[:, :, first_few:].cpu(), positions[first_few], rows, heads)
         few.add(segment.since(first_seen))
         if not segment.stays:
             few.flush()
     if few is not None:
-        yield range(len(positions)), AttentionState(*few.finish())
+        assert first_few is not None
+        yield range(first_few, tokens), AttentionState(*few.finish())
+
+
+def _by_backend(
+    queries: Tensor, positions: range, segment: KVSegment, mask: AttentionMask, backend: Backend
+) -> Iterator[tuple[range, AttentionState]]:
+    """On a CPU few queries one by one: how fused kernels round depends on how many there are."""
+    queries = queries.to(segment.keys.device)
+    if queries.device.type != "cpu" or backend in _COMPARISONS or len(positions) > FEW_ROWS:
+        yield from backend(queries, positions, segment, mask)
+        return
+    for number in range(len(positions)):
+        for _, part in backend(queries[:, :, number : number + 1], positions[number : number + 1], segment, mask):
+            yield range(number, number + 1), part
 
 
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:

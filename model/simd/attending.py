@@ -63,18 +63,24 @@ class Segment(Protocol):
         ...
 
 
-def are_few(queries: Tensor, first: int, key_heads: int) -> bool:
-    """Whether code is worth having for queries (B, H, T, D), the first of them at this position."""
+def first_of_few(queries: Tensor, first: int, key_heads: int) -> int:
+    """From which of T queries (B, H, T, D) on code is worth having, the first of them at this position; T: from none.
+
+    Of no more than FEW_ROWS tokens each query's own position decides, so that others do not matter to it.
+    """
     rows, heads, tokens, head_dim = queries.shape
-    return (
+    has_code = (
         rows * tokens * (heads // key_heads) <= MOST_QUERIES
-        and (first + tokens) * key_heads * head_dim >= SMALLEST
         and head_dim % 16 == 0
         and head_dim <= LARGEST_HEAD
         and queries.dtype in PLAIN
         and queries.stride(3) == 1
         and products.find_engine() is not None
     )
+    keys = -(-SMALLEST // (key_heads * head_dim))
+    if not has_code or first + tokens < keys:
+        return tokens
+    return max(0, keys - 1 - first) if tokens <= products.FEW_ROWS else 0
 
 
 def is_readable(segment: Segment) -> bool:

@@ -347,6 +347,27 @@ def test_which_attention_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smallest", [0, 602 * 64, 604 * 64, 605 * 64, 10**6])
+def test_few_queries_get_what_each_gets_alone(
+    dtype: torch.dtype, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where vector code begins to be worth having for some of them only, and in a chunk that begins late."""
+    monkeypatch.setattr(attending, "SMALLEST", smallest)
+    torch.manual_seed(16)
+    segments = [
+        KVSegment(torch.randn(1, 2, 303, 32).to(dtype), torch.randn(1, 2, 303, 32).to(dtype), start)
+        for start in (0, 303)
+    ]
+    q = torch.randn(1, 5, 6, 32).to(dtype).transpose(1, 2)
+    for mask in (AttentionMask(), AttentionMask(300)):
+        together = attend(q, range(601, 606), segments, mask, sdpa)
+        for i in range(5):
+            last = KVSegment(segments[1].keys[:, :, : 299 + i], segments[1].values[:, :, : 299 + i], 303)
+            alone = attend(q[:, :, i : i + 1], range(601 + i, 602 + i), [segments[0], last], mask, sdpa)
+            assert torch.equal(alone, together[:, :, i : i + 1])
+
+
 @pytest.mark.parametrize("chunk", [None, 200])
 def test_it_is_what_other_attention_gives(chunk: int | None) -> None:
     """With segments that are garbage once the next one is asked for, and ones that no query sees."""
