@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import l4ctx.engine.row
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.residency import Residency
@@ -216,3 +218,67 @@ def odds(logits: list[float], sampling: Sampling) -> list[float]:
         kept.append(token)
         mass += weights[token]
     return [weights[token] / mass if token in kept else 0.0 for token in range(len(logits))]
+
+
+# Mistakes that these tests must notice
+
+
+def accepted_by_odds(patch: pytest.MonkeyPatch) -> None:
+    """A drafted token is taken with its own probability, and else one is sampled as if there had been no draft."""
+    feed, plain, drafted = Row.feed, l4ctx.engine.row.choose, list[int | None]()
+
+    def fed(row: Row) -> list[int]:
+        found = feed(row)
+        drafted[:] = [*found[1:], None]
+        return found
+
+    def chosen(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+        token = drafted.pop(0)
+        if token is not None and sampling.temperature:
+            share = (logits.double() / sampling.temperature).softmax(-1)[token]
+            if torch.rand((), generator=generator) < share:
+                return token
+        return plain(logits, sampling, generator)
+
+    patch.setattr(Row, "feed", fed)
+    patch.setattr(l4ctx.engine.row, "choose", chosen)
+
+
+def longer_than_the_answer(patch: pytest.MonkeyPatch) -> None:
+    """A draft has room for one token more than the answer has."""
+    feed = Row.feed
+
+    def fed(row: Row) -> list[int]:
+        row.tokens -= 1
+        found = feed(row)
+        row.tokens += 1
+        return found
+
+    patch.setattr(Row, "feed", fed)
+
+
+def longer_than_the_cache_takes_back(patch: pytest.MonkeyPatch) -> None:
+    """A draft reaches the end of an attention chunk."""
+    room = HybridKVCache.room.fget
+    assert room is not None
+    patch.setattr(HybridKVCache, "room", property(lambda cache: room(cache) + 1))
+
+
+def test_acceptance_by_odds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted_by_odds(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_drafts_leave_the_distribution_as_it_is("hot")
+
+
+def test_drafts_that_are_longer_than_their_room_are_noticed(
+    scout: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mistake, check in (
+        (longer_than_the_answer, lambda: test_an_answer_is_never_longer_than_allowed(scout, "right")),
+        (longer_than_the_cache_takes_back, lambda: test_a_draft_leaves_room_for_the_token_before_it(scout)),
+    ):
+        check()
+        with monkeypatch.context() as patch:
+            mistake(patch)
+            with pytest.raises(AssertionError):
+                check()

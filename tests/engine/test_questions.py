@@ -26,6 +26,7 @@ from l4ctx.engine.row import Row
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.cached_paths import SavedRows, new_cache, scratch
+from support.drafting import ended
 from support.toy_checkpoints import CHUNK, VOCABULARY, Toys
 
 DOCUMENTS = 5 * CHUNK + 4
@@ -70,7 +71,7 @@ def alone(model: Transformer, documents: HybridKVCache, ask: Ask, stops: frozens
     """The answer to one question, as `l4ctx ask` generates it."""
     cache = documents.fork()
     list(prefill(model, cache, ask.ids[:-1]))
-    tokens, found = (
+    return ended(
         generate(
             model,
             cache,
@@ -79,14 +80,8 @@ def alone(model: Transformer, documents: HybridKVCache, ask: Ask, stops: frozens
             stop_tokens=stops,
             sampling=ask.sampling,
             guard=LoopGuard(),
-        ),
-        [],
+        )
     )
-    while True:
-        try:
-            found.append(next(tokens))
-        except StopIteration as end:
-            return found, end.value
 
 
 def together(
