@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from l4ctx.errors import (
     TOO_LONG,
     UsageError,
     exit_code_of,
+    one_line,
 )
 from model.errors import UserError
 from support.places import ROOT
@@ -49,6 +51,7 @@ CODES = {
     "model.errors.DivisionError": INPUT,
     "model.errors.LengthError": TOO_LONG,
     "l4ctx.errors.ContextError": CONTEXT,
+    "l4ctx.errors.LimitError": MEMORY,
     "cache.errors.DiskError": CONTEXT,
     "cache.errors.UnreadableError": CONTEXT,
     "cache.errors.DiskFullError": MEMORY,
@@ -107,11 +110,69 @@ def test_every_error_has_an_exit_code_or_is_internal() -> None:
         (MemoryError(), MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
         (RuntimeError("a bug"), None),
-        (OSError(5, "Input/output error"), None),
+        (ValueError("a bug"), None),
+        (OSError(5, "Input/output error"), INPUT),
+        (PermissionError(13, "Permission denied", "notes"), INPUT),
+        (OSError(28, "No space left on device", "notes"), MEMORY),
+        (OSError(24, "Too many open files"), MEMORY),
+        (OSError(12, "Cannot allocate memory"), MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), MEMORY),
+        (RuntimeError("unable to mmap 99 bytes from file <w>: Cannot allocate memory (12)"), MEMORY),
+        (RuntimeError("std::bad_alloc"), MEMORY),
+        (RuntimeError("can't start new thread"), MEMORY),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), MEMORY),
+        (ImportError("No module named 'torch'"), None),
+        (Exception("Cannot allocate memory (os error 12)"), MEMORY),
+        (Exception("No such file or directory (os error 2)"), INPUT),
+        (KeyError("out of memory"), None),
+        (ValueError("embedded null byte"), INPUT),
     ],
 )
-def test_what_a_user_can_cause_has_an_exit_code(error: Exception, code: int | None) -> None:
+def test_what_a_user_or_the_system_can_cause_has_an_exit_code(error: Exception, code: int | None) -> None:
     assert exit_code_of(error) == code
+    if code is not None:
+        assert one_line(error) and "\n" not in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UsageError("--a goes\nwithout --b"), "--a goes without --b"),
+        (MemoryError(), "out of memory; free some memory, or raise its limit (ulimit -v)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (
+            PermissionError(13, "Permission denied", "notes/a.md"),
+            "notes/a.md: Permission denied; change its permissions, or name another path",
+        ),
+        (
+            OSError(28, "No space left on device", b"a", None, b"b"),
+            "a (to b): No space left on device; free some space on that disk",
+        ),
+        (OSError(24, "Too many open files"), "Too many open files; raise the limit, as with ulimit -n 1024"),
+        (OSError(0, "became a socket", "a"), "a: became a socket"),
+        (
+            RuntimeError("can't start new thread"),
+            "Resource temporarily unavailable (can't start new thread); a limit of processes and threads: raise it "
+            "(ulimit -u), or end other programs",
+        ),
+    ],
+)
+def test_the_line_names_the_file_and_what_to_do(error: Exception, line: str) -> None:
+    assert one_line(error) == line
+
+
+def test_a_file_in_a_folder_has_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    owners = {Path("model"): CHECKPOINT, tmp_path / "context": CONTEXT}
+    for file, code in {
+        "model/config.json": CHECKPOINT,
+        tmp_path / "model": CHECKPOINT,
+        "context/blocks/0": CONTEXT,
+        "models": INPUT,
+        "model/../text": INPUT,
+    }.items():
+        assert exit_code_of(OSError(5, "Input/output error", str(file)), owners) == code, file
+    assert exit_code_of(OSError(28, "No space left on device", "context/journal"), owners) == MEMORY
 
 
 def test_an_exit_code_needs_no_torch() -> None:

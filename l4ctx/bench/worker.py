@@ -16,14 +16,14 @@ from typing import Any
 
 from l4ctx.bench.jobs import WARM_UP_DECODE, Measurement, TimedRun, WorkerJob
 from l4ctx.errors import exit_code_of, one_line
-from l4ctx.machine.device import expect_no_numpy
+from l4ctx.machine.device import prepare_torch
 from l4ctx.machine.memory import PeakSampler, process_memory
 from model.config import TextConfig
 
 
 def main() -> None:
     """Entry point of a worker. What a user can cause is reported as message and exit code, the rest as a traceback."""
-    expect_no_numpy()
+    prepare_torch()
     job = WorkerJob.from_json(sys.stdin.read())
     try:
         result = TASKS[job.task](job)

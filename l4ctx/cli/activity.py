@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from l4ctx.cli.console import NARROW_COLUMNS
 from l4ctx.formatting import human_clock, without_controls
+from l4ctx.machine.limits import startable_threads
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,7 +38,7 @@ class View(Protocol):
 
 
 class Activity:
-    """A context manager, reusable, that shows the current view while it is entered."""
+    """A context manager, reusable, that shows the current view while it is entered, if a thread can be started."""
 
     def __init__(self, console: Console, *, is_shown: bool = True) -> None:
         self._console, self._is_shown = console, is_shown
@@ -60,14 +61,16 @@ class Activity:
 
     def __enter__(self) -> Activity:
         self._last_line = time.monotonic()
-        if self._is_shown and self._console.is_interactive:
+        if not self._is_shown or startable_threads(2) < 2:
+            return self
+        if self._console.is_interactive:
             from rich.live import Live
 
             self._live = Live(
                 get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=1 / LIVE_SECONDS
             )
             self._live.start()
-        elif self._is_shown:
+        else:
             self._ended.clear()
             self._thread = threading.Thread(target=self._print_lines, name="l4ctx-activity", daemon=True)
             self._thread.start()

@@ -14,13 +14,13 @@ import typer
 
 from l4ctx.cli.ask import ask
 from l4ctx.cli.bench import bench
-from l4ctx.cli.exits import EXIT_CODES, leave
+from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, leave
 from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
-from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments
+from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
 from l4ctx.errors import INTERRUPTED
 from l4ctx.machine.processor import share_cores
 
@@ -38,12 +38,13 @@ def main() -> NoReturn:
     share_cores()
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process exits)
-    try:
-        code = app(prog_name="l4ctx", standalone_mode=False)
-    except KeyboardInterrupt:
-        leave(INTERRUPTED)
-    except USAGE_ERROR as error:
-        refuse_arguments(error)
+    with errors_as_exit_codes(json=wants_json(sys.argv)):
+        try:
+            code = app(prog_name="l4ctx", standalone_mode=False)
+        except KeyboardInterrupt:  # before a command began
+            leave(INTERRUPTED)
+        except USAGE_ERROR as error:
+            refuse_arguments(error)
     sys.exit(code or 0)
 
 

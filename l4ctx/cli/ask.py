@@ -221,7 +221,7 @@ def ask(
             asked,
         )
 
-    with errors_as_exit_codes(json=json) as interruption:
+    with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:
         carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 

@@ -129,7 +129,7 @@ def bench(
             ceilings=ceilings,
         )
 
-    with errors_as_exit_codes(json=json), _termination_as_interruption():
+    with errors_as_exit_codes(json=json, checkpoint=model), _termination_as_interruption():
         _bench(request(), json=json, quiet=quiet)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from l4ctx.errors import (
@@ -25,11 +27,12 @@ from l4ctx.errors import (
     exit_code_of,
     one_line,
 )
+from l4ctx.formatting import as_one_line
 
 EXIT_CODES = """\
 Exit codes: 0 an answer, 1 the answer could not be written, 2 bad arguments or input, 3 the checkpoint cannot be
-used, 4 the prompt is too long for the model, 5 it does not fit into memory or on the disk, 6 the model failed,
-7 the saved context cannot be used, 130 interrupted, 141 the output was closed.
+used, 4 the prompt is too long for the model, 5 it does not fit: memory, disk or a limit of the system, 6 the model
+failed, 7 the saved context cannot be used, 130 interrupted, 141 the output was closed.
 """
 
 
@@ -48,19 +51,27 @@ KINDS = {
 
 @dataclass
 class Interruption:
-    """What to report on Ctrl-C: when it happened and what is kept. Commands update it as they proceed."""
+    """What to report on Ctrl-C: when it happened and what is kept. Commands update it as they proceed.
+
+    `owners` are folders with the exit code of an error of the system that names a file in them.
+    """
 
     kept: Callable[[], str] = lambda: "nothing is kept"
     when: Callable[[], str] = lambda: ""  # such as " after 3 tokens of the answer"
+    owners: dict[Path, int] = field(default_factory=dict)
 
 
 @contextmanager
-def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
-    """Turns errors that the user can cause into one line on stderr and an exit code; others keep their traceback.
+def errors_as_exit_codes(
+    *, json: bool = False, checkpoint: Path | None = None, context: Path | None = None
+) -> Iterator[Interruption]:
+    """Turns errors that the user or the system can cause into one line on stderr and an exit code.
 
-    With `json`, an object on stdout reports the same.
+    Others are bugs, and keep their traceback. With `json`, an object on stdout reports the same. An error of the system
+    about a file in `checkpoint` or `context` has their exit codes.
     """
-    interruption = Interruption()
+    owned = ((checkpoint, CHECKPOINT), (context, CONTEXT))
+    interruption = Interruption(owners={folder: code for folder, code in owned if folder is not None})
     try:
         yield interruption
     except KeyboardInterrupt:
@@ -68,8 +79,8 @@ def errors_as_exit_codes(*, json: bool = False) -> Iterator[Interruption]:
         fail(f"interrupted{interruption.when()}; {interruption.kept()}", INTERRUPTED, json=json)
     except BrokenPipeError:
         leave(CLOSED)
-    except Exception as error:  # raised again unless the user can cause it
-        code = exit_code_of(error)
+    except BaseException as error:  # raised again unless the user can cause it; a library's panic is no Exception
+        code = exit_code_of(error, interruption.owners)
         if code is None:
             raise
         fail(one_line(error), code, json=json)
@@ -86,8 +97,6 @@ def fail(message: str, code: int, *, json: bool) -> NoReturn:
 
 def tell(message: str) -> str:
     """Writes one line to stderr, and returns the message as written."""
-    from l4ctx.formatting import as_one_line
-
     line = as_one_line(message)
     with suppress(OSError):
         sys.stderr.write(f"l4ctx: {line}\n")
@@ -101,7 +110,8 @@ def leave(code: int) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # there may be no descriptor left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -128,6 +138,4 @@ def check_stdout(what: str) -> None:
 
 def write_json(content: dict[str, Any]) -> None:
     """Writes an object as one line of ASCII: intact in every locale, and safe for a terminal."""
-    import json
-
     write(json.dumps(content) + "\n")

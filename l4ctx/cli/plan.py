@@ -105,7 +105,7 @@ def plan(
             measure,
         )
 
-    with errors_as_exit_codes(json=json):
+    with errors_as_exit_codes(json=json, checkpoint=model):
         leave(_plan(request(), json=json, quiet=quiet))
 
 

@@ -92,5 +92,5 @@ def prefill(
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
         )
 
-    with errors_as_exit_codes(json=json) as interruption:
+    with errors_as_exit_codes(json=json, checkpoint=model, context=output) as interruption:
         carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)

@@ -52,7 +52,7 @@ def quantize(
 
     Experts, shared experts and dense layers are quantized. After an interruption the same command goes on.
     """
-    with errors_as_exit_codes(json=json) as interruption:
+    with errors_as_exit_codes(json=json, checkpoint=model) as interruption:
         if json:
             check_stdout("to")
         if model is None or output is None:
@@ -79,10 +79,10 @@ def _quantize(
     from l4ctx.conversion.forms import Form
     from l4ctx.formatting import counted, human_bytes, human_seconds
     from l4ctx.inspection.model_folder import check_model_folder
-    from l4ctx.machine.device import expect_no_numpy
+    from l4ctx.machine.device import prepare_torch
 
     check_model_folder(model)
-    expect_no_numpy()
+    prepare_torch()
     from l4ctx.conversion.layout import Conversion
     from l4ctx.conversion.writing import check_output, write
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.cli.exits import Interruption, write_json
 from l4ctx.cli.stdin import warn_of_forgotten_pipe
+from l4ctx.errors import CHECKPOINT
 
 if TYPE_CHECKING:
     from l4ctx.run.request import Request
@@ -31,6 +32,7 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     console = stderr_console()
     note = notes(console, quiet=quiet)
     activity = Activity(console, is_shown=not quiet)
+    interruption.owners.setdefault(request.model, CHECKPOINT)  # which a context may have named
     with Monitor(note, activity.tell) as monitor:
         interruption.kept = lambda: monitor.kept()
         answers = None

@@ -25,6 +25,7 @@ from l4ctx.conversion.layout import Conversion, Piece, Shard
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.files import sync_folder
+from l4ctx.machine.limits import largest_file
 from l4ctx.machine.memory import available_disk
 from model.errors import CheckpointError
 from model.folder import CONFIG, INDEX, MAX_JSON_BYTES, PICKLED_WEIGHTS, SINGLE, read_object
@@ -53,6 +54,11 @@ def check_output(conversion: Conversion, output: Path, *, replace: bool) -> None
     if (others := sorted(names - ours)) and not replace:
         raise RequestError(f"{output}: holds other files ({', '.join(others[:3])}); name a new or an empty folder")
     needed = sum(shard.num_bytes for shard in conversion.shards if not is_finished(shard, output))
+    largest, limit = max((shard.num_bytes for shard in conversion.shards), default=0), largest_file()
+    if limit is not None and largest > limit:
+        raise DiskFullError(
+            f"{output}: a shard has {human_bytes(largest)}, and files may have {human_bytes(limit)} (ulimit -f)"
+        )
     free = available_disk(output)
     if free is not None and needed > free:
         raise DiskFullError(

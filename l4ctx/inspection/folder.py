@@ -15,7 +15,7 @@ from l4ctx.inspection.checkpoint import inspect_model
 from l4ctx.inspection.context import inspect_context
 from l4ctx.inspection.model_folder import what_it_is
 from l4ctx.inspection.report import Report, add_damage
-from l4ctx.machine.device import expect_no_numpy
+from l4ctx.machine.device import prepare_torch
 from model.folder import CONFIG, INDEX, SINGLE
 from model.gguf.files import find_gguf
 
@@ -62,7 +62,7 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
     for name in READ_WHOLE:
         if (inside / name).exists() and not (inside / name).is_file():
             add_damage(report, inside / name, "not a regular file")
-    expect_no_numpy()
+    prepare_torch()
     if not report["damage"]:
         (inspect_model if is_model else inspect_context)(folder, report, verify)
     report["damage"] = list({entry["what"]: entry for entry in report["damage"]}.values())

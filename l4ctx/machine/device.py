@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from l4ctx.errors import RequestError
+from l4ctx.machine.limits import check_room_for_torch, startable_threads
+from l4ctx.machine.processor import usable_cores
 
 if TYPE_CHECKING:
     import torch
 
 
-def expect_no_numpy() -> None:
-    """Silences torch's warning, on first use, that NumPy is missing: nothing here needs it."""
+def prepare_torch() -> None:
+    """To be called before torch is imported: raises LimitError where its libraries do not fit into the address space.
+
+    Where the system allows fewer threads than there are cores, OpenMP gets as many as it may start. Silences torch's
+    warning, on first use, that NumPy is missing: nothing here needs it.
+    """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    check_room_for_torch(is_loaded="torch" in sys.modules)
+    if "torch" in sys.modules:
+        return
+    cores = usable_cores()
+    if (threads := startable_threads(cores)) < cores:
+        os.environ.update(OMP_NUM_THREADS=str(threads), RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
 
 
 def usable_device(name: str) -> torch.device:

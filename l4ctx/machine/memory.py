@@ -13,6 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 
+from l4ctx.machine.limits import limited_memory
+
 SPARE_SHARE = 1 / 4
 """Share of the free memory that may be spent for speed alone."""
 
@@ -65,7 +67,10 @@ class OwnMemory:
 
 
 class PeakSampler:
-    """Samples process memory in the background while the context is open; `peak` is the maximum of each kind."""
+    """Samples process memory in the background while the context is open; `peak` is the maximum of each kind.
+
+    Where no thread can be started, it samples at the beginning and at the end alone.
+    """
 
     def __init__(self, seconds: float = 0.02) -> None:
         self.peak = process_memory()
@@ -75,7 +80,8 @@ class PeakSampler:
 
     def __enter__(self) -> PeakSampler:
         if self.peak is not None:
-            self._thread.start()
+            with suppress(RuntimeError, MemoryError):  # can't start new thread
+                self._thread.start()
         return self
 
     def __exit__(
@@ -92,14 +98,16 @@ class PeakSampler:
             self.peak = self.peak.most(now)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
-            self.sample()
+        with suppress(MemoryError):  # the work itself will report it
+            while not self._stop.wait(self._seconds):
+                self.sample()
 
 
 def available_memory() -> int | None:
-    """Bytes that can still be allocated: the machine's free memory, limited by what its control groups leave."""
+    """Bytes that can still be allocated: the machine's free memory, limited by what its control groups and this
+    process's own limits (`ulimit`) leave."""
     free = [amount for amount in (_machine_available(), *_cgroup_available()) if amount is not None]
-    return min(free, default=None)
+    return min([*free, *limited_memory()], default=None)
 
 
 def _machine_available() -> int | None:

@@ -19,20 +19,26 @@ WITHOUT_AMX = frozenset({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", 
 SPINS = "3000"
 """Iterations that OpenMP's threads spin while waiting for one another before they sleep."""
 
+NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
+
 
 def share_cores() -> None:
     """Makes torch's threads sleep early, so that other processes can use their cores. Call it before importing torch.
 
     By default they spin for milliseconds at each of thousands of barriers a second: with one core of two busy, prefill
     and decode were 1.3 times slower than with this. On idle cores decode loses 3 %. A user's own setting wins.
+
+    NumPy, which torch imports where it is installed, and whose products nothing here uses, gets one thread: each takes
+    address space, and complains where it cannot be started.
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = SPINS
+    os.environ.setdefault(*NUMPY_THREADS)
 
 
 def without_sharing() -> dict[str, str]:
     """The user's original environment, for running other programs."""
-    return {name: value for name, value in os.environ.items() if (name, value) != ("GOMP_SPINCOUNT", SPINS)}
+    return {item[0]: item[1] for item in os.environ.items() if item not in (("GOMP_SPINCOUNT", SPINS), NUMPY_THREADS)}
 
 
 @functools.cache

@@ -41,6 +41,10 @@ WORTH_GROWING = 0.95
 
 ACCELERATOR = "accelerator memory"
 KV_HOST_LIMIT = "--kv-host-memory"
+ADDRESS_SPACE = "address space (ulimit -v)"
+FILE_SIZE = "a single file (ulimit -f)"
+ALLOWED = (KV_HOST_LIMIT, ADDRESS_SPACE, FILE_SIZE)
+"""Shortfalls of what is allowed; those of other tiers are of what is free."""
 
 
 class MemoryPlanError(UserError):
@@ -177,13 +181,35 @@ class MemoryPlan:
             total += self.token_ids + order + layout.window_bytes + layout.open_bytes(layout.block_tokens)
         return max(0, total - self.workload.on_disk_already)
 
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file to be written: a saved context has one for each block, a disk tier one for all."""
+        if not self.workload.is_saved:
+            return self.needed_on_disk
+        layout = self.layout
+        blocks = layout.row_bytes if self.end.nope_disk else 0
+        ids = self.token_ids + ORDER_BYTES * self.workload.read_tokens
+        tail = layout.window_bytes + layout.open_bytes(layout.block_tokens)
+        return min(self.needed_on_disk, max(blocks, ids, tail))
+
+    @property
+    def needed_addresses(self) -> int:
+        """Peak address space in bytes: host memory, and all mapped weights whether they are in memory or not."""
+        mapped = self.weights - self.workload.held_weights if self.weights_are_mapped else 0
+        return self.needed + mapped
+
     def shortfalls(self, capacity: Capacity) -> dict[str, tuple[int, int]]:
         """The tiers that are too small, each with the bytes needed and the bytes available."""
         found = {}
         if capacity.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > capacity.accelerator:
             found[ACCELERATOR] = (self.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
-        if capacity.host is not None and self.needed + MARGIN_BYTES > capacity.host:
+        within_addresses = capacity.addresses is not None and (capacity.host or 0) >= capacity.addresses
+        if capacity.host is not None and self.needed + MARGIN_BYTES > capacity.host and not within_addresses:
             found["memory"] = (self.needed + MARGIN_BYTES, capacity.host)
+        if capacity.addresses is not None and self.needed_addresses + MARGIN_BYTES > capacity.addresses:
+            found[ADDRESS_SPACE] = (self.needed_addresses + MARGIN_BYTES, capacity.addresses)
+        if capacity.file_size is not None and self.largest_file > capacity.file_size:
+            found[FILE_SIZE] = (self.largest_file, capacity.file_size)
         if capacity.kv_host is not None and not capacity.has_disk and self.host_keys_values > capacity.kv_host:
             found[KV_HOST_LIMIT] = (self.host_keys_values, capacity.kv_host)
         if capacity.disk is not None and self.needed_on_disk > capacity.disk:

@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.device_weights import OPTION, DeviceWeights
-from l4ctx.planning.memory_plan import KV_HOST_LIMIT, MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.memory_plan import (
+    ADDRESS_SPACE,
+    ALLOWED,
+    FILE_SIZE,
+    KV_HOST_LIMIT,
+    MARGIN_BYTES,
+    PREFILL_CHUNK_SIZES,
+    MemoryPlan,
+    MemoryPlanError,
+)
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.weights import StoredWeights
 from l4ctx.planning.workload import Capacity, Workload
@@ -27,7 +36,7 @@ def check(plan: MemoryPlan, capacity: Capacity) -> None:
     if not shortfalls:
         return
     short = "; ".join(
-        f"{human_bytes(needed)} of {tier}, but {human_bytes(there)} is {'allowed' if tier == KV_HOST_LIMIT else 'free'}"
+        f"{human_bytes(needed)} of {tier}, but {human_bytes(there)} is {'allowed' if tier in ALLOWED else 'free'}"
         for tier, (needed, there) in shortfalls.items()
     )
     what_helps = "; ".join(remedies(plan, capacity)) or "nothing but a larger machine"
@@ -72,7 +81,7 @@ def _shorter(workload: Workload, capacity: Capacity) -> list[str]:
 def _shortfall(plan: MemoryPlan, capacity: Capacity) -> int:
     """The shortfalls of all tiers in bytes. --kv-host-memory is a limit within host memory, not a tier of its own."""
     short = {tier: needed - there for tier, (needed, there) in plan.shortfalls(capacity).items()}
-    in_host_memory = max(short.pop("memory", 0), short.pop(KV_HOST_LIMIT, 0))
+    in_host_memory = max(short.pop(tier, 0) for tier in ("memory", KV_HOST_LIMIT, ADDRESS_SPACE))
     return in_host_memory + sum(short.values())
 
 
@@ -95,6 +104,12 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
             workload,
             replace(capacity, disk=None),
         )
+    short = plan.shortfalls(capacity)
+    if FILE_SIZE in short:
+        yield _Option(f"ulimit -f {-(-plan.largest_file // 1024)}", "", workload, replace(capacity, file_size=None))
+    if ADDRESS_SPACE in short:
+        free = replace(capacity, addresses=None, host=max(capacity.host or 0, plan.needed + MARGIN_BYTES))
+        yield _Option("a higher limit (ulimit -v)", "", workload, free)
     if capacity.kv_host is not None:
         unlimited = replace(capacity, kv_host=None)
         without = MemoryPlan.of(workload, unlimited)

@@ -29,6 +29,8 @@ class Capacity:
     kv_host: int | None = None  # --kv-host-memory
     disk: int | None = None  # free where sealed blocks can be written
     disk_folder: str | None = None  # None: no disk is used
+    addresses: int | None = None  # left of the limit of address space, in which mapped files count
+    file_size: int | None = None  # the limit of one file's size
     weights: int | None = None  # --weights-memory: for mapped weights
     weights_device: int | None = None  # --weights-device-memory; None: all weights have to be there
     operations: float = 1e11  # a second, in matrix products
@@ -41,7 +43,7 @@ class Capacity:
 
     @property
     def without_disk(self) -> Capacity:
-        return replace(self, disk=None, disk_folder=None)
+        return replace(self, disk=None, disk_folder=None, file_size=None)
 
 
 NO_LIMITS = Capacity()

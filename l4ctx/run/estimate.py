@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.errors import RequestError
-from l4ctx.machine.device import available_on, expect_no_numpy
+from l4ctx.machine.device import available_on, prepare_torch
 from l4ctx.machine.reading import reading_rate
 from l4ctx.planning.declared import declared_form, declared_method
 from l4ctx.planning.memory_plan import MemoryPlan
@@ -248,7 +248,7 @@ def _reading_rate(model: Path) -> float | None:
 
 def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
     """By the shards' headers; without shards by config.json."""
-    expect_no_numpy()
+    prepare_torch()
     from model.errors import CheckpointError
     from model.weights.loading import checked_sources
     from model.weights.quantizing import quantized_sources

@@ -18,7 +18,7 @@ from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.machine.device import expect_no_numpy, usable_device
+from l4ctx.machine.device import prepare_torch, usable_device
 from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
@@ -220,7 +220,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
 
 def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable[[str], None]) -> Checked:
     """What can be refused before any text is tokenized: device, shards, generation settings."""
-    expect_no_numpy()
+    prepare_torch()
     from l4ctx.checkpoint.generation_config import GenerationConfig
     from model.weights.loading import checked_sources, stored_tensors
     from model.weights.quantizing import quantized_sources

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.machine.device import free_on_accelerator
+from l4ctx.machine.limits import address_space_left, largest_file
 from l4ctx.machine.memory import SPARE_SHARE, ProcessMemory, available_disk, available_memory, process_memory
 from l4ctx.machine.processor import assumed_operations, computing_dtype
 from l4ctx.planning import remedies
@@ -137,6 +138,8 @@ def capacity_here(
         kv_host=kv.host_memory,
         disk=None if disk is None else available_disk(disk),
         disk_folder=None if folder is None else str(folder),
+        addresses=address_space_left(),
+        file_size=None if disk is None else largest_file(),
         weights=compute.weights_memory,
         weights_device=compute.weights_device_memory,
         operations=assumed_operations(),
@@ -166,7 +169,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     workload = _workload(inputs, capacity)
     plan = _plan(inputs, workload, capacity)
     if save_to is not None and save_to.exists():
-        capacity = replace(capacity, disk=None)  # much of it may be there already, and a full disk loses nothing
+        # much of it may be there already, and a full disk loses nothing
+        capacity = replace(capacity, disk=None, file_size=None)
     remedies.check(plan, capacity)
     for text in plan.notes:
         monitor.note(text)

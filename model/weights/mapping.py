@@ -41,7 +41,8 @@ class MappedFiles:
 
     def tensor(self, stored: StoredTensor, index: int | None = None) -> Tensor:
         """A tensor of the stored dtype and shape, or what is at `index` of its first axis; of a dtype that torch lacks,
-        uint8 (..., bytes of a row). Parts of a tensor are copied. Raises CheckpointError.
+        uint8 (..., bytes of a row). Parts of a tensor are copied. Raises CheckpointError, and RuntimeError
+        where memory or the number of open files is limited.
         """
         if isinstance(stored, StoredPart):
             whole, axis = self.tensor(stored.whole, index), stored.axis
@@ -73,6 +74,8 @@ class MappedFiles:
                 size = file.stat().st_size
                 self._storages[file] = torch.UntypedStorage(0) if size == 0 else _mapped(file, size)
             except (OSError, RuntimeError) as error:
+                if "Cannot allocate memory" in str(error) or "Too many open files" in str(error):
+                    raise  # which says nothing about the file
                 raise CheckpointError(f"{file}: cannot be mapped ({error})") from None
         return self._storages[file]
 

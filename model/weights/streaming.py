@@ -74,6 +74,7 @@ class WeightStream:
         self._seen: set[int] = set()  # layers whose kept part has been read
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._is_closing = False
+        self._error: Exception | None = None  # that ended the thread
         self._dropper = Dropper()
         self._thread = threading.Thread(target=self._run, name="weight-stream", daemon=True)
         self._thread.start()
@@ -91,7 +92,9 @@ class WeightStream:
         return cls(layers, residency, expert_share=share, room=max(0, residency.peak - residency.kept - head))
 
     def entering(self, layer: int, tokens: int) -> None:
-        """The layer computes next, for so many tokens."""
+        """The layer computes next, for so many tokens. Raises what ended the thread."""
+        if self._error is not None:
+            raise self._error
         if not self._uses_whole_layers(tokens):
             return
         for number, used in enumerate(self._used):
@@ -157,5 +160,8 @@ class WeightStream:
         read_in(wanted, lambda: layer in self._ahead and not self._is_closing)
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None and not self._is_closing:
-            task()
+        try:
+            while (task := self._tasks.get()) is not None and not self._is_closing:
+                task()
+        except Exception as error:  # raised by the thread that computes
+            self._error = error
