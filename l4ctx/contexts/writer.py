@@ -31,7 +31,7 @@ from l4ctx.contexts.reuse import reusable
 from l4ctx.contexts.states import MOST_TOKENS, State, Stored, block_record, end_record
 from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
-from l4ctx.machine.private import make_folder
+from l4ctx.machine.files import make_folder
 from l4ctx.spans import ImageSpan, Span
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,7 @@ from l4ctx.conversion.forms import Form
 from l4ctx.conversion.layout import Conversion, Piece, Shard
 from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
-from l4ctx.machine.files import sync_folder
+from l4ctx.machine.files import sync_folder, sync_names
 from l4ctx.machine.limits import largest_file
 from l4ctx.machine.memory import available_disk
 from model.errors import CheckpointError
@@ -80,9 +79,12 @@ def write(conversion: Conversion, output: Path, progress: Progress) -> int:
     """Writes what is not there yet; returns how many shards were. Raises DiskFullError and CheckpointError."""
     total, done = conversion.num_bytes, 0
     with _disk_errors(output):
+        missing = [path for path in (output, *output.parents) if not os.path.lexists(path)]
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG).unlink(missing_ok=True)
         (output / INDEX).unlink(missing_ok=True)
+        sync_folder(output)  # before a shard is replaced that the old configuration would be read with
+        sync_names(missing)
     finished = [shard for shard in conversion.shards if is_finished(shard, output)]
     for shard in conversion.shards:
         if shard not in finished:
@@ -218,8 +220,9 @@ def _others(folder: Path) -> list[Path]:
 
 
 def _copy(file: Path, to: Path) -> None:
-    shutil.copyfile(file, _partial(to))
-    os.replace(_partial(to), to)
+    with file.open("rb") as source, _replacing(to) as descriptor:
+        os.ftruncate(descriptor, 0)
+        _write_at(descriptor, memoryview(source.read()), 0)
 
 
 def _partial(file: Path) -> Path:

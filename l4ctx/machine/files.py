@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from l4ctx.machine.private import open_private, temporary_of
+from l4ctx.machine.private import FOLDER_MODE, open_private, temporary_of
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to recognise its type
 
@@ -113,3 +114,27 @@ def sync_folder(folder: Path, *, is_required: bool = False) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the folder with FOLDER_MODE if it does not exist, and its parents as usual; their names are durable then.
+
+    Raises OSError.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(mode=FOLDER_MODE, parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    if stat.S_IMODE(folder.stat().st_mode) & FOLDER_MODE != FOLDER_MODE:
+        folder.chmod(FOLDER_MODE)
+    sync_names(missing)
+
+
+def sync_names(paths: Sequence[Path]) -> None:
+    """Makes the names of new files or folders durable, where their folders may be read."""
+    for folder in {path.parent for path in paths}:
+        with suppress(OSError):
+            sync_folder(folder)

@@ -28,18 +28,6 @@ def temporary_of(file: Path) -> Path:
     return file.with_name(f".{file.name}.{os.urandom(8).hex()}")
 
 
-def make_folder(folder: Path) -> None:
-    """Creates the folder with FOLDER_MODE if it does not exist, and its parents as usual. Raises OSError."""
-    try:
-        folder.mkdir(mode=FOLDER_MODE, parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-        return
-    if stat.S_IMODE(folder.stat().st_mode) & FOLDER_MODE != FOLDER_MODE:
-        folder.chmod(FOLDER_MODE)
-
-
 def is_open_to_others(path: Path) -> bool:
     """Whether anyone but the owner has permissions; links are not followed. Raises OSError."""
     mode = path.lstat().st_mode

@@ -1,6 +1,7 @@
 """The file that --resume-answers names: one JSON object a line for each answer, appended as it is ready.
 
-A process that is killed leaves whole lines and perhaps the beginning of one more, which the next run cuts off.
+A process that is killed leaves whole lines and perhaps the beginning of one more, which the next run cuts off. A power
+loss may leave NULs, which no line has: the next run cuts them off with all that follows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 from l4ctx.errors import InputError, OutputError
 from l4ctx.formatting import printable
+from l4ctx.machine.files import sync_names
 from l4ctx.run.questions import Question, QuestionId, shown
 
 BEGINNING = b'{"id": '
@@ -33,10 +35,13 @@ class AnswersFile:
     def __init__(self, path: Path, questions: Sequence[Question]) -> None:
         """Opens or creates it, and cuts off an unfinished last line. Raises AnswersFileError."""
         self._name = printable(str(path))
+        is_new = not os.path.lexists(path)
         try:
             self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115 (until it is closed)
         except OSError as error:
             raise AnswersFileError(f"{self._name}: cannot be written: {error.strerror}") from None
+        if is_new:
+            sync_names([path])
         try:
             self._lock()
             self.answered = self._read(questions)
@@ -82,7 +87,7 @@ class AnswersFile:
         """The ids of these questions that are answered in it; then cuts off an unfinished last line."""
         texts, found, end = {question.id: question.text for question in questions}, set(), 0
         for number, line in enumerate(self._lines(), 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or b"\0" in line:
                 self._check_unfinished(number, line)
                 os.ftruncate(self._file.fileno(), end)
                 break
@@ -103,7 +108,10 @@ class AnswersFile:
 
     def _check_unfinished(self, number: int, line: bytes) -> None:
         """Raises AnswersFileError for a last line that this program has not begun: it would be lost."""
-        if len(line) == MAX_LINE_BYTES or not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+        begun, *_ = line.split(b"\0", 1)
+        is_ours = begun.startswith(BEGINNING) or BEGINNING.startswith(begun)
+        is_another = not begun and number == 1 and bool(line.strip(b"\0"))  # a file that begins with a NUL
+        if len(line) == MAX_LINE_BYTES or not is_ours or is_another:
             raise self._refused(number, "no answer of l4ctx")
         try:
             json.loads(line)

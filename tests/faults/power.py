@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--cuts", type=int, default=5000)
     parser.add_argument("--shard", default="1/1", help="K/N: the K-th of N parts")
+    parser.add_argument("--operations", default=",".join(CUT))
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--again", action="store_true", help="make what was bad once more")
     parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
@@ -203,7 +204,7 @@ def main() -> None:
     try:
         power = Power(Walk(place))
         with open(arguments.results, "a") as results:
-            for number, (operation, cut) in enumerate(each(power, CUT, arguments.cuts)):
+            for number, (operation, cut) in enumerate(each(power, arguments.operations.split(","), arguments.cuts)):
                 known = done.get((cut.operation, cut.after, cut.seed))
                 if number % shards != shard - 1 or (known != "bad" if arguments.again else known is not None):
                     continue

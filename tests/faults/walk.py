@@ -172,8 +172,11 @@ def _noise(ended: Ended) -> bool:
 
 
 def _same(operation: Operation, one: str, other: str) -> bool:
-    if operation.name == "plan":  # how much memory is free
-        one, other = (re.sub(r"[\d.,]+ ?[KMGT]?i?B?", "0", text) for text in (one, other))
+    if operation.name == "plan":  # how much memory is free, and what would fit into it
+        one, other = (
+            re.sub(r"(?m)^would fit.*\n|[\d.,]+ ?[KMGT]?i?B?", lambda found: "0" * (found[0][-1] != "\n"), text)
+            for text in (one, other)
+        )
     return one == other
 
 
@@ -203,9 +206,11 @@ def chosen(walk: Walk, names: Collection[str], shard: int, shards: int) -> Itera
 
 def summary(lines: list[dict[str, Any]]) -> str:
     outcomes = Counter(line["outcome"] for line in lines)
-    bad = Counter((line["why"], line["operation"]) for line in lines if line["outcome"] == "bad")
+    bad = Counter(line["why"] for line in lines if line["outcome"] == "bad")
+    first = {line["why"]: line for line in reversed(lines)}
     text = [", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())) or "nothing was tried"]
-    text += [f"{count:6,} {operation}: {why}" for (why, operation), count in bad.most_common()]
+    for why, count in bad.most_common():
+        text.append(f"{count:6,} {why} ({first[why]['operation']}: {first[why].get('fault') or first[why]['cut']})")
     return "\n".join(text)
 
 
