@@ -25,9 +25,9 @@ from support.places import ROOT
 
 SEED = 2026
 SHARE = {
-    "config": 100, "plan": 60, "tokenizer": 50, "chat_template": 15, "weights": 80, "quantized_weights": 0,
+    "config": 100, "plan": 60, "tokenizer": 80, "chat_template": 15, "weights": 80, "quantized_weights": 0,
     "inspect_checkpoint": 15, "gguf_model": 0, "context": 120, "inspect_context": 50, "text": 80,
-    "text_from_a_pipe": 40, "image": 120, "pdf": 20, "pdf_pages": 3, "gitignore": 100, "folder": 0, "command_line": 6,
+    "text_from_a_pipe": 40, "image": 120, "pdf": 20, "pdf_pages": 3, "gitignore": 100, "folder": 80, "command_line": 6,
 }  # fmt: skip
 """Inputs in the ordinary suite, where not 200: readers that take long, or that need libraries to make valid inputs."""
 DRAWN = ("config", "questions", "gguf_header", "notebook")
