@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from l4ctx.documents.document import DocumentLengthError
 from l4ctx.formatting import human_bytes
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 18
 _SURELY_SHORTER = 16  # bytes of a longest token: less text than that for each position needs no look at the vocabulary
 
 
@@ -36,13 +36,13 @@ class TextLimit:
         longest = self.longest_token()
         if longest is None or size + self.taken <= self.positions * longest:
             return
-        least = -(-(least_bytes(chunks(), keep_payload=keep_payload) + self.taken) // longest)
-        if least > self.positions:
+        most = self.positions * longest
+        if least_bytes(chunks(), most + 1 - self.taken, keep_payload=keep_payload) + self.taken > most:
             before = " with the documents before it" if self.taken else ""
             raise DocumentLengthError(
-                f"{human_bytes(size)} of text{before} are at least {least:,} tokens, none of which has over {longest} "
-                f"bytes, but the model has {self.positions:,} positions (max_position_embeddings); split it, or leave "
-                "it out"
+                f"{human_bytes(size)} of text{before} are more than {self.positions:,} tokens, which is all that the "
+                f"model has positions for (max_position_embeddings), as no token has over {longest} bytes; split it, "
+                "or leave it out"
             )
 
 
@@ -53,26 +53,30 @@ def chunks_of(path: str) -> Iterator[bytes]:
             yield chunk
 
 
-def least_bytes(chunks: Iterable[bytes], *, keep_payload: bool) -> int:
-    """The least that a text of these bytes has in UTF-8; 0 where it may be next to nothing.
+def least_bytes(chunks: Iterable[bytes], enough: int, *, keep_payload: bool) -> int:
+    """The least that a text of these bytes has in UTF-8, as soon as that is `enough`; 0 where it may be next to
+    nothing.
 
     So it is with what `l4ctx.documents.payload` leaves out, and in encodings of escape sequences. No other one that is
     read takes more than two bytes for each of UTF-8, but for UTF-32.
     """
-    size, end, divisor, may_be_notebook = 0, b"", 1, False
+    least, end, may_be_notebook = 0, b"", False
     for chunk in chunks:
-        if size == 0:
+        if not end:
             if b"\0" in chunk[:8192]:  # UTF-16 or UTF-32
                 return 0
-            may_be_notebook = chunk.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"")
-        if b"\x1b" in chunk:
+            may_be_notebook = not keep_payload and chunk.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"")
+        seam = end + chunk[:16]
+        if b"\x1b" in chunk or (not keep_payload and (_has_payload(chunk) or _has_payload(seam))):
             return 0
-        seen = end + chunk
-        if not keep_payload and (
-            (b"64," in seen and b";base64," in seen.lower()) or (may_be_notebook and b'"nbformat"' in seen)
-        ):
+        if may_be_notebook and (b'"nbformat"' in chunk or b'"nbformat"' in seam):
             return 0
-        size += len(chunk)
-        divisor = divisor if chunk.isascii() else 2
+        least += len(chunk) if chunk.isascii() else len(chunk) // 2
+        if least >= enough and not may_be_notebook:  # that says so at its end
+            break
         end = chunk[-16:]
-    return size // divisor
+    return least
+
+
+def _has_payload(chunk: bytes) -> bool:
+    return b"64," in chunk and b";base64," in chunk.lower()

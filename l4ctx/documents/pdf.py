@@ -62,8 +62,8 @@ def is_pdf(raw: bytes) -> bool:
     else has to be there: nothing but blanks, hardly anything; header fields of a mail or a form, or bytes that are no
     text, the objects of a PDF and its end; text, also a table at the place that the end names.
     """
-    header = _HEADER.search(raw[: _HEADER_BYTES + len(b"%PDF-")])
-    if header is None:
+    most = _HEADER_BYTES + len(b"%PDF-")
+    if raw.find(b"%PDF-", 0, most) < 0 or (header := _HEADER.search(raw[:most])) is None:
         return False
     at = header.end() - len(b"%PDF-")
     before = raw[:at].removeprefix(b"\xef\xbb\xbf").strip()

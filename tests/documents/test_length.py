@@ -37,8 +37,8 @@ def test_a_line_of_two_gigabytes_is_refused_before_it_is_read(tmp_path: Path, mo
     with pytest.raises(DocumentLengthError) as raised:
         read_documents([file], stdin=None, limit=limit(10_485_760, 128))
     assert str(raised.value) == (
-        f"{file}: 2.0 GiB of text are at least 16,777,216 tokens, none of which has over 128 bytes, but the model has "
-        "10,485,760 positions (max_position_embeddings); split it, or leave it out"
+        f"{file}: 2.0 GiB of text are more than 10,485,760 tokens, which is all that the model has positions for "
+        "(max_position_embeddings), as no token has over 128 bytes; split it, or leave it out"
     )
     assert exit_code_of(raised.value) == TOO_LONG
 
@@ -49,7 +49,7 @@ def test_what_fits_together_with_what_is_before_it_is_read(tmp_path: Path) -> No
     for name in "abc":
         (folder / name).write_bytes(name.encode() * 9_000)
     with pytest.raises(
-        DocumentLengthError, match=r"^d/c: 8\.8 KiB of text with the documents before it are at least 1,3"
+        DocumentLengthError, match=r"^d/c: 8\.8 KiB of text with the documents before it are more than 1,000 tokens"
     ):
         read_documents([folder], stdin=None, limit=limit())
     (folder / "c").write_bytes(b"c" * 2_000)
@@ -68,15 +68,15 @@ def test_what_fits_together_with_what_is_before_it_is_read(tmp_path: Path) -> No
     ids=["a data: URI", "a notebook", "UTF-16", "ISO-2022"],
 )
 def test_what_may_shrink_is_not_judged_by_its_size(raw: bytes) -> None:
-    assert least_bytes([raw], keep_payload=False) == 0
-    assert least_bytes([raw[:30], raw[30:]], keep_payload=False) == 0
+    assert least_bytes([raw], 1 << 30, keep_payload=False) == 0
+    assert least_bytes([raw[:30], raw[30:]], 1 << 30, keep_payload=False) == 0
 
 
 @pytest.mark.parametrize("text", ["plain, 64, and so on ", "naïve ", "日本語の文章 ", "{ not a notebook }"])
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
 def test_the_least_is_no_more_than_what_is_decoded(text: str, encoding: str) -> None:
     raw = (text * 500).encode(encoding)
-    least = least_bytes([raw[:100], raw[100:]], keep_payload=False)
+    least = least_bytes([raw[:100], raw[100:]], 1 << 30, keep_payload=False)
     assert len(raw) // 2 <= least <= len((text * 500).encode())
 
 
@@ -93,7 +93,7 @@ class Endless(io.RawIOBase):
 
 def test_a_pipe_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Endless()
-    with pytest.raises(DocumentLengthError, match=r"^stdin: \d+\.\d MiB of text are at least"):
+    with pytest.raises(DocumentLengthError, match=r"^stdin: \d+\.\d MiB of text are more than 1,048,576 tokens"):
         read_documents(["-"], stdin=pipe, limit=limit(1 << 20))  # type: ignore[arg-type]
     assert pipe.taken < 1 << 26
     monkeypatch.setattr(content, "available_memory", lambda: 1 << 24)
