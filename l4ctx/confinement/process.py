@@ -173,6 +173,7 @@ class _Child:
             )  # gets no Ctrl-C
         except OSError as error:
             raise NoChildError(f"cannot be started: {error.strerror}") from None
+        self._parent = os.getpid()
         self.end = weakref.finalize(self, _end, self.process)
         self.held: list[str] = []
         self.is_idle = False  # and not between a request and its last reply
@@ -201,7 +202,8 @@ class _Child:
         self._is_greeted = self.is_idle = True
 
     def is_alive(self) -> bool:
-        return self.end.alive and self.process.poll() is None
+        """Whether it serves this process: after a fork, its pipes are still the parent's."""
+        return self._parent == os.getpid() and self.end.alive and self.process.poll() is None
 
     def is_small(self, left: int) -> bool:
         held = process_memory(self.process.pid)

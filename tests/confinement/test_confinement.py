@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,23 @@ def test_it_does_its_work_and_is_kept(confined: Confined, monkeypatch: pytest.Mo
     with pytest.raises(RefusedError) as refused:
         ask(confined, "refuse")
     assert 100 < len(str(refused.value)) < 5000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_gets_a_process_of_its_own(confined: Confined) -> None:
+    assert attempt(confined, "sleep", 0) == {"done": None}
+    before = confined.pid
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's, of forking beside threads
+        forked = os.fork()
+    if forked == 0:
+        code = 1
+        try:
+            code = 0 if attempt(confined, "sleep", 0) == {"done": None} and confined.pid != before else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+    assert attempt(confined, "sleep", 0) == {"done": None} and confined.pid == before
 
 
 def test_a_body_that_is_cut_off_is_an_error(confined: Confined, tmp_path: Path) -> None:
