@@ -86,8 +86,9 @@ class Walk:
         base = self.base(operation)
         self.place.put_back(operation.start, base.started["tree"])
         ended = self.place.run(operation.arguments, seed=2, fault=[fault.point, fault.nth, fault.kind])
-        if fault.kind == "ENOENT" and (not operation.needs_all or " model/" in fault.point) and not _noise(ended):
-            return Verdict("absent", "", ended.code)  # another checkpoint, or less to look at
+        is_optional = not operation.needs_all or " model/" in fault.point or fault.point.endswith("/.gitignore")
+        if fault.kind == "ENOENT" and is_optional and not _noise(ended):
+            return Verdict("absent", "", ended.code)  # another checkpoint, other patterns, or less to look at
         if why := self._wrong(operation, base, ended):
             return Verdict("bad", why, ended.code, f"{ended.stdout[-400:]}\n---\n{ended.stderr[-600:]}")
         line = (ended.stderr.splitlines() or [""])[-1]
