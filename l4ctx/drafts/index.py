@@ -49,20 +49,21 @@ class IndexedText:
     """A text whose positions are sorted by the tokens before them: 8 bytes a token.
 
     `order` holds 32-bit positions, segment by segment: positions n * SEGMENT_TOKENS up to the next segment's, sorted by
-    the DEPTH tokens before each (also of earlier segments), read backwards, then by position.
+    the DEPTH tokens before each (also of earlier segments), read backwards, then by position. It may be shorter than
+    the text, whose first positions alone are found then.
     """
 
     def __init__(self, ids: array[int], order: array[int]) -> None:
-        assert len(ids) == len(order), (len(ids), len(order))
+        assert len(order) <= len(ids), (len(ids), len(order))
         self.ids, self.order = ids, order
 
     def find(self, newest: array[int]) -> Match:
         """Of matches of equal length one in the last segment, and of DEPTH tokens the last one there."""
         ids, order, wanted, best = self.ids, self.order, newest[:DEPTH], NO_MATCH
-        first = (len(ids) - 1) // SEGMENT_TOKENS * SEGMENT_TOKENS
+        first = (len(order) - 1) // SEGMENT_TOKENS * SEGMENT_TOKENS
         for start in range(first, -1, -SEGMENT_TOKENS):
             low = start
-            high = stop = min(start + SEGMENT_TOKENS, len(ids))
+            high = stop = min(start + SEGMENT_TOKENS, len(order))
             while low < high:  # the first place whose tokens come after `wanted`
                 middle = (low + high) // 2
                 if tokens_before(ids, order[middle], len(wanted)) <= wanted:

@@ -280,6 +280,11 @@ class WrittenContext:
         if not self.writer.tip.is_complete:
             self.writer.finish(cache)
 
+    def text(self) -> IndexedText:
+        """The documents' tokens, to copy drafts from. Raises ContextError."""
+        with with_repair_hint(self.folder):
+            return self.writer.context.text(self.writer.tip)
+
     def kept(self) -> str:
         """What an interruption leaves."""
         if not self.writer.context.states:

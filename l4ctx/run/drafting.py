@@ -26,6 +26,7 @@ class DraftSource:
     most: int  # tokens of a draft
     row_cost: float
     image_patch: int | None
+    nbytes: int  # of the index, and of token ids that only drafts need
 
     @classmethod
     def of(cls, sized: Sized) -> DraftSource:
@@ -35,20 +36,24 @@ class DraftSource:
         """
         from l4ctx.drafts.order import text_order
 
-        inputs, texts = sized.inputs, []
-        asked = inputs.request.answer.draft_tokens
-        if inputs.context is not None and inputs.request.answers_from_all:
-            texts.append(inputs.context.text())
-        texts.append(IndexedText(inputs.prompt.ids, text_order(inputs.prompt.ids)))
-        end = array("i")
-        for text in texts:
-            end += text.ids[-DEPTH:]
+        inputs, texts, before = sized.inputs, [], array("i")
+        asked, ids = inputs.request.answer.draft_tokens, inputs.prompt.ids
+        kept = sized.context.text() if sized.context is not None else None
+        if inputs.request.answers_from_all and kept is not None:
+            texts, before, behind = [kept], kept.ids, ids
+        elif kept is not None and memoryview(kept.ids) == memoryview(ids)[: len(kept.ids)]:
+            texts, behind = [IndexedText(ids, kept.order)], ids[len(kept.ids) :]
+        else:
+            behind = ids
+        texts.append(IndexedText(behind, text_order(behind)))
+        only_here = [text.ids for text in texts if text.ids is not ids]
         return cls(
             texts,
-            end[-DEPTH:],
+            (before[-DEPTH:] + ids[-DEPTH:])[-DEPTH:],
             MOST_TOKENS if asked is None else asked,
             _row_cost(sized),
             inputs.tokenizer.special_id("<|patch|>"),
+            sum(memoryview(part).nbytes for part in (*(text.order for text in texts), *only_here)),
         )
 
     def drafter(self, question: array[int] | None = None) -> Drafter:
@@ -59,14 +64,6 @@ class DraftSource:
             most=self.most,
             row_cost=self.row_cost,
             never=self.image_patch,
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Of the index, and of token ids that only drafts need."""
-        own = self.texts[-1]
-        return sum(memoryview(text.order).nbytes for text in self.texts) + sum(
-            memoryview(text.ids).nbytes for text in self.texts if text is not own
         )
 
 

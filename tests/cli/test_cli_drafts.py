@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import l4ctx.drafts.order
+from l4ctx.drafts.order import text_order
 from support.cli_runner import (
     ANSWER,
     DOCUMENT,
@@ -88,8 +91,27 @@ def test_answers_from_a_context_are_copied_from_it(where: tuple[str, ...]) -> No
     kept, question = report["reused_tokens"], report["prompt_tokens"] - report["reused_tokens"]
     assert report["memory"]["draft_index"] == 8 * kept + 4 * question
     check_drafted(told("--add", "docs/b.md", "--context", "c", name="b"), "b")
-    check_drafted(told("docs/a.md", "--context", "c"))
-    check_drafted(told("docs/a.md", "--save-context", "new"))
+
+
+def test_what_a_context_has_indexed_is_not_indexed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that are read into a context, or compared with it: only the question behind them is."""
+    made = []
+
+    def counting(ids: array[int]) -> array[int]:
+        made.append(len(ids))
+        return text_order(ids)
+
+    monkeypatch.setattr(l4ctx.drafts.order, "text_order", counting)
+    for arguments in (("--save-context", "c"), ("--context", "c"), ("--save-context", "c")):
+        report = told("docs/a.md", *arguments)
+        check_drafted(report)
+        assert 0 < made.pop() < 40 < report["prompt_tokens"] and not made
+        assert 4 * report["prompt_tokens"] <= report["memory"]["draft_index"] <= 4 * report["prompt_tokens"] + 160
+    check_drafted(told("docs", "--save-context", "c"))
+    made.clear()
+    report = told("docs/a.md", "--context", "c")  # which holds more
+    check_drafted(report)
+    assert made == [report["prompt_tokens"]]
 
 
 def test_images_among_the_documents() -> None:
