@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import TextConfig
-from model.costs import Operations, kv_size, layer_parameters, query_size, reading_operations
+from model.costs import Operations, kv_size, layer_parameters, query_size, reading_operations, weights_a_token
 
 
 def first_token_operations(config: TextConfig, tokens: int) -> Operations:
@@ -37,13 +37,11 @@ def visible_tokens(config: TextConfig, layer: int, position: int) -> int:
 
 
 def weight_bytes(config: TextConfig, itemsize: int) -> int:
-    """Bytes of weights that decoding a token must read: the active ones, and one row of the embeddings."""
-    c, kv = config.hidden_size, kv_size(config)
-    biases = query_size(config) + 2 * kv + c if config.attention_bias else 0
-    elements = c + c + c * config.vocab_size  # an embedding, the last norm, the logits
-    for layer in range(config.num_hidden_layers):
-        elements += layer_parameters(config, layer, active=True) + 2 * c + biases
-    return elements * itemsize
+    """Bytes of weights that decoding a token must read: the matrices, norms, biases, and one row of the embeddings."""
+    c = config.hidden_size
+    biases = query_size(config) + 2 * kv_size(config) + c if config.attention_bias else 0
+    vectors = 2 * c + config.num_hidden_layers * (2 * c + biases)  # the embedding and the last norm, those of layers
+    return (weights_a_token(config) + vectors) * itemsize
 
 
 def kv_bytes(config: TextConfig, position: int, itemsize: int) -> int:
