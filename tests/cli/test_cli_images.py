@@ -342,3 +342,19 @@ def test_a_vision_part_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (blind / "preprocessor_config.json").write_text('{"size": {"height": 5, "width": 5}}', encoding="utf-8")
     (blind / "model.safetensors.index.json").write_bytes((TINY / "model.safetensors.index.json").read_bytes())
     check_refused(run_here("ask", QUESTION, "docs", "--quiet", "--model", str(blind)), 3, "preprocessor_config.json")
+
+
+def test_many_questions_about_images() -> None:
+    """Read now and from a context, with drafts and without: each answer is that of the question alone."""
+    write_folder()
+    other = "What is in the image?"
+    text_file(Path("questions.txt"), f"{QUESTION}\n{other}\n{QUESTION}\n")
+    limit = ("--max-new-tokens", "24", "--quiet")
+    alone = [run_here("ask", asked, "docs", *limit).stdout for asked in (QUESTION, other)]
+    assert alone[0] == ANSWER
+    assert run_here("prefill", "docs", "-o", "c", "--quiet").code == 0
+    for source in (("docs",), ("--context", "c"), ("docs", "--draft-tokens", "5")):
+        result = run_here("ask", "--questions", "questions.txt", *source, "--batch", "2", "--in-order", *limit)
+        assert result.code == 0, result
+        found = [f"{json.loads(line)['answer']}\n" for line in result.stdout.splitlines()]
+        assert found == [alone[0], alone[1], alone[0]]
