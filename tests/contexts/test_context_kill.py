@@ -179,16 +179,16 @@ def sync_fails(later: int, name: str, function: OsFunction, arguments: tuple[Any
     return function(*arguments)
 
 
-# What happens, how the run ends, and of which calls: of every one, or of every third.
+# What happens, how the run ends, and of which calls: of every one, second or third.
 FAILURES: dict[str, tuple[Failure, type[BaseException], int]] = {
     "power cut": (power_cut, PowerCut, 1),
     "interrupt": (interrupt, KeyboardInterrupt, 3),
     "interrupt after": (interrupt_after, KeyboardInterrupt, 3),
-    "disk full": (disk_full, DiskFullError, 1),
+    "disk full": (disk_full, DiskFullError, 2),
     "disk full after a part": (disk_full_after_a_part, DiskFullError, 3),
     "full for a moment": (full_for_a_moment, DiskFullError, 3),
     "short write": (short_write, DiskFullError, 3),
-    "sync fails": (sync_fails, DiskFullError, 1),
+    "sync fails": (sync_fails, DiskFullError, 2),
 }
 
 
