@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +44,8 @@ class AnswersFile:
         if is_new:
             sync_names([path])
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise AnswersFileError(f"{self._name}: not a regular file; name another one for --resume-answers")
             self._lock()
             self.answered = self._read(questions)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_other_files_stay(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(AnswersFileError, match="no answer of l4ctx"):
         answered(file)
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
+    if name == "pipe":
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(AnswersFileError, match="not a regular file"):
+        answered(tmp_path / name)
