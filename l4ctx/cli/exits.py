@@ -48,6 +48,9 @@ KINDS = {
 }
 """The error type that --json reports for each exit code."""
 
+MOST_CHARACTERS = 2000
+"""Of an error's line: messages repeat what files say, and those can say anything."""
+
 
 @dataclass
 class Interruption:
@@ -96,8 +99,10 @@ def fail(message: str, code: int, *, json: bool) -> NoReturn:
 
 
 def tell(message: str) -> str:
-    """Writes one line to stderr, and returns the message as written."""
+    """Writes one line to stderr, and returns the message as written: without the middle of what is too long."""
     line = as_one_line(message)
+    if len(line) > MOST_CHARACTERS:
+        line = f"{line[: MOST_CHARACTERS // 2]} [...] {line[-MOST_CHARACTERS // 2 :]}"
     with suppress(OSError):
         sys.stderr.write(f"l4ctx: {line}\n")
         sys.stderr.flush()

@@ -128,3 +128,10 @@ def test_odd_names_are_refused_in_one_line(
             check(result)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+def test_what_is_too_long_is_cut_in_the_middle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    result = run_here("prefill", f"first{'/n' * 9000}last", "-o", "new", "--model", "model")
+    check(result)
+    assert result.code and "first" in result.stderr and " [...] " in result.stderr and len(result.stderr) < 2100
