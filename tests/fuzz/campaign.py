@@ -22,6 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outli
 
 from fuzz.limits import Tally, run, seed_and_draws  # noqa: E402
 from fuzz.readers import READERS  # noqa: E402
+from support import torchvision_oracle  # noqa: E402
+
+torchvision_oracle.prepare()  # before a reader imports what imports torchvision
 
 TURNS = 100  # of each reader: so often it is saved how far the run is
 
