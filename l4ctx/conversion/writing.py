@@ -10,9 +10,11 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from l4ctx.machine.files import sync_folder, sync_names
 from l4ctx.machine.limits import largest_file
 from l4ctx.machine.memory import available_disk
 from model.errors import CheckpointError
-from model.folder import CONFIG, INDEX, MAX_JSON_BYTES, PICKLED_WEIGHTS, SINGLE, read_object
+from model.folder import CONFIG, INDEX, MAX_FILE_BYTES, PICKLED_WEIGHTS, SINGLE, open_regular, read_object
 from model.quantization.rounding import to_float8, to_int4, to_int8
 from model.weights.mapping import MappedFiles
 from model.weights.read_ahead import as_bytes
@@ -69,7 +71,7 @@ def is_finished(shard: Shard, output: Path) -> bool:
     """Whether an earlier run wrote this shard, from the same source and in the same form."""
     file = output / shard.name
     try:
-        with file.open("rb") as stream:
+        with BufferedReader(open_regular(file)) as stream:
             return file.stat().st_size == shard.num_bytes and stream.read(len(shard.header)) == shard.header
     except OSError:
         return False
@@ -144,8 +146,12 @@ def quantized(source: Tensor, piece: Piece, form: Form) -> list[Tensor]:
 def _replacing(file: Path) -> Iterator[int]:
     """The descriptor of a file that takes the place of `file` at the end; what a killed run left is written over."""
     unfinished = _partial(file)
-    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(unfinished, flags, 0o666)
     try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # what is written would be in another's file
+            raise RequestError(f"{unfinished}: not a file that a killed run left, but a pipe or a hard link; remove it")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -215,7 +221,7 @@ def _others(folder: Path) -> list[Path]:
         and not file.name.endswith(WEIGHTS)
         and not PICKLED_WEIGHTS.fullmatch(file.name)
         and file.name not in (CONFIG, INDEX)
-        and file.stat().st_size <= MAX_JSON_BYTES
+        and file.stat().st_size <= MAX_FILE_BYTES
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -89,6 +90,13 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask", "--question-file", "empty.txt", "docs"], None, 2, ["empty.txt: the question is empty"]),
     (["ask", "--question-file", "nothing.txt"], None, 2, ["nothing.txt: the question cannot be read: No such file"]),
     (["ask", "--question-file", "docs"], None, 2, ["docs: the question cannot be read: Is a directory"]),
+    (
+        ["ask", "--question-file", "/dev/zero"],
+        None,
+        2,
+        ["/dev/zero: the question cannot be read: neither a file nor a"],
+    ),
+    (["ask", "--questions", "/dev/zero", "docs"], None, 2, ["/dev/zero: the questions cannot be read: neither a file"]),
     (["ask", "q", "docs", "--dtype", "int4"], None, 2, ["--dtype: 'int4' is not one of auto, float32, bfloat16"]),
     (["ask", "q", "docs", "--attention", "f"], None, 2, ["--attention: 'f' is not one of sdpa, matmul, flex, eager"]),
     (
@@ -300,6 +308,11 @@ def test_where_the_question_comes_from(inside: Path) -> None:
     assert run_here("ask", "--question-file", "question.txt", "docs/a.md").stdout == ANSWER
     assert run_here("ask", "--question-file", "question.txt", stdin=DOCUMENT.encode()).stdout == ANSWER
     assert run_here("ask", "--question-file", "-", "docs/a.md", stdin=QUESTION.encode()).stdout == ANSWER
+    reading, writing = os.pipe()  # as of the shell's <(command)
+    os.write(writing, QUESTION.encode())
+    os.close(writing)
+    assert run_here("ask", "--question-file", f"/dev/fd/{reading}", "docs/a.md").stdout == ANSWER
+    os.close(reading)
     with (inside / "docs" / "a.md").open(encoding="utf-8") as file:
         assert run_here("ask", QUESTION, stdin=file).stdout == ANSWER
     assert run_here("ask", f"\udcff {QUESTION}", "docs/a.md").stdout == ANSWER

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import l4ctx.conversion.writing
 from l4ctx.conversion.forms import Form
 from l4ctx.conversion.layout import Conversion
 from l4ctx.conversion.writing import check_output, write
+from l4ctx.errors import RequestError
 from model.weights.loading import load_checkpoint
 from support.cli_runner import Result, check_refused, run_here
 from support.compressed import FP8, INT4, INT8, TOKENS, Recipe, dequantized
@@ -219,6 +222,28 @@ def test_two_do_not_write_at_once(sources: dict[str, Path], tmp_path: Path) -> N
     with (tmp_path / "made" / f".{conversion.shards[0].name}.partial").open("wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         check_refused(quantize(sources["flat"], tmp_path / "made", "--to", "fp8", "-q"), 2, "another l4ctx quantize")
+
+
+@pytest.mark.parametrize("planted", [os.mkfifo, lambda file: os.link(file.parents[1] / "mine", file)])
+def test_what_is_planted_under_an_unfinished_name_is_not_written_to(
+    sources: dict[str, Path], tmp_path: Path, planted: Callable[[Path], object]
+) -> None:
+    conversion = Conversion.of(sources["flat"], Form("fp8"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    planted(tmp_path / "made" / f".{conversion.shards[0].name}.partial")
+    with pytest.raises(RequestError, match="not a file that a killed run left"):
+        write(conversion, tmp_path / "made", lambda done, total: None)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_large_tokenizer_goes_along(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Llama 4's has 28 MB."""
+    source = Path(shutil.copytree(sources["flat"], tmp_path / "source"))
+    with (source / "tokenizer.json").open("wb") as file:
+        file.truncate(28 * 10**6)
+    write(Conversion.of(source, Form("fp8")), tmp_path / "made", lambda done, total: None)
+    assert (tmp_path / "made" / "tokenizer.json").stat().st_size == 28 * 10**6
 
 
 def test_the_size_is_known_before(sources: dict[str, Path], tmp_path: Path) -> None:
