@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from l4ctx.errors import MEMORY, exit_code_of
+from l4ctx.errors import MEMORY, exit_code_of, one_line
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -28,7 +28,10 @@ def attempt(report: Report, file: Path, work: Callable[P, T], *args: P.args, **k
         code = exit_code_of(error)
         if code == MEMORY:
             raise
-        if code is not None and str(error):
+        if isinstance(error, OSError):
+            what = one_line(error) if error.filename else f"{file}: {one_line(error)}"
+            report["damage"].append({"file": str(file), "what": what})
+        elif code is not None and str(error):
             report["damage"].append({"file": str(file), "what": str(error)})
         else:
             add_damage(report, file, f"cannot be used ({type(error).__name__}: {error})")
