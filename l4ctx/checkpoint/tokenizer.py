@@ -28,7 +28,7 @@ from l4ctx.checkpoint.tokenizer_trial import why_unfit
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
 from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, CheckpointFiles, checkpoint_files
-from model.folder import UNREADABLE
+from model.folder import UNREADABLE, reason_of
 from model.gguf.tokenizer import LLAMA4_PATTERN
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; setting it silences fork warnings
@@ -316,7 +316,7 @@ def read_settings(files: CheckpointFiles, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except UNREADABLE as error:
-        raise TokenizerError(f"{files.place(name)}: cannot be read as JSON: {_one_line(error)}") from None
+        raise TokenizerError(f"{files.place(name)}: cannot be read as JSON: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{files.place(name)}: holds no JSON object")
     return content
