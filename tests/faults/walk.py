@@ -156,6 +156,8 @@ class Walk:
     def _wrong_afterwards(self, operation: Operation, base: Base) -> str:
         """The same command again, without a fault."""
         ended = self.place.run(operation.arguments, seed=3)
+        if operation.name == "quantize" and "is there already" in ended.stderr:  # all was written, not all was synced
+            return "" if ended.told["files"] == base.made["files"] else "a checkpoint that is not whole"
         if ended.code != 0 or NOISE.search(ended.stderr):
             return f"the same command afterwards: exit code {ended.code}: {ended.stderr[-300:]}"
         is_same = _same(operation, ended.stdout, base.stdout)
