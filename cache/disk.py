@@ -124,6 +124,7 @@ class UnitFile:
         self._units: dict[str, Unit] | None = None
         self._metadata: dict[str, str] = {}
         self._data = 0  # where the first unit begins
+        self._size = 0  # of the file when its header was read
         self._verified: set[str] = set()
 
     @property
@@ -146,10 +147,12 @@ class UnitFile:
 
         Raises DiskError.
         """
-        self.check_size()
         unit = self.units.get(name)
         if unit is None:
             raise DiskError(f"{self.source}: {name} is missing")
+        left = max(0, self._size - self._data - unit.offset)
+        if isinstance(self.source, Path) and left < unit.nbytes:
+            raise self._cut_short(name, left, unit.nbytes)
         if unit.nbytes > most:
             raise DiskError(f"{self.source}: {name} has {unit.nbytes:,} bytes, more than {most:,}")
         return unit.nbytes
@@ -243,6 +246,7 @@ class UnitFile:
                 raise DiskError(f"{self.source}: damaged: it does not begin with a header")
             text = bytearray(size)
             done = read_exactly(descriptor, memoryview(text), self._base + 8)
+            self._size = os.fstat(descriptor).st_size
         except OSError as error:
             raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         digest = hashlib.sha256(length + text).hexdigest()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # document characters and prompt tokens so far
 
 DOCUMENT_END = "\n</document>\n\n"
+QUICKLY_COUNTED = 2**20
+"""Tokens that are counted in about a second."""
 
 
 class PromptLengthError(UserError):
@@ -87,8 +89,8 @@ def build_prompt(
     The ids up to the end of document k do not depend on anything after it. `documents` is consumed one at a time and no
     text is kept: with `DocumentSet.take()`, each text is freed once it is encoded. `images` is required if documents
     contain images. `first_index` is the first document's number, if others precede it. Raises PromptError,
-    TokenizerError for text that the tokenizer cannot encode, and PromptLengthError as soon as the documents have more
-    than twice as many tokens as the model has `positions`.
+    TokenizerError for text that the tokenizer cannot encode, and PromptLengthError as soon as the documents have over
+    QUICKLY_COUNTED tokens and over twice as many as the model has `positions`.
     """
     prompt = Prompt(first_index=first_index)
     system = (system or "").strip()
@@ -128,11 +130,11 @@ def after_question(tokenizer: Tokenizer, template: ChatTemplate | None, *, has_s
 def _check_far_too_long(prompt: Prompt, source: str, start: int, characters: int, positions: int) -> None:
     """Ends tokenizing once the documents have over twice as many tokens as the model has positions.
 
-    How long they are, to the token, is then not worth the time. The first `characters` of the document `source`, whose
-    first token is `start`, have been tokenized.
+    Where counting takes more than a moment, the exact length is not worth the time. The first `characters` of the
+    document `source`, whose first token is `start`, have been tokenized.
     """
     tokens = len(prompt.ids)
-    if tokens > 2 * positions:
+    if tokens > max(2 * positions, QUICKLY_COUNTED):
         before = f" and the {counted(len(prompt.spans), 'document')} before it" if prompt.spans else ""
         raise PromptLengthError(
             f"the first {characters:,} characters of {as_attribute(source)}{before} have {tokens:,} tokens, over twice "

@@ -492,7 +492,7 @@ FULL: list[tuple[str, int, int]] = [  # what fails, after how many calls; tokens
     (WRITE, 2, ROW),
     (WRITE, 3, 2 * ROW),
     ("os.pwrite", 3 + 5 + 2, ROW),
-    ("os.fsync", 9, ROW),
+    ("os.fsync", 11, ROW),
 ]
 
 

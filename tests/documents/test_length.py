@@ -15,6 +15,7 @@ from l4ctx.documents.document import DocumentLengthError, DocumentMemoryError
 from l4ctx.documents.length import TextLimit, least_bytes
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import TOO_LONG, exit_code_of
+from l4ctx.prompt import builder
 from l4ctx.prompt.builder import PromptLengthError, build_prompt
 from support.cli_runner import TINY
 
@@ -110,7 +111,8 @@ def test_the_longest_token_bounds_every_text() -> None:
         assert len(tokenizer.encode_data(text).ids) * longest >= len(text.encode())
 
 
-def test_tokenizing_ends_at_twice_the_positions() -> None:
+def test_tokenizing_ends_at_twice_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "QUICKLY_COUNTED", 0)
     tokenizer = Tokenizer.from_folder(TINY)
     told: list[int] = []
     documents = read_documents(["-"], stdin=io.BytesIO(b"some words of a text " * 100_000)).documents

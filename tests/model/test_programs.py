@@ -242,9 +242,8 @@ def test_weights_that_are_replaced_are_noticed(folders: dict[str, Path], calls: 
     layer = model.model.layers[1]
     layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight.flip(0), requires_grad=False)
     check()
-    layer.feed_forward.shared_expert.down_proj.weight.data = layer.self_attn.v_proj.weight.new_ones(
-        layer.feed_forward.shared_expert.down_proj.weight.shape
-    )
+    down = layer.feed_forward.shared_expert.down_proj.weight
+    down.data = torch.full_like(down, 0.1)
     check()
     layer.input_layernorm.weight.mul_(1.5)  # in place
     check()
