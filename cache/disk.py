@@ -40,7 +40,6 @@ DTYPE_NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PASSING = frozenset(
     {
         errno.EACCES,

@@ -102,11 +102,11 @@ _TEXT_ALONE = ("RuntimeError", "ImportError", "SystemError", "Exception", "Safet
 def exit_code_of(error: BaseException, owners: Mapping[Path, int] | None = None) -> int | None:
     """The exit code of what a user or the system can cause; None for anything else, which is a bug.
 
-    An OSError has that of the folder in `owners` that its file is in, or else INPUT; where a resource is used up, it
-    has MEMORY.
+    An OSError has that of the folder in `owners` that its file is in, or else INPUT. Where a resource is used up, it
+    has MEMORY, and so has a UserError that was raised for it, unless the answer could not be written.
     """
     if isinstance(error, UserError):
-        return error.exit_code
+        return error.exit_code if _shortage_behind(error) is None else MEMORY
     if _has_null(error):
         return INPUT
     number = _errno_of(error)
@@ -126,7 +126,8 @@ def one_line(error: BaseException) -> str:
     """What an error says and, for one of the system, the file and what to do."""
     text = " ".join(str(error).splitlines())
     if isinstance(error, UserError):
-        return text
+        advice = REMEDIES.get(_shortage_behind(error) or 0, "")
+        return text if not advice or advice in text or "free some space" in text else f"{text}; {advice}"
     if _has_null(error):
         return "the name of a file holds a NUL character, which no file can have"
     number = _errno_of(error)
@@ -141,6 +142,19 @@ def one_line(error: BaseException) -> str:
         said = f" ({text})" if text else ""
         return f"out of memory{said}; {REMEDIES[errno.ENOMEM]}"
     return f"{os.strerror(number)} ({text}); {REMEDIES[number]}" if number in REMEDIES else text
+
+
+def _shortage_behind(error: UserError) -> int | None:
+    """The system's number of the shortage that an error was raised for. `from None` hides it from tracebacks alone.
+
+    EAGAIN is none here: it is also what a lock says that another process holds.
+    """
+    behind = error.__context__ if error.exit_code != OUTPUT else None
+    while behind is not None:
+        if (number := _errno_of(behind)) in SHORTAGES - {errno.EAGAIN}:
+            return number
+        behind = behind.__context__
+    return None
 
 
 def _errno_of(error: BaseException) -> int | None:

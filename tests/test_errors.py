@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.errors import UnreadableError
 from l4ctx.errors import (
     CHECKPOINT,
     CODES_OF_ERRORS,
@@ -18,7 +21,10 @@ from l4ctx.errors import (
     MEMORY,
     MODEL,
     OUTPUT,
+    REMEDIES,
     TOO_LONG,
+    ContextError,
+    OutputError,
     UsageError,
     exit_code_of,
     one_line,
@@ -159,6 +165,34 @@ def test_what_a_user_or_the_system_can_cause_has_an_exit_code(error: Exception, 
 )
 def test_the_line_names_the_file_and_what_to_do(error: Exception, line: str) -> None:
     assert one_line(error) == line
+
+
+def raised_for(cause: Exception, error: UserError, *, twice: bool = False) -> UserError:
+    """As the packages translate errors of the system."""
+    try:
+        try:
+            raise cause
+        except type(cause):
+            raise error from None
+    except UserError as found:
+        return raised_for(found, ContextError(str(found))) if twice else found
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG, errno.ENOSPC])
+def test_a_shortage_is_told_as_one(number: int) -> None:
+    cause = OSError(number, os.strerror(number))
+    for error in (ContextError("c: unread"), UsageError("q: unread"), UnreadableError("b: unread")):
+        found = raised_for(cause, error, twice=isinstance(error, UnreadableError))
+        assert exit_code_of(found) == MEMORY
+        assert one_line(found) == f"{error}; {REMEDIES[number]}"
+    unwritten = raised_for(cause, OutputError("the answer cannot be written"))
+    assert (exit_code_of(unwritten), one_line(unwritten)) == (OUTPUT, str(unwritten))
+
+
+def test_other_causes_change_nothing() -> None:
+    for cause in (BlockingIOError(errno.EAGAIN, "locked"), PermissionError(errno.EACCES, "no"), KeyError("no memory")):
+        found = raised_for(cause, ContextError("c: being written"))
+        assert (exit_code_of(found), one_line(found)) == (CONTEXT, "c: being written")
 
 
 def test_a_file_in_a_folder_has_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

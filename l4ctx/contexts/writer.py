@@ -6,6 +6,7 @@ deleted. `l4ctx.contexts.folder` lists the files.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cache.disk import NO_SPACE, UnitFile, Units
+from cache.disk import UnitFile, Units
 from cache.errors import DiskFullError
 from cache.grid import grid_period
 from cache.layout import StoreLayout
@@ -30,7 +31,7 @@ from l4ctx.contexts.reader import Context
 from l4ctx.contexts.reuse import reusable
 from l4ctx.contexts.states import MOST_TOKENS, State, Stored, block_record, end_record
 from l4ctx.drafts.order import text_order
-from l4ctx.errors import ContextError
+from l4ctx.errors import REMEDIES, SHORTAGES, ContextError
 from l4ctx.machine.files import make_folder
 from l4ctx.spans import ImageSpan, Span
 
@@ -242,7 +243,10 @@ def _as_disk_full(folder: Path, writer: ContextWriter | None = None) -> Iterator
         raise
     except OSError as error:
         kept = f"{writer.kept:,} tokens are kept" if writer is not None else "nothing of this was kept"
-        remedy = "free some space" if error.errno in NO_SPACE else "fix that"
+        number = error.errno or 0
+        remedy = f"{REMEDIES[number]}," if number in SHORTAGES else "fix that"
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space"
         raise DiskFullError(
             f"{folder}: cannot be written: {error.strerror}; {kept}: {remedy} and run the same command again"
         ) from None

@@ -20,6 +20,7 @@ from l4ctx.documents.exclusion.rules import Exclusion, Rules
 from l4ctx.documents.folder import Entry, Level, folder_source, reason_to_leave_out
 from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reached import Reached
+from l4ctx.errors import SHORTAGES
 from l4ctx.formatting import printable
 from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
 
@@ -198,6 +199,8 @@ class _Reader:
             except FileNotFoundError:
                 self._miss(entry.source, "vanished while the folder was read")
             except OSError as error:
+                if error.errno in SHORTAGES:  # which the next entry would meet, too
+                    raise OSError(error.errno, error.strerror, entry.source) from None
                 self._miss(entry.source, f"cannot be read: {error.strerror}")
         for file, problem, is_missed in self._exclusion.take_problems():
             is_within = file.startswith(os.path.join(root, ""))

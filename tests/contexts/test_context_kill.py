@@ -274,7 +274,7 @@ def check_message(folder: Path, said: str, kept: int | None) -> None:
     why = r"No space left on device|Input/output error|File too large|only \d+ of a journal line's \d+ bytes .*"
     match = re.fullmatch(
         rf"{re.escape(str(folder))}: cannot be written: ({why}); "
-        r"(nothing of this was|[\d,]+ tokens are) kept: (free some space|fix that).* again",
+        r"(nothing of this was|[\d,]+ tokens are) kept: (free some space|fix that|.*\(ulimit -f\).*,) and .* again",
         said,
     )
     assert match, said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from l4ctx.documents.reader import read_documents
 from support.cli_runner import TINY
 from support.places import ROOT
 
-ERRORS = [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENAMETOOLONG, errno.EMFILE]
+ERRORS = [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENAMETOOLONG]
 
 
 @pytest.fixture
@@ -68,6 +69,14 @@ def test_it_is_refused_unless_told_otherwise(
     found = read_documents([folder], stdin=None, skip_unreadable=True)
     assert [document.source for document in found.documents] == [f"d/{name}" for name in left]
     assert [(entry.source, entry.reason) for entry in found.skipped] == [(source, reason_of(number))]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_is_not_a_file_to_leave_out(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    failing(monkeypatch, "open", "sub/b.md", number)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as raised:
+        read_documents([folder], stdin=None, skip_unreadable=True)
+    assert (raised.value.errno, raised.value.filename) == (number, "d/sub/b.md")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
