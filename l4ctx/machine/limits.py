@@ -18,6 +18,9 @@ LIBRARIES = ("libtorch_cpu.so", "libtorch_python.so", "libtorch_cuda.so", "libc1
 FEWEST_FILES = 16
 """Open files, below which PyTorch fails at random places."""
 
+SMALLEST_STACK = 256 * 2**10
+"""Bytes of a thread's stack; with 64 KiB, importing PyTorch ends the process."""
+
 BESIDE_LIBRARIES = 192 * 2**20
 """Bytes of address space that importing torch takes beside its own libraries: Python's modules, others' libraries."""
 
@@ -60,11 +63,17 @@ def _left(limit: str, used: str) -> int | None:
 
 
 def check_room_for_torch(*, is_loaded: bool) -> None:
-    """Raises LimitError if RLIMIT_AS or RLIMIT_NOFILE is too low for torch: libraries that do not fit into the address
-    space end the process."""
+    """Raises LimitError if RLIMIT_NOFILE, RLIMIT_STACK or RLIMIT_AS is too low for torch: libraries that do not fit
+    into the address space end the process."""
     files = soft_limit("RLIMIT_NOFILE")
     if files is not None and files < FEWEST_FILES:
         raise LimitError(f"the limit of open files (ulimit -n) is {files}; raise it, to {FEWEST_FILES} at least")
+    stack = soft_limit("RLIMIT_STACK")
+    if stack is not None and stack < SMALLEST_STACK:
+        raise LimitError(
+            f"the limit of a stack (ulimit -s) is {human_bytes(stack)}; raise it, to {human_bytes(SMALLEST_STACK)} "
+            "at least"
+        )
     left = None if is_loaded else address_space_left()
     spec = find_spec("torch") if left is not None else None
     if left is None or spec is None:

@@ -51,7 +51,9 @@ def test_without_limits_there_is_more_than_nothing(monkeypatch: pytest.MonkeyPat
 
 
 @needs_limits
-@pytest.mark.parametrize(("name", "option"), [("RLIMIT_AS", "ulimit -v"), ("RLIMIT_NOFILE", "ulimit -n")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("RLIMIT_AS", "ulimit -v"), ("RLIMIT_NOFILE", "ulimit -n"), ("RLIMIT_STACK", "ulimit -s")]
+)
 def test_limits_too_low_for_torch_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, option: str) -> None:
     monkeypatch.setattr(limits, "soft_limit", lambda asked: 9 if asked == name else None)
     with pytest.raises(LimitError, match=option):
