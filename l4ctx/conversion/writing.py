@@ -226,9 +226,13 @@ def _others(folder: Path) -> list[Path]:
 
 
 def _copy(file: Path, to: Path) -> None:
-    with file.open("rb") as source, _replacing(to) as descriptor:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    with _replacing(to) as descriptor:
         os.ftruncate(descriptor, 0)
-        _write_at(descriptor, memoryview(source.read()), 0)
+        _write_at(descriptor, memoryview(content), 0)
 
 
 def _partial(file: Path) -> Path:

@@ -51,7 +51,8 @@ def inspect_folder(path: str, *, verify: bool) -> Report:
             f"neither a checkpoint, which has {CONFIG} or is a GGUF file, nor a saved context, which has {MANIFEST}; "
             "it is "
         )
-        raise UsageError(f"{path}: {neither if os.path.isdir(path) else ''}{what_it_is(folder)}")
+        is_known = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
+        raise UsageError(f"{path}: {neither if is_known else ''}{what_it_is(folder)}")
     inside = folder if gguf is None else gguf.parent
     try:
         names = os.listdir(inside)

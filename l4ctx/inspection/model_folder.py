@@ -52,7 +52,7 @@ def what_it_is(path: Path) -> str:
         return _file(path) if os.path.exists(path) else _missing(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return _folder(path, names)
+    return _folder(path, names) if os.access(path, os.X_OK) else "its files cannot be opened: Permission denied"
 
 
 def _names(folder: Path) -> list[str]:

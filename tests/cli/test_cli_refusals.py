@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
+from l4ctx.cli.usage import refuse_arguments
 from support.cli_runner import (
     TINY,
     check_refused,
@@ -57,6 +59,16 @@ def test_what_is_wrong_with_arguments_is_one_line(inside: Path, arguments: str, 
     assert result.stderr.startswith(f"l4ctx: {said}")
     if not arguments.startswith(("frob", "pln")):
         check_refused(run_here(*arguments.split()[:1], "--json", *arguments.split()[1:]), 2, said, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [("'--model' / '-m' (env var: 'L4CTX_MODEL')", "--model: "), ("'MODEL'", "MODEL: "), ("'-o'", "-o: ")],
+)
+def test_an_option_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str], hint: str, said: str) -> None:
+    with pytest.raises(SystemExit):
+        refuse_arguments(typer.BadParameter("Path 'a' is not readable.", param_hint=hint))
+    assert capsys.readouterr().err == f"l4ctx: {said}Path 'a' is not readable (l4ctx --help lists what there is)\n"
 
 
 def test_numbers_with_a_unit_are_taken_wherever_tokens_are_counted(inside: Path) -> None:

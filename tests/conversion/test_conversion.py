@@ -22,6 +22,7 @@ from l4ctx.conversion.forms import Form
 from l4ctx.conversion.layout import Conversion
 from l4ctx.conversion.writing import check_output, write
 from l4ctx.errors import RequestError
+from model.errors import CheckpointError
 from model.weights.loading import load_checkpoint
 from support.cli_runner import Result, check_refused, run_here
 from support.compressed import FP8, INT4, INT8, TOKENS, Recipe, dequantized
@@ -244,6 +245,17 @@ def test_a_large_tokenizer_goes_along(sources: dict[str, Path], tmp_path: Path) 
         file.truncate(28 * 10**6)
     write(Conversion.of(source, Form("fp8")), tmp_path / "made", lambda done, total: None)
     assert (tmp_path / "made" / "tokenizer.json").stat().st_size == 28 * 10**6
+
+
+def test_what_cannot_be_read_is_named(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(file: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(CheckpointError, match=r"flat/\S+: cannot be read: Permission denied$"):
+        write(Conversion.of(sources["flat"], Form("fp8")), tmp_path / "made", lambda done, total: None)
 
 
 def test_the_size_is_known_before(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from l4ctx.inspection.model_folder import check_model_folder, what_it_is
 from model.errors import ConfigError
-from support.cli_runner import run_here
+from support.cli_runner import Result, run_here
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +142,13 @@ def test_every_command_says_it(command: list[str]) -> None:
     assert result.code == (2 if command[0] == "inspect" else 3) and result.stderr.count("\n") == 1, result
     assert "Meta's own format" in result.stderr
     assert "Meta" in what_it_is(Path("m"))
+
+
+def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    lexists = os.path.lexists
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as without x, whatever root may
+    monkeypatch.setattr(os.path, "lexists", lambda path: not str(path).endswith(".json") and lexists(path))
+    assert what_it_is(tmp_path) == "its files cannot be opened: Permission denied"
+    line = f"l4ctx: {tmp_path}: its files cannot be opened: Permission denied\n"
+    assert run_here("inspect", str(tmp_path)) == Result(2, "", line)
