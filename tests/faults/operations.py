@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from faults import snapshots
 from support.fork_server import Ended, ForkServer, Run
 from support.places import TINY
 
@@ -122,6 +123,7 @@ class Place:
         write_checkpoint(top / "model")
         write_documents(top)
         self._tree: str | None = None  # of `state`, where it is known
+        self.user: int | None = None  # who runs the commands: another one than we
         self.state.mkdir()
         (top / "scratch").mkdir()
         (top / "starts" / "empty").mkdir(parents=True)
@@ -136,6 +138,17 @@ class Place:
             shutil.copytree(self.state, folder)
         return folder
 
+    def snapshot(self) -> dict[str, str]:
+        """What `state` holds, as `shim.report` tells it, but taken in this process."""
+        context = self.state / "ctx"
+        self._tree = snapshots.tree(self.state)
+        files = snapshots.tree(self.state, without="ctx")
+        return {"tree": self._tree, "context": snapshots.context(context), "files": files}
+
+    def forget(self) -> None:
+        """To be called when `state` was changed by others than `run`."""
+        self._tree = None
+
     def put_back(self, start: str, tree: str | None = None) -> None:
         """Makes `state` as it is at the start; nothing is done where it still is, by its digest `tree`."""
         if tree is not None and tree == self._tree:
@@ -144,12 +157,20 @@ class Place:
         shutil.rmtree(self.state, ignore_errors=True)
         shutil.copytree(source, self.state)
 
-    def run(self, arguments: list[str], seconds: float = 30.0, **more: object) -> Ended:
+    def run(
+        self,
+        arguments: list[str],
+        seconds: float = 30.0,
+        hooks: dict[str, str | None] | None = None,
+        pipes: bool = False,
+        **more: object,
+    ) -> Ended:
         roots = {name: str(self.top / name) for name in ("model", "docs", "other", "state")}
         roots |= {name: str(self.top / name) for name in ("more.md", "questions.txt")}
         argument = {"roots": roots, "state": str(self.state), **more}
-        hooks = {"before": "faults.shim:begin", "after": "faults.shim:report", "argument": argument}
-        ended = self.server.run(Run(arguments, str(self.top), seconds=seconds, **hooks))  # type: ignore[arg-type]
+        hooks = {"before": "faults.shim:begin", "after": "faults.shim:report", "argument": argument, **(hooks or {})}
+        run = Run(arguments, str(self.top), seconds=seconds, user=self.user, pipes=pipes, **hooks)  # type: ignore[arg-type]
+        ended = self.server.run(run)
         self._tree = None if ended.told is None else ended.told["tree"]
         return ended
 

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,7 +30,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NOTHING, FAIL, HALF, NONE, AFTER }; /* what happens at the point; AFTER: done, and then reported as failed */
+/* What happens at the point. AFTER: done, and then reported as failed. SIGNAL: the process gets one instead of an error. */
+enum { NOTHING, FAIL, HALF, NONE, AFTER, SIGNAL };
 
 #define MOST_ROOTS 8
 #define MOST_POINTS 16384
@@ -119,6 +121,7 @@ static int consult_key(const char *key) {
     if (armed.action && !armed.fired && count == armed.nth && !strcmp(armed.key, key)) {
         armed.fired = 1;
         if (armed.action == FAIL) errno = armed.error;
+        if (armed.action == SIGNAL) { kill(getpid(), armed.error); return NOTHING; }
         return armed.action;
     }
     return NOTHING;

@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from faults import snapshots
 
 SOURCE = Path(__file__).with_name("shim.c")
 
-ACTIONS = {"fail": 1, "half": 2, "none": 3, "after": 4}
+ACTIONS = {"fail": 1, "half": 2, "none": 3, "after": 4, "signal": 5}
 
 # What may go wrong in each kind of call: errors, "half" (fewer bytes than asked for), "none" (the end of the file),
 # "after E" (done, and reported as failed, as a network file system may).
@@ -78,7 +79,7 @@ FAULTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True, order=True)
 class Fault:
-    """The `nth` call of `point` ("CALL LABEL/PATH") ends in `kind`, one of FAULTS."""
+    """The `nth` call of `point` ("CALL LABEL/PATH") ends in `kind`: one of FAULTS, or a signal, "signal SIGHUP"."""
 
     point: str
     nth: int
@@ -120,8 +121,8 @@ def begin(argument: dict[str, Any]) -> None:
     library.fault_seed(argument.get("seed", 0))
     if fault := argument.get("fault"):
         point, nth, kind = fault
-        action = "after" if kind.startswith("after") else kind if kind in ACTIONS else "fail"
-        number = getattr(errno, kind.split()[-1], 0)
+        action = kind.split()[0] if kind.split()[0] in ACTIONS else "fail"
+        number = getattr(signal if action == "signal" else errno, kind.split()[-1], 0)
         library.fault_arm(point.encode(), nth, ACTIONS[action], number)
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Walk:
         is_optional = not operation.needs_all or " model/" in fault.point or fault.point.endswith("/.gitignore")
         if fault.kind == "ENOENT" and is_optional and not _noise(ended):
             return Verdict("absent", "", ended.code)  # another checkpoint, other patterns, or less to look at
-        if why := self._wrong(operation, base, ended):
+        if why := self.wrong(operation, base, ended):
             return Verdict("bad", why, ended.code, f"{ended.stdout[-400:]}\n---\n{ended.stderr[-600:]}")
         line = (ended.stderr.splitlines() or [""])[-1]
         outcome = "unreached" if not ended.told["fired"] else "line" if ended.code else "answer"
@@ -115,8 +115,8 @@ class Walk:
         counted = dict(line.rsplit("\t", 1) for line in points.read_text().splitlines())
         return Base(second.stdout, started, second.told, {point: int(count) for point, count in counted.items()})
 
-    def _wrong(self, operation: Operation, base: Base, ended: Ended) -> str:
-        """What is wrong with a run that had a fault; empty if nothing is."""
+    def wrong(self, operation: Operation, base: Base, ended: Ended, lift: Callable[[], None] = lambda: None) -> str:
+        """What is wrong with a run that had a fault; empty if nothing is. `lift` is called before it is run again."""
         if ended.code is None:
             return f"hangs: {ended.stderr[-200:]}"
         if noise := NOISE.search(ended.stderr):
@@ -136,9 +136,12 @@ class Walk:
                 return "wrong output before the error"
         elif not _same(operation, ended.stdout, base.stdout):
             return "exit code 0 with another output"
-        return self._wrong_state(operation, base, ended)
+        return self.wrong_state(operation, base, ended, lift)
 
-    def _wrong_state(self, operation: Operation, base: Base, ended: Ended) -> str:
+    def wrong_state(
+        self, operation: Operation, base: Base, ended: Ended, lift: Callable[[], None] = lambda: None
+    ) -> str:
+        """What is wrong with what a run left, and with what the same command makes of that."""
         now = ended.told["context"]
         is_valid = now in (base.started["context"], base.made["context"])
         if not is_valid and base.started["context"] and ":" not in base.started["context"]:
@@ -150,6 +153,7 @@ class Walk:
             return ""
         key = operation.name, tree
         if key not in self._resumed:
+            lift()
             self._resumed[key] = self._wrong_afterwards(operation, base)
         return self._resumed[key]
 

@@ -7,6 +7,7 @@ the fork alone. The server has one thread, as forking needs: torch's kernels run
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -33,7 +34,8 @@ class Run:
     """A run of the command in `folder`: standard input is /dev/null or the file `stdin`.
 
     `limits` are soft and hard limits by name, such as RLIMIT_AS, set before the command starts; `user` is a numeric id
-    to run as. `before` and `after` are "module:function", called in the fork with `argument`.
+    to run as. `pipes`: standard output and error are pipes instead of files, whose size RLIMIT_FSIZE limits; then the
+    run may write 1 MiB. `before` and `after` are "module:function", called in the fork with `argument`.
     """
 
     arguments: Sequence[str]
@@ -41,6 +43,7 @@ class Run:
     stdin: str = os.devnull
     limits: dict[str, int] = field(default_factory=dict)
     user: int | None = None
+    pipes: bool = False
     before: str | None = None
     after: str | None = None
     argument: Any = None
@@ -84,7 +87,7 @@ class ForkServer:
         )
         self._ask({"without": list(without)})
         for run in warm_up:
-            self._ask({"learn": asdict(run)})
+            self.learn(run)
 
     def run(self, run: Run) -> Ended:
         answer = self._ask({"run": asdict(run)})
@@ -95,6 +98,10 @@ class ForkServer:
             answer["seconds"],
             json.loads(self._told.read_bytes() or b"null"),
         )
+
+    def learn(self, run: Run) -> None:
+        """Imports what a run imports."""
+        self._ask({"learn": asdict(run)})
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -160,9 +167,12 @@ class _Server:
 
     def fork(self, run: Run, *, learn: bool = False) -> tuple[int | None, float]:
         began = time.monotonic()
+        pipes = {path: _wide_pipe() for path in (self.out, self.err)} if run.pipes else {}
         pid = os.fork()
         if pid == 0:
-            self.child(run, learn=learn)
+            for reading, _ in pipes.values():
+                os.close(reading)
+            self.child(run, {path: writing for path, (_, writing) in pipes.items()}, learn=learn)
         descriptor = os.pidfd_open(pid)
         try:
             done, _, _ = select.select([descriptor], [], [], run.seconds)
@@ -171,14 +181,18 @@ class _Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # and whatever it started
         _, status = os.waitpid(pid, 0)
+        for path, (reading, writing) in pipes.items():
+            os.close(writing)
+            with open(reading, "rb") as pipe:
+                Path(path).write_bytes(pipe.read())
         return os.waitstatus_to_exitcode(status) if done else None, time.monotonic() - began
 
-    def child(self, run: Run, *, learn: bool) -> None:
+    def child(self, run: Run, pipes: dict[str, int], *, learn: bool) -> None:
         code = 70
         try:
             os.setpgid(0, 0)
             told = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            self.redirect(run.stdin)
+            self.redirect(run.stdin, pipes)
             os.chdir(run.folder)
             self.confine(run)
             if run.before:
@@ -193,11 +207,11 @@ class _Server:
                 sys.stderr.flush()
             os._exit(code)
 
-    def redirect(self, stdin: str) -> None:
-        """Files in place of the three streams, opened by Python as an interpreter that starts does."""
+    def redirect(self, stdin: str, pipes: dict[str, int]) -> None:
+        """Files or pipes in place of the three streams, opened by Python as an interpreter that starts does."""
         new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         for number, (path, flags) in enumerate([(stdin, os.O_RDONLY), (self.out, new), (self.err, new)]):
-            descriptor = os.open(path, flags, 0o600)
+            descriptor = pipes[path] if path in pipes else os.open(path, flags, 0o600)
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(self.answers)
@@ -233,6 +247,12 @@ class _Server:
         except (OSError, ValueError):
             code = code or 120  # as the interpreter's own
         return code
+
+
+def _wide_pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 2**20)
+    return reading, writing
 
 
 def _build_once() -> None:
