@@ -22,7 +22,8 @@ SMALLEST_STACK = 256 * 2**10
 """Bytes of a thread's stack; with 64 KiB, importing PyTorch ends the process."""
 
 BESIDE_LIBRARIES = 192 * 2**20
-"""Bytes of address space that importing torch takes beside its own libraries: Python's modules, others' libraries."""
+"""Bytes of address space that importing torch takes beside its own libraries: Python's modules, others' libraries. Of
+data, which RLIMIT_DATA limits, it takes somewhat more."""
 
 
 def soft_limit(name: str) -> int | None:
@@ -63,8 +64,8 @@ def _left(limit: str, used: str) -> int | None:
 
 
 def check_room_for_torch(*, is_loaded: bool) -> None:
-    """Raises LimitError if RLIMIT_NOFILE, RLIMIT_STACK or RLIMIT_AS is too low for torch: libraries that do not fit
-    into the address space end the process."""
+    """Raises LimitError if RLIMIT_NOFILE, RLIMIT_STACK, RLIMIT_DATA or RLIMIT_AS is too low for torch: libraries that
+    do not fit into the address space end the process."""
     files = soft_limit("RLIMIT_NOFILE")
     if files is not None and files < FEWEST_FILES:
         raise LimitError(f"the limit of open files (ulimit -n) is {files}; raise it, to {FEWEST_FILES} at least")
@@ -73,6 +74,12 @@ def check_room_for_torch(*, is_loaded: bool) -> None:
         raise LimitError(
             f"the limit of a stack (ulimit -s) is {human_bytes(stack)}; raise it, to {human_bytes(SMALLEST_STACK)} "
             "at least"
+        )
+    data = None if is_loaded else _left("RLIMIT_DATA", "VmData")
+    if data is not None and data < BESIDE_LIBRARIES:
+        raise LimitError(
+            f"the limit of data (ulimit -d) leaves {human_bytes(data)}, but importing PyTorch takes "
+            f"{human_bytes(BESIDE_LIBRARIES)}; raise the limit"
         )
     left = None if is_loaded else address_space_left()
     spec = find_spec("torch") if left is not None else None

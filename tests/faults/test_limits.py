@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS = {
-    "ask": ["ask", QUESTION, "a.txt", "--model", "model", "--max-new-tokens", "14", "--quiet"],
+    "ask": ["ask", QUESTION, "a.txt", "--model", "model", "--max-new-tokens", "30", "--quiet"],
     "bench": [
         *("bench", "--config", "model", "--tokens", "40", "--decode", "2", "--rounds", "1"),
         *("--no-ceilings", "--device", "cpu", "--quiet"),

@@ -52,7 +52,13 @@ def test_without_limits_there_is_more_than_nothing(monkeypatch: pytest.MonkeyPat
 
 @needs_limits
 @pytest.mark.parametrize(
-    ("name", "option"), [("RLIMIT_AS", "ulimit -v"), ("RLIMIT_NOFILE", "ulimit -n"), ("RLIMIT_STACK", "ulimit -s")]
+    ("name", "option"),
+    [
+        ("RLIMIT_AS", "ulimit -v"),
+        ("RLIMIT_DATA", "ulimit -d"),
+        ("RLIMIT_NOFILE", "ulimit -n"),
+        ("RLIMIT_STACK", "ulimit -s"),
+    ],
 )
 def test_limits_too_low_for_torch_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, option: str) -> None:
     monkeypatch.setattr(limits, "soft_limit", lambda asked: 9 if asked == name else None)
