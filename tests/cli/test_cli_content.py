@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cli_runner import TINY, check_refused, run_here
+from support.cli_runner import TINY, changed_checkpoint, check_refused, run_here
 
 SECRET = "The access code for the amber falcon is 48213."
 QUESTION = "What is the access code for the amber falcon?"
@@ -60,10 +60,11 @@ def test_options_that_are_part_of_a_context(option: list[str]) -> None:
     check_refused(run_here("ask", "q", "--context", "kept", *option), 2, option[0], "l4ctx prefill")
 
 
-def test_a_file_that_is_larger_than_the_memory() -> None:
+def test_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
     with Path("huge.log").open("wb") as file:
         file.write(b"words\n" * 20_000)
         file.truncate(1 << 42)
     check_refused(run_here("ask", "q", "huge.log", "--encoding", "latin-1"), 5, "huge.log: 4.0 TiB")
     check_refused(run_here("plan", ".", "--encoding", "latin-1"), 5, "huge.log: 4.0 TiB")
-    check_refused(run_here("plan", "."), 4, "huge.log: 4.0 TiB of text", "are more than 10,485,760 tokens")
+    short = str(changed_checkpoint(tmp_path, max_position_embeddings=512))
+    check_refused(run_here("plan", ".", "--model", short), 4, "huge.log: 4.0 TiB of text", "more than 512 tokens")

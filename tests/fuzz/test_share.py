@@ -24,24 +24,25 @@ from fuzz.shrink import by_seed, changed
 from support.places import ROOT
 
 SEED = 2026
+USUAL = 100
 SHARE = {
     "config": 100, "plan": 60, "tokenizer": 80, "chat_template": 15, "weights": 80, "quantized_weights": 0,
     "inspect_checkpoint": 15, "gguf_model": 0, "context": 120, "inspect_context": 50, "text": 80,
     "text_from_a_pipe": 40, "image": 120, "pdf": 20, "pdf_pages": 3, "gitignore": 100, "folder": 80, "command_line": 6,
 }  # fmt: skip
-"""Inputs in the ordinary suite, where not 200: readers that take long, or that need libraries to make valid inputs."""
+"""Inputs in the ordinary suite, if not USUAL: readers that take long, or that need libraries to make valid inputs."""
 DRAWN = ("config", "questions", "gguf_header", "notebook")
 """Readers that hypothesis tries in the ordinary suite."""
 EXAMPLES = int(os.environ.get("L4CTX_FUZZ_EXAMPLES", "20000"))
 """Inputs of `pytest -m fuzz`."""
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if SHARE.get(name, 200)])
+@pytest.mark.parametrize("name", [name for name in READERS if SHARE.get(name, USUAL)])
 def test_mutated_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
     """If this fails: `python tests/fuzz/corpus.py keep` with the reader, the seed and the number."""
     reader, folder = READERS[name], Folder(tmp_path)
     prepare(reader)
-    for number in range(SHARE.get(name, 200)):
+    for number in range(SHARE.get(name, USUAL)):
         seed, draws = seed_and_draws(reader, SEED, number)
         files = mutated(reader, reader.seeds()[seed], draws)
         try:
