@@ -81,7 +81,7 @@ def read_regular(file: str | Path, most: int, *, follow: bool = True) -> bytes:
 
 def _too_large(file: str | Path, most: int) -> OSError:
     size = f"{most >> 20} MiB" if most >> 20 else f"{most:,} bytes"
-    return OSError(errno.EFBIG, f"larger than {size}", str(file))
+    return OSError(errno.EINVAL, f"larger than {size}", str(file))
 
 
 def reason_of(error: BaseException) -> str:

@@ -101,7 +101,7 @@ class Journal:
         digits = _chained(digits, text)
         line = digits + b" " + text + b"\n"
         if length + len(line) > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"its journal would be larger than {MAX_BYTES >> 20} MiB")
+            raise OSError(errno.EINVAL, f"its journal would be larger than {MAX_BYTES >> 20} MiB")
         self._make_own()
         self._is_clean = False
         try:

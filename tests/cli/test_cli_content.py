@@ -67,4 +67,6 @@ def test_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
     check_refused(run_here("ask", "q", "huge.log", "--encoding", "latin-1"), 5, "huge.log: 4.0 TiB")
     check_refused(run_here("plan", ".", "--encoding", "latin-1"), 5, "huge.log: 4.0 TiB")
     short = str(changed_checkpoint(tmp_path, max_position_embeddings=512))
-    check_refused(run_here("plan", "huge.log", "--model", short), 4, "huge.log: 4.0 TiB of text", "more than 512 tokens")
+    check_refused(
+        run_here("plan", "huge.log", "--model", short), 4, "huge.log: 4.0 TiB of text", "more than 512 tokens"
+    )
