@@ -14,7 +14,6 @@ import json
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support and 
 
 from faults import snapshots
 from faults.disk import Change, Disk, losses, read_log
-from faults.operations import ASK, OPERATIONS, QUESTION, Operation, Place
-from faults.shim import compile_shim
-from faults.walk import NOISE, Verdict, Walk, kind_of, summary
+from faults.operations import ASK, OPERATIONS, QUESTION, Operation
+from faults.walk import NOISE, Verdict, Walk, kind_of, new_place, recorded, summary
 
 CUT = ("prefill", "resume", "grow", "replace", "verify", "ask-save", "questions", "quantize")
 READERS = (["ask", QUESTION, "--context", "state/ctx", *ASK], ["inspect", "state/ctx"], ["inspect", "state/out"])
@@ -192,32 +190,21 @@ def main() -> None:
     parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     arguments = parser.parse_args()
     shard, shards = (int(part) for part in arguments.shard.split("/"))
-    top = Path(tempfile.mkdtemp(prefix="l4ctx-power-", dir=arguments.folder)).resolve()
-    library = compile_shim(top)
-    if isinstance(library, str):
-        raise SystemExit(library)
-    before = (
-        [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
-    )
-    done = {tuple(line["cut"]): line["outcome"] for line in before}
-    began, place, lines = time.monotonic(), Place(top / "place", library), []
-    try:
+    done = {tuple(line["cut"]): line["outcome"] for line in recorded(arguments.results)}
+    began, lines = time.monotonic(), []
+    with new_place("l4ctx-power-", arguments.folder) as place, open(arguments.results, "a") as results:
         power = Power(Walk(place))
-        with open(arguments.results, "a") as results:
-            for number, (operation, cut) in enumerate(each(power, arguments.operations.split(","), arguments.cuts)):
-                known = done.get((cut.operation, cut.after, cut.seed))
-                if number % shards != shard - 1 or (known != "bad" if arguments.again else known is not None):
-                    continue
-                if time.monotonic() - began > arguments.seconds:
-                    break
-                verdict = power.attempt(operation, cut)
-                line = {"operation": operation.name, "cut": [*vars(cut).values()], **vars(verdict)}
-                lines.append(line)
-                results.write(json.dumps(line) + "\n")
-                results.flush()
-    finally:
-        place.close()
-        shutil.rmtree(top)
+        for number, (operation, cut) in enumerate(each(power, arguments.operations.split(","), arguments.cuts)):
+            known = done.get((cut.operation, cut.after, cut.seed))
+            if number % shards != shard - 1 or (known != "bad" if arguments.again else known is not None):
+                continue
+            if time.monotonic() - began > arguments.seconds:
+                break
+            verdict = power.attempt(operation, cut)
+            line = {"operation": operation.name, "cut": [*vars(cut).values()], **vars(verdict)}
+            lines.append(line)
+            results.write(json.dumps(line) + "\n")
+            results.flush()
     print(f"{len(lines):,} cuts in {time.monotonic() - began:.0f} s: {summary(lines)}")
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,28 @@ def kind_of(trace: str) -> str:
     return f"traceback: {last[0]} {last[1]}: {said[:160]}"
 
 
+def recorded(results: Path) -> list[dict[str, Any]]:
+    """The lines of a results file, which may not be there yet."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
 def tried(results: Path) -> dict[tuple[str, Fault], dict[str, Any]]:
     """The last line of each fault in a results file."""
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    return {(line["operation"], Fault(*line["fault"])): line for line in lines}
+    return {(line["operation"], Fault(*line["fault"])): line for line in recorded(results)}
+
+
+@contextmanager
+def new_place(prefix: str, folder: str | None) -> Iterator[Place]:
+    """A place of its own in `folder`, with the shim compiled; removed at the end. Raises SystemExit without a shim."""
+    top = Path(tempfile.mkdtemp(prefix=prefix, dir=folder)).resolve()
+    try:
+        library = compile_shim(top)
+        if isinstance(library, str):
+            raise SystemExit(library)
+        with closing(Place(top / "place", library)) as place:
+            yield place
+    finally:
+        shutil.rmtree(top)
 
 
 def chosen(walk: Walk, names: Collection[str], shard: int, shards: int) -> Iterator[tuple[Operation, Fault]]:
@@ -234,30 +253,20 @@ def main() -> None:
     parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     arguments = parser.parse_args()
     shard, shards = (int(part) for part in arguments.shard.split("/"))
-    top = Path(tempfile.mkdtemp(prefix="l4ctx-faults-", dir=arguments.folder)).resolve()
-    library = compile_shim(top)
-    if isinstance(library, str):
-        raise SystemExit(library)
-    done = tried(arguments.results)
-    began, place = time.monotonic(), Place(top / "place", library)
-    lines = []
-    try:
+    done, began, lines = tried(arguments.results), time.monotonic(), []
+    with new_place("l4ctx-faults-", arguments.folder) as place, open(arguments.results, "a") as results:
         walk = Walk(place)
-        with open(arguments.results, "a") as results:
-            for operation, fault in chosen(walk, arguments.operations.split(","), shard - 1, shards):
-                before = done.get((operation.name, fault))
-                if before is not None if not arguments.again else before is None or before["outcome"] != "bad":
-                    continue
-                if len(lines) >= arguments.most or time.monotonic() - began > arguments.seconds:
-                    break
-                verdict = walk.attempt(operation, fault)
-                line = {"operation": operation.name, "fault": [fault.point, fault.nth, fault.kind], **vars(verdict)}
-                lines.append(line)
-                results.write(json.dumps(line) + "\n")
-                results.flush()
-    finally:
-        place.close()
-        shutil.rmtree(top)
+        for operation, fault in chosen(walk, arguments.operations.split(","), shard - 1, shards):
+            before = done.get((operation.name, fault))
+            if before is not None if not arguments.again else before is None or before["outcome"] != "bad":
+                continue
+            if len(lines) >= arguments.most or time.monotonic() - began > arguments.seconds:
+                break
+            verdict = walk.attempt(operation, fault)
+            line = {"operation": operation.name, "fault": [fault.point, fault.nth, fault.kind], **vars(verdict)}
+            lines.append(line)
+            results.write(json.dumps(line) + "\n")
+            results.flush()
     print(f"{len(lines):,} faults in {time.monotonic() - began:.0f} s: {summary(lines)}")
 
 

@@ -396,7 +396,7 @@ def whole() -> Mapping[str, Files]:
     }
 
 
-def read_whole(folder: Path) -> None:
+def read_inspection(folder: Path) -> None:
     """Inspection reports any error as damage: one that is no user's error is named there."""
     from l4ctx.cli.tables.inspection import listing
     from l4ctx.inspection.folder import inspect_folder
@@ -407,7 +407,7 @@ def read_whole(folder: Path) -> None:
     for entry in report["damage"]:
         if "cannot be used (" in entry["what"] and "Error: " in entry["what"]:
             kind = entry["what"].partition("cannot be used (")[2].partition(":")[0]
-            raise Failure(f"inspection: {kind} in {Path(entry['file']).name}", entry["what"])
+            raise Failure(f"inspection: {kind} in {Path(entry['file']).name.partition('-')[0]}", entry["what"])
 
 
 CODES = frozenset([CHECKPOINT])
@@ -423,6 +423,6 @@ READERS = (
     Reader("weights", weights, one_of(SHARD, SHARD, JSON), read_weights, CODES, share=15),
     Reader("quantized_weights", quantized, one_of(SHARD, SHARD, ("config.json", mutate_json)), read_weights, CODES,
            share=6),
-    Reader("inspect_checkpoint", whole, one_of(JSON, SHARD, ("jinja", mutate_template)), read_whole, CODES | {INPUT},
-           share=3),
+    Reader("inspect_checkpoint", whole, one_of(JSON, SHARD, ("jinja", mutate_template)), read_inspection,
+           CODES | {INPUT}, share=3),
 )  # fmt: skip

@@ -20,18 +20,8 @@ from model.weights.loading import load_checkpoint
 from support.compressed import RECIPES
 from support.quantized_toys import write_compressed
 from support.rank_processes import PROCESSES, prefill_and_decode, start
-from support.toy_checkpoints import BASE, CHUNK, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
+from support.toy_checkpoints import CHUNK, DIVISIBLE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
-SIZES = BASE | {
-    "hidden_size": 48,
-    "intermediate_size": 128,
-    "intermediate_size_mlp": 192,
-    "head_dim": 16,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "num_local_experts": 3,
-}
 IDS = [random.Random(3).randrange(VOCABULARY) for _ in range(5 * CHUNK + 3)]
 CUTS = [CHUNK, 4 * CHUNK, 4 * CHUNK + 4, *range(4 * CHUNK + 5, len(IDS) + 1)]
 """Prefill in one and several attention chunks, in a piece of one, and token by token over a boundary."""
@@ -42,12 +32,12 @@ LIMIT = 1e-4
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     for name, kind in (
-        ("float32", Kind(SIZES | MAVERICK | {"num_experts_per_tok": 2})),
-        ("bfloat16", Kind(SIZES | SCOUT, dtype=torch.bfloat16)),
+        ("float32", Kind(DIVISIBLE | MAVERICK | {"num_experts_per_tok": 2})),
+        ("bfloat16", Kind(DIVISIBLE | SCOUT, dtype=torch.bfloat16)),
     ):
         write_kind(root / name / "stored", name, kind, 0.2, seed=11)
     for name, recipe in (("int4", "w4a16"), ("FP8", "fp8_dynamic")):
-        kind = Kind(SIZES | SCOUT, nested=True)
+        kind = Kind(DIVISIBLE | SCOUT, nested=True)
         write_compressed(root / name, kind, {"a": (RECIPES[recipe], ["Linear"])}, ["re:.*lm_head"])
     return {folder.name: folder / "stored" for folder in root.iterdir()}
 
@@ -80,7 +70,7 @@ def test_all_ranks_have_the_same_bits(found: list[dict[str, Tensor]]) -> None:
 
 
 def test_ranks_share_heads_and_inner_dimensions() -> None:
-    config = TextConfig.from_dict({"model_type": "llama4_text", **SIZES})
+    config = TextConfig.from_dict({"model_type": "llama4_text", **DIVISIBLE})
     for number in range(8):
         own = divided(config, TensorRank(number, 8))
         assert (own.num_attention_heads, own.num_key_value_heads) == (1, 1)

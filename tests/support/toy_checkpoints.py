@@ -50,6 +50,17 @@ BASE: dict[str, Any] = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
 }
+DIVISIBLE = BASE | {
+    "hidden_size": 48,
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 192,
+    "head_dim": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "num_local_experts": 3,
+}
+"""Groups of 16 and blocks end where two ranks do, and where four do; all sizes differ."""
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,

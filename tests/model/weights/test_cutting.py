@@ -25,27 +25,16 @@ from model.weights.loading import checked_sources, load_checkpoint
 from support.compressed import RECIPES
 from support.quantized_toys import write_compressed, write_fused
 from support.rank_threads import ThreadExchange, Together
-from support.toy_checkpoints import BASE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
+from support.toy_checkpoints import DIVISIBLE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
-SIZES = BASE | {
-    "hidden_size": 48,
-    "intermediate_size": 128,
-    "intermediate_size_mlp": 192,
-    "head_dim": 16,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "num_local_experts": 3,
-}
-"""Groups of 16 and blocks end where two ranks do, and where four do; all sizes differ."""
-MOE, DENSE, NESTED = Kind(SIZES | SCOUT), Kind(SIZES | MAVERICK), Kind(SIZES | SCOUT, nested=True)
+MOE, DENSE, NESTED = Kind(DIVISIBLE | SCOUT), Kind(DIVISIBLE | MAVERICK), Kind(DIVISIBLE | SCOUT, nested=True)
 LINEAR, HEAD = ["Linear"], "re:.*lm_head"
 
 PLAIN = {
     "as published": MOE,
-    "dense layers, biases": Kind(SIZES | MAVERICK | {"attention_bias": True}),
-    "tied": Kind(SIZES | {"tie_word_embeddings": True}),
-    "bfloat16, two experts a token": Kind(SIZES | {"num_experts_per_tok": 2}, dtype=torch.bfloat16),
+    "dense layers, biases": Kind(DIVISIBLE | MAVERICK | {"attention_bias": True}),
+    "tied": Kind(DIVISIBLE | {"tie_word_embeddings": True}),
+    "bfloat16, two experts a token": Kind(DIVISIBLE | {"num_experts_per_tok": 2}, dtype=torch.bfloat16),
 }
 COMPRESSED: dict[str, tuple[Kind, str]] = {
     "int4": (NESTED, "w4a16"),
@@ -168,13 +157,13 @@ def test_sizes_that_cannot_be_divided_are_refused(
     tmp_path: Path, count: int, changes: dict[str, int], named: str
 ) -> None:
     folder = tmp_path / "toy"
-    write_kind(folder, "toy", Kind(SIZES | changes), 0.2, seed=3)
+    write_kind(folder, "toy", Kind(DIVISIBLE | changes), 0.2, seed=3)
     with pytest.raises(DivisionError, match=f"{count} ranks: {named} "):
         Together(count).run(lambda exchange: load_checkpoint(folder, exchange=exchange))
 
 
 def test_groups_that_ranks_would_cut_are_refused(tmp_path: Path) -> None:
-    kind = Kind(SIZES | SCOUT | {"intermediate_size": 48})  # groups of 16; a quarter is 12
+    kind = Kind(DIVISIBLE | SCOUT | {"intermediate_size": 48})  # groups of 16; a quarter is 12
     write_compressed(tmp_path, kind, {"a": (RECIPES["w4a16"], LINEAR)}, [HEAD])
     folder = tmp_path / "stored"
     load_checkpoint(folder)
