@@ -35,3 +35,9 @@ class DivisionError(UserError):
     """A model that cannot be divided over so many ranks; the message names the size that does not allow it."""
 
     exit_code = 2
+
+
+class RankLostError(UserError):
+    """One of several processes that compute together has ended, so that none of them can go on."""
+
+    exit_code = 6

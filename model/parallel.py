@@ -7,6 +7,8 @@ What a rank holds is said in `model.division`, who calls the model in `l4ctx.run
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from model.attention import Step
 from model.config import TextConfig
 from model.division import TensorRank, divided
+from model.errors import RankLostError
 from model.layers import Embedding, Linear, looked_up
 from model.moe import MoE
 from model.programs import Programs
@@ -41,14 +44,15 @@ class Exchange(Protocol):
 
 
 class GroupExchange:
-    """By a process group of torch.distributed, with sums in float32."""
+    """By a process group of torch.distributed, with sums in float32. Raises RankLostError when another rank ends."""
 
     def __init__(self, rank: TensorRank, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self._group = rank, group
 
     def summed(self, x: Tensor) -> Tensor:
         wide = x.float().contiguous()
-        dist.all_reduce(wide, group=self._group)
+        with _losses():
+            dist.all_reduce(wide, group=self._group)
         return wide.to(x.dtype)
 
     def gathered(self, x: Tensor, total: int) -> Tensor:
@@ -56,14 +60,26 @@ class GroupExchange:
         padded = x.new_zeros(*x.shape[:-1], widest)
         padded[..., : x.shape[-1]] = x
         found = [torch.empty_like(padded) for _ in range(self.rank.count)]
-        dist.all_gather(found, padded, group=self._group)
+        with _losses():
+            dist.all_gather(found, padded, group=self._group)
         sizes = [len(TensorRank(number, self.rank.count).part(total)) for number in range(self.rank.count)]
         return torch.cat([part[..., :size] for part, size in zip(found, sizes, strict=True)], -1)
 
     def from_first(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        dist.broadcast(x, group_src=0, group=self._group)
+        with _losses():
+            dist.broadcast(x, group_src=0, group=self._group)
         return x
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    """Turns a collective that failed, as its peers are gone, into RankLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("]")[-1].split())
+        raise RankLostError(f"another rank has ended, so all ranks end ({reason[:120]})") from None
 
 
 class DividedEmbedding(Embedding):

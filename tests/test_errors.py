@@ -55,6 +55,7 @@ CODES = {
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
     "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
     "model.errors.DivisionError": INPUT,
+    "model.errors.RankLostError": MODEL,
     "model.errors.LengthError": TOO_LONG,
     "l4ctx.errors.ContextError": CONTEXT,
     "l4ctx.errors.LimitError": MEMORY,

@@ -7,6 +7,7 @@ argument errors are fast.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -14,15 +15,16 @@ import typer
 
 from l4ctx.cli.ask import ask
 from l4ctx.cli.bench import bench
-from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, leave
+from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
-from l4ctx.errors import INTERRUPTED
+from l4ctx.errors import INPUT, INTERRUPTED, MODEL
 from l4ctx.machine.processor import share_cores
+from l4ctx.machine.ranks import Launch
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +38,10 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Entry point of the `l4ctx` command."""
     share_cores()
+    if (launch := Launch.of(os.environ)) is not None:
+        launch.prepare()
+        if launch.speaks:
+            signal.signal(signal.SIGTERM, _end_with_the_others)
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process exits)
     with errors_as_exit_codes(json=wants_json(sys.argv)):
@@ -48,8 +54,15 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
+def _end_with_the_others(*_: object) -> NoReturn:
+    """torchrun ends all ranks when one of them ends. Once they compute, `l4ctx.run.ranks` says why."""
+    tell("another rank has ended, or torchrun was: so all ranks end")
+    os._exit(MODEL)
+
+
 @app.callback(cls=Group, epilog=EXIT_CODES)
 def l4ctx(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -58,6 +71,10 @@ def l4ctx(
     ] = False,
 ) -> None:
     """Ask questions over documents of millions of tokens with Llama 4."""
+    if context.invoked_subcommand != "ask" and (launch := Launch.of(os.environ)) is not None:
+        if not launch.speaks:
+            leave(0)
+        fail(f"{context.invoked_subcommand}: several ranks only ask; leave torchrun out", INPUT, json=False)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import carry_out
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
+from l4ctx.machine.ranks import Launch
 
 if TYPE_CHECKING:
     from l4ctx.run.request import ContextOptions, Request, SourceOptions
@@ -164,6 +166,8 @@ def ask(
         paths = [question, *(paths or [])]
         question = None
 
+    launch = Launch.of(os.environ)
+
     def request() -> Request:
         from l4ctx.run.questions import QuestionsOptions
         from l4ctx.run.request import (
@@ -219,10 +223,16 @@ def ask(
             ),
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
             asked,
+            launch,
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:
-        carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
+        if launch is not None and not launch.speaks:
+            from l4ctx.run.ranks import follow
+
+            follow(launch)
+        else:
+            carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 
 def _check_questions(

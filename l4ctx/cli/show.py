@@ -33,6 +33,10 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     note = notes(console, quiet=quiet)
     activity = Activity(console, is_shown=not quiet)
     interruption.owners.setdefault(request.model, CHECKPOINT)  # which a context may have named
+    if request.launch is not None:
+        from l4ctx.run.ranks import check
+
+        check(request)
     with Monitor(note, activity.tell) as monitor:
         interruption.kept = lambda: monitor.kept()
         answers = None

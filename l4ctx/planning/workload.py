@@ -41,6 +41,17 @@ class Capacity:
     def has_disk(self) -> bool:
         return self.disk_folder is not None
 
+    def shared_by(self, processes: int) -> Capacity:
+        """What each of so many processes on the machine may use."""
+        host, disk = (None if size is None else size // processes for size in (self.host, self.disk))
+        return replace(
+            self,
+            host=host,
+            disk=disk,
+            operations=self.operations / processes,
+            reading=self.reading / processes,
+        )
+
     @property
     def without_disk(self) -> Capacity:
         return replace(self, disk=None, disk_folder=None, file_size=None)

@@ -19,6 +19,7 @@ from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
 from l4ctx.machine.device import prepare_torch, usable_device
+from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.asking import Asking
     from l4ctx.run.images import ImageReading
+    from model.weights.sources import WeightSource
 
 SKIPPED_LINES = 12
 
@@ -50,8 +52,12 @@ class Sources:
 
 @dataclass(frozen=True)
 class Checked:
-    """The checkpoint but for its tokenizer, and the device: everything that can be refused before tokenizing."""
+    """The checkpoint but for its tokenizer, and the device: everything that can be refused before tokenizing.
 
+    Of several processes, each has its own part of the model.
+    """
+
+    config: TextConfig
     weights: Weights
     generation: GenerationConfig
     sampling: Sampling
@@ -203,7 +209,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     _tell_what_was_read(prompt, monitor.note)
     return Inputs(
         request,
-        config,
+        checked.config,
         choices,
         checked,
         context,
@@ -228,7 +234,10 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
 
     request = choices.request
     device = usable_device(request.compute.device)
-    weights = quantized_sources(checked_sources(request.model, config), choices.compute.quantization)
+    stored, own = checked_sources(request.model, config), config
+    if request.launch is not None:
+        stored, own = _divided(request.launch, stored, config, device, note)
+    weights = quantized_sources(stored, choices.compute.quantization)
     if (text := unused_weights(request.model)) is not None:
         note(text)
     generation = GenerationConfig.from_folder(request.model)
@@ -240,7 +249,27 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
 
         provenance = fingerprint(request.model, config, stored_tensors(weights))
         choices.check(provenance, config)
-    return Checked(Weights.of(weights, config), generation, sampling, device, provenance)
+    return Checked(own, Weights.of(weights, own), generation, sampling, device, provenance)
+
+
+def _divided(
+    launch: Launch,
+    stored: dict[str, WeightSource],
+    config: TextConfig,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> tuple[dict[str, WeightSource], TextConfig]:
+    """This process's part. Raises RequestError, DivisionError and CheckpointError."""
+    from l4ctx.run.ranks import note_on
+    from model.division import TensorRank, divided
+    from model.weights.cutting import cut_sources
+
+    if device.type != "cpu":
+        raise RequestError("several ranks compute on CPUs only: add --device cpu, or leave torchrun out")
+    rank = TensorRank(launch.number, launch.count)
+    own = divided(config, rank)
+    note(note_on(config, launch.count))
+    return cut_sources(stored, config, rank), own
 
 
 def _sampling(asked: AnswerOptions, generation: GenerationConfig, note: Callable[[str], None]) -> Sampling:

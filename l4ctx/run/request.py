@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l4ctx.errors import RequestError
+from l4ctx.machine.ranks import Launch
 from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
 from l4ctx.run.questions import QuestionsOptions
 from model.quantization.choice import NONE, Quantization
@@ -118,6 +119,7 @@ class Request:
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     kv: KVOptions = field(default_factory=KVOptions)
     questions: QuestionsOptions | None = None  # None: one question, or none
+    launch: Launch | None = None  # one of several processes that carry it out
 
     @property
     def asks(self) -> bool:

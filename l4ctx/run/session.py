@@ -195,7 +195,13 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     request, device = inputs.request, inputs.checked.device
     with monitor.loading():
         monitor.tell("loading weights")
-        copied = plan.device_weights
+        copied, exchange = plan.device_weights, None
+        if request.launch is not None:
+            from l4ctx.run.ranks import Job, lead, leading
+
+            job = Job.of(request, plan, inputs.length, sized.attention)
+            channel = monitor.resources.enter_context(leading(request.launch, job))
+            exchange = channel.exchange
         model = load_checkpoint(
             request.model,
             dtype=plan.workload.dtype,
@@ -203,7 +209,10 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             attention=sized.attention,
             is_mapped=plan.weights_are_mapped or copied is not None,
             quantization=inputs.choices.compute.quantization,
+            exchange=exchange,
         )
+        if exchange is not None:
+            lead(model, channel)
         watcher = _watcher(model, plan, device, monitor)
         model.watcher = layers = LayerCount(watcher)
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]

@@ -166,6 +166,8 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     answer_from, save_to = request.context.answer_from, request.context.save_to
     disk = save_to or request.kv.folder
     capacity = capacity_here(request.kv, request.compute, accelerator, disk, answer_from)
+    if request.launch is not None:
+        capacity = capacity.shared_by(request.launch.local_count)
     workload = _workload(inputs, capacity)
     plan = _plan(inputs, workload, capacity)
     if save_to is not None and save_to.exists():

@@ -30,13 +30,18 @@ class Weights:
     def of(cls, sources: dict[str, WeightSource], config: TextConfig) -> Weights:
         from model.weights.loading import stored_dtype
         from model.weights.quantizing import QuantizedSource
+        from model.weights.sources import StoredPart
 
         parts = (
             WeightBytes.of(name, source.scheme.label, source.parameters, source.num_bytes)
             for name, source in sources.items()
             if not (config.tie_word_embeddings and name == "lm_head.weight")
         )
-        is_made = any(isinstance(source, QuantizedSource) for source in sources.values())
+        is_made = any(
+            isinstance(source, QuantizedSource) or isinstance(tensor, StoredPart)  # parts are put together in memory
+            for source in sources.values()
+            for tensor in source.tensors.values()
+        )
         return cls(StoredWeights.of(config, parts, is_made=is_made), stored_dtype(sources))
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
+from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
+from cache.layout import StoreLayout
+from cache.residency import Residency
 from l4ctx.engine.generate import generate
 from model.division import TensorRank
 from model.parallel import GroupExchange
@@ -25,8 +30,22 @@ ANSWER_TOKENS = 12
 
 
 def prefill_and_decode(model: Transformer, ids: Sequence[int], cuts: Sequence[int]) -> dict[str, Tensor]:
-    """Logits (T, V) of ids fed in forwards that end at `cuts`, and the answer's token ids, chosen greedily."""
-    cache = HybridKVCache(model.config, length=len(ids) + ANSWER_TOKENS, dtype=model.dtype)
+    """Logits (T, V) of ids fed in forwards that end at `cuts`, and the answer's token ids, chosen greedily.
+
+    Blocks of two attention chunks are sealed, and all but the newest are in a file.
+    """
+    length, chunk = len(ids) + ANSWER_TOKENS, model.config.attention_chunk_size
+    layout = StoreLayout(model.config, length, "float32", "float32", 1, 2 * chunk, chunk)
+    with tempfile.TemporaryDirectory() as folder, closing(Scratch(Path(folder))) as rows:
+        cache = HybridKVCache(
+            model.config, length=length, dtype=model.dtype, layout=layout, residency=Residency(host_rows=1), rows=rows
+        )
+        found = _fed(model, cache, ids, cuts)
+        assert cache.held().nope_disk
+        return found
+
+
+def _fed(model: Transformer, cache: HybridKVCache, ids: Sequence[int], cuts: Sequence[int]) -> dict[str, Tensor]:
     found = []
     for cut in cuts:
         logits = model(torch.tensor([ids[cache.offset : cut]]), cache, logits="all")

@@ -1,0 +1,169 @@
+"""One request carried out by several processes, started as torchrun starts them: who speaks, and how all end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from l4ctx.machine.ranks import Launch
+from support.cli_runner import COMMAND, DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
+from support.places import TINY
+
+ENDS_WITHIN = 10  # seconds
+LOST = "another rank has ended"
+
+
+def environment(number: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@contextmanager
+def started(*arguments: str, folders: tuple[Path, Path]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes, each in its own current folder, the first of which leads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*COMMAND, *arguments],
+                    env={**os.environ, **environment(number, 2, port)},
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for number, folder in enumerate(folders)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        yield processes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.md").write_text(DOCUMENT, encoding="utf-8")
+    (tmp_path / "long.md").write_text(FILLER * 4000, encoding="utf-8")
+    (tmp_path / "model").symlink_to(TINY, target_is_directory=True)
+    return tmp_path
+
+
+def test_the_first_rank_answers_and_the_others_say_nothing(folder: Path) -> None:
+    """With drafts, some of which are wrong and taken back, and blocks in a file of each rank."""
+    arguments = ("ask", QUESTION, "a.md", "--model", "model", "--kv-dir", ".", "--max-new-tokens", "16")
+    alone = run_here("ask", QUESTION, str(folder / "a.md"), "--model", str(TINY), "--max-new-tokens", "16", "-q")
+    with started(*arguments, folders=(folder, folder)) as processes:
+        (out, error), silent = (process.communicate(timeout=TIMEOUT) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert out == alone.stdout and "48213" in out
+    assert "l4ctx: 2 ranks, and the model divided over them\n" in error
+    assert silent == ("", "")
+
+
+def test_what_another_rank_fails_at_is_what_the_first_says(folder: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with started("ask", QUESTION, "a.md", "--model", "model", folders=(folder, empty)) as processes:
+        (out, error), silent = (process.communicate(timeout=TIMEOUT) for process in processes)
+    assert [process.returncode for process in processes] == [6, 3]
+    assert out == "" and silent == ("", "")
+    assert "l4ctx: rank 1 failed: model: no config.json there" in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def killed_after(seconds: float, folder: Path, whom: int) -> tuple[int, str, float]:
+    """Exit code and last words of the other process, and how long it took to end."""
+    with started("ask", QUESTION, "long.md", "--model", "model", folders=(folder, folder)) as processes:
+        error = processes[0].stderr
+        assert error is not None
+        said = ""
+        while "document" not in said:  # tokenized: it will soon be read
+            said = error.readline()
+        time.sleep(seconds)
+        processes[whom].kill()
+        began = time.monotonic()
+        other = processes[1 - whom]
+        out, rest = other.communicate(timeout=TIMEOUT)
+        assert out == ""
+        return other.returncode, rest, time.monotonic() - began
+
+
+@pytest.mark.parametrize("seconds", [3.0])
+def test_a_killed_rank_ends_the_first_with_one_line(folder: Path, seconds: float) -> None:
+    code, rest, took = killed_after(seconds, folder, whom=1)
+    assert code == 6 and rest.count("l4ctx: ") == 1 and LOST in rest and "Traceback" not in rest
+    assert took < ENDS_WITHIN
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_killed_at_any_moment_ends_the_others(folder: Path, seed: int) -> None:
+    source = random.Random(seed)
+    whom = source.randrange(2)
+    code, rest, took = killed_after(source.uniform(0, 6), folder, whom)
+    assert took < ENDS_WITHIN
+    if whom == 1:
+        assert code == 6 and rest.count("l4ctx: ") == 1 and LOST in rest
+    else:
+        assert code != 0 and rest == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("ask", QUESTION, "a.md", "--save-context", "c"), "--save-context does not go with several ranks"),
+        (("ask", QUESTION, "a.md", "--weights-memory", "1GiB"), "--weights-memory does not go with several ranks"),
+        (("prefill", "a.md", "-o", "c"), "prefill: several ranks only ask"),
+        (("plan", "a.md"), "plan: several ranks only ask"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str
+) -> None:
+    monkeypatch.chdir(folder)
+    for name, value in environment(0, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        check_refused(run_here(*arguments, "--model", str(TINY)), 2, named)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda said: said.pop("TORCHELASTIC_RUN_ID"),
+        lambda said: said.update(WORLD_SIZE="1"),
+        lambda said: said.update(RANK="first"),
+    ],
+)
+def test_other_environments_start_one_process(edit: Callable[[dict[str, str]], object]) -> None:
+    said = environment(1, 2, 29500)
+    launch = Launch.of(said)
+    assert launch is not None and (launch.number, launch.count, launch.port, launch.speaks) == (1, 2, 29500, False)
+    edit(said)
+    assert Launch.of(said) is None
