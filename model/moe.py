@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.grouped import ALIGNMENT, group_ends, grouped_product, has_kernel, stored_product
 from model.layers import Linear, linear, set_weight
 from model.quantization.form import Weight
+from model.transfers import ToHost
 
 FEW_COPIES = 8
 """Up to this many token-expert pairs run one by one, without sorting by expert."""
@@ -35,6 +37,15 @@ class RoutedExperts(nn.Module):
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """x (N, C), all routed to one expert -> (N, C)."""
+        raise NotImplementedError
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (N, C) sorted by expert, and where each expert's rows end, (E,) int32 on the device -> (N, C)."""
+        raise NotImplementedError
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of all its matrices."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -70,6 +81,13 @@ class FusedExperts(RoutedExperts):
     def one(self, x: Tensor, expert: int) -> Tensor:
         return linear(_gated(linear(x, self.gate_up_proj[expert].t())), self.down_proj[expert].t())
 
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        return grouped_product(_gated(grouped_product(x, self.gate_up_proj, ends)), self.down_proj, ends)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (*self.gate_up_proj.shape[1:], *self.down_proj.shape[1:])
+
 
 class SplitExperts(RoutedExperts):
     """Experts that are stored one by one, or in a stored form."""
@@ -80,6 +98,19 @@ class SplitExperts(RoutedExperts):
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         return self.experts[expert](x)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        def product(name: str, rows: Tensor) -> Tensor:
+            return stored_product(rows, [getattr(expert, name) for expert in self.experts], ends)
+
+        if self.experts[0].is_joined:
+            return product("down", _gated(product("gate_up", x)))
+        return product("down", F.silu(product("gate", x), inplace=True).mul_(product("up", x)))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        first: Any = self.experts[0]
+        return (*(first.gate_up if first.is_joined else first.gate).shape, *first.down.shape)
 
 
 class Expert(nn.Module):
@@ -125,15 +156,23 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)  # (N, C)
         logits, experts = self.router(tokens).topk(self.top_k, dim=-1)  # (N, k)
         scores = logits.float().sigmoid().to(x.dtype).flatten()
-        if len(scores) <= FEW_COPIES:
+        if len(scores) <= FEW_COPIES and not self._is_grouped(tokens, len(scores)):
             return self._token_by_token(tokens, experts, scores).view_as(x)
         order = experts.flatten().argsort(stable=True)  # (N * k,), routed copies sorted by expert
-        counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
-        padding = _granularity(x, len(order), len(counts)) - 1
-        rows = tokens[torch.cat([order // self.top_k, order.new_zeros(padding)])]
-        rows[: len(order)] *= scores[order, None]
-        routed = self.experts(rows, counts)
-        out = self.shared_expert(tokens)
+        if self._is_grouped(tokens, len(order)):
+            ends = group_ends(experts.flatten()[order], self.router.out_features)
+            routed = self.experts.grouped(tokens[order // self.top_k] * scores[order, None], ends)
+            out = self.shared_expert(tokens)
+        elif x.device.type == "cpu":
+            counts = experts.flatten().bincount(minlength=self.router.out_features).tolist()
+            routed = self._routed(tokens, order, scores, counts)
+            out = self.shared_expert(tokens)
+        else:  # the counts travel while the device computes the shared expert
+            ends_on_host = ToHost(group_ends(experts.flatten()[order], self.router.out_features))
+            out = self.shared_expert(tokens)
+            last = ends_on_host.wait().tolist()
+            counts = [stop - start for start, stop in zip([0, *last], last, strict=False)]
+            routed = self._routed(tokens, order, scores, counts)
         if self.top_k == 1:
             out[order] += routed
         else:  # gather each token's experts first, so that they are summed in a fixed order
@@ -141,6 +180,19 @@ class MoE(nn.Module):
             by_token[order] = routed
             out += by_token.view(-1, self.top_k, out.shape[-1]).sum(1)
         return out.view_as(x)
+
+    def _routed(self, tokens: Tensor, order: Tensor, scores: Tensor, counts: list[int]) -> Tensor:
+        """Tokens (N, C) -> their experts' results in this order, (N * k, C)."""
+        padding = _granularity(tokens, len(order), len(counts)) - 1
+        rows = tokens[torch.cat([order // self.top_k, order.new_zeros(padding)])]
+        rows[: len(order)] *= scores[order, None]
+        return self.experts(rows, counts)
+
+    def _is_grouped(self, tokens: Tensor, copies: int) -> bool:
+        """Whether the device multiplies by groups. To expand all experts for a few copies would take longer."""
+        if not has_kernel(tokens.device) or (copies <= FEW_COPIES and isinstance(self.experts, SplitExperts)):
+            return False
+        return tokens.dtype == torch.bfloat16 and not any(width % ALIGNMENT for width in self.experts.widths)
 
     def _token_by_token(self, tokens: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
         """The same in fewer steps for a few tokens (N, C), as when decoding."""

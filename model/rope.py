@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.config import RopeParameters, TextConfig
 from model.errors import LengthError
+from model.transfers import to_device
 
 
 def rotary_frequencies(config: TextConfig, length: int) -> tuple[Tensor, float]:
@@ -115,7 +116,7 @@ def phases(config: TextConfig, start: int, stop: int, length: int, device: torch
     positions = torch.arange(start, stop) % config.attention_chunk_size
     angles = positions[:, None] * frequencies  # float64, (T, D / 2)
     magnitude = torch.full_like(angles, attention_factor)
-    return torch.polar(magnitude, angles).to(torch.complex64).to(device)
+    return to_device(torch.polar(magnitude, angles).to(torch.complex64), device)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from model.kernels.registry import backend
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
 from model.programs import Programs
+from model.transfers import to_device
 
 Wanted: TypeAlias = Literal["all", "last", "none"]
 """Tokens of each sequence whose logits are wanted."""
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
         of as many of each, or None if none are. Linear layers and experts see all tokens at once, and keys and values
         that the caches share are read once: a step costs little more than that of one sequence. Raises LengthError.
         """
-        joined = torch.tensor([[token for some in ids for token in some]], device=self.device)
+        joined = to_device(torch.tensor([[token for some in ids for token in some]]), self.device)
         counts = [len(some) for some in ids]
         wanted = _wanted(logits, counts)
         found = self._run(self.embed(joined), counts, caches, wanted)

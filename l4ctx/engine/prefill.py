@@ -19,6 +19,7 @@ from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.residency import KVBytes
 from l4ctx.machine.memory import give_back_free_memory
+from model.transfers import to_device
 from model.transformer import LayerWatcher, Transformer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def prefill(
     )
     for positions in grid:
         step_began = time.perf_counter()
-        step_ids = as_batch(ids[positions.start - base : positions.stop - base], model.device)
+        step_ids = ids[positions.start - base : positions.stop - base]
         model(_inputs(model, step_ids, positions, features), cache, logits="none")
         give_back_free_memory()
         now = time.perf_counter()
@@ -91,12 +92,13 @@ def prefill(
         )
 
 
-def _inputs(model: Transformer, ids: Tensor, positions: range, features: ImageFeatures | None) -> Tensor:
+def _inputs(model: Transformer, ids: Sequence[int], positions: range, features: ImageFeatures | None) -> Tensor:
     """The token ids, or embeddings if there are images among them."""
+    inputs = as_batch(ids, model.device)
     if features is None or not features.among(positions):
-        return ids
-    embeddings = model.embed(ids)
-    features.splice(embeddings, ids, positions)
+        return inputs
+    embeddings = model.embed(inputs)
+    features.splice(embeddings, as_batch(ids, torch.device("cpu")), positions)
     return embeddings
 
 
@@ -107,4 +109,4 @@ def as_batch(ids: Sequence[int], device: torch.device) -> Tensor:
         row = torch.frombuffer(ids, dtype=torch.int32)
     else:
         row = torch.as_tensor(ids)
-    return row.to(device=device, dtype=torch.int64)[None]
+    return to_device(row.to(torch.int64)[None], device)

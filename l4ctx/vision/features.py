@@ -39,7 +39,8 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
-        """Replaces, in place, the embeddings (1, T, C) of the patch tokens among `ids` (1, T) at `positions`.
+        """Replaces, in place, the embeddings (1, T, C) of the patch tokens among `ids` (1, T), in host memory, at
+        `positions`.
 
         Raises ImageError for an image that can no longer be decoded, or whose number of patch tokens is not its number
         of features.

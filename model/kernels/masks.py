@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from model.transfers import to_device
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -96,7 +98,7 @@ class AttentionMask:
             return self.mask_mod(b, h, q_idx + q_start, kv_idx + k_start)
 
         counts, indices, full_counts, full_indices = (
-            x[None, None].to(device) for kind in (partial, full) for x in _listed(kind)
+            to_device(x[None, None], device) for kind in (partial, full) for x in _listed(kind)
         )
         return BlockMask.from_kv_blocks(
             counts,

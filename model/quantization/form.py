@@ -87,6 +87,15 @@ class StoredMatrix(nn.Module):
         self.expand(indices.reshape(-1), out)
         return out.view(*indices.shape, self.in_features)
 
+    def write(self, rows: slice, out: Tensor) -> None:
+        """Writes the rows to `out` (n, C_in), contiguous."""
+        if self.is_transposed:
+            work = out.new_empty(out.shape[::-1]).t()
+            self._fill(rows, work)
+            out.copy_(work)
+        else:
+            self._fill(rows, out)
+
     def expanded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix (C_out, C_in), a new tensor."""
         device = next(self.buffers()).device

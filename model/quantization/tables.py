@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from model.transfers import to_device
+
 _JOINT = {2: torch.int32, 4: torch.int64}
 """The integer as wide as two numbers, by the bytes of one."""
 
@@ -24,7 +26,7 @@ INT4 = tuple(float(code - 8) for code in range(16))
 @functools.cache
 def nibble_pairs(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of pairs, as `pairs_by_byte` makes it of these values, in `dtype`."""
-    return pairs_by_byte(torch.tensor(values, dtype=dtype)).to(device)
+    return to_device(pairs_by_byte(torch.tensor(values, dtype=dtype)), device)
 
 
 def pairs_by_byte(values: Tensor, *, is_high_first: bool = False) -> Tensor:
@@ -37,14 +39,14 @@ def pairs_by_byte(values: Tensor, *, is_high_first: bool = False) -> Tensor:
 @functools.cache
 def float8_values(code: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table (256,) in `dtype` of the values of `code`, a type of 8 bits."""
-    return torch.arange(256, dtype=torch.uint8).view(code).to(torch.float32).to(dtype).to(device)
+    return to_device(torch.arange(256, dtype=torch.uint8).view(code).to(torch.float32).to(dtype), device)
 
 
 @functools.cache
 def float8_pairs(code: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table (65536,) of pairs in `dtype`: the value of the first of two bytes, then that of the second."""
     two, value = torch.arange(65536), float8_values(code, dtype, torch.device("cpu"))
-    return _joined(value[two & 255], value[two >> 8]).to(device)
+    return to_device(_joined(value[two & 255], value[two >> 8]), device)
 
 
 def look_up(codes: Tensor, table: Tensor, out: Tensor) -> None:

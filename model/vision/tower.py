@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.layers import Linear
 from model.rope import rotate
+from model.transfers import to_device
 from model.vision.config import VisionConfig
 
 
@@ -158,8 +159,8 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         assert pixels.shape[1:] == (self.config.num_channels, size, size), pixels.shape
         if self._rotation is None or self._rotation.device != self.device:
-            self._rotation = grid_rotation(self.config).to(self.device)
-        features = self.vision_model(pixels.to(self.device, self.dtype), self._rotation)
+            self._rotation = to_device(grid_rotation(self.config), self.device)
+        features = self.vision_model(to_device(pixels.to(self.dtype), self.device), self._rotation)
         return self.multi_modal_projector.linear_1(features)
 
 
