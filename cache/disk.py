@@ -31,6 +31,9 @@ ALIGNMENT = 64
 PIECE_BYTES = 16 * 2**20
 """Read at a time where a whole file is verified."""
 
+PART_BYTES = 2**20
+"""Read at a time where a unit is verified of which only parts are wanted."""
+
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -119,7 +122,7 @@ class UnitFile:
 
     def __init__(self, source: Path | int, *, header_sha256: str | None, base: int = 0) -> None:
         self.source = source
-        self._header_sha256, self._base = header_sha256, base
+        self.header_sha256, self._base = header_sha256, base
         self._units: dict[str, Unit] | None = None
         self._metadata: dict[str, str] = {}
         self._data = 0  # where the first unit begins
@@ -159,18 +162,51 @@ class UnitFile:
     def read(self, name: str, into: memoryview) -> None:
         """Fills `into`, which is as long as the unit, and verifies the checksum the first time. Raises DiskError."""
         with self._opened() as descriptor:
-            if self._units is None:
-                self._read_header(descriptor)
-            assert self._units is not None
-            unit = self._units.get(name)
-            if unit is None or unit.nbytes != len(into):
-                found = "missing" if unit is None else f"{unit.nbytes:,} bytes long"
-                raise DiskError(f"{self.source}: {name} is {found} instead of {len(into):,} bytes")
-            done = self._read_into(descriptor, into, unit.offset)
-        if done < len(into):
-            raise self._cut_short(name, done, len(into))
+            unit = self._unit(descriptor, name, len(into))
+            self._read_whole(descriptor, name, into, unit.offset)
         if name not in self._verified:
             self._check_sum(name, unit, zlib.crc32(into))
+
+    def read_parts(self, name: str, nbytes: int, parts: Sequence[range], into: memoryview) -> None:
+        """Fills `into` with these parts of a unit of `nbytes`, one behind the other.
+
+        The first time all of the unit is read, to verify its checksum. Raises DiskError.
+        """
+        with self._opened() as descriptor:
+            unit = self._unit(descriptor, name, nbytes)
+            if name not in self._verified:
+                self._verify_unit(descriptor, name, unit, memoryview(bytearray(min(PART_BYTES, nbytes))))
+            done = 0
+            for part in parts:
+                self._read_whole(descriptor, name, into[done : done + len(part)], unit.offset + part.start)
+                done += len(part)
+        assert done == len(into), (done, len(into))
+
+    def _unit(self, descriptor: int, name: str, nbytes: int) -> Unit:
+        if self._units is None:
+            self._read_header(descriptor)
+        assert self._units is not None
+        unit = self._units.get(name)
+        if unit is None or unit.nbytes != nbytes:
+            found = "missing" if unit is None else f"{unit.nbytes:,} bytes long"
+            raise DiskError(f"{self.source}: {name} is {found} instead of {nbytes:,} bytes")
+        return unit
+
+    def _read_whole(self, descriptor: int, name: str, into: memoryview, offset: int) -> None:
+        done = self._read_into(descriptor, into, offset)
+        if done < len(into):
+            raise self._cut_short(name, done, len(into))
+
+    def _verify_unit(self, descriptor: int, name: str, unit: Unit, buffer: memoryview) -> None:
+        """Reads all of a unit, as much at a time as the buffer holds."""
+        crc = 0
+        for start in range(0, unit.nbytes, max(1, len(buffer))):
+            piece = buffer[: min(len(buffer), unit.nbytes - start)]
+            done = self._read_into(descriptor, piece, unit.offset + start)
+            if done < len(piece):
+                raise self._cut_short(name, start + done, unit.nbytes)
+            crc = zlib.crc32(piece, crc)
+        self._check_sum(name, unit, crc)
 
     def _read_into(self, descriptor: int, into: memoryview, offset: int) -> int:
         """Bytes read from `offset` behind the header, fewer only at the file's end. Raises DiskError."""
@@ -210,14 +246,7 @@ class UnitFile:
         buffer = memoryview(bytearray(min(PIECE_BYTES, max((unit.nbytes for unit in self.units.values()), default=0))))
         with self._opened() as descriptor:
             for name, unit in self.units.items():
-                crc = 0
-                for start in range(0, unit.nbytes, PIECE_BYTES):
-                    piece = buffer[: min(PIECE_BYTES, unit.nbytes - start)]
-                    done = self._read_into(descriptor, piece, unit.offset + start)
-                    if done < len(piece):
-                        raise self._cut_short(name, start + done, unit.nbytes)
-                    crc = zlib.crc32(piece, crc)
-                self._check_sum(name, unit, crc)
+                self._verify_unit(descriptor, name, unit, buffer)
         return sum(unit.nbytes for unit in self.units.values())
 
     @contextmanager
@@ -249,7 +278,7 @@ class UnitFile:
         except OSError as error:
             raise _unread(f"{self.source}: cannot be read: {error.strerror}", error) from None
         digest = hashlib.sha256(length + text).hexdigest()
-        if done < size or (self._header_sha256 is not None and digest != self._header_sha256):
+        if done < size or (self.header_sha256 is not None and digest != self.header_sha256):
             raise DiskError(f"{self.source}: damaged, or another file: its header is not the one that was written")
         try:
             metadata = dict(json.loads(text)["__metadata__"])

@@ -69,6 +69,11 @@ class ForkedKVCache:
         return self._start if all(other._base is self._base for other in others) else 0
 
     @property
+    def capacity(self) -> int:
+        """Tokens of its own that it was made for."""
+        return self._end - self._start
+
+    @property
     def room(self) -> int:
         """How many tokens can be appended and taken back: less than what the attention chunk has left."""
         size = self.config.attention_chunk_size

@@ -66,6 +66,10 @@ class StoreLayout:
         """The same store for a model that computes in `dtype`: cut in the same places, stored in the same type."""
         return replace(self, dtype=dtype)
 
+    def of_rank(self, config: TextConfig) -> StoreLayout:
+        """One rank's part of the same store: cut in the same places, with the KV heads of the rank's configuration."""
+        return replace(self, config=config)
+
     @property
     def is_packed(self) -> bool:
         """Whether sealed blocks are stored in another dtype, so that each segment is unpacked when it is read."""

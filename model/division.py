@@ -60,6 +60,12 @@ def copies_of_kv_heads(config: TextConfig, count: int) -> int:
     return max(1, count // config.num_key_value_heads)
 
 
+def kv_heads(config: TextConfig, rank: TensorRank) -> range:
+    """Those that a rank holds; `config` is the whole model's."""
+    copies = copies_of_kv_heads(config, rank.count)
+    return TensorRank(rank.number // copies, rank.count // copies).part(config.num_key_value_heads)
+
+
 def division_of(name: str, config: TextConfig, rank: TensorRank) -> Division | None:
     """What a rank holds of a weight, by its name in Transformer; None: all of it. Biases count as rows.
 
@@ -96,9 +102,8 @@ def _heads(config: TextConfig, rank: TensorRank) -> range:
 
 def _kv_heads(config: TextConfig, rank: TensorRank) -> range:
     """Rows of the keys and values that this rank's queries read."""
-    copies = copies_of_kv_heads(config, rank.count)
-    holders = TensorRank(rank.number // copies, rank.count // copies)
-    return holders.part(config.num_key_value_heads * config.head_dim)
+    heads = kv_heads(config, rank)
+    return range(heads.start * config.head_dim, heads.stop * config.head_dim)
 
 
 def _check(config: TextConfig, count: int) -> None:

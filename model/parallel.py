@@ -7,7 +7,7 @@ What a rank holds is said in `model.division`, who calls the model in `l4ctx.run
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -70,6 +70,11 @@ class GroupExchange:
         with _losses():
             dist.broadcast(x, group_src=0, group=self._group)
         return x
+
+    def to_first(self, x: Tensor, into: Sequence[Tensor] | None = None) -> None:
+        """Every rank's x, all of one shape, into the tensors that the first rank gives; x is contiguous."""
+        with _losses():
+            dist.gather(x, None if into is None else list(into), group=self._group, group_dst=0)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ CACHE_LAYERS = (
     {"errors", "layout", "grid"},
     {"residency", "blocks", "disk"},
     {"packing"},
-    {"tiers"},
+    {"tiers", "heads"},
     {"offloaded", "chunked"},
     {"hybrid"},
     {"fork"},

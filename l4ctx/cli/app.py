@@ -71,10 +71,10 @@ def l4ctx(
     ] = False,
 ) -> None:
     """Ask questions over documents of millions of tokens with Llama 4."""
-    if context.invoked_subcommand != "ask" and (launch := Launch.of(os.environ)) is not None:
+    if context.invoked_subcommand not in ("ask", "prefill") and (launch := Launch.of(os.environ)) is not None:
         if not launch.speaks:
             leave(0)
-        fail(f"{context.invoked_subcommand}: several ranks only ask; leave torchrun out", INPUT, json=False)
+        fail(f"{context.invoked_subcommand}: several ranks only ask and prefill; leave torchrun out", INPUT, json=False)
 
 
 def _show_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import carry_out
+from l4ctx.cli.show import carry_out, has_followed
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
@@ -227,11 +227,7 @@ def ask(
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:
-        if launch is not None and not launch.speaks:
-            from l4ctx.run.ranks import follow
-
-            follow(launch)
-        else:
+        if not has_followed(launch):
             carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
 
 

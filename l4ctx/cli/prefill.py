@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,9 +10,10 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import carry_out
+from l4ctx.cli.show import carry_out, has_followed
 from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
 from l4ctx.errors import UsageError
+from l4ctx.machine.ranks import Launch
 
 if TYPE_CHECKING:
     from l4ctx.run.request import Request
@@ -63,6 +65,8 @@ def prefill(
     After an interruption the same command resumes. After documents changed, it reads from the first change on.
     """
 
+    launch = Launch.of(os.environ)
+
     def request() -> Request:
         from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request, SourceOptions
 
@@ -90,7 +94,9 @@ def prefill(
                 device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
             ),
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
+            launch=launch,
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=output) as interruption:
-        carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
+        if not has_followed(launch):
+            carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)

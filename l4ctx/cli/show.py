@@ -11,7 +11,18 @@ from l4ctx.cli.stdin import warn_of_forgotten_pipe
 from l4ctx.errors import CHECKPOINT
 
 if TYPE_CHECKING:
+    from l4ctx.machine.ranks import Launch
     from l4ctx.run.request import Request
+
+
+def has_followed(launch: Launch | None) -> bool:
+    """Computes what the first of several processes leads, if this is another one."""
+    if launch is None or launch.speaks:
+        return False
+    from l4ctx.run.follower import follow
+
+    follow(launch)
+    return True
 
 
 def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
@@ -34,7 +45,7 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     activity = Activity(console, is_shown=not quiet)
     interruption.owners.setdefault(request.model, CHECKPOINT)  # which a context may have named
     if request.launch is not None:
-        from l4ctx.run.ranks import check
+        from l4ctx.run.ranks import check, dismiss
 
         check(request)
     with Monitor(note, activity.tell) as monitor:
@@ -43,6 +54,8 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
         if request.questions is not None:
             request, answers = without_answered(request, monitor)
             if not show_missing(request, note, json=json):
+                if request.launch is not None:
+                    dismiss(request.launch)
                 return
         with nullcontext() if "-" in request.sources.paths else activity:  # "-" may be typed in
             choices, sources = read_request(request, monitor)

@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cache.blocks import Block
 from cache.disk import UnitFile
 from cache.errors import DiskError, UnreadableError
-from cache.layout import StoreLayout
 from l4ctx.contexts.folder import BLOCKS, JOURNAL, RECREATE, typed
 from l4ctx.contexts.head import check_head, read_head
 from l4ctx.contexts.journal import Journal, JournalError
 from l4ctx.contexts.locks import Lock, is_being_written, readers_lock
 from l4ctx.contexts.manifest import Recipe, read_manifest
+from l4ctx.contexts.restoring import Held
 from l4ctx.contexts.states import State, Stored, replay
 from l4ctx.drafts.index import IndexedText
 from l4ctx.drafts.order import text_order
 from l4ctx.errors import ContextError
 from l4ctx.spans import ImageSpan, Span
 from model.bounds import shown
-from model.weights.read_ahead import as_bytes
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
@@ -135,25 +133,17 @@ class Context:
             for _, start, stop, sha256 in (_listed(file, "images", state.tokens) if "images" in file.units else ())
         ]
 
-    def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
-        """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError.
+    def held(self, state: State, tokens: int) -> Held:
+        """Where the state's first `tokens` tokens are.
 
         They are all tokens of a complete state, or end at an attention chunk that `reusable` allows.
         """
-        rows = tokens // self.recipe.block_tokens
-        files = [self.file(stored) for stored in state.blocks[:rows]]
-        source = self.source(state, tokens)
-        is_within_chunk = tokens % cache.layout.config.attention_chunk_size != 0
-        if is_within_chunk and (source is None or source.name.startswith(BLOCKS)):
-            raise DiskError(
-                f"{self.folder / JOURNAL}: {tokens:,} tokens end within an attention chunk, without its tail"
-            )
-        if source is None:
-            cache.restore(tokens, files)
-        elif source.name.startswith(BLOCKS):
-            cache.restore(tokens, files, partial=self.file(source))
-        else:
-            cache.restore(tokens, files, tail=self._tail(source, cache.layout, tokens))
+        blocks = state.blocks[: tokens // self.recipe.block_tokens]
+        return Held(self.folder, self.recipe.dtype, tokens, blocks, self.source(state, tokens))
+
+    def restore(self, state: State, cache: HybridKVCache, tokens: int) -> None:
+        """Fills an empty cache with the state's first `tokens` tokens. Raises DiskError."""
+        self.held(state, tokens).restore(cache)
 
     def source(self, state: State, tokens: int) -> Stored | None:
         """The file with those of the first `tokens` that fill no whole block; None where there are none."""
@@ -163,28 +153,6 @@ class Context:
         if rows < len(state.blocks):
             return state.blocks[rows]
         return state.tail if state.is_complete else state.partial
-
-    def _tail(self, stored: Stored, layout: StoreLayout, tokens_before: int) -> dict[int, Block]:
-        """What a tail file holds of each layer, for a cache of so many tokens. Raises DiskError."""
-        file, config = self.file(stored), layout.config
-        dtype = getattr(torch, self.recipe.dtype)
-        per_token = config.num_key_value_heads * config.head_dim * dtype.itemsize
-        most = max(layout.block_tokens, config.attention_chunk_size)
-        layers = {str(layer): layer for layer in range(config.num_hidden_layers)}
-        tail = {}
-        for name in file.units:
-            tokens, rest = divmod(file.num_bytes(name, 2 * per_token * most), 2 * per_token)
-            if rest or name not in layers:
-                raise DiskError(f"{file.source}: {shown(name)} is not a layer of this model")
-            shape = (2, 1, config.num_key_value_heads, tokens, config.head_dim)
-            buffer = torch.empty(shape, dtype=dtype)
-            file.read(name, as_bytes(buffer))
-            tail[layers[name]] = Block(buffer[0], buffer[1])
-        for layer in layers.values():
-            needed = tokens_before % (config.attention_chunk_size if config.uses_rope(layer) else layout.block_tokens)
-            if needed and (layer not in tail or tail[layer].keys.shape[2] < needed):
-                raise DiskError(f"{file.source}: it does not hold the last {needed:,} tokens of layer {layer}")
-        return tail
 
 
 def _listed(file: UnitFile, unit: str, tokens: int) -> list[tuple[str, int, int, str]]:

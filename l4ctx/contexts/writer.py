@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -36,6 +36,7 @@ from l4ctx.machine.files import make_folder
 from l4ctx.spans import ImageSpan, Span
 
 if TYPE_CHECKING:
+    from cache.blocks import Block
     from cache.hybrid import HybridKVCache
 
 
@@ -153,11 +154,17 @@ class ContextWriter:
             with _as_disk_full(self.folder, self):
                 pending.result()
 
-    def finish(self, cache: HybridKVCache) -> None:
+    def finish(
+        self,
+        cache: HybridKVCache,
+        tail_of: Callable[[HybridKVCache], Mapping[int, Block]] = lambda cache: cache.tail(),
+    ) -> None:
         """Saves the tokens behind the last sealed block, which completes the context. Raises DiskFullError."""
         self.flush()
         assert cache.offset == self.tip.tokens and len(self.tip.blocks) == cache.offset // cache.layout.block_tokens
-        units = {str(layer): [("keys", block.keys), ("values", block.values)] for layer, block in cache.tail().items()}
+        units = {
+            str(layer): [("keys", block.keys), ("values", block.values)] for layer, block in tail_of(cache).items()
+        }
         with _as_disk_full(self.folder, self):
             tail = write_file(self.folder, "tail", units, {}) if units else None
             if tail is not None:

@@ -103,6 +103,7 @@ class Workload:
     has_drafts: bool = False  # the prompt is indexed, for drafts of the answer
     stored: StoredWeights | None = None  # the weights by owner and layer; None: not known, and never streamed
     rows: Rows | None = None  # of many questions about the prompt; None: one that is part of it, or none
+    whole: TextConfig | None = None  # the whole model's, where `config` is one rank's part
 
     @property
     def length(self) -> int:
@@ -185,7 +186,9 @@ class Workload:
     def layout(self) -> StoreLayout:
         if self.saved_layout is not None:
             return replace(self.saved_layout, length=self.length)
-        return StoreLayout.of(self.config, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        whole = self.whole or self.config
+        layout = StoreLayout.of(whole, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        return layout.of_rank(self.config)
 
     def without_images(self) -> Workload:
         tokens = self.images.tokens if self.images else 0

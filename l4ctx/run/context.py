@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,10 @@ from model.config import TextConfig
 from model.quantization.choice import NONE
 
 if TYPE_CHECKING:
+    from cache.blocks import Block
     from cache.hybrid import HybridKVCache
     from l4ctx.contexts.reader import ContextReader
+    from l4ctx.contexts.restoring import Held
     from l4ctx.contexts.writer import ContextWriter
     from l4ctx.drafts.index import IndexedText
     from l4ctx.prompt.builder import Prompt
@@ -210,10 +212,9 @@ class ReadContext:
                     self._check_beginning(ids)
         return Reuse(tokens, (*self._notes, f"{tokens:,} of {total:,} tokens are taken from {self.folder}"))
 
-    def restore(self, cache: HybridKVCache, tokens: int) -> None:
-        """Fills an empty cache with its first `tokens` tokens. Raises ContextError."""
-        with with_repair_hint(self.folder):
-            self.reader.context.restore(self.reader.state, cache, tokens)
+    def held(self, tokens: int) -> Held:
+        """Where its first `tokens` tokens are."""
+        return self.reader.context.held(self.reader.state, tokens)
 
     def close(self) -> None:
         self.reader.close()
@@ -270,15 +271,14 @@ class WrittenContext:
             notes.append(f"none of the {held:,} tokens in {self.folder} can be used: {why}")
         return Reuse(tokens, tuple(notes))
 
-    def restore(self, cache: HybridKVCache, tokens: int) -> None:
-        """Fills an empty cache with its first `tokens` tokens. Raises ContextError."""
-        with with_repair_hint(self.folder):
-            self.writer.restore(cache, tokens)
+    def held(self, tokens: int) -> Held:
+        """Where its first `tokens` tokens are."""
+        return self.writer.context.held(self.writer.tip, tokens)
 
-    def finish(self, cache: HybridKVCache) -> None:
-        """Saves the tail after the last sealed block: the documents have been read."""
+    def finish(self, cache: HybridKVCache, tail: Callable[[HybridKVCache], Mapping[int, Block]]) -> None:
+        """Saves the `tail` after the last sealed block: the documents have been read."""
         if not self.writer.tip.is_complete:
-            self.writer.finish(cache)
+            self.writer.finish(cache, tail)
 
     def text(self) -> IndexedText:
         """The documents' tokens, to copy drafts from. Raises ContextError."""

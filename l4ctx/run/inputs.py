@@ -63,6 +63,7 @@ class Checked:
     sampling: Sampling
     device: torch.device
     provenance: dict[str, str]  # fingerprint, to compare with a saved context; empty without one
+    whole: TextConfig  # the whole model's
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,11 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
 
     request = choices.request
     device = usable_device(request.compute.device)
-    stored, own = checked_sources(request.model, config), config
+    stored = checked_sources(request.model, config)
+    held, own = stored, config
     if request.launch is not None:
-        stored, own = _divided(request.launch, stored, config, device, note)
-    weights = quantized_sources(stored, choices.compute.quantization)
+        held, own = _divided(request.launch, stored, config, device, note)
+    weights = quantized_sources(held, choices.compute.quantization)
     if (text := unused_weights(request.model)) is not None:
         note(text)
     generation = GenerationConfig.from_folder(request.model)
@@ -247,9 +249,10 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     if request.context.folder is not None:
         from l4ctx.checkpoint.fingerprint import fingerprint
 
-        provenance = fingerprint(request.model, config, stored_tensors(weights))
+        whole = weights if request.launch is None else quantized_sources(stored, choices.compute.quantization)
+        provenance = fingerprint(request.model, config, stored_tensors(whole))
         choices.check(provenance, config)
-    return Checked(own, Weights.of(weights, own), generation, sampling, device, provenance)
+    return Checked(own, Weights.of(weights, own), generation, sampling, device, provenance, config)
 
 
 def _divided(

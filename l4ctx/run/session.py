@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from l4ctx.machine.memory import process_memory
+from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import with_repair_hint
 from l4ctx.run.drafting import DraftSource
 from l4ctx.run.memory_report import MemoryReport
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
+    from cache.tiers import RowStore
     from l4ctx.drafts.drafter import DraftCounts, Drafter
     from l4ctx.engine.loop_guard import Loop
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.planning.memory_plan import MemoryPlan
+    from l4ctx.run.channel import Channel
+    from l4ctx.run.ranks import Leader
     from l4ctx.vision.features import ImageFeatures
+    from model.config import TextConfig
     from model.transformer import LayerWatcher, Transformer
 
 
@@ -55,6 +60,7 @@ class Session:
     features: ImageFeatures | None  # of the images still to be read
     scratch: Scratch | None  # for blocks that no context keeps
     layers: LayerCount
+    leader: Leader | None = None  # of several processes
     answer: Answer = field(default_factory=Answer)
 
     @property
@@ -67,11 +73,15 @@ class Session:
 
         Raises ContextError and DiskFullError.
         """
+        from cache.hybrid import HybridKVCache
+
         inputs, written = self.sized.inputs, self.sized.written
         if written is not None:
             yield from self._read(inputs.prompt.documents_stop)
-            written.finish(self.cache)
+            written.finish(self.cache, HybridKVCache.tail if self.leader is None else self.leader.tail)
             self.cache.rows = self.scratch
+            if self.leader is not None:
+                self.leader.stop_saving()
         yield from self._read(inputs.reading_stop)
 
     def decode(self) -> Iterator[str]:
@@ -195,13 +205,8 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     request, device = inputs.request, inputs.checked.device
     with monitor.loading():
         monitor.tell("loading weights")
-        copied, exchange = plan.device_weights, None
-        if request.launch is not None:
-            from l4ctx.run.ranks import Job, lead, leading
-
-            job = Job.of(request, plan, inputs.length, sized.attention)
-            channel = monitor.resources.enter_context(leading(request.launch, job))
-            exchange = channel.exchange
+        copied = plan.device_weights
+        channel = None if request.launch is None else _channel(request.launch, sized, monitor)
         model = load_checkpoint(
             request.model,
             dtype=plan.workload.dtype,
@@ -209,10 +214,9 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             attention=sized.attention,
             is_mapped=plan.weights_are_mapped or copied is not None,
             quantization=inputs.choices.compute.quantization,
-            exchange=exchange,
+            exchange=None if channel is None else channel.exchange,
         )
-        if exchange is not None:
-            lead(model, channel)
+        leader = None if channel is None else _leader(model, channel, inputs.checked.whole)
         watcher = _watcher(model, plan, device, monitor)
         model.watcher = layers = LayerCount(watcher)
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
@@ -229,12 +233,38 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             device=device,
             layout=plan.layout,
             residency=plan.residency,
-            rows=sized.written.writer if sized.written else scratch,
+            rows=_rows(sized, leader) or scratch,
         )
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
-            sized.context.restore(cache, sized.reused)
-    return Session(sized, monitor, model, cache, features, scratch, layers)
+            held = sized.context.held(sized.reused)
+            with with_repair_hint(sized.context.folder):
+                held.restore(cache) if leader is None else leader.restore(held, cache)
+    return Session(sized, monitor, model, cache, features, scratch, layers, leader)
+
+
+def _channel(launch: Launch, sized: Sized, monitor: Monitor) -> Channel:
+    """Meets the other processes. Raises RankLostError, then and as long as the run lasts."""
+    from l4ctx.run.channel import leading
+    from l4ctx.run.ranks import Job
+
+    inputs = sized.inputs
+    job = Job.of(inputs.request, sized.plan, inputs.length, sized.attention)
+    return monitor.resources.enter_context(leading(launch, job.as_dict(), lambda: monitor.kept()))
+
+
+def _leader(model: Transformer, channel: Channel, whole: TextConfig) -> Leader:
+    from l4ctx.run.ranks import Leader
+
+    return Leader(model, channel, whole)
+
+
+def _rows(sized: Sized, leader: Leader | None) -> RowStore | None:
+    """What saves sealed rows in a context, if what is read is kept."""
+    if sized.written is None:
+        return None
+    writer = sized.written.writer
+    return writer if leader is None else leader.rows(sized.plan.layout, writer)
 
 
 def _watcher(model: Transformer, plan: MemoryPlan, device: torch.device, monitor: Monitor) -> LayerWatcher | None:

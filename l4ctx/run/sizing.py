@@ -216,13 +216,16 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
     request, choices, prompt = inputs.request, inputs.choices, inputs.prompt
     size = PromptSize.of(prompt, inputs.images, inputs.prompt_tokens, inputs.max_new_tokens)
     workload = workload_of(inputs.config, inputs.checked.weights, size, choices.compute, choices.kv_dtype, capacity)
+    whole = inputs.checked.whole
+    saved = choices.saved_layout(whole, inputs.length, workload.dtype)
     return replace(
         workload,
         is_saved=request.context.folder is not None,
         on_disk_already=ALL_OF_IT if request.context.answer_from is not None else 0,
         new_tokens=len(prompt.ids),
         has_drafts=request.has_drafts or request.context.save_to is not None,
-        saved_layout=choices.saved_layout(inputs.config, inputs.length, workload.dtype),
+        saved_layout=None if saved is None else saved.of_rank(inputs.config),
+        whole=whole if request.launch is not None else None,
     )
 
 

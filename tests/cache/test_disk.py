@@ -59,7 +59,7 @@ def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path: Path, longer
     size = int.from_bytes(raw[:8], "little")
     assert (8 + size) % 64 == 0 and json.loads(raw[8 : 8 + size])["u.x"]["data_offsets"] == [0, 16]
     assert raw[8 + size :] == bytes(as_bytes(torch.ones(4)))
-    assert file._header_sha256 == hashlib.sha256(raw[: 8 + size]).hexdigest()
+    assert file.header_sha256 == hashlib.sha256(raw[: 8 + size]).hexdigest()
 
 
 def test_tensors_that_are_not_contiguous_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_file_that_is_cut_short(file: UnitFile, known: bool) -> None:
         path_of(file).write_bytes(raw[:length])
         for check in (UnitFile.check_size, UnitFile.verify):
             with pytest.raises(DiskError, match=r"a file: .*(cut short|damaged|not a file that l4ctx wrote)"):
-                check(UnitFile(path_of(file), header_sha256=file._header_sha256 if known else None))
+                check(UnitFile(path_of(file), header_sha256=file.header_sha256 if known else None))
         head = 8 + int.from_bytes(raw[:8], "little")
         for name, unit in file.units.items():
             if head + unit.offset + unit.nbytes <= length:
@@ -263,6 +263,6 @@ def test_damage_to_scratch_is_told(tmp_path: Path) -> None:
         last.verify()
     os.ftruncate(scratch._file.fileno(), last._base + 3)
     with pytest.raises(DiskError, match="damaged: it does not begin with a header"):
-        UnitFile(scratch._file.fileno(), header_sha256=last._header_sha256, base=last._base).verify()
+        UnitFile(scratch._file.fileno(), header_sha256=last.header_sha256, base=last._base).verify()
     first.verify()
     scratch.close()

@@ -133,10 +133,12 @@ def test_a_rank_killed_at_any_moment_ends_the_others(folder: Path, seed: int) ->
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("ask", QUESTION, "a.md", "--save-context", "c"), "--save-context does not go with several ranks"),
         (("ask", QUESTION, "a.md", "--weights-memory", "1GiB"), "--weights-memory does not go with several ranks"),
-        (("prefill", "a.md", "-o", "c"), "prefill: several ranks only ask"),
-        (("plan", "a.md"), "plan: several ranks only ask"),
+        (
+            ("prefill", "a.md", "-o", "c", "--weights-memory", "1GiB"),
+            "--weights-memory does not go with several ranks",
+        ),
+        (("plan", "a.md"), "plan: several ranks only ask and prefill"),
     ],
 )
 def test_what_ranks_cannot_do_is_refused(

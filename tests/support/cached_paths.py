@@ -252,7 +252,7 @@ class SavedRows:
 
     def reopened(self, rows: int | None = None) -> list[UnitFile]:
         """The first `rows` as another process finds them: only their headers' digests are known."""
-        return [UnitFile(file.source, header_sha256=file._header_sha256) for file in self.files[:rows]]
+        return [UnitFile(file.source, header_sha256=file.header_sha256) for file in self.files[:rows]]
 
 
 @contextmanager

@@ -56,4 +56,4 @@ def path_of(file: UnitFile) -> Path:
 
 def again(file: UnitFile) -> UnitFile:
     """The file as another process finds it."""
-    return UnitFile(path_of(file), header_sha256=file._header_sha256)
+    return UnitFile(path_of(file), header_sha256=file.header_sha256)

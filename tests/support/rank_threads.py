@@ -6,7 +6,7 @@ Expanding stored weights goes through buffers that a process has once, so they t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -77,6 +77,12 @@ class ThreadExchange:
 
     def from_first(self, x: Tensor) -> Tensor:
         return self._all(x)[0]
+
+    def to_first(self, x: Tensor, into: Sequence[Tensor] | None = None) -> None:
+        found = self._all(x)
+        assert (into is None) == (self.rank.number > 0)
+        for place, part in zip(into or (), found, strict=False):
+            place.copy_(part)
 
     def _all(self, x: Tensor) -> list[Tensor]:
         return self._together.exchange(self.rank.number, x)

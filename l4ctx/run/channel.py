@@ -1,0 +1,115 @@
+"""What the processes of one request tell one another, and how they end together.
+
+The exchange within a forward is `model.parallel`'s; what is said here is said between forwards.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from l4ctx.machine.ranks import Launch
+from model.division import TensorRank
+from model.errors import RankLostError
+from model.parallel import GroupExchange
+
+FOREVER = timedelta(days=30)
+"""A leader may wait for a reader of its answer; torchrun sees which processes end."""
+
+SECONDS_TO_SAY_WHY = 1.0
+END, FORWARD, EMBED, RAGGED, RESTORE, TAIL, UNSAVED = range(7)
+"""What all ranks do next."""
+
+NUMBERS = 6
+"""That are told before each of them."""
+
+_FAILURE = "failure"
+
+
+class Channel:
+    """One process's end of what all of them tell one another. The leader tells, and the others hear as much."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Waits until all are there."""
+        self._store = PrefixStore(
+            "l4ctx",
+            TCPStore(
+                launch.address,
+                launch.port,
+                is_master=launch.speaks and not launch.is_met,
+                timeout=FOREVER,
+                wait_for_workers=False,
+            ),
+        )
+        dist.init_process_group("gloo", store=self._store, rank=launch.number, world_size=launch.count, timeout=FOREVER)
+        self.exchange = GroupExchange(TensorRank(launch.number, launch.count))
+
+    def announce(self, kind: int, *numbers: int) -> None:
+        self.tell([kind, *numbers, *[0] * (NUMBERS - 1 - len(numbers))])
+
+    def tell(self, numbers: list[int]) -> None:
+        self.exchange.from_first(torch.tensor(numbers))
+
+    def hear(self, count: int = NUMBERS) -> list[int]:
+        return self.exchange.from_first(torch.zeros(count, dtype=torch.int64)).tolist()
+
+    def tell_json(self, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.tell([len(text)])
+        self.exchange.from_first(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+    def hear_json(self) -> Any:
+        (size,) = self.hear(1)
+        return json.loads(self.exchange.from_first(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+
+    def say_failure(self, message: str) -> None:
+        with suppress(RuntimeError):
+            self._store.set(_FAILURE, message)
+
+    def failure(self) -> str | None:
+        """What another rank said before it ended; None if it ended without a word."""
+        end = time.monotonic() + SECONDS_TO_SAY_WHY
+        with suppress(RuntimeError):
+            while time.monotonic() < end:
+                if self._store.check([_FAILURE]):
+                    return str(self._store.get(_FAILURE).decode(errors="replace"))
+                time.sleep(0.05)
+        return None
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def leading(launch: Launch, job: Any, kept: Callable[[], str]) -> Iterator[Channel]:
+    """Meets the other ranks and gives them their work (None: there is none), which ends with this context.
+
+    Raises RankLostError when one of them ends before: it says why, and what is `kept` of the work.
+    """
+    channel = Channel(launch)
+    before = signal.signal(signal.SIGTERM, _ended_by_torchrun)
+    try:
+        channel.tell_json(job)
+        yield channel
+        if job is not None:
+            channel.announce(END)
+        channel.close()
+    except RankLostError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come while this is being told
+        raise RankLostError(f"{channel.failure() or error}; {kept()}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ended_by_torchrun(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
+    raise RankLostError("another rank has ended, or torchrun was: so all ranks end")

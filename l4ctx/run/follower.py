@@ -1,0 +1,103 @@
+"""What all ranks but the first do: nothing but compute what the first one is about to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache.fork import ForkedKVCache
+from l4ctx.contexts.restoring import Held
+from l4ctx.machine.device import prepare_torch
+from l4ctx.machine.ranks import Launch
+from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, RESTORE, TAIL, Channel
+from l4ctx.run.rank_rows import RankRows, heads_of
+from l4ctx.run.ranks import DTYPES, LOGITS, Job
+from model.config import TextConfig
+from model.errors import RankLostError, UserError
+
+COLUMNS = 5
+"""Of the table of forks: number, capacity, offset, tokens fed, and of how many of them logits are wanted."""
+
+
+def follow(launch: Launch) -> None:
+    """Raises RankLostError when another rank ends early, and what loading a checkpoint raises."""
+    prepare_torch()
+    channel = Channel(launch)
+    try:
+        said = channel.hear_json()
+        if said is not None:
+            Follower(channel, Job(**said)).run()
+        channel.close()
+    except RankLostError:
+        raise
+    except Exception as error:
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        channel.say_failure(f"rank {launch.number} failed: {what}")
+        raise
+
+
+class Follower:
+    """One of the other ranks, which `run` until the leader ends the work."""
+
+    def __init__(self, channel: Channel, job: Job) -> None:
+        self._channel = channel
+        self._model = job.load(channel.exchange)
+        self._whole = TextConfig.from_folder(Path(job.model))
+        self._scratch = job.scratch()
+        self._rows = None
+        if job.is_saved:
+            self._rows = RankRows(channel, self._whole, job.layout(self._model.config))
+        self._cache = job.cache(self._model, self._rows or self._scratch)
+        self._forks: dict[int, ForkedKVCache] = {}
+
+    def run(self) -> None:
+        while True:
+            kind, *numbers = self._channel.hear()
+            if kind == END:
+                return
+            if kind in (FORWARD, EMBED):
+                *shape, dtype, state = numbers
+                x = torch.zeros([size for size in shape if size], dtype=DTYPES[dtype])
+                self._compute(kind, self._channel.exchange.from_first(x), state)
+            elif kind == RAGGED:
+                self._compute_forks(*numbers[:2])
+            elif kind == RESTORE:
+                held = Held.from_dict(self._channel.hear_json())
+                held.restore(self._cache, heads_of(self._whole, self._channel.exchange.rank))
+            elif kind == TAIL:
+                assert self._rows is not None
+                self._rows.tail(self._cache)
+            else:  # UNSAVED
+                self._cache.rows = self._scratch
+
+    def _compute(self, kind: int, x: Tensor, state: int) -> None:
+        if kind == EMBED:
+            self._model.embed(x)
+            return
+        offset, logits = divmod(state, len(LOGITS))
+        _rewind(self._cache, offset)
+        wanted: Any = LOGITS[logits]
+        self._model(x, self._cache, logits=wanted)
+
+    def _compute_forks(self, rows: int, tokens: int) -> None:
+        said = self._channel.hear(COLUMNS * rows + tokens)
+        table, ids = [said[n : n + COLUMNS] for n in range(0, COLUMNS * rows, COLUMNS)], said[COLUMNS * rows :]
+        before, self._forks = self._forks, {}
+        fed, caches, counts = [], [], []
+        for number, capacity, offset, count, wanted in table:
+            fork = self._forks[number] = before.get(number) or ForkedKVCache(self._cache, capacity)
+            _rewind(fork, offset)
+            if count:
+                fed.append(ids[:count])
+                caches.append(fork)
+                counts.append(wanted)
+                del ids[:count]
+        self._model.forward_ragged(fed, caches, counts)
+
+
+def _rewind(cache: Any, offset: int) -> None:
+    if offset != cache.offset:
+        cache.rewind(offset)  # tokens of a draft that were wrong
