@@ -34,7 +34,7 @@ class KVCache(Protocol):
 
     def segments(self, layer: int, queries: range, within: range | None = None) -> Iterable[KVSegment]:
         """Yields what queries at these absolute positions may need, oldest first; of a NoPE layer only what lies
-        `within` these positions, which begin and end where `shared_tokens` does.
+        `within` these positions, which begin where `shared_tokens` ends, and end there or among newer tokens.
 
         A segment is valid until the next one is requested.
         """
@@ -115,6 +115,12 @@ class Step(NamedTuple):
                 for part, count in zip(self.parts, wanted, strict=True)
             )
         )
+
+    def commit(self) -> None:
+        """Makes the new tokens those of their caches, once all is computed."""
+        for part in self.parts:
+            if part.cache is not None:
+                part.cache.advance(len(part.positions))
 
     @property
     def num_queries(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.attention import Step
 from model.config import TextConfig
+from model.context_parallel import ContextExchange, ContextTransformer
 from model.division import TensorRank, divided
 from model.errors import RankLostError
 from model.layers import Embedding, Linear, looked_up
@@ -109,13 +110,17 @@ class _NoPrograms(Programs):
         return False
 
 
-def divided_model(config: TextConfig, attention: str, exchange: Exchange) -> Transformer:
+def divided_model(
+    config: TextConfig, attention: str, exchange: Exchange, context: ContextExchange | None = None
+) -> Transformer:
     """One rank's model on the meta device, which computes the whole model's logits, the same bits on every rank.
 
-    `config` is the whole model's; `model.config` will be this rank's. Raises DivisionError.
+    `config` is the whole model's; `model.config` will be this rank's. In a mesh, `exchange` is with the ranks that have
+    the same tokens, `context` with those that have the same part of the model. Raises DivisionError.
     """
+    own = divided(config, exchange.rank)
     with torch.device("meta"):
-        model = Transformer(divided(config, exchange.rank), attention)
+        model = Transformer(own, attention) if context is None else ContextTransformer(own, attention, context)
         model.model.embed_tokens = DividedEmbedding(config, exchange)
         model.lm_head = Linear(config.hidden_size, len(exchange.rank.part(config.vocab_size)), bias=False)
     if config.tie_word_embeddings:

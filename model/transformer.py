@@ -99,8 +99,11 @@ class Transformer(nn.Module):
         feed-forward are computed only for positions whose logits are requested. Raises LengthError.
         """
         counts = [inputs.shape[1]]
-        wanted = _wanted(logits, counts)
-        return self._run(inputs if inputs.is_floating_point() else self.embed(inputs), counts, [cache], wanted)
+        step = Step.at(self.config, counts, self.backend, [cache], self.device)
+        wanted = wanted_tokens(logits, counts)
+        found = self._run(inputs if inputs.is_floating_point() else self.embed(inputs), step, wanted)
+        step.commit()
+        return found
 
     @torch.inference_mode()
     def forward_ragged(
@@ -114,15 +117,14 @@ class Transformer(nn.Module):
         """
         joined = to_device(torch.tensor([[token for some in ids for token in some]]), self.device)
         counts = [len(some) for some in ids]
-        wanted = _wanted(logits, counts)
-        found = self._run(self.embed(joined), counts, caches, wanted)
+        step = Step.at(self.config, counts, self.backend, caches, self.device)
+        wanted = wanted_tokens(logits, counts)
+        found = self._run(self.embed(joined), step, wanted)
+        step.commit()
         return None if found is None else list(found[0].split(wanted))
 
-    def _run(
-        self, x: Tensor, counts: Sequence[int], caches: Sequence[KVCache | None], wanted: Sequence[int]
-    ) -> Tensor | None:
+    def _run(self, x: Tensor, step: Step, wanted: Sequence[int]) -> Tensor | None:
         """Embeddings x (B, T, C), to which no caller keeps a reference, so that each layer frees its input."""
-        step = Step.at(self.config, counts, self.backend, caches, x.device)
         has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
         for number, layer in enumerate(self.model.layers):
@@ -133,16 +135,13 @@ class Transformer(nn.Module):
             x = layer(x.to(self.dtype), here) if program is None else program(x, here)
             if self.watcher is not None:
                 self.watcher.leaving(number, tokens)
-        for count, cache in zip(counts, caches, strict=True):
-            if cache is not None:
-                cache.advance(count)
         if not any(wanted):
             return None
         head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
         return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
 
 
-def _wanted(logits: Wanted | Sequence[int], counts: Sequence[int]) -> list[int]:
+def wanted_tokens(logits: Wanted | Sequence[int], counts: Sequence[int]) -> list[int]:
     """Of how many last tokens of each sequence logits are wanted."""
     if isinstance(logits, str):
         return [{"all": count, "last": 1, "none": 0}[logits] for count in counts]

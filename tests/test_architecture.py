@@ -68,7 +68,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"gguf.config", "gguf.tokenizer", "gguf.vision"},
     {"checkpoint_files"},
     {"config"},
-    {"costs", "rope", "kernels.masks", "moe", "vision.config", "division"},
+    {"costs", "rope", "kernels.masks", "moe", "vision.config", "division", "context_division"},
     {"kernels.attend", "vision.tower"},
     {"kernels.eager", "kernels.sdpa", "kernels.flex"},
     {"kernels.matmul"},
@@ -76,6 +76,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"attention"},
     {"programs"},
     {"transformer"},
+    {"context_parallel"},
     {"parallel"},
     {"weights.plain", "weights.mapping", "weights.gguf", "weights.checks", "weights.settings"},
     {"weights.companions", "weights.targets", "weights.census", "weights.quantizing", "weights.tiers"},
@@ -91,7 +92,7 @@ CACHE_LAYERS = (
     {"tiers", "heads"},
     {"offloaded", "chunked"},
     {"hybrid"},
-    {"fork"},
+    {"fork", "context"},
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (
@@ -106,6 +107,7 @@ WITHOUT_TORCH = (
     "model.config",
     "model.costs",
     "model.division",
+    "model.context_division",
     "model.vision.config",
     "model.weights.residency",
     "model.weights.settings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from cache.context import ContextKVCache
 from cache.hybrid import HybridKVCache
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.loop_guard import LoopGuard
@@ -14,7 +15,7 @@ from model.transformer import Transformer
 
 def generate(
     model: Transformer,
-    cache: HybridKVCache,
+    cache: HybridKVCache | ContextKVCache,
     token: int,
     *,
     max_new_tokens: int,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cache.context import ContextKVCache
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.residency import KVBytes
@@ -60,7 +61,7 @@ class LayerCount:
 
 def prefill(
     model: Transformer,
-    cache: HybridKVCache,
+    cache: HybridKVCache | ContextKVCache,
     ids: Sequence[int],
     *,
     prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,

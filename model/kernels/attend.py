@@ -54,11 +54,16 @@ class KVSegment:
 
     def since(self, first: int) -> KVSegment:
         """The keys from position `first` on, of a segment without scales."""
-        skipped = max(0, first - self.start)
-        if skipped == 0:
+        return self.within(range(first, self.positions.stop))
+
+    def within(self, positions: range) -> KVSegment:
+        """The keys at these positions, of a segment without scales."""
+        first, stop = max(positions.start, self.start), min(positions.stop, self.positions.stop)
+        if range(first, stop) == self.positions:
             return self
         assert self.unpack is None, "stored in a form of its own"
-        return KVSegment(self.keys[:, :, skipped:], self.values[:, :, skipped:], self.start + skipped, stays=self.stays)
+        here = slice(first - self.start, stop - self.start)
+        return KVSegment(self.keys[:, :, here], self.values[:, :, here], first, stays=self.stays)
 
 
 class AttentionState(NamedTuple):

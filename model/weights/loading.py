@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.context_parallel import ContextExchange, ContextTransformer
 from model.errors import CheckpointError
 from model.gguf.files import find_gguf, read_gguf
 from model.layers import Embedding, Linear, looked_up, set_weight
@@ -51,6 +52,7 @@ def load_checkpoint(
     is_mapped: bool = True,
     quantization: Quantization | None = None,
     exchange: Exchange | None = None,
+    context: ContextExchange | None = None,
 ) -> Transformer:
     """Loads the text model of the checkpoint `path`, a folder or a GGUF file.
 
@@ -58,13 +60,18 @@ def load_checkpoint(
     bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
     CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. With `quantization`, weights that are
     stored in a floating-point dtype are quantized in memory, one at a time. With `exchange` the model is one rank's,
-    and only its part is read. Raises CheckpointError, ConfigError and DivisionError.
+    and only its part is read; with `context` it computes one rank's part of a sequence. Raises CheckpointError,
+    ConfigError and DivisionError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
     model, sources = _checked_text(folder, config, attention)
     if exchange is not None:
-        model, sources = divided_model(config, attention, exchange), cut_sources(sources, config, exchange.rank)
+        model = divided_model(config, attention, exchange, context)
+        sources = cut_sources(sources, config, exchange.rank)
+    elif context is not None:
+        with torch.device("meta"):
+            model = ContextTransformer(config, attention, context)
     sources = quantized_sources(sources, quantization)
     wanted = _wanted_dtype(dtype, sources[EMBEDDINGS])
     _Loader(wanted, torch.device(device), is_mapped).fill_text(model, sources)

@@ -22,7 +22,7 @@ from support.quantized_toys import write_compressed
 from support.rank_processes import PROCESSES, prefill_and_decode, start
 from support.toy_checkpoints import CHUNK, DIVISIBLE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
-IDS = [random.Random(3).randrange(VOCABULARY) for _ in range(5 * CHUNK + 3)]
+IDS = random.Random(3).choices(range(VOCABULARY), k=5 * CHUNK + 3)
 CUTS = [CHUNK, 4 * CHUNK, 4 * CHUNK + 4, *range(4 * CHUNK + 5, len(IDS) + 1)]
 """Prefill in one and several attention chunks, in a piece of one, and token by token over a boundary."""
 LIMIT = 1e-4

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from model.context_division import ContextRank
 from model.division import TensorRank
 
 T = TypeVar("T")
@@ -26,10 +27,17 @@ class Together:
         self.count = count
         self.exchanges = 0
         self._turn, self._barrier = threading.Lock(), threading.Barrier(count)
-        self._given: list[Tensor] = [torch.empty(0)] * count
+        self._given: list[tuple[str, list[Tensor]]] = [("", [])] * count
 
     def run(self, work: Callable[[ThreadExchange], T]) -> list[T]:
         """What `work` returns on each rank. Raises what one of them raises."""
+        return self._started(lambda number: work(ThreadExchange(self, number)))
+
+    def run_context(self, work: Callable[[ThreadContextExchange], T]) -> list[T]:
+        """The same with context ranks."""
+        return self._started(lambda number: work(ThreadContextExchange(self, number)))
+
+    def _started(self, work: Callable[[int], T]) -> list[T]:
         with ThreadPoolExecutor(self.count) as threads:
             begun = [threads.submit(self._run, work, number) for number in range(self.count)]
         failures = [error for future in begun if (error := future.exception()) is not None]
@@ -38,9 +46,9 @@ class Together:
                 raise error
         return [future.result() for future in begun]
 
-    def exchange(self, number: int, x: Tensor) -> list[Tensor]:
-        """Every rank's x."""
-        self._given[number] = x.clone()
+    def exchange(self, number: int, what: str, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors; all ranks must be at the same exchange."""
+        self._given[number] = what, [x.clone() for x in tensors]
         self.exchanges += number == 0
         self._turn.release()
         try:
@@ -49,12 +57,13 @@ class Together:
             self._barrier.wait(SECONDS)
         finally:
             self._turn.acquire()
-        return found
+        assert {other for other, _ in found} == {what}, f"ranks do different things: {[name for name, _ in found]}"
+        return [given for _, given in found]
 
-    def _run(self, work: Callable[[ThreadExchange], T], number: int) -> T:
+    def _run(self, work: Callable[[int], T], number: int) -> T:
         with self._turn:
             try:
-                return work(ThreadExchange(self, number))
+                return work(number)
             except BaseException:
                 self._barrier.abort()
                 raise
@@ -85,4 +94,25 @@ class ThreadExchange:
             place.copy_(part)
 
     def _all(self, x: Tensor) -> list[Tensor]:
-        return self._together.exchange(self.rank.number, x)
+        return [given for (given,) in self._together.exchange(self.rank.number, "all", [x])]
+
+
+class ThreadContextExchange:
+    """See model.context_parallel.ContextExchange. Counts the bytes that this rank sent."""
+
+    def __init__(self, together: Together, number: int) -> None:
+        self.rank = ContextRank(number, together.count)
+        self.sent_bytes = 0
+        self._together = together
+
+    def from_rank(self, x: Tensor, number: int) -> Tensor:
+        if number == self.rank.number:
+            self.sent_bytes += x.nbytes * (self.rank.count - 1)
+        found = [given for (given,) in self._together.exchange(self.rank.number, f"from {number}", [x])]
+        assert {each.shape for each in found} == {x.shape} and {each.dtype for each in found} == {x.dtype}
+        return found[number]
+
+    def returned(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        self.sent_bytes += sum(part.nbytes for number, part in enumerate(parts) if number != self.rank.number)
+        found = self._together.exchange(self.rank.number, "returned", parts)
+        return [given[self.rank.number] for given in found]

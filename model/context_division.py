@@ -1,0 +1,94 @@
+"""How a sequence is divided over ranks: context parallelism in closed form.
+
+Attention chunks are dealt out whole, so that the window of a RoPE layer is one rank's, and only NoPE layers exchange
+anything. Of 2 * count consecutive chunks, rank i owns the i-th from either end: then causal attention is the same work
+for all. A rank numbers its own tokens in their order: a multiple of the attention chunk is one there, too. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from model.config import TextConfig
+
+PARTIAL_ITEMSIZE = 4
+"""Bytes an element of partial outputs and log-sum-exps, which are float32."""
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one rank, at absolute positions."""
+
+    owner: int
+    positions: range
+
+
+@dataclass(frozen=True)
+class ContextRank:
+    """One of the ranks that share a sequence. In a mesh of tensor and context ranks this is the outer axis."""
+
+    number: int
+    count: int
+
+    def owner(self, chunk: int) -> int:
+        """The rank that owns attention chunk number `chunk`."""
+        place = chunk % (2 * self.count)
+        return min(place, 2 * self.count - 1 - place)
+
+    def tokens_before(self, position: int, chunk_size: int) -> int:
+        """How many of the tokens before `position` are this rank's: what its own numbering makes of it."""
+        chunk, rest = divmod(position, chunk_size)
+        periods, place = divmod(chunk, 2 * self.count)
+        chunks = 2 * periods + (place > self.number) + (place > 2 * self.count - 1 - self.number)
+        return chunks * chunk_size + (rest if self.owner(chunk) == self.number else 0)
+
+    def pieces(self, positions: range, chunk_size: int) -> Iterator[Piece]:
+        """The tokens at these positions, oldest first, cut where the owner changes."""
+        start = position = positions.start
+        while position < positions.stop:
+            owner = self.owner(position // chunk_size)
+            position = min(positions.stop, (position // chunk_size + 1) * chunk_size)
+            if position == positions.stop or self.owner(position // chunk_size) != owner:
+                yield Piece(owner, range(start, position))
+                start = position
+
+    def keys_seen(self, pieces: Sequence[Piece], chunk_size: int) -> int:
+        """How many of this rank's keys the queries of other ranks see: its first ones, as chunks are whole."""
+        others = [piece for piece in pieces if piece.owner != self.number]
+        return self.tokens_before(others[-1].positions.start, chunk_size) if others else 0
+
+
+def bytes_of_queries(config: TextConfig, queries: int, itemsize: int) -> int:
+    """Bytes of so many queries on their way to one rank, and of their partial outputs and log-sum-exps on the way back.
+
+    `config` is that of one tensor rank (`model.division.divided`), `itemsize` bytes per element of what is computed in.
+    """
+    heads = config.num_attention_heads
+    return queries * heads * (config.head_dim * itemsize + (config.head_dim + 1) * PARTIAL_ITEMSIZE)
+
+
+def bytes_of_keys(config: TextConfig, keys: int, itemsize: int) -> int:
+    """Bytes of so many keys and values on their way to one rank."""
+    return keys * 2 * config.num_key_value_heads * config.head_dim * itemsize
+
+
+class Exchanged(NamedTuple):
+    """What a NoPE layer exchanges in one forward."""
+
+    are_queries: bool  # else keys and values
+    num_bytes: int  # sent by all ranks together, in one row of a batch
+
+
+def exchanged(config: TextConfig, count: int, pieces: Sequence[Piece], itemsize: int) -> Exchanged:
+    """The smaller of two exchanges that let the queries of `pieces`, which `ContextRank.pieces` yields, see every key.
+
+    Either they travel to all ranks and partial results return, or the keys and values that other ranks' queries see
+    travel to all ranks.
+    """
+    ranks = [ContextRank(number, count) for number in range(count)]
+    keys = sum(rank.keys_seen(pieces, config.attention_chunk_size) for rank in ranks)
+    by_queries = bytes_of_queries(config, sum(len(piece.positions) for piece in pieces), itemsize)
+    by_keys = bytes_of_keys(config, keys, itemsize)
+    return Exchanged(by_queries < by_keys, (count - 1) * min(by_queries, by_keys))
