@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.attention import Attention, KVCache, Part, Step, query_temperature
@@ -37,27 +36,6 @@ class ContextExchange(Protocol):
     def returned(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Sends parts[i] to rank i -> what each rank sent here, in shapes like parts[own number]; all of one dtype."""
         ...
-
-
-class GroupContextExchange:
-    """By a process group of torch.distributed."""
-
-    def __init__(self, rank: ContextRank, group: dist.ProcessGroup | None = None) -> None:
-        self.rank, self._group = rank, group
-
-    def from_rank(self, x: Tensor, number: int) -> Tensor:
-        x = x.contiguous()
-        dist.broadcast(x, group_src=number, group=self._group)
-        return x
-
-    def returned(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        own = parts[self.rank.number]
-        found = own.new_empty(self.rank.count * own.numel())
-        sent = torch.cat([part.flatten() for part in parts])
-        dist.all_to_all_single(
-            found, sent, [own.numel()] * self.rank.count, [part.numel() for part in parts], group=self._group
-        )
-        return [part.view(own.shape) for part in found.split(own.numel())] if own.numel() else []
 
 
 class ContextCache(Protocol):

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from model.attention import Step
 from model.config import TextConfig
+from model.context_division import ContextRank
 from model.context_parallel import ContextExchange, ContextTransformer
 from model.division import TensorRank, divided
 from model.errors import RankLostError
@@ -76,6 +78,41 @@ class GroupExchange:
         """Every rank's x, all of one shape, into the tensors that the first rank gives; x is contiguous."""
         with _losses():
             dist.gather(x, None if into is None else list(into), group=self._group, group_dst=0)
+
+
+class GroupContextExchange:
+    """The exchange of context ranks by a process group. Raises RankLostError when another rank ends."""
+
+    def __init__(self, rank: ContextRank, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self._group = rank, group
+
+    def from_rank(self, x: Tensor, number: int) -> Tensor:
+        x = x.contiguous()
+        with _losses():
+            dist.broadcast(x, group_src=number, group=self._group)
+        return x
+
+    def returned(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        own, count = parts[self.rank.number], self.rank.count
+        found = own.new_empty(count * own.numel())
+        sent = torch.cat([part.flatten() for part in parts])
+        sizes = [part.numel() for part in parts]
+        with _losses():
+            dist.all_to_all_single(found, sent, [own.numel()] * count, sizes, group=self._group)
+        return [part.view(own.shape) for part in found.chunk(count)]
+
+
+def mesh_exchanges(tensor: int, context: int) -> tuple[GroupExchange, GroupContextExchange]:
+    """This process's exchanges in a mesh of context x tensor ranks; further processes of the group are copies of it.
+
+    Tensor ranks are the inner axis, since they talk most. Every process calls it.
+    """
+    shape = (dist.get_world_size() // (tensor * context), context, tensor)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "context", "tensor"))
+    return (
+        GroupExchange(TensorRank(mesh.get_local_rank("tensor"), tensor), mesh.get_group("tensor")),
+        GroupContextExchange(ContextRank(mesh.get_local_rank("context"), context), mesh.get_group("context")),
+    )
 
 
 @contextmanager

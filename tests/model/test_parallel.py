@@ -1,10 +1,11 @@
-"""Tensor parallelism over gloo, in processes: two and four ranks compute what one process does, and agree on it.
+"""Tensor and context parallelism over gloo, in processes: ranks compute what one process does, and agree on it.
 
 Which bytes a rank holds, in every stored form, is tested in tests/model/weights/test_cutting.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from model.division import TensorRank, copies_of_kv_heads, divided
 from model.weights.loading import load_checkpoint
 from support.compressed import RECIPES
 from support.quantized_toys import write_compressed
-from support.rank_processes import PROCESSES, prefill_and_decode, start
+from support.rank_processes import MESHES, PROCESSES, prefill_and_decode, start
 from support.toy_checkpoints import CHUNK, DIVISIBLE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
 IDS = random.Random(3).choices(range(VOCABULARY), k=5 * CHUNK + 3)
@@ -57,10 +58,10 @@ def test_ranks_compute_what_one_process_computes(
     """Over several attention chunks, in prefill and decode; the greedy answer is the same."""
     expected = prefill_and_decode(load_checkpoint(folders[name], dtype=torch.float32), IDS, CUTS)
     assert expected["logits"].std() > 0.1 and len(set(expected["answer"].tolist())) > 2
-    for count in (2, 4):
-        for results in found:
-            assert (results[f"{name}:{count}:logits"] - expected["logits"]).abs().max() <= LIMIT
-            assert torch.equal(results[f"{name}:{count}:answer"], expected["answer"])
+    for results, ((tensor, context), names) in itertools.product(found, MESHES.items()):
+        if name in names:
+            assert (results[f"{name}:{tensor}x{context}:logits"] - expected["logits"]).abs().max() <= LIMIT
+            assert torch.equal(results[f"{name}:{tensor}x{context}:answer"], expected["answer"])
 
 
 def test_all_ranks_have_the_same_bits(found: list[dict[str, Tensor]]) -> None:
