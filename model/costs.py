@@ -55,6 +55,12 @@ def weights_of_another_token(config: TextConfig) -> int:
     return len(config.moe_layers) * used * expert * others // config.num_local_experts
 
 
+def answering_operations(config: TextConfig, tokens: int) -> int:
+    """Operations of a forward of one token behind `tokens` others, logits included."""
+    seen = config.num_nope_layers * tokens + config.num_rope_layers * min(tokens, config.attention_chunk_size)
+    return 2 * weights_a_token(config) + 4 * query_size(config) * seen
+
+
 def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     """Operations to prefill tokens start .. stop - 1: in the last layer only keys and values, and no logits."""
     tokens = stop - start

@@ -86,6 +86,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
     from l4ctx.bench.weights import random_model, token_weight_bytes
     from l4ctx.engine.generate import generate
     from l4ctx.engine.prefill import prefill
+    from l4ctx.engine.row import Row
     from model.weights.loading import load_checkpoint
 
     began, dtype = time.perf_counter(), getattr(torch, job.dtype)
@@ -105,7 +106,8 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
             (len(step.step), step.step_seconds)
             for step in prefill(model, cache, ids[: tokens - 1], prefill_chunk_size=job.batch_size)
         ]
-        answer = generate(model, cache, ids[tokens - 1], max_new_tokens=1 + decode_tokens, stop_tokens=frozenset())
+        row = Row(cache, ids[tokens - 1], max_new_tokens=1 + decode_tokens, stop_tokens=frozenset())
+        answer = generate(model, row)
         token = next(answer)
         first = time.perf_counter()
         for _ in answer:

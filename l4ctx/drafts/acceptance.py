@@ -33,17 +33,19 @@ class Acceptance:
         self._seen[at] = KEPT * self._seen[at] + 1
         self._right[at] = KEPT * self._right[at] + is_right
 
-    def worth_verifying(self, match_length: int, most: int, row_cost: float) -> int:
+    def worth_verifying(self, match_length: int, most: int, row_cost: float, rows: int = 1) -> int:
         """The number of draft tokens, at most `most`, that gives the most tokens for their time.
 
-        `row_cost` is what one more token adds to a forward, as a share of a forward of one token. A forward over k
-        draft tokens is expected to give 1 + p1 + p1 p2 + ... tokens in the time of 1 + k * row_cost forwards.
+        `row_cost` is what one more token adds to a forward, as a share of a forward of one token. A forward that `rows`
+        answers share, with k draft tokens of one of them, is expected to give rows + p1 + p1 p2 + ... tokens in the
+        time of 1 + (rows - 1 + k) * row_cost forwards.
         """
-        best, best_rate, expected, chance = 0, 1.0, 1.0, 1.0
+        expected, seconds, chance = float(rows), 1 + (rows - 1) * row_cost, 1.0
+        best, best_rate = 0, expected / seconds
         for count in range(1, most + 1):
             chance *= self.chance(match_length + count - 1)
             expected += chance
-            rate = expected / (1 + count * row_cost)
+            rate = expected / (seconds + count * row_cost)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

@@ -41,13 +41,14 @@ class Drafter:
         most: int = MOST_TOKENS,
         row_cost: float = 0.1,
         never: int | None = None,
+        counts: DraftCounts | None = None,
     ) -> None:
         """`texts`, oldest first, hold the prompt but for what only `prompt` holds: its last DEPTH tokens or more.
 
         A draft has at most `most` tokens: as many as pay where each takes `row_cost` of the time that a forward of one
-        token takes. It ends before the token `never`.
+        token takes. It ends before the token `never`. `counts` may be those of several answers.
         """
-        self.counts = DraftCounts()
+        self.counts = counts or DraftCounts()
         self._answer = GrowingText(prompt)
         self._texts: list[Text] = [self._answer, *reversed(texts)]
         self._most, self._row_cost, self._never = most, row_cost, never
@@ -55,17 +56,21 @@ class Drafter:
         self._found: array[int] = array("i")  # what followed the match, of which the first `_proposed` were proposed
         self._match_length = self._proposed = 0
 
-    def propose(self, room: int) -> list[int]:
-        """At most `room` tokens that may come next; often none."""
+    def propose(self, room: int, rows: int = 1) -> list[int]:
+        """At most `room` tokens that may come next, often none, for a forward that `rows` answers share."""
+        self._found, self._proposed = array("i"), 0
+        if not room:
+            return []
         newest = self._answer.newest
         matches = [(text.find(newest), text) for text in self._texts]
         match, text = max(matches, key=lambda found: found[0].length)  # of equally long ones the newest
-        self._found = text.following(match, self._most + 1) if match.length else array("i")
+        if match.length:
+            self._found = text.following(match, self._most + 1)
         if self._never is not None and self._never in self._found:
             del self._found[self._found.index(self._never) :]
         most = min(room, self._most, len(self._found))
         self._match_length = match.length
-        self._proposed = self._acceptance.worth_verifying(match.length, most, self._row_cost)
+        self._proposed = self._acceptance.worth_verifying(match.length, most, self._row_cost, rows)
         return self._found[: self._proposed].tolist()
 
     def observe(self, tokens: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from cache.fork import ForkedKVCache
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.engine.row import Row
+from model.simd.products import FEW_ROWS
 from model.transformer import Transformer
 
 Q = TypeVar("Q")
@@ -55,8 +56,9 @@ def answer_rounds(
     """Answers up to `rows` questions at a time, in the order in which they are asked; a row that ends makes room.
 
     `begin` makes the row of a question from its cache, which holds the documents and the question, and the question's
-    last token. Forwards have at most `step_tokens` tokens, or one answer's tokens for each row if those are more.
-    `documents` does not change. Raises GenerationError.
+    last token. Forwards have at most `step_tokens` tokens, or one for each row if those are more. Drafts make none
+    longer than FEW_ROWS tokens: up to there a row's results do not depend on the others. `documents` does not change.
+    Raises GenerationError.
     """
     places: list[_Place[Q]] = []
     while True:
@@ -96,11 +98,11 @@ class _Place(Generic[Q]):
         positions = next(prefill_grid(self.cache.offset, self._read_stop, most, config.attention_chunk_size, block))
         return self._asked.ids[positions.start - self._start : positions.stop - self._start]
 
-    def feed(self) -> list[int]:
-        """The tokens that continue the answer."""
+    def feed(self, rows: int, most_drafted: int) -> list[int]:
+        """The tokens that continue the answer, as `Row.feed` says."""
         if self._row is None:
             self._row = self._begin(self._asked.question, self.cache, self._asked.ids[-1])
-        return self._row.feed()
+        return self._row.feed(rows, most_drafted)
 
     def take(self, logits: Tensor) -> int:
         """Logits (T, V) of the tokens that were fed; returns how many of the answer are new."""
@@ -125,13 +127,14 @@ class _Feed(NamedTuple, Generic[Q]):
 
 def _feeds(places: Sequence[_Place[Q]], step_tokens: int) -> list[_Feed[Q]]:
     """What the next forward gets: first answers, then as many tokens of questions as there is room for."""
-    feeds, left = [], step_tokens
-    for place in places:
-        if place.is_read:
-            ids = place.feed()
-            feeds.append(_Feed(place, ids, len(ids)))
-            left -= len(ids)
-    left = max(left, 0 if feeds else 1)
+    feeds = list[_Feed[Q]]()
+    answering = [place for place in places if place.is_read]
+    drafted = max(0, min(FEW_ROWS, step_tokens) - len(answering))  # tokens of drafts that may still be added
+    for place in answering:
+        ids = place.feed(len(answering), drafted)
+        feeds.append(_Feed(place, ids, len(ids)))
+        drafted -= len(ids) - 1
+    left = max(step_tokens - sum(len(feed.ids) for feed in feeds), 0 if feeds else 1)
     for place in places:
         if left > 0 and not place.is_read:
             piece = place.piece(left)

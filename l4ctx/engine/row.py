@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.choose import choose
 from l4ctx.engine.loop_guard import LoopGuard
+from model.attention import KVCache
 
 StopReason = Literal["stop", "length", "repetition"]
 
@@ -18,8 +20,8 @@ StopReason = Literal["stop", "length", "repetition"]
 class Drafts(Protocol):
     """Where drafts come from: `l4ctx.drafts.drafter.Drafter`."""
 
-    def propose(self, room: int) -> list[int]:
-        """At most `room` tokens that may come next."""
+    def propose(self, room: int, rows: int) -> list[int]:
+        """At most `room` tokens that may come next, for a forward that `rows` answers share."""
         ...
 
     def observe(self, tokens: Sequence[int]) -> None:
@@ -27,10 +29,8 @@ class Drafts(Protocol):
         ...
 
 
-class AnswerCache(Protocol):
-    """What an answer needs of the cache that its tokens are appended to."""
-
-    offset: int
+class AnswerCache(KVCache, Protocol):
+    """A cache that takes back tokens of an answer."""
 
     @property
     def room(self) -> int: ...
@@ -73,14 +73,17 @@ class Row:
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def feed(self) -> list[int]:
+    def feed(self, rows: int = 1, most_drafted: int = sys.maxsize) -> list[int]:
         """The tokens (T >= 1) that the next forward appends to `cache`, with all their logits: the last one that is
-        certain, and a draft that the cache can take back."""
+        certain, and a draft of at most `most_drafted` tokens, which the cache can take back.
+
+        `rows` answers share that forward.
+        """
         if not self._fed:
             self._fed = [self._last]
-            room = min(self.cache.room, self._max_new_tokens - self.tokens) - 1
+            room = min(self.cache.room - 1, self._max_new_tokens - self.tokens - 1, most_drafted)
             if self._drafts is not None:
-                self._fed += self._drafts.propose(max(0, room))
+                self._fed += self._drafts.propose(max(0, room), rows)
         return self._fed
 
     def take(self, logits: Tensor) -> list[int]:

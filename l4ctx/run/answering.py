@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l4ctx.run.asking import Asking
 from l4ctx.run.context import with_repair_hint
-from l4ctx.run.drafting import DraftSource
 from l4ctx.run.monitor import Timing
 from l4ctx.run.questions import Question
 from l4ctx.run.session import Session
@@ -18,9 +17,9 @@ from l4ctx.run.session import Session
 if TYPE_CHECKING:
     from cache.fork import ForkedKVCache
     from l4ctx.checkpoint.tokenizer import Tokenizer
-    from l4ctx.drafts.drafter import Drafter
     from l4ctx.engine.questions import Answered, Asked
     from l4ctx.engine.row import Row
+    from l4ctx.run.drafting import DraftSource
 
 
 class Ready(NamedTuple):
@@ -53,7 +52,7 @@ def answers(session: Session) -> Iterator[Progress]:
 
     asking, plan = session.sized.inputs.asking, session.sized.plan
     assert asking is not None and plan.workload.rows is not None
-    begin = _Beginning(session)
+    begin = _Beginning(session, session.draft_source())
     began, tokens = time.perf_counter(), 0
     rounds = answer_rounds(
         session.model,
@@ -68,7 +67,7 @@ def answers(session: Session) -> Iterator[Progress]:
             tokens += new_tokens
             seconds = time.perf_counter() - began
             session.monitor.timings["decode"] = Timing(seconds, tokens)
-            yield Progress([_ready(one, asking.tokenizer, begin) for one in answered], tokens, seconds)
+            yield Progress([_ready(one, asking.tokenizer) for one in answered], tokens, seconds)
 
 
 def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
@@ -83,15 +82,8 @@ def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
 class _Beginning:
     """Makes the row of an answer that begins: with the question's own settings, and those of all for the rest."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._drafters: dict[int, Drafter] = {}  # of answers in progress
-        self._source: DraftSource | None = None
-        if session.request.has_drafts:
-            with session.monitor.loading():
-                session.monitor.tell("indexing the prompt")
-                self._source = DraftSource.of(session.sized)
-            session.answer.draft_index = self._source.nbytes
+    def __init__(self, session: Session, drafts: DraftSource | None) -> None:
+        self._session, self._drafts = session, drafts
 
     def __call__(self, turn: _Turn, cache: ForkedKVCache, token: int) -> Row:
         from l4ctx.engine.loop_guard import LoopGuard
@@ -99,8 +91,6 @@ class _Beginning:
 
         checked, settings = self._session.sized.inputs.checked, turn.question.settings._asdict()
         del settings["max_new_tokens"]
-        if self._source is not None:
-            self._drafters[turn.number] = self._source.drafter(turn.ids)
         return Row(
             cache,
             token,
@@ -110,16 +100,11 @@ class _Beginning:
                 checked.sampling, **{name: value for name, value in settings.items() if value is not None}
             ),
             guard=LoopGuard() if self._session.request.answer.loop_guard else None,
-            drafts=self._drafters.get(turn.number),
+            drafts=None if self._drafts is None else self._drafts.drafter(turn.ids),
         )
 
-    def drafts_of(self, number: int) -> dict[str, Any]:
-        """The counts of an answer that has ended, if it had drafts."""
-        drafter = self._drafters.pop(number, None)
-        return {} if drafter is None else {"drafts": drafter.counts.as_dict()}
 
-
-def _ready(answered: Answered[_Turn], tokenizer: Tokenizer, begin: _Beginning) -> Ready:
+def _ready(answered: Answered[_Turn], tokenizer: Tokenizer) -> Ready:
     turn = answered.question
     return Ready(
         turn.number,
@@ -129,6 +114,5 @@ def _ready(answered: Answered[_Turn], tokenizer: Tokenizer, begin: _Beginning) -
             "answer": tokenizer.decode(answered.ids),
             "stop_reason": answered.row.stop_reason,
             "generated_tokens": len(answered.ids),
-            **begin.drafts_of(turn.number),
         },
     )

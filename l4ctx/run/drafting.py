@@ -1,20 +1,25 @@
-"""What a run's drafts are copied from: the tokens of its prompt, those in a saved context included."""
+"""What a run's drafts are copied from, the tokens of its prompt and saved context, and what verifying them costs."""
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from l4ctx.drafts.drafter import MOST_TOKENS, Drafter
+from l4ctx.drafts.drafter import MOST_TOKENS, DraftCounts, Drafter
 from l4ctx.drafts.index import DEPTH, IndexedText
-from model.costs import parameter_count, weights_a_token, weights_of_another_token
+from model.costs import answering_operations, parameter_count, weights_a_token, weights_of_another_token
 
 if TYPE_CHECKING:
+    from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.run.sizing import Sized
 
-ROW_COST = 0.1
-"""Of a forward of one token, what each more takes beside the weights of experts: it reads the same ones."""
+CPU_OPERATIONS, GPU_OPERATIONS = 6, 100
+"""That are done for a few tokens while a byte of memory is read. CPU cores were measured at 2 to 11; for GPUs it is a
+third of what data sheets say."""
+
+MEMORY_A_DISK_BYTE = 5
+"""Bytes that are read from memory in the time of one from a disk."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class DraftSource:
     row_cost: float
     image_patch: int | None
     nbytes: int  # of the index, and of token ids that only drafts need
+    counts: DraftCounts = field(default_factory=DraftCounts)  # of all its drafters
 
     @classmethod
     def of(cls, sized: Sized) -> DraftSource:
@@ -51,7 +57,7 @@ class DraftSource:
             texts,
             (before[-DEPTH:] + ids[-DEPTH:])[-DEPTH:],
             MOST_TOKENS if asked is None else asked,
-            _row_cost(sized),
+            row_cost(sized.plan),
             inputs.tokenizer.special_id("<|patch|>"),
             sum(memoryview(part).nbytes for part in (*(text.order for text in texts), *only_here)),
         )
@@ -64,16 +70,28 @@ class DraftSource:
             most=self.most,
             row_cost=self.row_cost,
             never=self.image_patch,
+            counts=self.counts,
         )
 
 
-def _row_cost(sized: Sized) -> float:
+def row_cost(plan: MemoryPlan) -> float:
     """What one more token adds to a forward at the end of the prompt, as a share of a forward of one token.
 
-    By the bytes that are read: all tokens share keys and values and all weights but those of routed experts.
+    All tokens share what is read, but for the weights of routed experts; each computes with all of it. Times are bytes
+    of memory, read or computed with.
     """
-    config, workload, layout = sized.inputs.config, sized.plan.workload, sized.plan.layout
-    weight_bytes = workload.weights / parameter_count(config)
-    keys_values = layout.row_bytes * workload.prompt_tokens / layout.block_tokens + layout.window_bytes
-    one = weight_bytes * weights_a_token(config) + keys_values
-    return ROW_COST + (1 - ROW_COST) * weight_bytes * weights_of_another_token(config) / one
+    workload, config = plan.workload, plan.workload.config
+    operations = GPU_OPERATIONS if plan.residency.on_accelerator else CPU_OPERATIONS
+    a_weight = workload.weights / parameter_count(config)
+    read = a_weight * weights_a_token(config) + _keys_values(plan, workload.prompt_tokens)
+    computed = answering_operations(config, workload.prompt_tokens) / operations
+    another = a_weight * weights_of_another_token(config) + computed
+    return another / (read + computed)
+
+
+def _keys_values(plan: MemoryPlan, tokens: int) -> float:
+    """What a token behind so many reads of the cache: the time in bytes of memory."""
+    layout = plan.layout
+    rows = tokens / layout.block_tokens
+    *_, on_disk = plan.residency.split(int(rows))
+    return layout.window_bytes + layout.row_bytes * (rows + on_disk * (MEMORY_A_DISK_BYTE - 1))

@@ -19,12 +19,11 @@ def run_report(session: Session) -> dict[str, Any]:
         "answer": answer.text,
         "stop_reason": answer.stop_reason,
         "generated_tokens": answer.tokens,
-        "drafts": answer.drafts and answer.drafts.as_dict(),
     }
     if (questions := session.request.questions) is not None:
         answered = {"answers": len(questions.questions), "taken_answers": questions.taken}
     return {
-        **(answered if session.request.asks else {}),
+        **({**answered, "drafts": answer.drafts and answer.drafts.as_dict()} if session.request.asks else {}),
         "prompt_tokens": inputs.prompt_tokens,
         "reused_tokens": sized.reused,
         "context": str(folder) if folder else None,

@@ -127,10 +127,7 @@ class Request:
 
     @property
     def has_drafts(self) -> bool:
-        """Where many answers share a step it holds many tokens anyway: then only drafts that are asked for."""
-        if self.questions is not None:
-            return bool(self.answer.draft_tokens)
-        return self.question is not None and self.answer.draft_tokens != 0
+        return self.asks and self.answer.draft_tokens != 0
 
     @property
     def answers_from_all(self) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from cache.tiers import RowStore
-    from l4ctx.drafts.drafter import DraftCounts, Drafter
+    from l4ctx.drafts.drafter import DraftCounts
     from l4ctx.engine.loop_guard import Loop
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.planning.memory_plan import MemoryPlan
@@ -45,7 +45,7 @@ class Answer:
     tokens: int = 0
     stop_reason: str | None = None
     loop: Loop | None = None
-    drafts: DraftCounts | None = None  # None: an answer without drafts
+    drafts: DraftCounts | None = None  # of all answers; None: without drafts
     draft_index: int = 0  # bytes
 
 
@@ -89,22 +89,23 @@ class Session:
         from l4ctx.checkpoint.tokenizer import StreamDecoder
         from l4ctx.engine.generate import generate
         from l4ctx.engine.loop_guard import LoopGuard
+        from l4ctx.engine.row import Row
 
         inputs, answer, timings = self.sized.inputs, self.answer, self.monitor.timings
-        drafter = self._drafter()
+        source = self.draft_source()
         began = time.perf_counter()
         decoder = StreamDecoder(inputs.tokenizer)
         guard = LoopGuard() if self.request.answer.loop_guard else None
-        tokens = generate(
-            self.model,
+        row = Row(
             self.cache,
             inputs.prompt.ids[-1],
             max_new_tokens=inputs.max_new_tokens,
             stop_tokens=inputs.checked.generation.stop_tokens,
             sampling=inputs.checked.sampling,
             guard=guard,
-            drafts=drafter,
+            drafts=None if source is None else source.drafter(),
         )
+        tokens = generate(self.model, row)
         while True:
             try:
                 with with_repair_hint(self.request.context.folder):
@@ -123,16 +124,15 @@ class Session:
         timings["decode"] = Timing(time.perf_counter() - began, answer.tokens)
         yield rest
 
-    def _drafter(self) -> Drafter | None:
+    def draft_source(self) -> DraftSource | None:
         """Indexes the prompt, unless the request wants no drafts."""
         if not self.request.has_drafts:
             return None
         with self.monitor.loading():
             self.monitor.tell("indexing the prompt")
             source = DraftSource.of(self.sized)
-        drafter = source.drafter()
-        self.answer.draft_index, self.answer.drafts = source.nbytes, drafter.counts
-        return drafter
+        self.answer.draft_index, self.answer.drafts = source.nbytes, source.counts
+        return source
 
     def memory_report(self) -> MemoryReport:
         import torch

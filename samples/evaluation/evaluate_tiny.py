@@ -30,6 +30,7 @@ from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.document import Document
 from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, prefill
+from l4ctx.engine.row import Row
 from l4ctx.prompt.builder import build_prompt
 from model.config import BACKEND_NAMES
 from model.quantization.choice import Quantization
@@ -148,7 +149,7 @@ def answer_to(
 ) -> str:
     for _ in prefill(model, cache, ids[:-1]):
         pass
-    return tokenizer.decode(generate(model, cache, ids[-1], max_new_tokens=32, stop_tokens=stop_tokens))
+    return tokenizer.decode(generate(model, Row(cache, ids[-1], max_new_tokens=32, stop_tokens=stop_tokens)))
 
 
 def main() -> None:

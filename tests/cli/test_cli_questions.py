@@ -119,14 +119,16 @@ def test_each_question_may_have_settings_of_its_own(place: Path) -> None:
 
 
 def test_drafts_change_no_answer(place: Path) -> None:
-    found = asked("docs", "--in-order", "--batch", "2", "--draft-tokens", "5")
-    drafts = [entry.pop("drafts") for entry in found]
-    assert sum(counts["accepted"] for counts in drafts) > 0
-    assert all(
-        counts["steps"] + counts["accepted"] == entry["generated_tokens"] + 1
-        for counts, entry in zip(drafts, found, strict=True)
-    )
-    assert without_counts(found) == RIGHT
+    """They are on unless they are asked not to be, and are counted over all answers."""
+    for options in ((), ("--draft-tokens", "5"), ("--draft-tokens", "0")):
+        *found, report = asked("docs", "--in-order", "--batch", "2", "--json", *options)
+        tokens, counts = sum(entry["generated_tokens"] for entry in found), report["drafts"]
+        if options == ("--draft-tokens", "0"):
+            assert counts is None and report["memory"]["draft_index"] == 0
+        else:
+            assert counts["accepted"] > tokens / 4 and counts["steps"] + counts["accepted"] == tokens + len(found)
+            assert report["memory"]["draft_index"] == report["memory"]["predicted"]["draft_index"] > 0
+        assert without_counts(found) == RIGHT
 
 
 def test_answers_are_printed_as_they_are_ready_or_in_order(place: Path) -> None:
@@ -136,7 +138,8 @@ def test_answers_are_printed_as_they_are_ready_or_in_order(place: Path) -> None:
             for name, tokens in zip(NAMES, (15, 2, 8, 2), strict=True)
         )
     )
-    assert [entry["id"] for entry in asked("docs", "--batch", "2", file=file)] == [2, 3, 4, 1]
+    one_by_one = ("docs", "--batch", "2", "--draft-tokens", "0")  # tokens: the longest answer is the last
+    assert [entry["id"] for entry in asked(*one_by_one, file=file)] == [2, 3, 4, 1]
     assert [entry["id"] for entry in asked("docs", "--batch", "2", "--in-order", file=file)] == [1, 2, 3, 4]
 
 

@@ -94,6 +94,36 @@ def test_the_number_of_tokens_follows_from_chances_and_cost() -> None:
     assert acceptance.worth_verifying(20, 7, 1.0) == 0  # a token of a draft costs as much as one without
 
 
+def test_the_more_answers_share_a_forward_the_less_a_draft_of_one_is_worth() -> None:
+    """Against the formula; where more tokens cost nothing, it is worth as much beside any number of others."""
+    acceptance = Acceptance()
+    for rows in (1, 2, 5, 40):
+        for cost in (0.0, 0.05, 0.3):
+            rates, expected, chance = [rows / (1 + (rows - 1) * cost)], float(rows), 1.0
+            for count in range(1, 8):
+                chance *= acceptance.chance(3 + count - 1)
+                expected += chance
+                rates.append(expected / (1 + (rows - 1 + count) * cost))
+            assert acceptance.worth_verifying(3, 7, cost, rows) == rates.index(max(rates)), (rows, cost)
+    lengths = [acceptance.worth_verifying(3, 7, 0.1, rows) for rows in (1, 2, 4, 8, 40)]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1] == 0
+    assert acceptance.worth_verifying(3, 7, 0.0, 40) == 7
+
+
+def test_a_step_without_room_is_no_observation() -> None:
+    """What was found for the step before says nothing about this one; several drafters may share their counts."""
+    counts = DraftCounts()
+    text = indexed(TEXT)
+    found, other = (Drafter([text], array("i", [7, 110]), row_cost=0.0, counts=counts) for _ in range(2))
+    assert found.propose(3, 2) == [111, 112, 113]
+    found.observe([111, 112, 5])
+    assert found.propose(0, 2) == []
+    found.observe([6])
+    assert other.propose(1, 1) == [111]
+    other.observe([111, 112])
+    assert counts == DraftCounts(proposed=4, accepted=3, drafts=2, steps=3)
+
+
 @pytest.mark.parametrize("length", [1, 3, 5, 32, 39])
 def test_chances_follow_what_happens(length: int) -> None:
     acceptance, others = Acceptance(), Acceptance()

@@ -187,7 +187,7 @@ def test_drafts_leave_the_distribution_as_it_is(name: str) -> None:
 
         accepted, drawn = 0, random.Random(5)
 
-        def propose(self, room: int) -> list[int]:
+        def propose(self, room: int, rows: int) -> list[int]:
             return self.drawn.choices((1, 2, 4), (5, 1, 2), k=min(room, 3))
 
         def observe(self, tokens: Any) -> None:

@@ -16,6 +16,7 @@ from l4ctx.checkpoint.generation_config import GenerationConfig, GenerationConfi
 from l4ctx.engine.choose import GenerationError, choose
 from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import prefill
+from l4ctx.engine.row import Row
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.cached_paths import new_cache
@@ -38,10 +39,8 @@ def run(
     """Prefill, then decode: the tokens and why it ended."""
     cache = new_cache(model, torch.empty(1, len(prompt) + max_new_tokens))
     list(prefill(model, cache, prompt[:-1], prefill_chunk_size=4))
-    tokens = generate(
-        model, cache, prompt[-1], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, sampling=sampling
-    )
-    return ended(tokens)
+    row = Row(cache, prompt[-1], max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, sampling=sampling)
+    return ended(generate(model, row))
 
 
 def naive_greedy(model: Transformer, count: int) -> list[int]:
@@ -107,7 +106,7 @@ def test_every_token_is_committed_once_it_is_followed(scout: Transformer) -> Non
     """Nothing is computed before it is asked for; the cache then holds all but the last token."""
     cache = new_cache(scout, torch.empty(1, 40))
     list(prefill(scout, cache, PROMPT[:-1]))
-    tokens = generate(scout, cache, PROMPT[-1], max_new_tokens=9, stop_tokens=frozenset())
+    tokens = generate(scout, Row(cache, PROMPT[-1], max_new_tokens=9, stop_tokens=frozenset()))
     assert cache.offset == len(PROMPT) - 1
     for number in range(9):
         next(tokens)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +24,14 @@ from l4ctx.engine.generate import generate
 from l4ctx.engine.loop_guard import LoopGuard
 from l4ctx.engine.prefill import prefill
 from l4ctx.engine.questions import Asked, answer_rounds
-from l4ctx.engine.row import Row
+from l4ctx.engine.row import Drafts, Row
+from model.simd.products import FEW_ROWS
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.cached_paths import SavedRows, new_cache, scratch
-from support.drafting import ended
-from support.toy_checkpoints import CHUNK, VOCABULARY, Toys
+from support.drafting import Prompted, ended
+from support.quantized_checkpoints import SIZES
+from support.toy_checkpoints import CHUNK, SCOUT, VOCABULARY, Kind, Toys, write_kind
 
 DOCUMENTS = 5 * CHUNK + 4
 LENGTH = DOCUMENTS + 64
@@ -71,16 +75,18 @@ def alone(model: Transformer, documents: HybridKVCache, ask: Ask, stops: frozens
     """The answer to one question, as `l4ctx ask` generates it."""
     cache = documents.fork()
     list(prefill(model, cache, ask.ids[:-1]))
-    return ended(
-        generate(
-            model,
-            cache,
-            ask.ids[-1],
-            max_new_tokens=ask.max_new_tokens,
-            stop_tokens=stops,
-            sampling=ask.sampling,
-            guard=LoopGuard(),
-        )
+    return ended(generate(model, row_of(ask, cache, stops)))
+
+
+def row_of(ask: Ask, cache: Any, stops: frozenset[int], drafts: Drafts | None = None) -> Row:
+    return Row(
+        cache,
+        ask.ids[-1],
+        max_new_tokens=ask.max_new_tokens,
+        stop_tokens=stops,
+        sampling=ask.sampling,
+        guard=LoopGuard(),
+        drafts=drafts,
     )
 
 
@@ -93,20 +99,14 @@ def together(
     rows: int,
     step_tokens: int = 64,
     watch: Callable[[], object] = lambda: None,
+    drafts: Sequence[Drafts] | None = None,
 ) -> tuple[list[tuple[list[int], str]], list[int]]:
     """The answers in the order of the questions, and the numbers of the questions in the order of completion."""
 
     def begin(number: int, cache: ForkedKVCache, token: int) -> Row:
         ask = questions[number]
         assert cache.offset == documents.offset + len(ask.ids) - 1 and token == ask.ids[-1]
-        return Row(
-            cache,
-            token,
-            max_new_tokens=ask.max_new_tokens,
-            stop_tokens=stops,
-            sampling=ask.sampling,
-            guard=LoopGuard(),
-        )
+        return row_of(ask, cache, stops, drafts and drafts[number])
 
     asked = (Asked(number, ask.ids, ask.room) for number, ask in enumerate(questions))
     found, order, tokens = {}, [], 0
@@ -142,6 +142,47 @@ def test_answers_equal_those_of_single_questions(toys: Toys, name: str) -> None:
         assert found == expected, (rows, step_tokens)
         assert rows > 1 or order == list(range(9))
         assert documents.offset == DOCUMENTS and documents.held() == held
+
+
+def prompted(answers: list[tuple[list[int], str]], wrong: float) -> list[Prompted]:
+    """Drafts of these answers, each token wrong with this chance."""
+    return [Prompted(answer, wrong, 100, VOCABULARY) for answer, _ in answers]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+def test_drafts_change_no_answer_of_several(scout: Transformer, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Across chunk and block ends, stops and seeds; and they make no forward longer than FEW_ROWS."""
+    documents, questions, counts = documents_of(scout), asks(9, seed=6), list[list[int]]()
+    expected = [alone(scout, documents, ask, STOPS) for ask in questions]
+    original = scout.forward_ragged
+
+    def counted(ids: Any, caches: Any, logits: Any) -> Any:
+        counts.append([len(some) for some, wanted in zip(ids, logits, strict=True) if wanted])
+        return original(ids, caches, logits)
+
+    monkeypatch.setattr(scout, "forward_ragged", counted)
+    for rows, step_tokens in ((1, 64), (3, 6), (4, 64), (9, 64)):
+        counts.clear()
+        drafts = prompted(expected, wrong)
+        found, _ = together(scout, documents, questions, STOPS, rows=rows, step_tokens=step_tokens, drafts=drafts)
+        assert found == expected, (rows, step_tokens)
+        assert sum(draft.proposed for draft in drafts) > 0
+        assert all(sum(count) <= max(len(count), min(FEW_ROWS, step_tokens)) for count in counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_change_no_bit_where_rows_do_not_depend_on_each_other(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Vector code computes each token of up to FEW_ROWS by itself: rounding to bfloat16 changes no answer either."""
+    if find_spec("llvmlite") is None:
+        pytest.skip("without llvmlite, PyTorch computes steps, and rounds by their number of tokens")
+    model = load_checkpoint(write_kind(tmp_path, "few", Kind(SIZES | SCOUT), 0.25, seed=3).folder, dtype=dtype)
+    documents = documents_of(model)
+    questions = [replace(ask, ids=ask.ids[:1]) for ask in asks(12, seed=8)]  # no question is read beside answers
+    expected, _ = together(model, documents, questions, STOPS, rows=1)
+    for rows, wrong in ((1, 0.3), (2, 0.0), (3, 0.3), (7, 0.3), (8, 0.0)):
+        drafts = prompted(expected, wrong)
+        assert together(model, documents, questions, STOPS, rows=rows, drafts=drafts)[0] == expected
+        assert sum(draft.proposed for draft in drafts) > 0
 
 
 def test_no_documents_at_all(scout: Transformer) -> None:

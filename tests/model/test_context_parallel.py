@@ -22,6 +22,7 @@ from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
 from cache.residency import KVBytes, Residency, held_bytes
 from l4ctx.engine.generate import generate
+from l4ctx.engine.row import Row
 from model import context_parallel
 from model.context_division import ContextRank, Exchanged, exchanged
 from model.context_parallel import ContextAttention, ContextTransformer
@@ -202,7 +203,7 @@ class WrongDrafts:
     def __init__(self, right: Sequence[int]) -> None:
         self.right, self.done, self.proposed = list(right), 0, 0
 
-    def propose(self, room: int) -> list[int]:
+    def propose(self, room: int, rows: int) -> list[int]:
         self.proposed += 1
         draft = self.right[self.done : self.done + min(room, 4)]
         if draft and self.proposed % 3 == 0:
@@ -220,7 +221,7 @@ def test_drafts_are_taken_back(folder: Path, model: Transformer) -> None:
 
     def answer(model: Transformer, cache: Any, drafts: WrongDrafts | None = None) -> list[int]:
         model(torch.tensor([IDS[:start]]), cache, logits="none")
-        return list(generate(model, cache, IDS[start], drafts=drafts, **options))
+        return list(generate(model, Row(cache, IDS[start], drafts=drafts, **options)))
 
     expected = answer(model, HybridKVCache(model.config, length=start + more))
     assert len(set(expected)) > 4

@@ -187,7 +187,7 @@ class HalfRight:
     def __init__(self, answer: Sequence[int]) -> None:
         self._answer, self._done = answer, 0
 
-    def propose(self, room: int) -> list[int]:
+    def propose(self, room: int, rows: int = 1) -> list[int]:
         right = self._answer[self._done : self._done + 1]
         return [*right, *((token + 1) % VOCABULARY for token in right)][:room]
 

@@ -15,7 +15,7 @@ from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.generate import generate
 from l4ctx.engine.loop_guard import LoopGuard
 from l4ctx.engine.prefill import prefill
-from l4ctx.engine.row import Drafts
+from l4ctx.engine.row import Drafts, Row
 from model.transformer import Transformer
 from support.cached_paths import small_layout
 
@@ -34,8 +34,8 @@ class Prompted:
     rooms: list[int] = field(default_factory=list)
     proposed: int = 0
 
-    def propose(self, room: int) -> list[int]:
-        assert room >= 0
+    def propose(self, room: int, rows: int) -> list[int]:
+        assert room >= 0 and rows > 0
         self.rooms.append(room)
         there = [*self.answer[self.done :], *range(self.most)][: min(room, self.most)]
         self.proposed += len(there)
@@ -72,7 +72,7 @@ class Chain:
     def answer(self, token: int, drafts: Drafts | None = None, **how: Any) -> tuple[list[int], str]:
         """Tokens and why they end."""
         how = {"stop_tokens": frozenset(), **how}
-        return ended(generate(self, self, token, drafts=drafts, **how))  # type: ignore[arg-type]
+        return ended(generate(self, Row(self, token, drafts=drafts, **how)))  # type: ignore[arg-type]
 
 
 def ended(tokens: Any) -> tuple[list[int], str]:
@@ -105,16 +105,13 @@ def answered(
     cache = HybridKVCache(model.config, length=length, dtype=model.dtype, layout=layout, **where)
     for _ in prefill(model, cache, prompt[:-1], prefill_chunk_size=layout.config.attention_chunk_size):
         pass
-    tokens, reason = ended(
-        generate(
-            model,
-            cache,
-            prompt[-1],
-            max_new_tokens=max_new_tokens,
-            stop_tokens=stop_tokens,
-            sampling=sampling,
-            guard=guard,
-            drafts=drafts,
-        )
+    row = Row(
+        cache,
+        prompt[-1],
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        guard=guard,
+        drafts=drafts,
     )
-    return tokens, reason, cache
+    return *ended(generate(model, row)), cache

@@ -21,6 +21,7 @@ from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
 from cache.residency import Residency
 from l4ctx.engine.generate import generate
+from l4ctx.engine.row import Row
 from model.context_division import ContextRank
 from model.context_parallel import ContextTransformer
 from model.parallel import mesh_exchanges
@@ -69,7 +70,7 @@ def _fed(
         assert logits is not None
         found.append(logits[0])
     last = int(found[-1][-1].argmax())
-    answer = generate(model, cache, last, max_new_tokens=ANSWER_TOKENS, stop_tokens=frozenset())
+    answer = generate(model, Row(cache, last, max_new_tokens=ANSWER_TOKENS, stop_tokens=frozenset()))
     return {"logits": torch.cat(found), "answer": torch.tensor([last, *answer])}
 
 
