@@ -63,6 +63,36 @@ def parse_size(text: str) -> int:
     return int(Fraction(number.rstrip(".")) * factor)
 
 
+def parse_rate(text: str) -> float:
+    """Parses '400GB/s' or '50GiB/s' into bytes a second, more than 0. Raises ValueError."""
+    number = text.strip()
+    try:
+        rate = parse_size(number[:-2]) if number.lower().endswith("/s") else 0
+    except ValueError:
+        rate = 0
+    if rate <= 0:
+        raise ValueError(f"{text!r} is not a rate such as 400GB/s or 50GiB/s")
+    return float(rate)
+
+
+def parse_operations(text: str) -> float:
+    """Parses '593TFLOP/s', '1.2PFLOP/s' or '593T' into floating-point operations a second, more than 0.
+
+    Raises ValueError.
+    """
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*([gtp])(?:flop/?s(?:/s)?)?", text.strip().lower())
+    rate = float(found[1]) * {"g": 1e9, "t": 1e12, "p": 1e15}[found[2]] if found else 0.0
+    if rate <= 0:
+        raise ValueError(f"{text!r} is not a rate such as 593TFLOP/s")
+    return rate
+
+
+def human_rate(rate: float) -> str:
+    """'400 GB/s', '3.35 TB/s': decimal, as links and memory are sold."""
+    size, unit = (rate / 1e12, "TB/s") if rate >= 1e12 else (rate / 1e9, "GB/s")
+    return f"{size:,.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
+
+
 def parse_tokens(text: str) -> int:
     """Parses a token count: '4096', '128k' (128,000), '10M' (10,000,000), '1.5M', '128Ki' (131,072), '10Mi'.
 

@@ -69,7 +69,7 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     linear += 2 * tokens * 2 * config.hidden_size * kv_size(config)
     per_pair = 4 * query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
     flags = config.no_rope_layers[:last]
-    chunked = sum(flags) * per_pair * (_chunked_pairs(config, stop) - _chunked_pairs(config, start))
+    chunked = sum(flags) * per_pair * (chunked_pairs(config, stop) - chunked_pairs(config, start))
     full = (last - sum(flags)) * per_pair * (_causal_pairs(stop) - _causal_pairs(start))
     return Operations(linear, chunked, full)
 
@@ -102,6 +102,7 @@ def _causal_pairs(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def _chunked_pairs(config: TextConfig, tokens: int) -> int:
+def chunked_pairs(config: TextConfig, tokens: int) -> int:
+    """Query-key pairs of one RoPE layer over the first `tokens` positions."""
     chunks, rest = divmod(tokens, config.attention_chunk_size)
     return chunks * _causal_pairs(config.attention_chunk_size) + _causal_pairs(rest)

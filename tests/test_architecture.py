@@ -132,6 +132,7 @@ WITHOUT_TORCH = (
     "l4ctx.planning.memory_plan",
     "l4ctx.planning.remedies",
     "l4ctx.planning.cost_model",
+    "l4ctx.planning.mesh_time",
     "l4ctx.planning.batch",
     "l4ctx.run.request",
     "l4ctx.run.questions",

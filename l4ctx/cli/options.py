@@ -32,6 +32,20 @@ def _size(text: str) -> int:
     return _parsed(parse_size, text)
 
 
+def _rate(text: str) -> float:
+    """Bytes a second."""
+    from l4ctx.formatting import parse_rate
+
+    return _parsed(parse_rate, text)
+
+
+def _operations(text: str) -> float:
+    """Floating-point operations a second."""
+    from l4ctx.formatting import parse_operations
+
+    return _parsed(parse_operations, text)
+
+
 def _quantization(text: str) -> str:
     from model.quantization.choice import NONE, Quantization
 
@@ -191,6 +205,90 @@ PrefillChunkSize = Annotated[
         help="Tokens per prefill step; fewer need less memory for activations (default: 8192; fewer if those do "
         "not fit, more while reading weights from disk takes longer than computing).",
         show_default=False,
+    ),
+]
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="Plan for GPUs with so much memory each, such as 141GiB, which need not be here: an estimate by "
+        "arithmetic, never measured on GPUs. The options below are for it.",
+    ),
+]
+TensorRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        min=1,
+        metavar="N",
+        help="Tensor ranks, which divide every layer (default: 1).",
+        show_default=False,
+    ),
+]
+ContextRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--cp",
+        min=1,
+        metavar="N",
+        help="Context ranks times those, which divide the text (default: 1).",
+        show_default=False,
+    ),
+]
+HostMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--host-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="Host memory for each GPU, such as 64GiB (default: as much as is needed).",
+    ),
+]
+Link = Annotated[
+    float | None,
+    typer.Option(
+        "--link",
+        parser=_rate,
+        metavar="RATE",
+        help="What a GPU sends to others, such as 400GB/s (default: 400GB/s, NVLink of an H100).",
+    ),
+]
+HostLink = Annotated[
+    float | None,
+    typer.Option(
+        "--host-link",
+        parser=_rate,
+        metavar="RATE",
+        help="What comes to a GPU from host memory (default: 50GB/s, PCIe 5.0 with 16 lanes).",
+    ),
+]
+DiskRate = Annotated[
+    float | None,
+    typer.Option(
+        "--disk-rate",
+        parser=_rate,
+        metavar="RATE",
+        help="What is read from disk for each GPU (default: 5GB/s).",
+    ),
+]
+ComputeRate = Annotated[
+    float | None,
+    typer.Option(
+        "--compute-rate",
+        parser=_operations,
+        metavar="RATE",
+        help="Operations a second of a GPU (default: 593TFLOP/s, 60 % of an H100's peak in bfloat16).",
+    ),
+]
+GpuBandwidth = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-bandwidth",
+        parser=_rate,
+        metavar="RATE",
+        help="What a GPU reads of its own memory (default: 3.35TB/s, an H100's).",
     ),
 ]
 MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]

@@ -12,7 +12,7 @@ from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
 from l4ctx.errors import MEMORY, TOO_LONG, UsageError
 
 if TYPE_CHECKING:
-    from l4ctx.run.request import PlanRequest
+    from l4ctx.run.request import GpuOptions, PlanRequest
 
 
 def plan(
@@ -58,6 +58,15 @@ def plan(
     kv_dir: options.KVDir = None,
     device: options.Device = "auto",
     prefill_chunk_size: options.PrefillChunkSize = None,
+    gpu_memory: options.GpuMemory = None,
+    tp: options.TensorRanks = None,
+    cp: options.ContextRanks = None,
+    host_memory: options.HostMemory = None,
+    link: options.Link = None,
+    host_link: options.HostLink = None,
+    disk_rate: options.DiskRate = None,
+    compute_rate: options.ComputeRate = None,
+    gpu_bandwidth: options.GpuBandwidth = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -66,6 +75,8 @@ def plan(
     l4ctx plan docs/ report.md --model DIR
 
     l4ctx plan --tokens 10000000 --kv-dir /fast/disk --model DIR
+
+    l4ctx plan --tokens 10M --tp 8 --cp 4 --gpu-memory 141GiB --model DIR
 
     Ends with exit code 5 when it would not fit.
     """
@@ -103,6 +114,31 @@ def plan(
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
             rate,
             measure,
+            gpus(),
+        )
+
+    def gpus() -> GpuOptions | None:
+        from l4ctx.run.request import GpuOptions
+
+        given = (tp, cp, host_memory, link, host_link, disk_rate, compute_rate, gpu_bandwidth)
+        if gpu_memory is None:
+            if any(option is not None for option in given):
+                raise UsageError("a plan for GPUs that need not be here takes --gpu-memory SIZE, the memory of each")
+            return None
+        if tokens is None:
+            raise UsageError("--gpu-memory plans for a number of tokens: give --tokens N instead of documents")
+        if rate is not None or measure or weights_memory is not None or device != "auto":
+            raise UsageError("--rate, --measure, --weights-memory and --device speak of this machine: leave them out")
+        return GpuOptions(
+            gpu_memory,
+            host_memory,
+            tp or 1,
+            cp or 1,
+            compute=compute_rate,
+            link=link,
+            host_link=host_link,
+            disk=disk_rate,
+            bandwidth=gpu_bandwidth,
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model):
@@ -112,12 +148,20 @@ def plan(
 def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
     """Shows the plan; returns the exit code."""
     from l4ctx.cli.console import notes, rendered, stderr_console
+    from l4ctx.cli.tables.gpus import gpu_table
     from l4ctx.cli.tables.plan import plan_table
-    from l4ctx.run.estimate import make_plan
+    from l4ctx.run.estimate import PlanReport, make_plan
+    from l4ctx.run.estimate_gpus import GpuReport, plan_for_gpus
 
-    report = make_plan(request, notes(stderr_console(), quiet=quiet))
+    report: PlanReport | GpuReport
+    if request.gpus is not None:
+        report = plan_for_gpus(request, notes(stderr_console(), quiet=quiet))
+        table = gpu_table(report)
+    else:
+        report = make_plan(request, notes(stderr_console(), quiet=quiet))
+        table = plan_table(report)
     if json:
         write_json(report.as_dict())
     else:
-        write(rendered(plan_table(report)))
+        write(rendered(table))
     return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY

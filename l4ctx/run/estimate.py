@@ -7,7 +7,7 @@ refused. For a number of tokens nothing but config.json is read, and torch is no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +15,24 @@ from typing import TYPE_CHECKING, Any
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on, prepare_torch
 from l4ctx.machine.reading import reading_rate
-from l4ctx.planning.declared import declared_form, declared_method
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.planning.published import Form, plain, quantizing
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.planning.workload import Capacity
+from l4ctx.run.counted import Note, counted_weights, published_weights
 from l4ctx.run.forms import FormPlan, form_plans, read_a_token, reading_less
 from l4ctx.run.measuring import feed_forward_weight
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, PlanRequest
 from l4ctx.run.sizing import PromptSize, capacity_here, prompt_operations, workload_of
 from l4ctx.run.weights import Weights
-from model.bounds import shown
 from model.config import TextConfig
 from model.costs import Operations, reading_operations
-from model.gguf.files import find_gguf, read_gguf
-from model.weights.settings import quantization_settings
 
 if TYPE_CHECKING:
     from l4ctx.documents.document import Skipped
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading, ImageUse
     from model.weights.sources import WeightSource
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         note(text)
 
     if request.tokens is not None:
-        weights, read = _counted_weights(request, config, noted), _Read(request.tokens)
+        weights, read = counted_weights(request, config, noted), _Read(request.tokens)
     else:
         weights, read = _stored_weights(request, config, noted), _tokenized(request, config, noted)
     if read.tokens < 1:
@@ -207,38 +201,6 @@ def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int
     return max(1, min(DEFAULT_MAX_NEW_TOKENS, config.max_position_embeddings - prompt_tokens))
 
 
-def _counted_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
-    """By the headers of GGUF files; for a checkpoint folder by config.json, so that its shards need not be there."""
-    file = find_gguf(request.model)
-    return _published_weights(request, config, note) if file is None else Weights.of_gguf(read_gguf(file), config)
-
-
-def _published_weights(request: PlanRequest, config: TextConfig, note: Note) -> Weights:
-    """Counted by config.json, in the dtype that it names, but for those that are quantized on loading."""
-    dtype = config.torch_dtype
-    if dtype not in ("float32", "bfloat16", "float16"):
-        named = "no dtype" if dtype is None else repr(dtype)
-        note(f"config.json says {named}; bfloat16 is taken for the weights")
-        dtype = "bfloat16"
-    form, quantization = _declared_form(request.model, note) or plain(dtype), request.compute.quantization
-    weights = Weights.in_form(form, config, dtype)
-    if quantization is None:
-        return weights
-    made = Weights.in_form(quantizing(quantization, form), config, dtype)
-    if made.stored.parts == weights.stored.parts:
-        raise RequestError(f"--quantize {quantization}: nothing to quantize: stored as {form.name}; leave it out")
-    return made
-
-
-def _declared_form(model: Path, note: Note) -> Form | None:
-    """What config.json, or modelopt's own file beside it, says of quantization."""
-    settings = quantization_settings(model)
-    form, method = declared_form(settings), declared_method(settings)
-    if form is None and method is not None:
-        note(f"the checkpoint says quantized by {shown(method)}, in a way that is not known: counted as not quantized")
-    return form
-
-
 def _reading_rate(model: Path) -> float | None:
     """Bytes a second from the checkpoint's largest file; None if there is none, or none large enough."""
     files = [model] if model.is_file() else [*model.glob("*.safetensors"), *model.glob("*.gguf")]
@@ -261,7 +223,7 @@ def _stored_weights(request: PlanRequest, config: TextConfig, note: Note) -> Wei
             note(text)
     except CheckpointError as error:
         note(f"{error}; the weights are counted by config.json")
-        return _published_weights(request, config, note)
+        return published_weights(request, config, note)
     return weights
 
 

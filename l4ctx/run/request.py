@@ -136,6 +136,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """GPUs to plan for, which need not be here. Bytes, and rates of each a second; None: not limited, or assumed."""
+
+    memory: int
+    host_memory: int | None = None  # for each GPU
+    tensor: int = 1
+    context: int = 1
+    compute: float | None = None  # floating-point operations
+    link: float | None = None
+    host_link: float | None = None
+    disk: float | None = None
+    bandwidth: float | None = None  # of its own memory
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """Documents to read, or a number of tokens."""
 
@@ -147,3 +162,4 @@ class PlanRequest:
     kv: KVOptions = field(default_factory=KVOptions)
     rate: float | None = None  # tokens per second at the start of a reading
     measure: bool = False  # find out how fast this machine is
+    gpus: GpuOptions | None = None  # None: for this machine

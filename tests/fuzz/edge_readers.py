@@ -80,11 +80,11 @@ def mutate_argument(draw: random.Random, content: bytes) -> bytes:
 def read_argument(folder: Path) -> None:
     """The parsers raise ValueError, which the command line shows."""
     from l4ctx.documents.text import check_encoding, decode, is_text
-    from l4ctx.formatting import human_bytes, parse_size, parse_tokens
+    from l4ctx.formatting import human_bytes, parse_operations, parse_rate, parse_size, parse_tokens
     from model.quantization.choice import Quantization
 
     text = (folder / ARGUMENT).read_bytes().decode("utf-8", "surrogateescape")
-    for parse in (parse_size, parse_tokens, Quantization.parse):
+    for parse in (parse_size, parse_tokens, parse_rate, parse_operations, Quantization.parse):
         try:
             value = parse(text)
         except ValueError:

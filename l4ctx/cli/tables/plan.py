@@ -104,9 +104,9 @@ def _facts(report: PlanReport) -> TextTable:
     if report.read_from_disk:
         table.add_row("disk reads", f"{human_bytes(report.read_from_disk)} over the whole prefill")
     if report.seconds is not None:
-        table.add_row("prefill takes", f"about {_human_time(report.seconds)}")
+        table.add_row("prefill takes", f"about {human_time(report.seconds)}")
     elif report.assumed_seconds is not None:
-        table.add_row("prefill takes", f"about {_human_time(report.assumed_seconds)}{_assumed(report)}")
+        table.add_row("prefill takes", f"about {human_time(report.assumed_seconds)}{_assumed(report)}")
     table.add_row("fits here", "yes" if report.fits else "no")
     for tier, (needed, there) in report.shortfalls.items():
         table.add_row("", f"{tier}: {human_bytes(needed)} needed, {human_bytes(there)} available")
@@ -140,12 +140,12 @@ def _forms(report: PlanReport) -> FigureTable:
             human_bytes(form.plan.workload.weights),
             "yes" if form.is_held else "in part" if form.fits else "no",
             *read,
-            "" if form.seconds is None or not form.fits else _human_time(form.seconds),
+            "" if form.seconds is None or not form.fits else human_time(form.seconds),
         )
     return table
 
 
-def _human_time(seconds: float) -> str:
+def human_time(seconds: float) -> str:
     """Rounded: it is a prediction."""
     if seconds < HOUR:
         return human_seconds(seconds)

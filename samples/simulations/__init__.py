@@ -1,0 +1,1 @@
+"""Simulations of machines that are not here."""
