@@ -60,6 +60,19 @@ def copies_of_kv_heads(config: TextConfig, count: int) -> int:
     return max(1, count // config.num_key_value_heads)
 
 
+def exchange_bytes(config: TextConfig, tokens: int, itemsize: int, count: int) -> int:
+    """Peak memory of one of `count` ranks in a forward of `tokens` tokens where it does not follow from its part of the
+    inner sizes, in bytes, beside weights and KV cache.
+
+    A norm and a sum over the ranks take the whole hidden size: the residual stream, its norm, this rank's part of a
+    layer and the sum, and up to three copies in float32. Gathering the logits of one token takes this rank's part,
+    every rank's as they come, and all of them joined, in float32.
+    """
+    part = -(-config.vocab_size // count)
+    logits = 4 * (2 * part + count * part + config.vocab_size)
+    return max(tokens * config.hidden_size * (4 * itemsize + 3 * 4), logits)
+
+
 def kv_heads(config: TextConfig, rank: TensorRank) -> range:
     """Those that a rank holds; `config` is the whole model's."""
     copies = copies_of_kv_heads(config, rank.count)

@@ -21,6 +21,7 @@ from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
 from model.costs import activation_bytes, reading_operations
+from model.division import exchange_bytes
 from model.errors import UserError
 from model.weights.residency import WeightResidency
 
@@ -158,7 +159,8 @@ class MemoryPlan:
             return weights + self.token_ids + self.draft_index + max(self.workload.sorting, self.workload.pixel_bytes)
         keys_values = self.layout.window_bytes + self.workload.row_bytes
         tokens, forward = self.token_ids + self.draft_index, self.activations + self.images
-        return self.workload.held_weights + keys_values + tokens + max(self.workload.sorting, forward)
+        beside = max(self.workload.sorting, forward, self.workload.gathered_row)
+        return self.workload.held_weights + keys_values + tokens + beside
 
     @property
     def needed(self) -> int:
@@ -347,6 +349,8 @@ def _with_weights(
     layout, on_accelerator = workload.layout, capacity.accelerator is not None
     step, rows = min(prefill_chunk_size, workload.step_tokens), layout.sealed_rows(workload.length)
     activations = activation_bytes(workload.config, step, KV_DTYPES[workload.dtype])
+    if workload.whole is not None:
+        activations = max(activations, exchange_bytes(workload.config, step, KV_DTYPES[workload.dtype], workload.ranks))
     residency, nothing = Residency(on_accelerator=on_accelerator), KVBytes(0, 0, 0)
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)
     plan = replace(plan, device_weights=device_weights)

@@ -104,6 +104,8 @@ class Workload:
     stored: StoredWeights | None = None  # the weights by owner and layer; None: not known, and never streamed
     rows: Rows | None = None  # of many questions about the prompt; None: one that is part of it, or none
     whole: TextConfig | None = None  # the whole model's, where `config` is one rank's part
+    ranks: int = 1  # that the model is divided over
+    gathers_rows: bool = False  # a row of all ranks' blocks is in memory while it is written
 
     @property
     def length(self) -> int:
@@ -125,6 +127,13 @@ class Workload:
             return 0
         logits = 4 * self.config.vocab_size
         return self.rows.count * (fork_bytes(self.layout, self.rows.room) + logits)
+
+    @property
+    def gathered_row(self) -> int:
+        """Bytes of host memory for a row of blocks of all KV heads while the first rank writes it."""
+        if self.whole is None or not self.gathers_rows:
+            return 0
+        return self.layout.of_rank(self.whole).row_bytes
 
     @property
     def draft_index(self) -> int:

@@ -69,7 +69,7 @@ class Channel:
 
     def hear_json(self) -> Any:
         (size,) = self.hear(1)
-        return json.loads(self.exchange.from_first(torch.zeros(size, dtype=torch.uint8)).numpy().tobytes())
+        return json.loads(bytes(self.exchange.from_first(torch.zeros(size, dtype=torch.uint8)).tolist()))
 
     def say_failure(self, message: str) -> None:
         with suppress(RuntimeError):

@@ -226,6 +226,8 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
         has_drafts=request.has_drafts or request.context.save_to is not None,
         saved_layout=None if saved is None else saved.of_rank(inputs.config),
         whole=whole if request.launch is not None else None,
+        ranks=1 if request.launch is None else request.launch.count,
+        gathers_rows=request.launch is not None and request.context.save_to is not None,
     )
 
 

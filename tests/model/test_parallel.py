@@ -11,16 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from cache.hybrid import HybridKVCache
+from l4ctx.engine.prefill import prefill
 from model.config import TextConfig
-from model.division import TensorRank, copies_of_kv_heads, divided
+from model.costs import activation_bytes
+from model.division import TensorRank, copies_of_kv_heads, divided, exchange_bytes
+from model.parallel import GroupExchange, divided_model
 from model.weights.loading import load_checkpoint
 from support.compressed import RECIPES
 from support.quantized_toys import write_compressed
 from support.rank_processes import MESHES, PROCESSES, prefill_and_decode, start
+from support.storages import LiveStorages
 from support.toy_checkpoints import CHUNK, DIVISIBLE, MAVERICK, SCOUT, VOCABULARY, Kind, write_kind
 
 IDS = random.Random(3).choices(range(VOCABULARY), k=5 * CHUNK + 3)
@@ -68,6 +74,46 @@ def test_all_ranks_have_the_same_bits(found: list[dict[str, Tensor]]) -> None:
     for other in found[1:]:
         for what, tensor in found[0].items():
             assert torch.equal(tensor, other[what]), what
+
+
+MEDIUM = {
+    "model_type": "llama4_text",
+    "vocab_size": 4000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "intermediate_size_mlp": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "attention_chunk_size": 128,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_forward_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype) -> None:
+    """Activations are bounded by their estimate, the exchange's own tensors included; with weights and cache, the peak
+    is within a tenth of the plan."""
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group: None)
+    monkeypatch.setattr(dist, "broadcast", lambda x, group_src, group: None)
+    monkeypatch.setattr(dist, "all_gather", lambda found, x, group: None)
+    whole = TextConfig.from_dict(MEDIUM)
+    model = divided_model(whole, "sdpa", GroupExchange(TensorRank(1, count))).to(dtype).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    own, tokens = model.config, 256
+    cache = HybridKVCache(own, length=2 * tokens, dtype=dtype)
+    list(prefill(model, cache, range(tokens), prefill_chunk_size=tokens))
+    with LiveStorages() as live:
+        list(prefill(model, cache, range(tokens - 1), prefill_chunk_size=tokens))
+        model(torch.tensor([[1]]), cache, logits="last")
+    estimate = max(activation_bytes(own, tokens, dtype.itemsize), exchange_bytes(own, tokens, dtype.itemsize, count))
+    assert estimate / 6 <= live.peak <= estimate, f"{live.peak / estimate:.2f} of the estimate"
+    beside = model.weight_bytes + cache.held().total
+    assert 0.9 * (beside + estimate) <= beside + live.peak
 
 
 def test_ranks_share_heads_and_inner_dimensions() -> None:

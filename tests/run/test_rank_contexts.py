@@ -181,6 +181,38 @@ def test_each_rank_finds_damage(checkpoint: Path, tmp_path: Path) -> None:
         logits(2, checkpoint, tmp_path, "float32")
 
 
+class OneImage:
+    """Features in place of the embeddings of some tokens: see l4ctx.vision.features.ImageFeatures."""
+
+    def among(self, positions: range) -> bool:
+        return CHUNK in positions
+
+    @torch.inference_mode()
+    def splice(self, embeddings: Tensor, ids: Tensor, positions: range) -> None:
+        assert embeddings.shape[:2] == ids.shape and positions.start == 0
+        embeddings[:, 3:CHUNK] = torch.linspace(-1, 1, embeddings.shape[-1])
+
+
+def test_images_enter_on_the_first_rank(checkpoint: Path) -> None:
+    def read(features: Any, count: int) -> Tensor:
+        said = job(checkpoint, "float32", is_saved=False)
+
+        def work(model: Transformer, leader: Any) -> Tensor:
+            cache = said.cache(model, None)
+            for _ in prefill(model, cache, memoryview(IDS), prefill_chunk_size=BLOCK, features=features):
+                pass
+            found = model(torch.tensor([list(QUESTIONS[0])]), cache)
+            assert found is not None
+            return found.clone()
+
+        return led(count, said, work)
+
+    expected = read(OneImage(), 1)
+    assert (expected - read(None, 1)).abs().max() > 100 * LIMIT
+    for count in RANKS[1:]:
+        assert (read(OneImage(), count) - expected).abs().max() <= LIMIT
+
+
 class HalfRight:
     """Drafts of one token of the answer and a wrong one."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from l4ctx.contexts.reader import Context
 from l4ctx.machine.ranks import Launch
 from support.cli_runner import COMMAND, DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
 from support.places import TINY
@@ -65,7 +67,7 @@ def started(*arguments: str, folders: tuple[Path, Path]) -> Iterator[list[subpro
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.md").write_text(DOCUMENT, encoding="utf-8")
-    (tmp_path / "long.md").write_text(FILLER * 4000, encoding="utf-8")
+    (tmp_path / "long.md").write_text(FILLER * 2000, encoding="utf-8")
     (tmp_path / "model").symlink_to(TINY, target_is_directory=True)
     return tmp_path
 
@@ -94,8 +96,11 @@ def test_what_another_rank_fails_at_is_what_the_first_says(folder: Path, tmp_pat
 
 
 def killed_after(seconds: float, folder: Path, whom: int) -> tuple[int, str, float]:
-    """Exit code and last words of the other process, and how long it took to end."""
-    with started("ask", QUESTION, "long.md", "--model", "model", folders=(folder, folder)) as processes:
+    """Exit code and last words of the other process, and how long it took to end.
+
+    They read into the context c, and one is killed so many seconds after all is tokenized.
+    """
+    with started("prefill", "long.md", "-o", "c", "--model", "model", folders=(folder, folder)) as processes:
         error = processes[0].stderr
         assert error is not None
         said = ""
@@ -110,24 +115,39 @@ def killed_after(seconds: float, folder: Path, whom: int) -> tuple[int, str, flo
         return other.returncode, rest, time.monotonic() - began
 
 
-@pytest.mark.parametrize("seconds", [3.0])
-def test_a_killed_rank_ends_the_first_with_one_line(folder: Path, seconds: float) -> None:
-    code, rest, took = killed_after(seconds, folder, whom=1)
+def kept(folder: Path) -> int:
+    """Tokens in the context, all of whose files are sound."""
+    found = run_here("inspect", str(folder / "c"), "--verify", "--json")
+    assert found.code in (0, 7), found.stderr
+    tip = Context.read(folder / "c").states[-1:]
+    assert not any(Context.read(folder / "c").damage(state, verify=True) for state in tip)
+    return sum(state.kept(16384) for state in tip)
+
+
+def test_a_killed_rank_ends_the_first_with_one_line(folder: Path) -> None:
+    code, rest, took = killed_after(3.0, folder, whom=1)
     assert code == 6 and rest.count("l4ctx: ") == 1 and LOST in rest and "Traceback" not in rest
     assert took < ENDS_WITHIN
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(50))
 def test_a_rank_killed_at_any_moment_ends_the_others(folder: Path, seed: int) -> None:
+    """What they read until then is kept, and one process goes on with it."""
     source = random.Random(seed)
     whom = source.randrange(2)
-    code, rest, took = killed_after(source.uniform(0, 6), folder, whom)
+    code, rest, took = killed_after(source.uniform(0, 20), folder, whom)
     assert took < ENDS_WITHIN
     if whom == 1:
-        assert code == 6 and rest.count("l4ctx: ") == 1 and LOST in rest
+        assert code == 6 and rest.count("l4ctx: ") == 1 and LOST in rest and " kept" in rest
     else:
         assert code != 0 and rest == ""
+    before = kept(folder)
+    if whom == 1 and (said := re.search(r"([0-9,]+) of [0-9,]+ tokens are kept in c", rest)):
+        assert int(said[1].replace(",", "")) == before
+    if seed % 10 == 0:
+        resumed = run_here("prefill", str(folder / "long.md"), "-o", str(folder / "c"), "--model", str(TINY))
+        assert resumed.code == 0 and (not before or f"{before:,} of" in resumed.stderr)
 
 
 @pytest.mark.parametrize(
