@@ -217,7 +217,7 @@ GpuMemory = Annotated[
         "arithmetic, never measured on GPUs. The options below are for it.",
     ),
 ]
-TensorRanks = Annotated[
+GpuTensorRanks = Annotated[
     int | None,
     typer.Option(
         "--tp",
@@ -227,7 +227,7 @@ TensorRanks = Annotated[
         show_default=False,
     ),
 ]
-ContextRanks = Annotated[
+GpuContextRanks = Annotated[
     int | None,
     typer.Option(
         "--cp",
