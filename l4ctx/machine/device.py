@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from l4ctx.errors import RequestError
+from l4ctx.formatting import counted
 from l4ctx.machine.limits import check_room_for_torch, startable_threads
 from l4ctx.machine.processor import usable_cores
+from l4ctx.machine.ranks import Launch
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,31 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise RequestError(f"--device {name}: cannot be used here ({reason})") from None
+    return device
+
+
+def device_of_rank(launch: Launch, name: str) -> torch.device:
+    """The device of one of several processes: the CPU, or of the GPUs the one with its number on this machine.
+
+    It is then torch's current one. Raises RequestError. Not run on a GPU yet.
+    """
+    import torch
+
+    if name.startswith("cuda:"):
+        raise RequestError(f"--device {name}: each rank has a GPU of its own; use --device cuda")
+    device = usable_device(name)
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise RequestError(f"--device {name}: several ranks compute on CPUs or on CUDA GPUs; add --device cpu")
+    count = torch.cuda.device_count()
+    if launch.local_count > count:
+        raise RequestError(
+            f"{launch.local_count} ranks on this machine, which has {counted(count, 'GPU')}: start one for each, "
+            "or add --device cpu"
+        )
+    device = torch.device("cuda", launch.local_number)
+    torch.cuda.set_device(device)
     return device
 
 

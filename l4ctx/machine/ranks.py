@@ -22,6 +22,7 @@ class Launch:
     address: str  # where they meet
     port: int
     is_met: bool  # torchrun itself holds the store there
+    local_number: int = 0  # among those on this machine
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Launch | None:
@@ -30,11 +31,12 @@ class Launch:
             return None
         try:
             number, count, local_count = (int(environment[name]) for name in _NAMES[:3])
-            port = int(environment["MASTER_PORT"])
+            port, here = int(environment["MASTER_PORT"]), int(environment.get("LOCAL_RANK", number))
         except ValueError:
             return None
         is_met = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(number, count, max(1, local_count), environment["MASTER_ADDR"], port, is_met) if count > 1 else None
+        address = environment["MASTER_ADDR"]
+        return cls(number, count, max(1, local_count), address, port, is_met, here) if count > 1 else None
 
     @property
     def speaks(self) -> bool:

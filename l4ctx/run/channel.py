@@ -50,7 +50,9 @@ class Channel:
                 wait_for_workers=False,
             ),
         )
-        dist.init_process_group("gloo", store=self._store, rank=launch.number, world_size=launch.count, timeout=FOREVER)
+        dist.init_process_group(
+            _backends(), store=self._store, rank=launch.number, world_size=launch.count, timeout=FOREVER
+        )
         self.exchange = GroupExchange(TensorRank(launch.number, launch.count))
 
     def announce(self, kind: int, *numbers: int) -> None:
@@ -87,6 +89,11 @@ class Channel:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _backends() -> str:
+    """By what tensors travel, by their device; the same on all ranks, whatever they compute on."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cache.fork import ForkedKVCache
 from l4ctx.contexts.restoring import Held
-from l4ctx.machine.device import prepare_torch
+from l4ctx.machine.device import device_of_rank, prepare_torch
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, RESTORE, TAIL, Channel
 from l4ctx.run.rank_rows import RankRows, heads_of
@@ -29,7 +29,8 @@ def follow(launch: Launch) -> None:
     try:
         said = channel.hear_json()
         if said is not None:
-            Follower(channel, Job(**said)).run()
+            job = Job(**said)
+            Follower(channel, job, device_of_rank(launch, job.device)).run()
         channel.close()
     except RankLostError:
         raise
@@ -42,9 +43,9 @@ def follow(launch: Launch) -> None:
 class Follower:
     """One of the other ranks, which `run` until the leader ends the work."""
 
-    def __init__(self, channel: Channel, job: Job) -> None:
+    def __init__(self, channel: Channel, job: Job, device: torch.device | str = "cpu") -> None:
         self._channel = channel
-        self._model = job.load(channel.exchange)
+        self._model = job.load(channel.exchange, device)
         self._whole = TextConfig.from_folder(Path(job.model))
         self._scratch = job.scratch()
         self._rows = None
@@ -60,7 +61,7 @@ class Follower:
                 return
             if kind in (FORWARD, EMBED):
                 *shape, dtype, state = numbers
-                x = torch.zeros([size for size in shape if size], dtype=DTYPES[dtype])
+                x = torch.zeros([size for size in shape if size], dtype=DTYPES[dtype], device=self._model.device)
                 self._compute(kind, self._channel.exchange.from_first(x), state)
             elif kind == RAGGED:
                 self._compute_forks(*numbers[:2])

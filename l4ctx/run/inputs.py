@@ -18,7 +18,7 @@ from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.machine.device import prepare_torch, usable_device
+from l4ctx.machine.device import device_of_rank, prepare_torch, usable_device
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.images import ImageUse
@@ -234,11 +234,12 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     from model.weights.shards import unused_weights
 
     request = choices.request
-    device = usable_device(request.compute.device)
+    name, launch = request.compute.device, request.launch
+    device = usable_device(name) if launch is None else device_of_rank(launch, name)
     stored = checked_sources(request.model, config)
     held, own = stored, config
     if request.launch is not None:
-        held, own = _divided(request.launch, stored, config, device, note)
+        held, own = _divided(request.launch, stored, config, note)
     weights = quantized_sources(held, choices.compute.quantization)
     if (text := unused_weights(request.model)) is not None:
         note(text)
@@ -259,16 +260,13 @@ def _divided(
     launch: Launch,
     stored: dict[str, WeightSource],
     config: TextConfig,
-    device: torch.device,
     note: Callable[[str], None],
 ) -> tuple[dict[str, WeightSource], TextConfig]:
-    """This process's part. Raises RequestError, DivisionError and CheckpointError."""
+    """This process's part. Raises DivisionError and CheckpointError."""
     from l4ctx.run.ranks import note_on
     from model.division import TensorRank, divided
     from model.weights.cutting import cut_sources
 
-    if device.type != "cpu":
-        raise RequestError("several ranks compute on CPUs only: add --device cpu, or leave torchrun out")
     rank = TensorRank(launch.number, launch.count)
     own = divided(config, rank)
     note(note_on(config, launch.count))

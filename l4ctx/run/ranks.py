@@ -46,8 +46,12 @@ LOGITS = ("all", "last", "none")
 
 def check(request: Request) -> None:
     """Raises UsageError for what several processes cannot do yet."""
-    if request.compute.weights_memory is not None:
-        raise UsageError("--weights-memory does not go with several ranks yet: run l4ctx without torchrun")
+    for option, value in (
+        ("--weights-memory", request.compute.weights_memory),
+        ("--weights-device-memory", request.compute.weights_device_memory),
+    ):
+        if value is not None:
+            raise UsageError(f"{option} does not go with several ranks yet: run l4ctx without torchrun")
 
 
 def note_on(config: TextConfig, count: int) -> str:
@@ -78,6 +82,8 @@ class Job:
     host_rows: int | None
     kv_folder: str | None
     is_saved: bool  # what is read is kept in a context
+    device: str = "cpu"  # or cuda: each rank's own
+    device_rows: int = 0
 
     @classmethod
     def of(cls, request: Request, plan: MemoryPlan, length: int, attention: str) -> Job:
@@ -94,16 +100,19 @@ class Job:
             plan.residency.host_rows,
             None if folder is None else str(folder),
             request.context.save_to is not None,
+            "cuda" if plan.residency.on_accelerator else "cpu",
+            plan.residency.device_rows,
         )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def load(self, exchange: GroupExchange) -> Transformer:
+    def load(self, exchange: GroupExchange, device: torch.device | str = "cpu") -> Transformer:
         """Raises CheckpointError."""
         return load_checkpoint(
             self.model,
             dtype=self.dtype,
+            device=device,
             attention=self.attention,
             is_mapped=False,
             quantization=None if self.quantize is None else Quantization.parse(self.quantize),
@@ -122,8 +131,9 @@ class Job:
             model.config,
             length=self.length,
             dtype=model.dtype,
+            device=model.device,
             layout=self.layout(model.config),
-            residency=Residency(self.host_rows),
+            residency=Residency(self.host_rows, self.device_rows, on_accelerator=self.device == "cuda"),
             rows=rows,
         )
 
@@ -172,7 +182,7 @@ class Leader:
         self._is_within = False
 
     def _announce(self, kind: int, x: Tensor, cache: Any = None, logits: str = "all") -> None:
-        assert x.device.type == "cpu" and logits in LOGITS, (x.device, logits)
+        assert logits in LOGITS, logits
         assert isinstance(cache, HybridKVCache) or kind == EMBED, "the other ranks have one cache"
         state = 0 if cache is None else cache.offset * len(LOGITS) + LOGITS.index(logits)
         self._channel.announce(kind, *x.shape, *[0] * (3 - x.dim()), DTYPES.index(x.dtype), state)

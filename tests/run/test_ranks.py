@@ -14,9 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from l4ctx.contexts.folder import FILE
 from l4ctx.contexts.reader import Context
+from l4ctx.errors import RequestError
+from l4ctx.machine.device import device_of_rank
 from l4ctx.machine.ranks import Launch
 from support.cli_runner import COMMAND, DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
 from support.places import TINY
@@ -176,6 +179,46 @@ def test_what_ranks_cannot_do_is_refused(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "named"),
+    [
+        ("cuda:1", 4, "--device cuda:1: each rank has a GPU of its own"),
+        ("auto", 1, "2 ranks on this machine, which has 1 GPU: start one for each"),
+        ("meta", 2, "--device meta: cannot be used here"),
+    ],
+)
+def test_devices_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, named: str) -> None:
+    pretend(monkeypatch, gpus)
+    launch = Launch.of(environment(1, 2, 1))
+    assert launch is not None
+    with pytest.raises(RequestError, match=re.escape(named)):
+        device_of_rank(launch, name)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_rank_has_the_gpu_of_its_number_on_the_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    chosen = pretend(monkeypatch, 2)
+    said = environment(3, 4, 1) | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launch = Launch.of(said)
+    assert launch is not None
+    assert device_of_rank(launch, name) == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    assert device_of_rank(launch, "cpu") == torch.device("cpu")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int) -> list[torch.device]:
+    """That the machine has so many GPUs; returns which become torch's current one."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    ones = torch.ones
+    monkeypatch.setattr(
+        torch, "ones", lambda *size, device: ones(*size, device="meta" if "meta" in str(device) else "cpu")
+    )
+    return chosen
 
 
 @pytest.mark.parametrize(
