@@ -19,9 +19,11 @@ from cache.disk import UnitFile
 from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
 from cache.residency import KVBytes, Residency
-from cache.tiers import RowStore, SealedBlock, Tiers, unit_name
+from cache.sealed import SealedBlock
+from cache.tiers import RowStore, Tiers, unit_name
 from model.config import TextConfig
 from model.kernels.attend import KVSegment
+from model.weights.transport import CudaTransport, Transport
 
 
 class HybridKVCache:
@@ -29,6 +31,7 @@ class HybridKVCache:
 
     `dtype` and `device` are those the model computes in; sealed NoPE blocks are stored in `kv_dtype` (one of
     cache.layout.KV_DTYPES) and lie where `residency` says. Rows that memory does not hold are written to `rows`.
+    `transport` leads to an accelerator; a GPU's is made here unless it is given.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class HybridKVCache:
         residency: Residency | None = None,
         rows: RowStore | None = None,
         layout: StoreLayout | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.config = config
         self.offset = 0
@@ -55,9 +59,11 @@ class HybridKVCache:
             kv_dtype=kv_dtype,
             batch_size=batch_size,
         )
-        self.residency = residency or Residency(on_accelerator=self.device.type == "cuda")
+        if transport is None and self.device.type == "cuda":
+            transport = CudaTransport(self.device)
+        self.residency = residency or Residency(on_accelerator=transport is not None)
         self.rows = rows
-        self.tiers = Tiers(self.layout, self.device)
+        self.tiers = Tiers(self.layout, self.device, transport)
         self._is_saved = rows is not None and rows.is_durable  # every sealed block has a file
         self._placed = 0  # sealed rows that lie where they should
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
@@ -134,10 +140,11 @@ class HybridKVCache:
         on_disk = sum(1 for store in self.stores for block in store.sealed if block.file is not None)
         return KVBytes(
             sum(cache.nbytes for cache in windows),
-            nope_device=sum(cache.nbytes(on_host=False) for cache in self.stores),
+            nope_device=sum(store.nbytes(on_host=False) for store in self.stores)
+            + self.tiers.buffer_bytes(on_host=False),
             nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
             nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
-            buffers=self.tiers.buffer_bytes,
+            buffers=self.tiers.buffer_bytes(on_host=True),
         )
 
     @property
@@ -211,13 +218,13 @@ class HybridKVCache:
         for row in range(sealed - device):
             for store in stores:
                 if row >= disk:
-                    store.sealed[row].move(self.tiers.to_host)
+                    self.tiers.to_host(store.sealed[row])
             if row < disk and any(store.sealed[row].is_in_memory for store in stores):
                 self._write(row)
                 for store in stores:
                     if store.sealed[row].file is not None:
                         store.sealed[row].drop_from_memory()
-        self.tiers.prepare(reads=disk > 0 or self._is_saved, has_sealed=sealed > 0)
+        self.tiers.prepare(reads=disk > 0 or self._is_saved, streams=device < sealed, has_sealed=sealed > 0)
         self._placed = sealed
 
     def _write(self, row: int) -> None:
@@ -226,9 +233,9 @@ class HybridKVCache:
         if self.rows is None or all(block.file is not None for block in blocks):
             return
         units = {
-            unit_name(block.layer, number): self.tiers.to_host(packed).tensors
+            unit_name(block.layer, number): packed.tensors
             for block in blocks
-            for number, packed in enumerate(block.segments)
+            for number, packed in enumerate(self.tiers.copies_on_host(block))
             if packed is not None
         }
         file = self.rows.write(row, units)

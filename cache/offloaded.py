@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.residency import Residency
-from cache.tiers import SealedBlock, Tiers
+from cache.sealed import SealedBlock
+from cache.tiers import Tiers
 from model.kernels.attend import KVSegment
 
 
@@ -87,7 +88,7 @@ class OffloadedKVCache:
 
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes in host memory, or on an accelerator."""
-        opened = sum(block.nbytes for block in self.open.values() if (block.keys.device.type == "cpu") == on_host)
+        opened = 0 if on_host == self.tiers.is_accelerated else sum(block.nbytes for block in self.open.values())
         return opened + sum(block.nbytes(on_host=on_host) for block in self.sealed)
 
     def segment(self, number: int) -> Block:

@@ -12,13 +12,16 @@ from cache.layout import StoreLayout
 READ_BUFFERS = 3
 """Segments in flight from disk: one in use, the next two being read."""
 
+RING_BUFFERS = 2
+"""Segments on an accelerator that do not stay there: one that is attended, and the next one on its way."""
+
 
 @dataclass(frozen=True)
 class KVBytes:
     """Bytes of keys and values: RoPE windows, NoPE blocks by tier, and the buffers that blocks are read through."""
 
     rope_windows: int
-    nope_device: int
+    nope_device: int  # with the buffers there that segments from elsewhere pass through
     nope_host: int
     nope_disk: int = 0  # in files, whether or not a copy is in memory
     buffers: int = 0  # host memory through which blocks on disk, and packed ones, reach attention
@@ -59,6 +62,12 @@ def buffer_bytes(layout: StoreLayout, disk_rows: int, sealed_rows: int) -> int:
     return read + (layout.segment_bytes if layout.is_packed and sealed_rows else 0)
 
 
+def ring_bytes(layout: StoreLayout, streamed_rows: int, sealed_rows: int) -> int:
+    """On an accelerator: buffers for segments that do not stay, if there are any, and one to unpack into."""
+    ring = RING_BUFFERS * layout.sealed_segment_bytes if streamed_rows else 0
+    return ring + (layout.segment_bytes if layout.is_packed and sealed_rows else 0)
+
+
 def held_bytes(
     layout: StoreLayout, tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False
 ) -> KVBytes:
@@ -68,7 +77,9 @@ def held_bytes(
     open_tokens = tokens - rows * layout.block_tokens
     last = layout.length - rows * layout.block_tokens  # the last segment is no longer than the run
     open_bytes = min(layout.open_bytes(open_tokens), layout.config.num_nope_layers * last * layout.token_bytes)
-    on_device = device * layout.row_bytes + (open_bytes if residency.on_accelerator else 0)
+    on_device = device * layout.row_bytes
+    if residency.on_accelerator:
+        on_device += open_bytes + ring_bytes(layout, rows - device, rows)
     on_host = host * layout.row_bytes + (0 if residency.on_accelerator else open_bytes)
     return KVBytes(
         layout.window_bytes,
@@ -93,7 +104,8 @@ def peak_bytes(
     all_on_disk: bool = False,
 ) -> KVBytes:
     """The most that a run of `tokens` holds when the driver steps up to `step_tokens` at a time: before its last block
-    is sealed, or at the end. One layer's packed block, while it is made, is not counted."""
+    is sealed, or at the end. One layer's packed block, while it is made, is not counted. Blocks on their way from an
+    accelerator to the host are in both."""
     end = held_bytes(layout, tokens, residency, all_on_disk=all_on_disk)
     rows = layout.sealed_rows(tokens)
     if rows == 0:
@@ -106,10 +118,14 @@ def peak_bytes(
         layout.open_bytes(stepped * layout.block_tokens + behind),
         layout.config.num_nope_layers * (layout.length - sealed_before) * layout.token_bytes,
     )
-    device, host = (full, 0) if residency.on_accelerator else (0, full)
+    device, host, leaving = (full, 0, 0) if residency.on_accelerator else (0, full, 0)
+    if residency.on_accelerator:
+        buffers = ring_bytes(layout, rows - residency.split(rows)[0], rows)
+        device += buffers - ring_bytes(layout, rows - stepped - residency.split(rows - stepped)[0], rows - stepped)
+        leaving = min(stepped, rows - residency.split(rows)[0]) * layout.row_bytes
     return KVBytes(
         end.rope_windows,
-        max(end.nope_device, before.nope_device + device),
+        leaving + max(end.nope_device, before.nope_device + device),
         max(end.nope_host, before.nope_host + host),
         end.nope_disk,
         end.buffers,
@@ -122,3 +138,16 @@ def rows_within(layout: StoreLayout, budget: int, step_tokens: int, *, is_open_h
     taken = layout.open_bytes(min(layout.length, blocks * layout.block_tokens)) if is_open_here else 0
     taken += buffer_bytes(layout, 1, 1) if is_read_here else 0
     return max(0, (budget - taken) // layout.row_bytes) if layout.row_bytes else 0
+
+
+def device_rows_within(layout: StoreLayout, budget: int, step_tokens: int, rows: int) -> int:
+    """Of a run's sealed `rows` those that stay on an accelerator within `budget` bytes: beside its open blocks and,
+    unless all stay, beside the buffers that the others pass through and those that are just leaving."""
+
+    def fitting(left: int) -> int:
+        return rows_within(layout, left, step_tokens, is_open_here=True, is_read_here=False)
+
+    if fitting(budget - ring_bytes(layout, 0, 1)) >= rows:
+        return rows
+    leaving = max(1, -(-step_tokens // layout.block_tokens)) * layout.row_bytes
+    return min(rows - 1, fitting(budget - ring_bytes(layout, 1, 1) - leaving))

@@ -2,7 +2,7 @@
 
 The newest are kept nearest: `Residency` says how many. Segments on disk are read ahead by background threads into
 reused buffers; the next one is copied to an accelerator while the current one is in use. Results do not depend on the
-tier. What needs an accelerator has not been run on one yet.
+tier. What needs an accelerator goes through `Transport`, and has not been run on one yet.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from cache.disk import UnitFile, Units
 from cache.layout import KV_DTYPES, StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
 from cache.residency import READ_BUFFERS, Residency
+from cache.ring import Fetched, ReadBuffer, Ring, copies, enter, host_copy, leave
+from cache.sealed import SealedBlock
 from model.kernels.attend import KVSegment
 from model.weights.read_ahead import ahead, as_bytes
+from model.weights.transport import Transport
 
 HOST_OPERATIONS = 64
 """Operations of attention that a host is assumed to do while one byte crosses to the accelerator: 1.6 TFLOP/s and 25
@@ -56,40 +59,6 @@ def unit_name(layer: int, segment: int) -> str:
     return f"{layer}.{segment}"
 
 
-class SealedBlock:
-    """An immutable block of one NoPE layer: its segments in memory, in a file, or both. Shared by forks."""
-
-    def __init__(self, layer: int, segments: Sequence[Packed | None], file: UnitFile | None = None) -> None:
-        self.layer = layer
-        self.segments = list(segments)
-        self.views: dict[int, KVSegment] = {}  # of segments in memory, by number
-        self.file = file
-        self.was_read = False  # all of it, from the file: what is read a second time is worth keeping in memory
-
-    @property
-    def is_in_memory(self) -> bool:
-        return any(segment is not None for segment in self.segments)
-
-    def nbytes(self, *, on_host: bool) -> int:
-        """Bytes in host memory, or else on an accelerator."""
-        return sum(
-            packed.nbytes
-            for packed in self.segments
-            if packed is not None and (packed.keys.device.type == "cpu") == on_host
-        )
-
-    def move(self, place: Callable[[Packed], Packed]) -> None:
-        for number, packed in enumerate(self.segments):
-            if packed is not None:
-                self.segments[number] = place(packed)
-        self.views.clear()
-
-    def drop_from_memory(self) -> None:
-        assert self.file is not None, "the only copy"
-        self.segments = [None] * len(self.segments)
-        self.views.clear()
-
-
 class Loan(NamedTuple):
     """A sealed segment to fetch, and whether it stays in memory once it is there."""
 
@@ -101,37 +70,56 @@ class Loan(NamedTuple):
 class Tiers:
     """What the layers and forks of a cache share: the layout, the buffers, and the thread that reads ahead."""
 
-    def __init__(self, layout: StoreLayout, device: torch.device) -> None:
-        self.layout, self.device = layout, device
-        self._pins = device.type == "cuda"
-        self._read_buffers: list[Tensor] = []
+    def __init__(self, layout: StoreLayout, device: torch.device, transport: Transport | None = None) -> None:
+        """`transport` leads to an accelerator; None on a CPU."""
+        self.layout, self.device, self.transport = layout, device, transport
+        self._read_buffers: list[ReadBuffer] = []
+        self._ring: Ring | None = None
         self._unpacked: dict[torch.device, Block] = {}
         self._readers: ThreadPoolExecutor | None = None
         self._pending: list[Future[Packed]] = []
 
+    @property
+    def is_accelerated(self) -> bool:
+        return self.transport is not None
+
     def seal(self, layer: int, segments: Iterable[Block]) -> SealedBlock:
         """Packs the open segments of a full block, on their device."""
-        return SealedBlock(layer, [pack(segment, self.layout) for segment in segments])
+        packed = [pack(segment, self.layout) for segment in segments]
+        return SealedBlock(layer, packed, is_on_device=self.transport is not None)
 
-    def to_host(self, packed: Packed) -> Packed:
-        """The segment in host memory, pinned if it comes from an accelerator."""
-        if packed.keys.device.type == "cpu":
-            return packed
-        return packed.to(lambda x: torch.empty_like(x, device="cpu", pin_memory=self._pins).copy_(x))
+    def to_host(self, block: SealedBlock) -> None:
+        """Begins to move a block from an accelerator to host memory."""
+        if self.transport is not None and block.is_on_device:
+            leave(block, self.transport)
 
-    def prepare(self, *, reads: bool, has_sealed: bool) -> None:
-        """Allocates the buffers that the closed form counts, before they are needed."""
+    def copies_on_host(self, block: SealedBlock) -> list[Packed | None]:
+        """Its segments in host memory, there already: the block's own or, of one on an accelerator, copies."""
+        if self.transport is None or not block.is_on_device:
+            self._finish(block)
+            return block.segments
+        found = [None if packed is None else host_copy(packed, self.transport) for packed in block.segments]
+        both = zip(found, block.segments, strict=True)
+        wanted = [copy for new, old in both if new is not None and old is not None for copy in copies(new, old)]
+        self.transport.finish(self.transport.send(wanted, self.transport.mark(), *block.arrived))
+        return found
+
+    def prepare(self, *, reads: bool, streams: bool, has_sealed: bool) -> None:
+        """Allocates the buffers that the closed form counts, before they are needed. `streams`: to an accelerator."""
         if reads and not self._read_buffers:
-            size = self.layout.sealed_segment_bytes
-            self._read_buffers = [
-                torch.empty(size, dtype=torch.uint8, pin_memory=self._pins) for _ in range(READ_BUFFERS)
-            ]
+            self._read_buffers = [ReadBuffer(self._room()) for _ in range(READ_BUFFERS)]
         if has_sealed and self.layout.is_packed:
             self._unpack_buffer(self.device)
+            self._unpack_buffer(torch.device("cpu"))  # of segments that are attended there
+        if streams and self.transport is not None and self._ring is None:
+            self._ring = Ring(self.layout, self.transport)
 
-    @property
-    def buffer_bytes(self) -> int:
-        return sum(x.nbytes for x in self._read_buffers) + sum(block.nbytes for block in self._unpacked.values())
+    def buffer_bytes(self, *, on_host: bool) -> int:
+        """Bytes of buffers in host memory, or else on an accelerator."""
+        read = sum(buffer.data.nbytes for buffer in self._read_buffers) if on_host else 0
+        ring = self._ring.nbytes if self._ring is not None and not on_host else 0
+        unpacked = [block for device, block in self._unpacked.items() if (device.type == "cpu") == on_host]
+        return read + ring + sum(block.nbytes for block in unpacked)
 
     def stream(
         self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int, rows: range | None = None
@@ -141,14 +129,13 @@ class Tiers:
         A block that `residency` places in memory stays there from its second read on, so that the first answer does not
         wait for memory to fill.
         """
-        _, _, on_disk = residency.split(len(blocks))
+        on_device, _, on_disk = residency.split(len(blocks))
         rows = range(len(blocks)) if rows is None else rows
         places = [(row, number) for row in rows for number in range(self.layout.segments_per_block)]
-        fetched = self._fetched(
-            Loan(blocks[row], number, row >= on_disk and blocks[row].was_read) for row, number in places
-        )
-        if self.device.type != "cpu" and not stays_on_host(self.layout, num_queries):
-            fetched = self._on_device(fetched)
+        for block in blocks[len(blocks) - on_device :]:
+            self._promote(block)
+        loans = (Loan(blocks[row], number, row >= on_disk and blocks[row].was_read) for row, number in places)
+        fetched = self._where_attended(self._fetched(loans), num_queries)
         for (row, number), packed in zip(places, fetched, strict=True):
             block, start = blocks[row], row * self.layout.block_tokens + number * self.layout.segment_tokens
             if block.segments[number] is not packed:  # in a buffer that others will use
@@ -170,64 +157,87 @@ class Tiers:
         """One segment in the compute dtype, in its own memory."""
         packed = block.segments[number]
         if packed is None:
-            packed = self._read(block, number, self._room())
+            packed = self._read(block, number, ReadBuffer(self._room()))
         if not self.layout.is_packed:
             return Block(packed.keys, packed.values)
         return unpack(packed, self.layout, self._segment(packed.keys.device))
 
-    def _fetched(self, loans: Iterable[Loan]) -> Iterator[Packed]:
+    def _where_attended(self, fetched: Iterator[Fetched], num_queries: int) -> Iterator[Packed]:
+        if self.transport is not None and not stays_on_host(self.layout, num_queries):
+            self.prepare(reads=False, streams=True, has_sealed=False)
+            assert self._ring is not None
+            yield from self._ring.passing(fetched)
+            return
+        for item in fetched:
+            self._finish(item.block)
+            yield item.packed
+
+    def _finish(self, block: SealedBlock) -> None:
+        """What is read from now on is there: the host waits for what is on its way to it."""
+        if self.transport is not None:
+            for event in block.arrived:
+                self.transport.wait(event) if block.is_on_device else self.transport.finish(event)
+            block.arrived = ()
+
+    def _promote(self, block: SealedBlock) -> None:
+        """Begins to move a block from host memory to the accelerator, once it has been read as a whole."""
+        if self.transport is not None and not block.is_on_device and None not in block.segments:
+            enter(block, self.transport)
+
+    def _fetched(self, loans: Iterable[Loan]) -> Iterator[Fetched]:
         """Packed segments in memory; those on disk are read ahead in the background. One stream at a time."""
         wait(self._pending)  # an abandoned stream's reads still write into the buffers
         self._pending.clear()
         reads = 0
 
-        def begin(loan: Loan) -> Packed | Future[Packed]:
+        def begin(loan: Loan) -> Fetched | tuple[Loan, ReadBuffer | None, Future[Packed]]:
             nonlocal reads
             packed = loan.block.segments[loan.number]
             if packed is not None:
-                return packed
+                return Fetched(loan.block, packed)
             if loan.is_kept:
-                return self._in_background(self._keep, loan.block, loan.number)
-            self.prepare(reads=True, has_sealed=False)
+                return loan, None, self._in_background(self._keep, loan.block, loan.number, ReadBuffer(self._room()))
+            self.prepare(reads=True, streams=False, has_sealed=False)
             buffer = self._read_buffers[reads % READ_BUFFERS]
             reads += 1
-            return self._in_background(self._read, loan.block, loan.number, buffer)
+            return loan, buffer, self._in_background(self._read, loan.block, loan.number, buffer)
 
         for begun in ahead(loans, begin, READ_BUFFERS - 1):
-            if isinstance(begun, Future):
-                packed = begun.result()
-                self._pending.remove(begun)  # not earlier: after an interrupt it must be waited for
-                yield packed
-            else:
+            if isinstance(begun, Fetched):
                 yield begun
+                continue
+            loan, buffer, reading = begun
+            packed = reading.result()
+            self._pending.remove(reading)  # not earlier: after an interrupt it must be waited for
+            yield Fetched(loan.block, packed, buffer)
 
     def _in_background(
-        self,
-        work: Callable[[SealedBlock, int, Tensor], Packed],
-        block: SealedBlock,
-        number: int,
-        buffer: Tensor | None = None,
+        self, work: Callable[[SealedBlock, int, ReadBuffer], Packed], block: SealedBlock, number: int, into: ReadBuffer
     ) -> Future[Packed]:
         if self._readers is None:
             self._readers = ThreadPoolExecutor(max_workers=READ_BUFFERS - 1, thread_name_prefix="read-ahead")
-        begun = self._readers.submit(work, block, number, self._room() if buffer is None else buffer)
+        begun = self._readers.submit(work, block, number, into)
         self._pending.append(begun)
         return begun
 
-    def _read(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
+    def _read(self, block: SealedBlock, number: int, buffer: ReadBuffer) -> Packed:
         assert block.file is not None, "neither in memory nor on disk"
-        block.file.read(unit_name(block.layer, number), as_bytes(buffer))
+        if self.transport is not None:
+            for event in buffer.copied:  # in the reader's thread: what computes does not wait
+                self.transport.finish(event)
+        block.file.read(unit_name(block.layer, number), as_bytes(buffer.data))
         block.was_read |= number == len(block.segments) - 1
-        return packed_from_bytes(buffer, self.layout)
+        return packed_from_bytes(buffer.data, self.layout)
 
-    def _keep(self, block: SealedBlock, number: int, buffer: Tensor) -> Packed:
+    def _keep(self, block: SealedBlock, number: int, buffer: ReadBuffer) -> Packed:
         packed = self._read(block, number, buffer)
         block.segments[number] = packed
         return packed
 
     def _room(self) -> Tensor:
-        """Memory for a packed segment that is kept."""
-        return torch.empty(self.layout.sealed_segment_bytes, dtype=torch.uint8, pin_memory=self._pins)
+        """Host memory for a packed segment."""
+        size = self.layout.sealed_segment_bytes
+        return torch.empty(size, dtype=torch.uint8) if self.transport is None else self.transport.host_memory(size)
 
     def _segment(self, device: torch.device) -> Block:
         return empty_block(self.layout, self.layout.segment_tokens, device)
@@ -236,21 +246,3 @@ class Tiers:
         if device not in self._unpacked:
             self._unpacked[device] = self._segment(device)
         return self._unpacked[device]
-
-    def _on_device(self, fetched: Iterator[Packed]) -> Iterator[Packed]:
-        """The segments on the accelerator: the next one is copied while attention reads the current one."""
-        stream = torch.cuda.Stream(self.device)
-
-        def send(packed: Packed) -> tuple[Packed, torch.cuda.Event]:
-            with torch.cuda.stream(stream):
-                copies = packed.to(lambda x: x.to(self.device, non_blocking=True))
-            arrived = stream.record_event()
-            arrived.synchronize()  # its host buffer is read into next
-            return copies, arrived
-
-        for copies, arrived in ahead(fetched, send):
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(arrived)
-            for _, x in copies.tensors:
-                x.record_stream(current)  # else its memory could be reused while attention reads it
-            yield copies

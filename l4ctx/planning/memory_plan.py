@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
-from cache.residency import KVBytes, Residency, held_bytes, peak_bytes, rows_within
+from cache.residency import KVBytes, Residency, device_rows_within, held_bytes, peak_bytes, rows_within
 from l4ctx.drafts.index import ORDER_BYTES
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
@@ -357,7 +357,7 @@ def _with_weights(
     device_rows = 0
     if capacity.accelerator is not None:
         left = _least(capacity.kv_device, capacity.accelerator - plan.beside_on_accelerator - MARGIN_BYTES)
-        device_rows = min(rows, rows_within(layout, left or 0, step, is_open_here=True, is_read_here=False))
+        device_rows = device_rows_within(layout, left or 0, step, rows)
     plan = plan.placed(Residency(None, device_rows, on_accelerator), step)
     for with_weights in (True, False) if capacity.has_disk else ():
         budget = host_budget(plan, capacity, with_weights=with_weights)

@@ -269,8 +269,9 @@ def _rows(sized: Sized, leader: Leader | None) -> RowStore | None:
 
 def _watcher(model: Transformer, plan: MemoryPlan, device: torch.device, monitor: Monitor) -> LayerWatcher | None:
     """What brings the weights that do not stay where the model computes, for as long as the run lasts."""
-    from model.weights.device_stream import CudaTransport, DeviceStream
+    from model.weights.device_stream import DeviceStream
     from model.weights.streaming import WeightStream
+    from model.weights.transport import CudaTransport
 
     budget = plan.weight_residency.budget
     stream: DeviceStream | WeightStream | None = None

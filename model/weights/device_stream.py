@@ -1,17 +1,16 @@
 """Weights larger than a device's memory: the next layer is copied to the device while the present one computes.
 
 What stays on the device follows from `model.weights.residency`. The rest lies in pinned host memory, or in the mapped
-files, and goes through two buffers. Which stream copies and what waits for what is behind `Transport`. That over CUDA
-has not been run on a GPU yet.
+files, and goes through two buffers. Which stream copies and what waits for what is behind `Transport`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,73 +19,13 @@ from model.quantization.form import StoredMatrix
 from model.transformer import Transformer
 from model.weights.owners import Owner, owner_of
 from model.weights.residency import DeviceResidency, LayerBytes
+from model.weights.transport import Copies, Transport
 
 ALIGNMENT = 256
 """Bytes: tensors in a buffer begin at multiples, as in memory that the device's allocator returns."""
 
 PIECE_BYTES = 2**26
 """Pinned memory is taken in pieces of this size: the allocator rounds each up to a power of two."""
-
-Copies = Sequence[tuple[Tensor, Tensor]]
-"""Each a target on the device and its source on the host."""
-
-
-class Transport(Protocol):
-    """How weights get to the device. An event is whatever `send` and `mark` return."""
-
-    device: torch.device
-
-    def host_memory(self, num_bytes: int) -> Tensor:
-        """Memory (num_bytes,) in uint8 from which copying is quick."""
-        ...
-
-    def send(self, copies: Copies, after: Any) -> Any:
-        """Copies beside what computes, but not before the event `after`, if any; returns the event of its end. Runs in
-        a thread of its own."""
-        ...
-
-    def wait(self, event: Any) -> None:
-        """What is computed from now on waits for the event."""
-        ...
-
-    def mark(self) -> Any:
-        """The event of the end of all that is being computed."""
-        ...
-
-    def close(self) -> None:
-        """Waits for all copies."""
-        ...
-
-
-class CudaTransport:
-    """Copies on a stream of their own. Not run on a GPU yet."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def host_memory(self, num_bytes: int) -> Tensor:
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # the system limits pinned memory; from other memory the driver copies in steps
-            return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def send(self, copies: Copies, after: Any) -> Any:
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
-
-    def mark(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
-
-    def close(self) -> None:
-        self._stream.synchronize()
 
 
 class Place(NamedTuple):
@@ -149,7 +88,7 @@ class Buffer:
     data: Tensor  # (size,) in uint8
     layer: int | None = None  # that it holds, or will hold once it has `arrived`
     arrived: Future[Any] | None = None
-    done: Any = None  # the event of the end of the last layer's computing
+    done: tuple[Any, ...] = ()  # the event of the end of the last layer's computing, if there was one
 
 
 class DeviceStream:
@@ -269,13 +208,13 @@ class DeviceStream:
                 continue
             buffer = next(buffer for buffer in self._buffers if buffer.layer not in wanted)
             copies = self._layers[layer].copies[self._buffers.index(buffer)]
-            buffer.layer, buffer.arrived = layer, self._copier.submit(self._transport.send, copies, buffer.done)
+            buffer.layer, buffer.arrived = layer, self._copier.submit(self._transport.send, copies, *buffer.done)
 
     def _leave(self) -> None:
         """The layer that computes is done with its buffer, once the device gets there."""
         buffer, self._computing = self._computing, None
         if buffer is not None and buffer.layer is not None:
-            buffer.done = self._transport.mark()
+            buffer.done = (self._transport.mark(buffer.data),)
             _bind(self._layers[buffer.layer].places, self._layers[buffer.layer].on_host)
 
 

@@ -15,7 +15,8 @@ from cache.disk import Scratch, UnitFile
 from cache.hybrid import HybridKVCache
 from cache.offloaded import OffloadedKVCache
 from cache.residency import Residency, held_bytes
-from cache.tiers import SealedBlock, Tiers
+from cache.sealed import SealedBlock
+from cache.tiers import Tiers
 from model.weights.loading import load_checkpoint
 from support.cache_toys import CHUNK, LAYERS, make, random_keys_values
 from support.cached_paths import new_cache, scratch

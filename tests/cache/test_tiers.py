@@ -20,7 +20,8 @@ from cache.grid import prefill_grid
 from cache.layout import StoreLayout
 from cache.packing import pack, unpack
 from cache.residency import READ_BUFFERS, Residency, buffer_bytes, held_bytes, peak_bytes
-from cache.tiers import SealedBlock, Tiers, stays_on_host
+from cache.sealed import SealedBlock
+from cache.tiers import Tiers, stays_on_host
 from support.cache_toys import CHUNK, CONFIG, LAYERS, Naive, make, pieces, random_keys_values, step, storage_bytes
 from support.cached_paths import SavedRows, scratch
 from support.tier_toys import BLOCK, filled, restored, same, shown, together
@@ -149,7 +150,10 @@ def test_on_the_cpu_the_number_of_queries_changes_nothing(rows: Scratch, queries
         packed = [packed for block in store.sealed for packed in block.segments if packed is not None]
         stream = in_memory.tiers.stream(store.sealed, Residency(), queries)
         assert [block.keys.data_ptr() for block in stream] == [segment.keys.data_ptr() for segment in packed]
-        assert all(in_memory.tiers.to_host(segment) is segment for segment in packed)
+        for block in store.sealed:
+            segments = block.segments
+            in_memory.tiers.to_host(block)
+            assert block.segments is segments and in_memory.tiers.copies_on_host(block) is segments
 
 
 @pytest.mark.parametrize("offset", [1, CHUNK, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + CHUNK, 50])

@@ -19,7 +19,7 @@ from cache.disk import Scratch
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
-from cache.residency import KVBytes, Residency
+from cache.residency import RING_BUFFERS, KVBytes, Residency
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
@@ -296,21 +296,22 @@ def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() 
     assert planned.needed == planned.token_ids
     beside = 3 * GIB + planned.layout.window_bytes + planned.activations
     assert planned.needed_on_accelerator == beside + planned.peak.nope_device
-    row = planned.layout.row_bytes
+    row, ring = planned.layout.row_bytes, RING_BUFFERS * planned.layout.sealed_segment_bytes
     for rows in (0, 1, 4):
-        capacity = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + (rows + 1) * row + 5)  # one block is open
+        room = (rows + 2) * row + ring + 5  # one block is open, and one on its way to the host
+        capacity = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + room)
         some = MemoryPlan.of(asked, capacity)
         assert some.residency == Residency(None, rows, on_accelerator=True) and not some.shortfalls(capacity)
-        assert some.end.nope_host == (7 - rows) * row == planned.end.nope_device - some.end.nope_device
+        assert some.end.nope_host == (7 - rows) * row == planned.end.nope_device - some.end.nope_device + ring
         assert some.needed == some.token_ids + some.peak.nope_host
-        limited = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=(rows + 1) * row + 5))
+        limited = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=room))
         assert limited.residency == some.residency and limited.notes == ()
-    too_small = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + row - 1)
+    too_small = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + 2 * row + ring - 1)
     assert list(MemoryPlan.of(asked, too_small).shortfalls(too_small)) == ["accelerator memory"]
     none = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=0))
     assert none.residency.device_rows == 0 and "--kv-device-memory 0 B is exceeded" in none.notes[0]
     on_disk = MemoryPlan.of(
-        asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=3 * row, kv_host=3 * row, disk_folder="x")
+        asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=4 * row + ring, kv_host=3 * row, disk_folder="x")
     )
     assert on_disk.residency.device_rows == 2 and 0 < (on_disk.residency.host_rows or 0) < 5
     assert on_disk.peak.nope_host + on_disk.peak.buffers <= 3 * row and on_disk.end.nope_disk > 0
@@ -512,12 +513,12 @@ def test_remedies_for_an_accelerator() -> None:
     assert remedies(known, Capacity(host=64 * GIB, accelerator=80 * GIB)) == [
         "--quantize int4 makes it fit (58.8 GiB of weights instead of 201 GiB)",
         "a checkpoint in GGUF Q5_K_M makes it fit (71.3 GiB of weights instead of 201 GiB)",
-        "--weights-device-memory 79042MiB makes it fit (131 GiB are copied to the accelerator for each prefill chunk "
+        "--weights-device-memory 78594MiB makes it fit (135 GiB are copied to the accelerator for each prefill chunk "
         "and each token of the answer)",
         "--device cpu makes it fit",
     ]
     small = remedies(known, Capacity(host=64 * GIB, accelerator=24 * GIB))
-    assert small[0].startswith("--weights-device-memory 21698MiB makes it fit (188 GiB are copied")
+    assert small[0].startswith("--weights-device-memory 21250MiB makes it fit (188 GiB are copied")
     assert small[2].startswith("--quantize int4 saves 142 GiB (58.8 GiB") and small[2].endswith(", not enough alone")
     assert small[3].startswith("a checkpoint in GGUF Q2_K saves 164 GiB (36.8 GiB of weights instead of 201 GiB)")
     fp8 = replace(asked, stored=next(form for form in PUBLISHED if form.name == "FP8").weights(SCOUT))

@@ -1,20 +1,22 @@
-"""A stand-in for a device that copies beside what it computes."""
+"""Stand-ins for a device that copies beside what it computes: one that is late, and one that does as it likes."""
 
 from __future__ import annotations
 
+import random
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.weights.device_stream import Copies
+from model.weights.transport import Copies
 
 
 class LateTransport:
     """Copies at the last moment, when something waits for it; until then the targets hold NaN.
 
-    `sent` are all copies in order, each with the event that it waits for. Marks are numbered from 0.
+    `sent` are all copies in order, each with the events that it waits for. Marks are numbered from 0.
     """
 
     device = torch.device("cpu")
@@ -36,9 +38,9 @@ class LateTransport:
         self.host_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def send(self, copies: Copies, after: Any) -> int:
+    def send(self, copies: Copies, *after: Any) -> int:
         assert threading.current_thread() is not threading.main_thread()
-        assert after is None or after < self.marks
+        assert all(event < self.marks for event in after)
         with self._lock:
             if len(self.sent) == self.fails_at:
                 self.fails_at = None
@@ -55,12 +57,111 @@ class LateTransport:
                     target.copy_(source)
                 self._done += 1
 
-    def mark(self) -> int:
+    def mark(self, handed_back: Tensor | None = None) -> int:
         self.marks += 1
         return self.marks - 1
 
     def close(self) -> None:
         self.is_closed = True
+
+    def finish(self, event: int) -> None:
+        self.wait(event)
+
+
+@dataclass(eq=False)
+class _Copy:
+    pairs: Copies
+    after: tuple[Any, ...]
+    read: list[Tensor] | None = None  # what was found at the sources
+    is_done: bool = False
+
+
+class UnrulyTransport:
+    """The CPU as the device. Copies are done at a random time, in any order that their events allow.
+
+    Targets hold bytes of ones, which are NaN, until something waits for the copy, and buffers again once they are
+    handed back. Computing is done at once; a copy that does not wait for the end of what reads its target fails.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int) -> None:
+        self.copies: list[_Copy] = []
+        self.finished = 0  # how often the host waited
+        self._chance = random.Random(seed)
+        self._read_until: dict[
+            int, int | None
+        ] = {}  # by memory: the mark at which it was handed back, None if it is read
+        self._marks = 0
+        self._lock = threading.RLock()
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return torch.full((num_bytes,), 255, dtype=torch.uint8)
+
+    def send(self, copies: Copies, *after: Any) -> _Copy:
+        with self._lock:
+            sent = _Copy(list(copies), after)
+            for place in {_memory(target) for target, _ in copies}:
+                if place in self._read_until:
+                    mark = self._read_until.pop(place)
+                    assert mark is not None and mark in after, "overwrites what is being computed with"
+                for other in self.copies:
+                    if not other.is_done and any(_memory(target) == place for target, _ in other.pairs):
+                        assert other in after, "two copies to one place, in any order"
+            for target, _ in copies:
+                _bytes(target).fill_(255)
+            self.copies.append(sent)
+            self._do_some()
+            return sent
+
+    def mark(self, handed_back: Tensor | None = None) -> int:
+        with self._lock:
+            self._marks += 1
+            if handed_back is not None:
+                self._read_until[_memory(handed_back)] = self._marks
+                _bytes(handed_back).fill_(255)
+            self._do_some()
+            return self._marks
+
+    def wait(self, event: Any) -> None:
+        self._land(event)
+        if isinstance(event, _Copy):
+            for target, _ in event.pairs:
+                self._read_until[_memory(target)] = None
+
+    def finish(self, event: Any) -> None:
+        self.finished += 1
+        self._land(event)
+
+    def close(self) -> None:
+        for copy in self.copies:
+            self._land(copy)
+
+    def _do_some(self) -> None:
+        waiting = [copy for copy in self.copies if copy.read is None]
+        for copy in self._chance.sample(waiting, self._chance.randint(0, len(waiting))):
+            self._do(copy)
+
+    def _do(self, copy: _Copy) -> None:
+        """Reads the sources. The targets get it when something waits for it, or depends on it."""
+        if copy.read is None:
+            for event in copy.after:
+                self._land(event)
+            copy.read = [source.clone() for _, source in copy.pairs]
+
+    def _land(self, event: Any) -> None:
+        with self._lock:
+            if isinstance(event, _Copy) and not event.is_done:
+                self._do(event)
+                assert event.read is not None
+                for (target, _), data in zip(event.pairs, event.read, strict=True):
+                    target.copy_(data)
+                event.is_done = True
+                self.copies.remove(event)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

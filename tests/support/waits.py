@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = {
@@ -22,14 +22,14 @@ WAITING = {
 
 
 class NoWaits(TorchDispatchMode):
-    """Fails at any operation that waits for the device, which may be the CPU in its place, or be a fake.
+    """Fails at any operation that waits for `device_type`, of which the tensors may be fakes; the CPU may stand in.
 
-    Copies between a device and host memory must not block. `allowed` are names of operations.
+    Copies between a GPU and host memory must not block.
     """
 
-    def __init__(self, allowed: Sequence[str] = ()) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
-        self._allowed = set(allowed)
+        self._device_type = device_type
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,9 +40,10 @@ class NoWaits(TorchDispatchMode):
             if decomposed is not NotImplemented:
                 return decomposed
         name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
-        if (name in WAITING or f"{name}.{overload}" in WAITING) and name not in self._allowed:
+        is_there = any(isinstance(x, Tensor) and x.device.type == self._device_type for x in args)
+        if is_there and (name in WAITING or f"{name}.{overload}" in WAITING):
             raise AssertionError(f"the host waits for the device at {name}")
-        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+        if is_there and name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
             raise AssertionError("the host waits for the device at an index of booleans")
         out = func(*args, **(kwargs or {}))
         if name in ("copy_", "_to_copy"):
