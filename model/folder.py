@@ -30,23 +30,28 @@ UNREADABLE = (OSError, ValueError, RecursionError)
 """What `read_json` raises; RecursionError for lists or objects that are nested too deeply."""
 
 
-def open_regular(file: str | Path, *, follow: bool = True) -> FileIO:
+def open_regular(file: str | Path, *, follow: bool = True, is_seen: bool = False) -> FileIO:
     """A regular file, open for reading without a buffer. Raises OSError, whose `strerror` says what is wrong.
 
     Never waits for a pipe, and opens no device. Follows links unless told otherwise, since the hub's cache consists of
-    them.
+    them. `is_seen`: the caller has just seen a regular file there, and spares another look before it is opened.
     """
-    _check_regular(file, os.stat(file, follow_symlinks=follow))
+    if not is_seen:
+        _check_regular(file, os.stat(file, follow_symlinks=follow))
     flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
     stream = open(os.open(file, flags), "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
-    try:
-        _check_regular(file, os.fstat(stream.fileno()))  # a pipe may have replaced it just now
-    except OSError:
+    mode = os.fstat(stream.fileno()).st_mode
+    if not stat.S_ISREG(mode):
         stream.close()
-        raise
+        raise OSError(errno.EINVAL, f"became a {kind(mode)}", str(file))
     return stream
+
+
+def kind(mode: int) -> str:
+    """Describes something that is neither a regular file nor a folder, by its mode."""
+    return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
 
 
 def _check_regular(file: str | Path, status: os.stat_result) -> None:

@@ -1,7 +1,6 @@
 """A checkpoint's `tokenizer.json`: encodes template text and data, and decodes token ids, also as a stream.
 
-Data never encodes to a control token, whatever it contains. It is encoded in pieces, split where the token ids are the
-same as for the whole.
+Data never encodes to a control token, whatever it contains. It is encoded in pieces, see `l4ctx.checkpoint.pieces`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,31 +22,20 @@ from l4ctx.checkpoint.added_tokens import CutCheck, add_in_order, control_tokens
 from l4ctx.checkpoint.aside import Aside, quiet
 from l4ctx.checkpoint.growth import normalized_growth
 from l4ctx.checkpoint.known import is_known_tokenizer
+from l4ctx.checkpoint.pieces import PIECE_CHARACTERS, piece_ends, splits_as_llama4
 from l4ctx.checkpoint.tokenizer_trial import why_unfit
 from l4ctx.errors import UnusableCheckpointError
 from l4ctx.formatting import without_surrogates
 from model.checkpoint_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, CheckpointFiles, checkpoint_files
 from model.folder import UNREADABLE, reason_of
-from model.gguf.tokenizer import LLAMA4_PATTERN
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first batch; setting it silences fork warnings
 
-PIECE_CHARACTERS = 4096  # a piece ends at the first safe cut after this many characters
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
 USUAL_GROWTH = 16.0  # by a normalizer, in bytes; beyond it, texts are measured before they are encoded
 GROWTH_ALLOWANCE = 1 << 16  # bytes, for short texts
 MOST_IDS = 1 << 31  # what is kept of ids has 32 bits
 MOST_TEMPLATE = 1 << 17  # characters; Llama 4's has 6,000
-LONGEST_PIECE = 1 << 17  # if there is no safe cut within this many characters, a piece is cut by force
-
-_LLAMA4_PATTERNS = frozenset({LLAMA4_PATTERN, LLAMA4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")})
-"""The pattern of Llama 4's pre-tokenizer, with groups of up to three digits or with single digits."""
-
-# Where these patterns always split, with neither side's split depending on the other (no alternative of the pattern
-# matches across such a place; its one look-ahead, after white space, sees the same on either side): after a line end,
-# unless white space or "/" follows; before a space that follows a visible character; before ASCII punctuation, except
-# "'", that follows an ASCII letter or digit.
-_SAFE_CUT = re.compile(r"(?<=[\r\n])[^\s/]|(?<=\S) |(?<=[A-Za-z0-9])[!-&(-/:-@\[-`{-~]")
 
 
 class TokenizerError(UnusableCheckpointError):
@@ -102,7 +89,7 @@ class Tokenizer:
             self._cuts = CutCheck(self._added.values())
         self._normalized_growth = normalized_growth(_state(control.normalizer))
         self._aside = Aside()
-        self._has_safe_cuts = control.normalizer is None and _is_llama4(_state(control.pre_tokenizer))
+        self._has_safe_cuts = control.normalizer is None and splits_as_llama4(_state(control.pre_tokenizer))
         self.byte_level = _state(control.decoder).get("type") == "ByteLevel"
         self.vocab_size: int = control.get_vocab_size(with_added_tokens=True)
         most = MOST_IDS if embeddings is None else min(embeddings, MOST_IDS)
@@ -189,7 +176,7 @@ class Tokenizer:
         ids = array("i") if into is None else into
         forced: list[int] = []
         is_clear = partial(self._cuts.is_clear, prefix=prefix, suffix=suffix) if self._cuts else None
-        ends = _piece_ends(text, forced, is_clear) if self._has_safe_cuts else iter([len(text)])
+        ends = piece_ends(text, forced, is_clear) if self._has_safe_cuts else iter([len(text)])
         batch: list[str] = []
         start = size = 0
         for end in ends:
@@ -342,44 +329,6 @@ def _template_source(files: CheckpointFiles, config: dict[str, Any]) -> str:
         source if isinstance(source, str) else json.dumps(source, ensure_ascii=False) for source in sources if source
     )
     return "\n".join(texts)[: 2 * MOST_TEMPLATE]  # one that is longer is refused
-
-
-def _piece_ends(text: str, forced: list[int], is_clear: Callable[[str, int], bool] | None = None) -> Iterator[int]:
-    """Yields the end of each piece of `text`, the last being its length; appends forced cuts to `forced`.
-
-    `is_clear` can reject all other cuts.
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        limit = start + LONGEST_PIECE
-        found = _SAFE_CUT.search(text, start + PIECE_CHARACTERS, limit)
-        while found is not None and is_clear is not None and not is_clear(text, found.start()):
-            found = _SAFE_CUT.search(text, found.start() + 1, limit)
-        if found is not None:
-            start = found.start()
-        elif len(text) <= limit:
-            break
-        else:
-            start = limit - (text[limit - 1 : limit + 1] == "\r\n")
-            forced.append(start)
-        yield start
-    yield len(text)
-
-
-def _is_llama4(pre_tokenizer: dict[str, Any]) -> bool:
-    """Whether the pre-tokenizer is Llama 4's: a Split by its pattern, isolated, followed by ByteLevel."""
-    parts = pre_tokenizer.get("pretokenizers", [])
-    if pre_tokenizer.get("type") != "Sequence" or [part.get("type") for part in parts] != [
-        "Split",
-        "ByteLevel",
-    ]:
-        return False
-    split, byte_level = parts
-    return (
-        split["pattern"].get("Regex") in _LLAMA4_PATTERNS
-        and (split["behavior"], split["invert"]) == ("Isolated", False)
-        and (byte_level["add_prefix_space"], byte_level["use_regex"]) == (False, False)
-    )
 
 
 def _state(component: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from l4ctx.confinement.process import Body, LibraryMissingError, NoChildError, O
 from l4ctx.documents.images import DocumentImage, ImageError, pixels_digest
 from l4ctx.documents.pdf_process import MOST_LEFT, MOST_TEXT, PdfiumError, no_process, request
 from l4ctx.formatting import counted, human_bytes
-from l4ctx.machine.files import open_regular_file
+from model.folder import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -183,7 +183,7 @@ class _File:
         if self._path is None:
             return self._page_of(self._raw, len(self._raw), self._sha256, number)
         try:
-            with open_regular_file(self._path) as file:
+            with open_regular(self._path) as file:
                 now = os.fstat(file.fileno())
                 key = [self._path, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
                 return self._page_of(OpenFile(file, now.st_size), now.st_size, key, number)

@@ -22,7 +22,8 @@ from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reached import Reached
 from l4ctx.errors import SHORTAGES
 from l4ctx.formatting import printable
-from l4ctx.machine.files import SAMPLE_BYTES, kind, read_regular_file
+from l4ctx.machine.files import SAMPLE_BYTES, read_regular_file
+from model.folder import kind
 
 _CHUNK_BYTES = 1 << 20
 

@@ -12,33 +12,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l4ctx.machine.private import FOLDER_MODE, open_private, temporary_of
+from model.folder import open_regular
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to recognise its type
 
 
-def kind(mode: int) -> str:
-    """Describes something that is neither a regular file nor a folder, by its mode."""
-    return {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device or folder")
-
-
-def open_regular_file(path: str) -> FileIO:
-    """Opens a file for reading. Never blocks, even if a pipe replaced the file. Raises OSError."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, flags), "rb", buffering=0)  # noqa: SIM115
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        raise OSError(0, f"became a {kind(mode)}")
-    return file
-
-
 def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = None) -> tuple[bytes, bool]:
-    """A file's bytes, and whether it changed while being read. Never blocks, even if a pipe replaced the file.
+    """The bytes of a file that was just seen, and whether it changed while being read. Never blocks on a pipe.
 
     `check` gets the first SAMPLE_BYTES and the size in bytes before the rest is read; it can raise to prevent that.
     Raises OSError.
     """
-    with open_regular_file(path) as file:
+    with open_regular(path, is_seen=True) as file:
         before = os.fstat(file.fileno())
         raw = _sample(file, before.st_size)
         if check is not None:

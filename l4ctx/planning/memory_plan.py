@@ -19,8 +19,9 @@ from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
 from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.placement import PlacedWeights, placed_weights
+from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES, STREAMING_CHUNK_SIZES, WORTH_GROWING, StepTime
 from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
-from model.costs import activation_bytes, reading_operations
+from model.costs import activation_bytes
 from model.division import exchange_bytes
 from model.errors import UserError
 from model.weights.residency import WeightResidency
@@ -30,15 +31,6 @@ MARGIN_BYTES = 256 * 2**20
 
 FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
 """Disk space of a block beside its keys and values: the file's header, and the unused end of its last page."""
-
-STREAMING_CHUNK_SIZES = (16384, 32768, 65536, 131072, 262144)
-"""Tried in this order while reading weights again for each prefill chunk takes longer than computing it."""
-
-PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
-"""Tried in this order by default. Larger chunks are faster and need more memory for activations."""
-
-WORTH_GROWING = 0.95
-"""A larger prefill chunk is taken if a token takes less than this share of the time."""
 
 ACCELERATOR = "accelerator memory"
 KV_HOST_LIMIT = "--kv-host-memory"
@@ -298,38 +290,18 @@ def _grown(plan: MemoryPlan, capacity: Capacity) -> MemoryPlan:
     """With a prefill chunk that is large enough for computing to hide the reading of streamed weights, or as large as
     still pays: activations take memory from the weights that stay."""
     for size in STREAMING_CHUNK_SIZES:
-        time = StepTime.of(plan, capacity)
+        time = step_time(plan, capacity)
         if time.is_hidden or plan.prefill_chunk_size >= plan.workload.read_tokens:
             break
         larger = _with_chunk_size(plan.workload, capacity, size)
-        if larger.shortfalls(capacity) or StepTime.of(larger, capacity).a_token > WORTH_GROWING * time.a_token:
+        if larger.shortfalls(capacity) or step_time(larger, capacity).a_token > WORTH_GROWING * time.a_token:
             break
         plan = larger
     return plan
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a prefill step at the beginning of a text, by the machine's speed."""
-
-    tokens: int
-    computing: float
-    reading: float  # weights that are streamed
-
-    @classmethod
-    def of(cls, plan: MemoryPlan, capacity: Capacity) -> StepTime:
-        tokens = max(1, min(plan.prefill_chunk_size, plan.workload.read_tokens))
-        operations = reading_operations(plan.workload.config, 0, tokens).total
-        return cls(tokens, operations / capacity.operations, plan.weight_residency.read_a_step / capacity.reading)
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether reading takes no longer than computing, at the same time."""
-        return self.reading <= self.computing
-
-    @property
-    def a_token(self) -> float:
-        return max(self.computing, self.reading) / self.tokens
+def step_time(plan: MemoryPlan, capacity: Capacity) -> StepTime:
+    return StepTime.of(plan.workload, plan.prefill_chunk_size, plan.weight_residency.read_a_step, capacity)
 
 
 def _with_chunk_size(workload: Workload, capacity: Capacity, prefill_chunk_size: int) -> MemoryPlan:
@@ -403,7 +375,7 @@ def _streaming_notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
             "it is read as it is used"
         )
     if plan.prefill_chunk_size > PREFILL_CHUNK_SIZES[0] and plan.workload.prefill_chunk_size is None:
-        hides = "so that" if StepTime.of(plan, capacity).is_hidden else "to shorten the time in which"
+        hides = "so that" if step_time(plan, capacity).is_hidden else "to shorten the time in which"
         yield (
             f"the prefill chunk is {plan.prefill_chunk_size} tokens, {hides} computing hides the reading of weights "
             f"({capacity.operations / 1e9:,.0f} GFLOP/s and {human_bytes(round(capacity.reading))}/s are taken for it)"

@@ -14,11 +14,11 @@ from l4ctx.planning.memory_plan import (
     FILE_SIZE,
     KV_HOST_LIMIT,
     MARGIN_BYTES,
-    PREFILL_CHUNK_SIZES,
     MemoryPlan,
     MemoryPlanError,
 )
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
+from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES
 from l4ctx.planning.weights import StoredWeights
 from l4ctx.planning.workload import Capacity, Workload
 from model.quantization.choice import Quantization

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from l4ctx.checkpoint.chat_template import ChatTemplate, check_template
-from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
+from l4ctx.checkpoint.pieces import LONGEST_PIECE
+from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.errors import TOO_LONG
 from l4ctx.formatting import as_attribute, counted
 from l4ctx.spans import Span

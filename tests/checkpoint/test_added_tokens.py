@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from l4ctx.checkpoint import pieces as pieces_module
 from l4ctx.checkpoint import tokenizer as module
 from l4ctx.checkpoint.tokenizer import Tokenizer, TokenizerError
 from support.tokenizer_fixtures import CHAT_TEMPLATE, CONTROL_TOKENS, toy_tokenizer_folder
@@ -110,7 +111,7 @@ def ids(tokenizer: Tokenizer, text: str, **around: str) -> list[int]:
 
 @pytest.fixture(params=[1, 4096], ids=["small pieces", "whole"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", request.param)
+    monkeypatch.setattr(pieces_module, "PIECE_CHARACTERS", request.param)
     return int(request.param)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import tokenizers
 
+from l4ctx.checkpoint import pieces as pieces_module
 from l4ctx.checkpoint import tokenizer as module
-from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, StreamDecoder, Tokenizer, TokenizerError
+from l4ctx.checkpoint.pieces import LONGEST_PIECE, piece_ends
+from l4ctx.checkpoint.tokenizer import StreamDecoder, Tokenizer, TokenizerError
 from support.places import ROOT
 from support.tokenizer_fixtures import CONTROL_TOKENS, LLAMA4_TOKENIZER, loaded_tokenizer, toy_tokenizer_folder
 
@@ -97,7 +99,7 @@ def words(oracle: tokenizers.Tokenizer, text: str) -> list[str]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 1)
+    monkeypatch.setattr(pieces_module, "PIECE_CHARACTERS", 1)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 40)
 
 
@@ -114,7 +116,7 @@ def test_every_safe_cut_is_safe(
     for _ in range(300):
         text = "".join(draw.choices(ALPHABET, k=60))
         forced: list[int] = []
-        ends = list(module._piece_ends(text, forced))
+        ends = list(piece_ends(text, forced))
         cuts += len(ends) - 1
         pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         assert [word for piece in pieces for word in words(oracle, piece)] == words(oracle, text), repr(text)
@@ -163,8 +165,8 @@ def test_a_line_without_a_safe_cut_is_cut_by_force(tokenizer: Tokenizer) -> None
 
 
 def test_a_forced_cut_keeps_line_ends_whole(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
-    monkeypatch.setattr(module, "LONGEST_PIECE", 7)
+    monkeypatch.setattr(pieces_module, "PIECE_CHARACTERS", 4)
+    monkeypatch.setattr(pieces_module, "LONGEST_PIECE", 7)
     assert tokenizer.encode_data("\r\n" * 10).forced_cuts == (6, 12, 18)
     assert tokenizer.encode_data("日" * 10).forced_cuts == (7,)
 

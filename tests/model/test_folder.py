@@ -99,8 +99,9 @@ def test_a_file_that_is_replaced_between_look_and_open(tmp_path: Path, monkeypat
     (tmp_path / NAME).unlink()
     os.mkfifo(tmp_path / NAME)
     monkeypatch.setattr(os, "stat", lambda *args, **options: looked)
-    with pytest.raises(OSError, match="not a regular file"):
-        open_regular(tmp_path / NAME)
+    for is_seen in (False, True):
+        with pytest.raises(OSError, match="became a named pipe"):
+            open_regular(tmp_path / NAME, is_seen=is_seen)
 
 
 def test_a_read_that_ends_early_or_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,15 +26,15 @@ from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
 from l4ctx.planning.memory_plan import (
     MARGIN_BYTES,
-    PREFILL_CHUNK_SIZES,
     MemoryPlan,
     MemoryPlanError,
-    StepTime,
     host_budget,
+    step_time,
 )
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.remedies import check, tokens_that_fit
 from l4ctx.planning.remedies import remedies as remedies_of
+from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 from model.costs import activation_bytes, parameter_count
@@ -397,11 +397,11 @@ def test_the_prefill_chunk_grows_until_computing_hides_reading() -> None:
         capacity = Capacity(host=80 * GIB, operations=operations, reading=1e9)
         plan = MemoryPlan.of(streamed(), capacity)
         sizes[operations] = plan.prefill_chunk_size
-        assert StepTime.of(plan, capacity).is_hidden
+        assert step_time(plan, capacity).is_hidden
         assert plan.needed + plan.resident_weights + MARGIN_BYTES <= 80 * GIB
         assert any("computing hides the reading" in note for note in plan.notes) == (operations > 1e11)
         half = MemoryPlan.of(streamed(prefill_chunk_size=plan.prefill_chunk_size // 2), capacity)
-        assert plan.prefill_chunk_size == 8192 or not StepTime.of(half, capacity).is_hidden
+        assert plan.prefill_chunk_size == 8192 or not step_time(half, capacity).is_hidden
     assert list(sizes.values()) == [8192, 16384, 32768]
     fast = Capacity(host=80 * GIB, operations=4e12, reading=1e9)
     assert MemoryPlan.of(streamed(prefill_chunk_size=4096), fast).prefill_chunk_size == 4096

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from l4ctx.checkpoint import pieces
 from l4ctx.checkpoint import tokenizer as tokenizer_module
 from l4ctx.checkpoint.chat_template import ChatTemplate, PromptError
-from l4ctx.checkpoint.tokenizer import LONGEST_PIECE, Tokenizer
+from l4ctx.checkpoint.pieces import LONGEST_PIECE
+from l4ctx.checkpoint.tokenizer import Tokenizer
 from l4ctx.documents.document import Document
 from l4ctx.prompt.builder import ForcedCut, Prompt, PromptLengthError, build_prompt, check_length
 from l4ctx.spans import Span
@@ -297,7 +299,7 @@ def test_forced_cuts_are_reported(tokenizer: Tokenizer, template: ChatTemplate) 
 def test_texts_are_released_and_progress_is_told(
     tokenizer: Tokenizer, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 10)
     monkeypatch.setattr(tokenizer_module, "BATCH_CHARACTERS", 50)
     made: list[weakref.ref[Document]] = []
     alive_before_next: list[int] = []
