@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from support.toy_checkpoints import Toy, Toys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy shapes: more threads only slow each other down
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # every process that tests start would compile all sources again
+    sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's & ignores it, and our processes inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torchvision_oracle.prepare()  # before anything imports transformers, which imports torchvision if installed

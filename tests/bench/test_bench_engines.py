@@ -79,31 +79,34 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+def bench(config_file: str, *more: str) -> list[str]:
+    arguments = ["bench", "--config", config_file, "--tokens", "40", "--decode", "3", "--rounds", "1"]
+    return [*arguments, "--dtype", "float32", "--no-ceilings", "--json", *more]
+
+
 @pytest.mark.slow
-def test_the_same_work_in_three_engines(config_file: str, tmp_path: Path) -> None:
-    """With real processes: JSON alone on stdout, the same first token where weights and ids are the same."""
+def test_workers_are_processes(config_file: str, tmp_path: Path) -> None:
+    """JSON alone on stdout, and no file is left."""
     program = script(tmp_path / "llama-bench", LLAMA)
     (tmp_path / "tmp").mkdir()
-    result = run_process(
-        "bench",
-        "--config",
-        config_file,
-        "--tokens",
-        "40",
-        "--decode",
-        "3",
-        "--rounds",
-        "1",
-        "--dtype",
-        "float32",
-        "--no-ceilings",
-        "--compare",
-        "transformers",
-        "--compare",
-        f"llama.cpp={program}",
-        "--json",
-        TMPDIR=str(tmp_path / "tmp"),
-    )
+    result = run_process(*bench(config_file, "--compare", f"llama.cpp={program}"), TMPDIR=str(tmp_path / "tmp"))
+    assert result.code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert not found["failures"] and not list((tmp_path / "tmp").glob("l4ctx*"))
+    assert [run["engine"] for run in found["runs"]] == ["l4ctx", "llama.cpp"]
+    assert found["runs"][0]["peak_anonymous"] > 2**20
+
+
+@pytest.mark.slow
+def test_the_same_work_in_three_engines(
+    config_file: str, tmp_path: Path, in_this_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same first token where weights and ids are the same."""
+    in_this_process()
+    program = script(tmp_path / "llama-bench", LLAMA)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    result = run_here(*bench(config_file, "--compare", "transformers", "--compare", f"llama.cpp={program}"))
     assert result.code == 0, result.stderr
     found = json.loads(result.stdout)
     assert not found["failures"] and not list((tmp_path / "tmp").glob("l4ctx*"))

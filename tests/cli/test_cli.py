@@ -1,7 +1,6 @@
 """What a person does, and what comes of it: exit code, stdout and stderr of the `l4ctx` command, as a table.
 
-What ends before torch is imported runs as a process for each case; of the rest, what depends on a process (real
-pipes, signals, a terminal) does too, and the variants run here.
+What depends on a process (real pipes, signals, a terminal, what is imported) runs as one; the variants run here.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# Before torch: a process each
+# Before torch
 
 REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     (["ask"], None, 2, ["no question", "l4ctx ask QUESTION [PATH]...", "--question-file"]),
@@ -113,10 +112,9 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
 
 @pytest.mark.parametrize(("arguments", "stdin", "code", "parts"), REFUSED, ids=lambda value: repr(value)[:60])
 def test_refused_before_torch(
-    folder: Path, arguments: list[str | bytes], stdin: bytes | None, code: int, parts: list[str]
+    inside: Path, arguments: list[str | bytes], stdin: bytes | None, code: int, parts: list[str]
 ) -> None:
-    source = subprocess.DEVNULL if stdin is None else stdin
-    check_refused(run_process(*arguments, stdin=source, folder=folder, L4CTX_MODEL=str(TINY)), code, *parts)
+    check_refused(run_here(*map(os.fsdecode, arguments), stdin=stdin), code, *parts)
 
 
 def test_no_model(folder: Path) -> None:

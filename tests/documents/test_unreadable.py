@@ -17,7 +17,7 @@ import pytest
 from l4ctx.documents import reader
 from l4ctx.documents.document import DocumentError
 from l4ctx.documents.reader import read_documents
-from support.cli_runner import TINY
+from support.cli_runner import TINY, run_here
 from support.places import ROOT
 
 ERRORS = [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENAMETOOLONG]
@@ -174,42 +174,23 @@ def test_what_is_left_out_anyway_may_be_unreadable(folder: Path, monkeypatch: py
     assert [document.source for document in read_documents([folder], stdin=None).documents] == ["d/a.md", "d/z.md"]
 
 
-def run(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, after the statements `before`."""
-    code = f"import errno, os, sys\n{before}\nfrom l4ctx.cli.app import main\nmain()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        cwd=ROOT,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 @pytest.mark.slow
-def test_every_command_ends_and_a_kept_context_stays(folder: Path, tmp_path: Path) -> None:
-    context = tmp_path / "context"
-    assert run("prefill", folder, "-o", context, "--model", TINY).returncode == 0
-    before = {path: path.read_bytes() for path in context.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    fault = (
-        "original = os.open\ndef fails(path, *rest, **named):\n"
-        "    if str(path).endswith('sub/b.md'):\n        raise OSError(errno.EIO, 'Input/output error')\n"
-        "    return original(path, *rest, **named)\nos.open = fails"
-    )
-    for arguments in (
-        ("plan", folder),
-        ("prefill", folder, "-o", context),
-        ("ask", "What?", folder, "--context", context),
-    ):
-        ended = run(*arguments, "--model", TINY, before=fault)
-        assert (ended.returncode, ended.stdout) == (2, "")
+def test_every_command_ends_and_a_kept_context_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, docs, model = str(tmp_path / "context"), str(folder), ("--model", str(TINY))
+    assert run_here("prefill", docs, "-o", context, *model).code == 0
+    before = {path: path.read_bytes() for path in Path(context).rglob("*") if path.is_file() and path.suffix != ".lock"}
+    failing(monkeypatch, "open", "sub/b.md", errno.EIO)
+    for arguments in (("plan", docs), ("prefill", docs, "-o", context), ("ask", "What?", docs, "--context", context)):
+        ended = run_here(*arguments, *model)
+        assert (ended.code, ended.stdout) == (2, "")
         assert ended.stderr == (
             "l4ctx: d/sub/b.md: cannot be read: Input/output error (--skip-unreadable leaves it out)\n"
         )
         assert {path: path.read_bytes() for path in before} == before
-    told = run("plan", folder, "--model", TINY, "--skip-unreadable", "--json", before=fault)
-    assert told.returncode == 0 and "d/sub/b.md" in told.stdout
+    told = run_here("plan", docs, *model, "--skip-unreadable", "--json")
+    assert told.code == 0 and "d/sub/b.md" in told.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -424,23 +424,28 @@ def test_headers_alone_tell_names_shapes_and_bytes(flat: Path, sharded: Path) ->
 
 
 MEMORY = """
-import sys, torch, model.weights.loading as checkpoint
+import os, sys, torch, model.weights.loading as checkpoint
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-folder, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 torch.nn.Embedding(2, 2, device="meta"), torch.nn.Linear(2, 2, device="meta")  # imports much of torch at its first time
 torch.ones(8).to(torch.bfloat16)
-peak, assign = 0, checkpoint.set_weight
-def watched(*args):
-    global peak
-    assign(*args)
-    peak = max(peak, anonymous())
-checkpoint.set_weight = watched
-before = anonymous()
-loaded = checkpoint.load_checkpoint(folder, dtype=dtype)
-print(sum(p.nbytes for p in loaded.parameters()), max(p.numel() * 4 for p in loaded.parameters()),
-      max(peak, anonymous()) - before)
+def measure(folder, dtype):
+    peak, assign = 0, checkpoint.set_weight
+    def watched(*args):
+        nonlocal peak
+        assign(*args)
+        peak = max(peak, anonymous())
+    checkpoint.set_weight = watched
+    before = anonymous()
+    loaded = checkpoint.load_checkpoint(folder, dtype=dtype)
+    print(sum(p.nbytes for p in loaded.parameters()), max(p.numel() * 4 for p in loaded.parameters()),
+          max(peak, anonymous()) - before, flush=True)
+for dtype in sys.argv[2:]:  # a fork each
+    if not os.fork():
+        measure(sys.argv[1], getattr(torch, dtype))
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
@@ -466,16 +471,13 @@ def test_memory_while_loading(tmp_path: Path) -> None:
         empty = Transformer(TextConfig.from_dict(config))
     save_file({name: torch.ones(p.shape) for name, p in empty.named_parameters()}, tmp_path / SINGLE)
 
-    def measured(dtype: str) -> list[int]:
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(tmp_path), dtype], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return [int(word) for word in result.stdout.split()]
-
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), "float32", "bfloat16"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    mapped, converted = ([int(word) for word in line.split()] for line in result.stdout.splitlines())
     slack = 16 * 2**20  # modules on the meta device, allocator
-    weights, _, peak = measured("float32")
+    weights, _, peak = mapped
     assert weights > 110e6 and peak < slack
-    weights, largest, peak = measured("bfloat16")
+    weights, largest, peak = converted
     assert weights > 55e6 and peak < weights + largest + slack
 
 

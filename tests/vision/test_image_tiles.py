@@ -200,44 +200,52 @@ def test_numbers_equal_those_of_transformers_to_the_bit(processing: ImageProcess
     assert pixels.dtype == torch.uint8
 
 
-# Memory, in bytes beside the image and the interpreter.
+# Memory, in bytes beside the image and the interpreter. Each image has a fork of one process to itself.
 MEASURE = """
-import sys
+import os, sys
 from PIL import Image
 from l4ctx.checkpoint.image_processor import ImageProcessing
 from l4ctx.vision.tiles import image_tiles, tile_layout, tiling_bytes
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-width, height, size, most, to_max, resample = map(int, sys.argv[1:])
+def measure(width, height, size, most, to_max, resample):
+    processing = ImageProcessing(size, most, bool(to_max), resample=resample)
+    image_tiles(Image.new("RGB", (70, 50)), ImageProcessing(size=28, resample=resample))  # the pages of its code
+    image = Image.new("RGB", (width, height), (20, 40, 60))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    tiles = image_tiles(image, processing)
+    layout = tile_layout(width, height, processing)
+    print(*layout, memory("VmHWM") - before, tiling_bytes(layout, processing), tiles.nbytes, flush=True)
 image_tiles(Image.new("RGB", (70, 50)), ImageProcessing(size=28))
-processing = ImageProcessing(size, most, bool(to_max), resample=resample)
-image = Image.new("RGB", (width, height), (20, 40, 60))
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-tiles = image_tiles(image, processing)
-layout = tile_layout(width, height, processing)
-print(*layout, memory("VmHWM") - before, tiling_bytes(layout, processing), tiles.nbytes)
+for line in sys.stdin:
+    if not os.fork():
+        measure(*map(int, line.split()))
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
+MEASURED = [
+    ((1344, 1344), (336, 16, False, 2), (4, 4)),
+    ((900, 900), (336, 64, True, 3), (8, 8)),
+    ((6000, 9000), (336, 64, True, 1), (9, 6)),
+    ((1, 2**20), (336, 16, False, 1), (16, 1)),
+    ((20, 30), (1344, 1, False, 2), (1, 1)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize(
-    ("size", "processing", "layout"),
-    [
-        ((1344, 1344), (336, 16, False, 2), (4, 4)),
-        ((900, 900), (336, 64, True, 3), (8, 8)),
-        ((6000, 9000), (336, 64, True, 1), (9, 6)),
-        ((1, 2**20), (336, 16, False, 1), (16, 1)),
-        ((20, 30), (1344, 1, False, 2), (1, 1)),
-    ],
-)
-def test_tiling_needs_no_more_than_it_says(
-    size: tuple[int, int], processing: tuple[int, int, bool, int], layout: tuple[int, int]
+def test_tiling_needs_no_more_than_it_says() -> None:
+    asked = "".join(" ".join(str(int(n)) for n in (*size, *processing)) + "\n" for size, processing, _ in MEASURED)
+    run = subprocess.run([sys.executable, "-c", MEASURE], input=asked, capture_output=True, text=True, check=True)
+    for (size, processing, layout), line in zip(MEASURED, run.stdout.splitlines(), strict=True):
+        check_tiling(size, processing, layout, line)
+
+
+def check_tiling(
+    size: tuple[int, int], processing: tuple[int, int, bool, int], layout: tuple[int, int], line: str
 ) -> None:
-    command = [sys.executable, "-c", MEASURE, *(str(int(number)) for number in (*size, *processing))]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows, columns, peak, expected, tiles = map(int, run.stdout.split())
+    rows, columns, peak, expected, tiles = map(int, line.split())
     assert (rows, columns) == layout
     if size[0] <= columns * processing[0] and max(size) < 2**16:
         assert tiles < peak <= expected < 2 * peak + (18 << 20), peak / tiles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes
 
 KINDS = ("nf4", "fp4")
 SHAPES = ((7, 192), (22, 42), (5, 33), (300, 64))  # whole blocks, blocks across rows, bytes across rows, many blocks
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """bitsandbytes compiles its operators for each shape, with a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def quantized(kind: str, shape: tuple[int, int], is_double: bool, block: int = 64) -> tuple[Table4Matrix, Tensor]:
