@@ -10,6 +10,8 @@ import typer
 
 from l4ctx.run import choices
 
+MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers, see `model.bounds`
+
 
 def token_count(minimum: int) -> Callable[[str], int]:
     """Reads an option that counts tokens; the parser of arguments says which one is wrong."""
@@ -20,6 +22,8 @@ def token_count(minimum: int) -> Callable[[str], int]:
         count = _parsed(parse_tokens, str(text))  # a default is a number
         if count < minimum:
             raise typer.BadParameter(f"{text} is less than {minimum}")
+        if count > MOST_TOKENS:
+            raise typer.BadParameter(f"it is more than {MOST_TOKENS:,}, the last position that a model can have")
         return count
 
     return parse

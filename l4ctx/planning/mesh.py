@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from cache.layout import KV_DTYPES
 from l4ctx.planning.exchange import Exchange
-from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, PREFILL_CHUNK_SIZES, MemoryPlan
+from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES
 from l4ctx.planning.weights import StoredWeights, WeightBytes
 from l4ctx.planning.workload import TOKEN_ID_BYTES, Capacity, Workload
 from model.config import TextConfig

@@ -7,7 +7,7 @@ refused. For a number of tokens nothing but config.json is read, and torch is no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading, ImageUse
     from model.weights.sources import WeightSource
+
+MOST_PARTS = 1 << 12
+"""Of a prefill, whose times are estimated apart."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +121,30 @@ class _Read:
         reading = capacity.reading
         if (weights := plan.device_weights) is not None:
             copying = weights.residency.copied_a_pass / weights.rate(capacity)
-            steps = (self.operations(config, positions.start, positions.stop) for positions in self.steps(plan))
-            return sum(max(speed.seconds(operations), copying) for operations in steps)
+            for positions, count in self.steps(plan):
+                operations = self.operations(config, positions.start, positions.stop)
+                total += max(speed.seconds(operations), count * copying)
+            return total
         if not residency.is_streamed:
             return speed.seconds(self.operations(config, 0, self.tokens))
-        for positions in self.steps(plan):
+        for positions, count in self.steps(plan):
             computing = speed.seconds(self.operations(config, positions.start, positions.stop))
-            read = residency.read_a_step if positions.start else residency.total - residency.layers[-1].total
+            read = count * residency.read_a_step
+            if not positions.start:
+                read += residency.total - residency.layers[-1].total - residency.read_a_step
             total += max(computing, read / reading)
         return total
 
-    def steps(self, plan: MemoryPlan) -> list[range]:
-        """Those of the prefill, roughly."""
-        size = plan.prefill_chunk_size
-        return [range(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
+    def number_of_steps(self, plan: MemoryPlan) -> int:
+        return -(-self.tokens // plan.prefill_chunk_size)
+
+    def steps(self, plan: MemoryPlan) -> Iterator[tuple[range, int]]:
+        """Those of the prefill, roughly, in at most MOST_PARTS parts: the positions of each, and how many steps."""
+        size, steps = plan.prefill_chunk_size, self.number_of_steps(plan)
+        together = -(-steps // MOST_PARTS)
+        for first in range(0, steps, together):
+            count = min(together, steps - first)
+            yield range(first * size, min((first + count) * size, self.tokens)), count
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:
@@ -189,7 +202,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         seconds=None if speed is None else seconds(plan),
         assumed_seconds=None if assumed is None else seconds(plan),
         read_from_disk=_read_from_disk(plan),
-        weights_read=residency.read_a_step * (len(read.steps(plan)) - 1),
+        weights_read=residency.read_a_step * (read.number_of_steps(plan) - 1),
         forms=list(form_plans(workload, capacity, seconds)) if is_large else [],
     )
 

@@ -439,6 +439,21 @@ def test_rules_that_cannot_be_read_refuse(tmp_path: Path, way: str, monkeypatch:
     assert "r/a.md" in sources(read(repo, skip_unreadable=True))
 
 
+def test_a_read_that_ends_early_loses_no_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_git(monkeypatch)
+    repo = repository(tmp_path / "r", {"a.md": "a", ".gitignore": "*.log", "b.log": "b"})
+    original = os.fstat
+
+    def larger(descriptor: int) -> os.stat_result:
+        status = original(descriptor)
+        is_rules = status.st_size == len("*.log")
+        return os.stat_result((*status[:6], status.st_size + is_rules, *status[7:]))
+
+    monkeypatch.setattr(os, "fstat", larger)
+    with pytest.raises(DocumentError, match=r"gitignore: cannot be read: only 5 of its 6 bytes could be read"):
+        read(repo)
+
+
 @pytest.fixture(autouse=True)
 def _no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every git that was started has been waited for."""

@@ -33,7 +33,7 @@ from support.fork_server import Ended
 
 NOISE = re.compile(r"Traceback|panicked|Warning:|Exception ignored|Fatal Python|core dumped|INTERNAL ASSERT")
 SAYS_SO = re.compile(
-    r"unknown|cannot|could not|unreadable|not be|missing|damaged|left out|changed|error|denied", re.IGNORECASE
+    r"unknown|cannot|could not|unreadable|not be|missing|damage|left out|changed|error|denied", re.IGNORECASE
 )
 CODES = {0, 1, 2, 3, 4, 5, 6, 7}
 FIRST = 3  # of the errors of each call are tried before the others

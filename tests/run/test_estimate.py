@@ -128,6 +128,16 @@ def test_what_fits(scout: Path, tmp_path: Path) -> None:
     assert on_disk.capacity.disk_folder == str(tmp_path)
 
 
+def test_billions_of_steps_are_estimated_at_once(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"tokens": 2**20, "prefill_chunk_size": 256, "weights_memory": 4 * GIB, "rate": 1e12}
+    apart = planned(scout, **options)
+    monkeypatch.setattr(estimate, "MOST_PARTS", 100)
+    together = planned(scout, **options)
+    assert apart.seconds is not None and together.seconds == pytest.approx(apart.seconds, rel=0.01)
+    assert together.weights_read == apart.weights_read > 0
+    assert (planned(scout, **options | {"tokens": 2**31 - 1, "prefill_chunk_size": 1}).seconds or 0) > apart.seconds
+
+
 def test_more_tokens_than_positions(scout: Path) -> None:
     report = planned(scout, tokens=10485760, max_new_tokens=1)
     assert report.exceeds_positions and not report.fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import stat
@@ -145,12 +146,16 @@ def read_start(path: str, most: int, *, follow_link: bool) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags | (0 if follow_link else getattr(os, "O_NOFOLLOW", 0)))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise PatternFileError("is not a file: it has no effect")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(most)
+            content = file.read(most)
     finally:
         os.close(descriptor)
+    if len(content) < min(status.st_size, most):  # else patterns would be lost
+        raise OSError(errno.EIO, f"only {len(content):,} of its {status.st_size:,} bytes could be read", path)
+    return content
 
 
 @dataclass(frozen=True)
