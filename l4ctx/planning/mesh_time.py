@@ -24,6 +24,9 @@ from model.weights.owners import Owner
 LATENCY = 20e-6
 """Seconds that each exchange between ranks takes beside its bytes: assumed."""
 
+MOST_PARTS = 4096
+"""Of a prefill, whose times are computed apart."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -55,6 +58,9 @@ class Seconds:
     def share_waiting(self) -> float:
         """For links of all kinds."""
         return 1 - self.computing / self.total if self.total else 0.0
+
+    def times(self, count: int) -> Seconds:
+        return Seconds(*(count * getattr(self, name) for name in self.__dataclass_fields__))
 
     @classmethod
     def added(cls, parts: list[Seconds]) -> Seconds:
@@ -98,13 +104,28 @@ class MeshTime:
         return self._seconds(start, stop, layer_kinds(self.rank, is_decode=False), computing, a_key)
 
     def prefill(self) -> Seconds:
-        """Of all steps."""
-        return Seconds.added([self.step(positions.start, positions.stop) for positions in self.steps])
+        """Of all steps; of very many, one in the middle stands for those around it."""
+        last = self.number_of_steps - 1
+        together = max(1, last // MOST_PARTS)
+        parts = [self._step(last)]  # which may be shorter
+        for first in range(0, last, together):
+            count = min(together, last - first)
+            parts.append(self._step(first + count // 2).times(count))
+        return Seconds.added(parts)
 
     @property
-    def steps(self) -> list[range]:
-        tokens, size = self.rank.workload.prompt_tokens, self.rank.prefill_chunk_size
-        return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    def number_of_steps(self) -> int:
+        return -(-self.rank.workload.prompt_tokens // self.rank.prefill_chunk_size)
+
+    def positions(self, step: int) -> range:
+        """Those that a step of the prefill reads; -1 is the last one."""
+        size = self.rank.prefill_chunk_size
+        start = step % self.number_of_steps * size
+        return range(start, min(start + size, self.rank.workload.prompt_tokens))
+
+    def _step(self, number: int) -> Seconds:
+        positions = self.positions(number)
+        return self.step(positions.start, positions.stop)
 
     def token(self) -> Seconds:
         """Of one token of an answer behind the whole prompt: reading the GPU's memory counts as computing."""

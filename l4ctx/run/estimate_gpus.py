@@ -44,7 +44,7 @@ class GpuReport:
     @property
     def traffic(self) -> Traffic:
         """Of the last prefill step, which has the most."""
-        last = self.time.steps[-1]
+        last = self.time.positions(-1)
         return self.time.traffic(last.start, last.stop)
 
     @property

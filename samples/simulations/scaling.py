@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cache.layout import KV_DTYPES
-from l4ctx.formatting import human_bytes, human_seconds
+from l4ctx.formatting import human_seconds
 from l4ctx.planning.mesh import Mesh, RankPlan
 from l4ctx.planning.mesh_time import LATENCY, MeshTime, Rates, Seconds
 from l4ctx.planning.published import PUBLISHED
@@ -101,12 +102,10 @@ class Case:
 
     def simulated(self, samples: int = SAMPLES) -> tuple[float, float]:
         """Seconds of the whole prefill, and of these those that a rank computes."""
-        *whole, last = self.time.steps
-        end = self.played(last)  # shorter than the others
-        if not whole:
-            return end.seconds, end.computing
-        chosen = sorted({round((len(whole) - 1) * i / (samples - 1)) for i in range(samples)})
-        found = [self.played(whole[number]) for number in chosen]
+        whole = self.time.number_of_steps - 1
+        end = self.played(self.time.positions(whole))  # shorter than the others
+        chosen = sorted({round((whole - 1) * i / (samples - 1)) for i in range(samples)})
+        found = [self.played(self.time.positions(number)) for number in chosen]
         return (
             end.seconds + _interpolated(chosen, [played.seconds for played in found]),
             end.computing + _interpolated(chosen, [played.computing for played in found]),
@@ -136,13 +135,15 @@ def _h200(name: str, form: str, tensor: int, context: int) -> Case:
 
 def scaling() -> list[Case]:
     """The cases of the first table."""
-    card = {"accelerator": 24 * GIB, "host": 64 * GIB}
+    card: dict[str, Any] = {"accelerator": 24 * GIB, "host": 64 * GIB, "disk_folder": "disk"}
     alone = Mesh()
     return [
         *(_h200("bf16", "bfloat16", tensor, context) for tensor, context in ((8, 1), (4, 2), (2, 4))),
         *(_h200("FP8", "FP8", tensor, context) for tensor, context in ((2, 4), (1, 8))),
-        Case("w4a16, int8 keys and values", "w4a16", 10**6, alone, Capacity(**card), RTX_4090, "int8"),
-        Case("w4a16, bf16 on disk too", "w4a16", 10**6, alone, Capacity(**card, disk_folder="disk"), RTX_4090),
+        *(
+            Case(f"w4a16, {name} keys and values", "w4a16", 10**6, alone, Capacity(**card), RTX_4090, kv_dtype)
+            for name, kv_dtype in (("int8", "int8"), ("bf16", "auto"))
+        ),
     ]
 
 
@@ -162,11 +163,11 @@ def scaling_rows() -> Iterator[str]:
     for case in scaling():
         rank, closed = case.rank, case.time.prefill()
         seconds, computing = case.simulated()
-        disk = human_bytes(rank.disk) if rank.disk else "–"
+        tiers = " | ".join(f"{num_bytes / GIB:.0f} GiB" for num_bytes in (rank.device, rank.host, rank.disk))
         yield (
-            f"| {case.name} | {case.tokens // 10**6}M | {human_bytes(rank.device)} | {human_bytes(rank.host)} | {disk} "
+            f"| {case.name} | {case.tokens // 10**6}M | {tiers} "
             f"| {human_seconds(closed.total)} | {human_seconds(seconds)} | {_waits(seconds, computing)} "
-            f"| {case.time.token().total:.2g} s |"
+            f"| {case.time.token().total:.1g} s |"
         )
 
 
@@ -176,7 +177,7 @@ def hiding_rows() -> Iterator[str]:
     yield "|---|---|---|"
     for chunk in CHUNKS:
         case = hiding(chunk)
-        last = case.time.steps[-2]  # the very last one is shorter
+        last = case.time.positions(-2)  # the very last one is shorter
         closed: Seconds = case.time.step(last.start, last.stop)
         played = case.played(last)
         yield f"| {chunk:,} | {closed.share_waiting:.0%} | {_waits(played.seconds, played.computing)} |"

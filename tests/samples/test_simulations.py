@@ -41,8 +41,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.form}-{case.mesh.tensor}x{case.mesh.context}")
 def test_closed_form_and_simulation_agree(case: Case) -> None:
     """Within 10 %, and in the bytes that are copied exactly; of what ranks send the simulation tells the most."""
-    steps = case.time.steps
-    for positions in (steps[len(steps) // 3], steps[-2]):
+    for positions in (case.time.positions(case.time.number_of_steps // 3), case.time.positions(-2)):
         closed, played = case.time.step(positions.start, positions.stop), case.played(positions)
         assert math.isclose(closed.total, played.seconds, rel_tol=0.1), (closed, played)
         traffic = case.time.traffic(positions.start, positions.stop)
@@ -67,17 +66,17 @@ def test_the_tables_of_the_design_are_what_the_command_prints() -> None:
 def test_without_links_a_step_takes_what_it_computes() -> None:
     at_once = Rates(compute=1e15, link=math.inf, host_link=math.inf, disk=math.inf)
     alone = case("bfloat16", Mesh(), at_once, 4096, kv_device=0, kv_host=GIB)
-    played = alone.played(alone.time.steps[-2])
+    played = alone.played(alone.time.positions(-2))
     assert played.copied > 50 * GIB and played.read > 0
     assert math.isclose(played.seconds, played.computing, rel_tol=1e-9)
-    closed = alone.time.step(alone.time.steps[-2].start, alone.time.steps[-2].stop)
+    closed = alone.time.step(alone.time.positions(-2).start, alone.time.positions(-2).stop)
     assert math.isclose(played.seconds, closed.total, rel_tol=1e-9)
 
 
 def test_without_computing_a_step_takes_what_is_copied() -> None:
     at_once = Rates(compute=math.inf, link=math.inf, host_link=1e10, disk=math.inf)
     alone = case("FP8", Mesh(), at_once, 4096, kv_device=0)
-    played = alone.played(alone.time.steps[-2])
+    played = alone.played(alone.time.positions(-2))
     assert played.computing == 0 and math.isclose(played.seconds, played.copied / 1e10, rel_tol=1e-9)
 
 
@@ -86,7 +85,7 @@ def test_longer_prefill_chunks_wait_less_until_they_do_not_wait() -> None:
     waits = []
     for chunk in (512, 1024, 2048, 2800, 3400):
         streamed = hiding(chunk)
-        played = streamed.played(streamed.time.steps[-2])
+        played = streamed.played(streamed.time.positions(-2))
         waits.append(1 - played.computing / played.seconds)
     assert all(more > less for more, less in pairwise(waits))
     assert waits[0] > 0.8 and 0.05 < waits[3] < 0.15 and waits[4] < 0.01
