@@ -12,19 +12,14 @@ from model.context_division import ContextRank
 
 
 class ContextKVCache:
-    """`length` tokens at most, of which `own` holds those of this rank; `own_length` says how many these are."""
+    """`length` tokens at most, of which `own` holds those of this rank: `ContextRank.own_length`."""
 
     def __init__(self, own: HybridKVCache, rank: ContextRank, length: int) -> None:
-        assert own.length >= self.own_length(rank, length, own.config.attention_chunk_size), "own part is too small"
+        assert own.length >= rank.own_length(length, own.config.attention_chunk_size), "own part is too small"
         self.config, self.layout, self.batch_size, self.dtype = own.config, own.layout, own.batch_size, own.dtype
         self.rank, self.length = rank, length
         self.offset = 0
         self._own = own
-
-    @staticmethod
-    def own_length(rank: ContextRank, length: int, chunk_size: int) -> int:
-        """The length of a rank's own cache in a run of `length` tokens; there is none of no tokens."""
-        return max(1, rank.tokens_before(length, chunk_size))
 
     @property
     def own(self) -> HybridKVCache:

@@ -44,6 +44,10 @@ class ContextRank:
         chunks = 2 * periods + (place > self.number) + (place > 2 * self.count - 1 - self.number)
         return chunks * chunk_size + (rest if self.owner(chunk) == self.number else 0)
 
+    def own_length(self, length: int, chunk_size: int) -> int:
+        """The length of this rank's own cache in a run of `length` tokens; there is none of no tokens."""
+        return max(1, self.tokens_before(length, chunk_size))
+
     def pieces(self, positions: range, chunk_size: int) -> Iterator[Piece]:
         """The tokens at these positions, oldest first, cut where the owner changes."""
         start = position = positions.start
@@ -53,6 +57,18 @@ class ContextRank:
             if position == positions.stop or self.owner(position // chunk_size) != owner:
                 yield Piece(owner, range(start, position))
                 start = position
+
+    def most_in_a_step(self, step: int, chunk_size: int) -> int:
+        """The most tokens that one rank has of those that are read at a time, so many on an absolute grid."""
+        if step < chunk_size:
+            return step
+        starts = range(0, 2 * self.count * step, step)
+        ranks = [ContextRank(number, self.count) for number in range(self.count)]
+        return max(
+            rank.tokens_before(start + step, chunk_size) - rank.tokens_before(start, chunk_size)
+            for start in starts
+            for rank in ranks
+        )
 
     def keys_seen(self, pieces: Sequence[Piece], chunk_size: int) -> int:
         """How many of this rank's keys the queries of other ranks see: its first ones, as chunks are whole."""
@@ -72,6 +88,14 @@ def bytes_of_queries(config: TextConfig, queries: int, itemsize: int) -> int:
 def bytes_of_keys(config: TextConfig, keys: int, itemsize: int) -> int:
     """Bytes of so many keys and values on their way to one rank."""
     return keys * 2 * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def meeting_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+    """Upper estimate of what a rank holds while it attends queries of all ranks, `tokens` in one row of a batch.
+
+    The queries twice, while they are joined; five times their size in float32 where partial results are merged.
+    """
+    return tokens * config.num_attention_heads * config.head_dim * (2 * itemsize + 5 * PARTIAL_ITEMSIZE)
 
 
 class Exchanged(NamedTuple):

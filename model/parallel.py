@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from model.attention import Step
 from model.config import TextConfig
@@ -102,16 +102,28 @@ class GroupContextExchange:
         return [part.view(own.shape) for part in found.chunk(count)]
 
 
-def mesh_exchanges(tensor: int, context: int) -> tuple[GroupExchange, GroupContextExchange]:
+def mesh_exchanges(
+    tensor: int, context: int, timeout: timedelta | None = None
+) -> tuple[GroupExchange, GroupContextExchange]:
     """This process's exchanges in a mesh of context x tensor ranks; further processes of the group are copies of it.
 
-    Tensor ranks are the inner axis, since they talk most. Every process calls it.
+    Tensor ranks are the inner axis, since they talk most. Every process calls it, since each takes part in making all
+    groups (a DeviceMesh would make them without `timeout`).
     """
-    shape = (dist.get_world_size() // (tensor * context), context, tensor)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "context", "tensor"))
+    size, number = tensor * context, dist.get_rank()
+    rows = [range(start, start + tensor) for start in range(0, dist.get_world_size(), tensor)]
+    columns = [
+        range(start + place, start + size, tensor)
+        for start in range(0, dist.get_world_size(), size)
+        for place in range(tensor)
+    ]
+    groups = [
+        next(group for ranks, group in [(x, dist.new_group(list(x), timeout)) for x in axis] if number in ranks)
+        for axis in (rows, columns)
+    ]
     return (
-        GroupExchange(TensorRank(mesh.get_local_rank("tensor"), tensor), mesh.get_group("tensor")),
-        GroupContextExchange(ContextRank(mesh.get_local_rank("context"), context), mesh.get_group("context")),
+        GroupExchange(TensorRank(number % tensor, tensor), groups[0]),
+        GroupContextExchange(ContextRank(number % size // tensor, context), groups[1]),
     )
 
 

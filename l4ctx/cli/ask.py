@@ -148,6 +148,7 @@ def ask(
     device: options.Device = "auto",
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
+    context_ranks: options.ContextRanks = 1,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -180,6 +181,8 @@ def ask(
         )
 
         check_stdout("the answer to")
+        if context_ranks > 1 and launch is None:
+            raise UsageError("--context-ranks: torchrun starts the processes to divide the work over; see the manual")
         saved = ContextOptions(context, save_context, is_added_to=bool(add), replace=replace)
         _check_contexts(saved, paths or [])
         _check_questions(questions, question_file, batch=batch, in_order=in_order, answers=resume_answers)
@@ -219,7 +222,14 @@ def ask(
                 draft_tokens=draft_tokens,
             ),
             ComputeOptions(
-                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
+                device,
+                dtype,
+                attention,
+                prefill_chunk_size,
+                quantize,
+                weights_memory,
+                weights_device_memory,
+                context_ranks,
             ),
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
             asked,

@@ -201,6 +201,16 @@ Attention = Annotated[
         show_default=False,
     ),
 ]
+ContextRanks = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Of the processes that torchrun started: divide what is read over N of them, and the model over the rest "
+        "(default: 1, the model over all of them).",
+        show_default=False,
+    ),
+]
 PrefillChunkSize = Annotated[
     int | None,
     typer.Option(

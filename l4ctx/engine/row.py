@@ -12,7 +12,6 @@ from torch import Tensor
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.choose import choose
 from l4ctx.engine.loop_guard import LoopGuard
-from model.attention import KVCache
 
 StopReason = Literal["stop", "length", "repetition"]
 
@@ -29,8 +28,10 @@ class Drafts(Protocol):
         ...
 
 
-class AnswerCache(KVCache, Protocol):
-    """A cache that takes back tokens of an answer."""
+class AnswerCache(Protocol):
+    """What an answer needs of the cache that its tokens are appended to."""
+
+    offset: int
 
     @property
     def room(self) -> int: ...

@@ -21,6 +21,7 @@ from l4ctx.planning.device_weights import DeviceWeights
 from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES, STREAMING_CHUNK_SIZES, WORTH_GROWING, StepTime
 from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
+from model.context_division import meeting_bytes
 from model.costs import activation_bytes
 from model.division import exchange_bytes
 from model.errors import UserError
@@ -81,8 +82,8 @@ class MemoryPlan:
     def placed(self, residency: Residency, step: int) -> MemoryPlan:
         """The same plan with blocks in these tiers; `step` is the most tokens read at a time."""
         workload = self.workload
-        end = held_bytes(self.layout, workload.length, residency, all_on_disk=workload.is_saved)
-        peak = peak_bytes(self.layout, workload.length, step, residency, all_on_disk=workload.is_saved)
+        end = held_bytes(self.layout, workload.held, residency, all_on_disk=workload.is_saved)
+        peak = peak_bytes(self.layout, workload.held, step, residency, all_on_disk=workload.is_saved)
         return replace(self, residency=residency, end=end, peak=peak)
 
     @property
@@ -230,7 +231,7 @@ class MemoryPlan:
                 "prefill_chunk_size",
             )
         }
-        device, host, _ = self.residency.split(layout.sealed_rows(self.workload.length))
+        device, host, _ = self.residency.split(layout.sealed_rows(self.workload.held))
         return {
             "tokens": self.workload.length,
             **numbers,
@@ -274,7 +275,8 @@ def _room_for_weights(workload: Workload, free: int) -> int:
 def _within(workload: Workload, capacity: Capacity) -> MemoryPlan:
     """The plan with the largest prefill chunk that fits."""
     plans: list[MemoryPlan] = []
-    for size in (workload.prefill_chunk_size,) if workload.prefill_chunk_size else PREFILL_CHUNK_SIZES:
+    sizes = [size * workload.context_ranks for size in PREFILL_CHUNK_SIZES]
+    for size in (workload.prefill_chunk_size,) if workload.prefill_chunk_size else sizes:
         plans.append(_with_chunk_size(workload, capacity, size))
         if not plans[-1].shortfalls(capacity):
             break
@@ -319,10 +321,13 @@ def _with_weights(
 ) -> MemoryPlan:
     """Keeps as many sealed blocks as fit on the accelerator, then in host memory; the rest goes to disk, if any."""
     layout, on_accelerator = workload.layout, capacity.accelerator is not None
-    step, rows = min(prefill_chunk_size, workload.step_tokens), layout.sealed_rows(workload.length)
-    activations = activation_bytes(workload.config, step, KV_DTYPES[workload.dtype])
+    together, rows = min(prefill_chunk_size, workload.step_tokens), layout.sealed_rows(workload.held)
+    step, itemsize = workload.own_step(together), KV_DTYPES[workload.dtype]
+    activations = activation_bytes(workload.config, step, itemsize)
     if workload.whole is not None:
-        activations = max(activations, exchange_bytes(workload.config, step, KV_DTYPES[workload.dtype], workload.ranks))
+        activations = max(activations, exchange_bytes(workload.config, step, itemsize, workload.ranks))
+    if workload.context_ranks > 1:
+        activations += meeting_bytes(workload.config, together, itemsize)
     residency, nothing = Residency(on_accelerator=on_accelerator), KVBytes(0, 0, 0)
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)
     plan = replace(plan, device_weights=device_weights)
@@ -356,7 +361,7 @@ def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
     if plan.device_weights is not None:
         yield from plan.device_weights.notes(capacity)
     yield from _streaming_notes(plan, capacity)
-    chosen = plan.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
+    chosen = plan.workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0] * plan.workload.context_ranks
     if plan.prefill_chunk_size < chosen:
         yield f"the prefill chunk is {plan.prefill_chunk_size} tokens, so that the activations fit"
 

@@ -11,6 +11,7 @@ from cache.residency import fork_bytes
 from l4ctx.drafts.index import ORDER_BYTES, SEGMENT_TOKENS, SORTING_BYTES
 from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
+from model.context_division import ContextRank
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 from model.weights.owners import Owner
 from model.weights.residency import WeightResidency
@@ -106,10 +107,20 @@ class Workload:
     whole: TextConfig | None = None  # the whole model's, where `config` is one rank's part
     ranks: int = 1  # that the model is divided over
     gathers_rows: bool = False  # a row of all ranks' blocks is in memory while it is written
+    context_ranks: int = 1  # that the tokens are divided over; what is planned is the first one's part
 
     @property
     def length(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def held(self) -> int:
+        """Tokens of the run that this rank's cache holds."""
+        return ContextRank(0, self.context_ranks).own_length(self.length, self.config.attention_chunk_size)
+
+    def own_step(self, step: int) -> int:
+        """The most tokens that one rank computes of `step`."""
+        return ContextRank(0, self.context_ranks).most_in_a_step(step, self.config.attention_chunk_size)
 
     @property
     def read_tokens(self) -> int:
@@ -194,9 +205,9 @@ class Workload:
     @cached_property
     def layout(self) -> StoreLayout:
         if self.saved_layout is not None:
-            return replace(self.saved_layout, length=self.length)
+            return replace(self.saved_layout, length=self.held)
         whole = self.whole or self.config
-        layout = StoreLayout.of(whole, length=self.length, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        layout = StoreLayout.of(whole, length=self.held, dtype=self.dtype, kv_dtype=self.kv_dtype)
         return layout.of_rank(self.config)
 
     def without_images(self) -> Workload:

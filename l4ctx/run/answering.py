@@ -56,7 +56,7 @@ def answers(session: Session) -> Iterator[Progress]:
     began, tokens = time.perf_counter(), 0
     rounds = answer_rounds(
         session.model,
-        session.cache,
+        session.undivided_cache,
         _asked(asking),
         begin,
         rows=plan.workload.rows.count,

@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from l4ctx.machine.ranks import Launch
 from model.division import TensorRank
 from model.errors import RankLostError
-from model.parallel import GroupExchange
+from model.parallel import GroupContextExchange, GroupExchange, mesh_exchanges
 
 FOREVER = timedelta(days=30)
 """A leader may wait for a reader of its answer; torchrun sees which processes end."""
@@ -54,6 +54,17 @@ class Channel:
             _backends(), store=self._store, rank=launch.number, world_size=launch.count, timeout=FOREVER
         )
         self.exchange = GroupExchange(TensorRank(launch.number, launch.count))
+
+    def mesh(self, context_ranks: int) -> tuple[GroupExchange | None, GroupContextExchange | None]:
+        """What the model exchanges: with the ranks that share its layers, and with those that share the sequence.
+
+        Called by all ranks at the same time.
+        """
+        if context_ranks == 1:
+            return self.exchange, None
+        tensor_ranks = self.exchange.rank.count // context_ranks
+        exchange, context = mesh_exchanges(tensor_ranks, context_ranks, FOREVER)
+        return exchange if tensor_ranks > 1 else None, context
 
     def announce(self, kind: int, *numbers: int) -> None:
         self.tell([kind, *numbers, *[0] * (NUMBERS - 1 - len(numbers))])

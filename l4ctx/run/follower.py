@@ -14,7 +14,7 @@ from l4ctx.machine.device import device_of_rank, prepare_torch
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, RESTORE, TAIL, Channel
 from l4ctx.run.rank_rows import RankRows, heads_of
-from l4ctx.run.ranks import DTYPES, LOGITS, Job
+from l4ctx.run.ranks import DTYPES, LOGITS, Job, undivided
 from model.config import TextConfig
 from model.errors import RankLostError, UserError
 
@@ -45,7 +45,7 @@ class Follower:
 
     def __init__(self, channel: Channel, job: Job, device: torch.device | str = "cpu") -> None:
         self._channel = channel
-        self._model = job.load(channel.exchange, device)
+        self._model = job.load(*channel.mesh(job.context_ranks), device=device)
         self._whole = TextConfig.from_folder(Path(job.model))
         self._scratch = job.scratch()
         self._rows = None
@@ -67,12 +67,12 @@ class Follower:
                 self._compute_forks(*numbers[:2])
             elif kind == RESTORE:
                 held = Held.from_dict(self._channel.hear_json())
-                held.restore(self._cache, heads_of(self._whole, self._channel.exchange.rank))
+                held.restore(undivided(self._cache), heads_of(self._whole, self._channel.exchange.rank))
             elif kind == TAIL:
                 assert self._rows is not None
-                self._rows.tail(self._cache)
+                self._rows.tail(undivided(self._cache))
             else:  # UNSAVED
-                self._cache.rows = self._scratch
+                undivided(self._cache).rows = self._scratch
 
     def _compute(self, kind: int, x: Tensor, state: int) -> None:
         if kind == EMBED:
@@ -89,7 +89,7 @@ class Follower:
         before, self._forks = self._forks, {}
         fed, caches, counts = [], [], []
         for number, capacity, offset, count, wanted in table:
-            fork = self._forks[number] = before.get(number) or ForkedKVCache(self._cache, capacity)
+            fork = self._forks[number] = before.get(number) or ForkedKVCache(undivided(self._cache), capacity)
             _rewind(fork, offset)
             if count:
                 fed.append(ids[:count])

@@ -239,7 +239,7 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
     stored = checked_sources(request.model, config)
     held, own = stored, config
     if request.launch is not None:
-        held, own = _divided(request.launch, stored, config, note)
+        held, own = _divided(request.launch, request.compute.context_ranks, stored, config, note)
     weights = quantized_sources(held, choices.compute.quantization)
     if (text := unused_weights(request.model)) is not None:
         note(text)
@@ -258,6 +258,7 @@ def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callabl
 
 def _divided(
     launch: Launch,
+    context_ranks: int,
     stored: dict[str, WeightSource],
     config: TextConfig,
     note: Callable[[str], None],
@@ -267,10 +268,11 @@ def _divided(
     from model.division import TensorRank, divided
     from model.weights.cutting import cut_sources
 
-    rank = TensorRank(launch.number, launch.count)
+    tensor_ranks = launch.count // context_ranks
+    rank = TensorRank(launch.number % tensor_ranks, tensor_ranks)
     own = divided(config, rank)
-    note(note_on(config, launch.count))
-    return cut_sources(stored, config, rank), own
+    note(note_on(config, launch.count, context_ranks))
+    return cut_sources(stored, config, rank) if tensor_ranks > 1 else stored, own
 
 
 def _sampling(asked: AnswerOptions, generation: GenerationConfig, note: Callable[[str], None]) -> Sampling:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache.blocks import Block
+from cache.context import ContextKVCache
 from cache.disk import Scratch
 from cache.fork import ForkedKVCache
 from cache.hybrid import HybridKVCache
@@ -28,8 +29,9 @@ from l4ctx.formatting import counted
 from l4ctx.run.channel import EMBED, FORWARD, RAGGED, RESTORE, TAIL, UNSAVED, Channel, leading
 from l4ctx.run.rank_rows import RankRows, heads_of
 from model.config import TextConfig
+from model.context_parallel import ContextTransformer
 from model.division import copies_of_kv_heads
-from model.parallel import GroupExchange
+from model.parallel import GroupContextExchange, GroupExchange
 from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
@@ -52,13 +54,33 @@ def check(request: Request) -> None:
     ):
         if value is not None:
             raise UsageError(f"{option} does not go with several ranks yet: run l4ctx without torchrun")
+    context_ranks = request.compute.context_ranks
+    if context_ranks == 1:
+        return
+    assert request.launch is not None, "nobody to share with"
+    if request.launch.count % context_ranks:
+        raise UsageError(
+            f"--context-ranks {context_ranks}: {request.launch.count} ranks cannot be divided by it; "
+            "start another number"
+        )
+    for option, is_given in (
+        ("--questions", request.questions is not None),
+        ("--context", request.context.answer_from is not None),
+        ("--save-context", request.context.save_to is not None),
+    ):
+        if is_given:
+            raise UsageError(f"{option} does not go with --context-ranks yet: leave that out")
 
 
-def note_on(config: TextConfig, count: int) -> str:
+def note_on(config: TextConfig, count: int, context_ranks: int = 1) -> str:
     """What the user should know; `config` is the whole model's."""
-    heads, copies = config.num_key_value_heads, copies_of_kv_heads(config, count)
-    replicated = f"; {counted(heads, 'KV head')} for {count} ranks: each is on {copies} of them" if copies > 1 else ""
-    return f"{count} ranks, and the model divided over them{replicated}"
+    heads, tensor = config.num_key_value_heads, count // context_ranks
+    copies = copies_of_kv_heads(config, tensor)
+    replicated = f"; {counted(heads, 'KV head')} for {tensor} ranks: each is on {copies} of them" if copies > 1 else ""
+    if context_ranks == 1:
+        return f"{count} ranks, and the model divided over them{replicated}"
+    model = f"in groups of {tensor}, over each of which the model is divided" if tensor > 1 else "each with the model"
+    return f"{count} ranks {model}; the documents are divided over {context_ranks}{replicated}"
 
 
 def dismiss(launch: Launch) -> None:
@@ -84,6 +106,8 @@ class Job:
     is_saved: bool  # what is read is kept in a context
     device: str = "cpu"  # or cuda: each rank's own
     device_rows: int = 0
+    context_ranks: int = 1
+    is_mapped: bool = False
 
     @classmethod
     def of(cls, request: Request, plan: MemoryPlan, length: int, attention: str) -> Job:
@@ -102,40 +126,59 @@ class Job:
             request.context.save_to is not None,
             "cuda" if plan.residency.on_accelerator else "cpu",
             plan.residency.device_rows,
+            request.compute.context_ranks,
+            plan.weights_are_mapped,
         )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def load(self, exchange: GroupExchange, device: torch.device | str = "cpu") -> Transformer:
-        """Raises CheckpointError."""
+    def load(
+        self,
+        exchange: GroupExchange | None,
+        context: GroupContextExchange | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Transformer:
+        """`Channel.mesh` makes the exchanges. Raises CheckpointError."""
         return load_checkpoint(
             self.model,
             dtype=self.dtype,
             device=device,
             attention=self.attention,
-            is_mapped=False,
+            is_mapped=self.is_mapped,
             quantization=None if self.quantize is None else Quantization.parse(self.quantize),
             exchange=exchange,
+            context=context,
         )
 
     def scratch(self) -> Scratch | None:
         return None if self.kv_folder is None else Scratch(Path(self.kv_folder))
 
-    def layout(self, config: TextConfig) -> StoreLayout:
-        """`config` is the rank's."""
-        return StoreLayout(config, self.length, self.dtype, self.kv_dtype, 1, self.block_tokens, self.segment_tokens)
+    def layout(self, config: TextConfig, length: int | None = None) -> StoreLayout:
+        """`config` is the rank's, `length` that of its own cache."""
+        length = self.length if length is None else length
+        return StoreLayout(config, length, self.dtype, self.kv_dtype, 1, self.block_tokens, self.segment_tokens)
 
-    def cache(self, model: Transformer, rows: RowStore | None) -> HybridKVCache:
-        return HybridKVCache(
+    def cache(self, model: Transformer, rows: RowStore | None) -> HybridKVCache | ContextKVCache:
+        rank = model.exchange.rank if isinstance(model, ContextTransformer) else None
+        length = self.length if rank is None else rank.own_length(self.length, model.config.attention_chunk_size)
+        cache = HybridKVCache(
             model.config,
-            length=self.length,
+            length=length,
             dtype=model.dtype,
             device=model.device,
-            layout=self.layout(model.config),
+            layout=self.layout(model.config, length),
             residency=Residency(self.host_rows, self.device_rows, on_accelerator=self.device == "cuda"),
             rows=rows,
         )
+        return cache if rank is None else ContextKVCache(cache, rank, self.length)
+
+
+def undivided(cache: HybridKVCache | ContextKVCache) -> HybridKVCache:
+    """A cache of the whole sequence, which saved contexts and questions need: `check` sees to it."""
+    assert isinstance(cache, HybridKVCache), "the sequence is divided over ranks"
+    return cache
 
 
 class Leader:
@@ -183,7 +226,7 @@ class Leader:
 
     def _announce(self, kind: int, x: Tensor, cache: Any = None, logits: str = "all") -> None:
         assert logits in LOGITS, logits
-        assert isinstance(cache, HybridKVCache) or kind == EMBED, "the other ranks have one cache"
+        assert isinstance(cache, HybridKVCache | ContextKVCache) or kind == EMBED, "the other ranks have one cache"
         state = 0 if cache is None else cache.offset * len(LOGITS) + LOGITS.index(logits)
         self._channel.announce(kind, *x.shape, *[0] * (3 - x.dim()), DTYPES.index(x.dtype), state)
         self._channel.exchange.from_first(x)

@@ -42,6 +42,7 @@ class ComputeOptions:
     quantize: str | None = None  # as Quantization.parse reads it, or "none"
     weights_memory: int | None = None  # bytes for weights that stay mapped
     weights_device_memory: int | None = None  # bytes for weights on an accelerator, which the others are copied to
+    context_ranks: int = 1  # of several processes, those that the documents are divided over
 
     @property
     def quantization(self) -> Quantization | None:

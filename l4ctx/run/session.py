@@ -23,6 +23,7 @@ from l4ctx.run.sizing import Sized
 if TYPE_CHECKING:
     import torch
 
+    from cache.context import ContextKVCache
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from cache.tiers import RowStore
@@ -56,7 +57,7 @@ class Session:
     sized: Sized
     monitor: Monitor
     model: Transformer
-    cache: HybridKVCache
+    cache: HybridKVCache | ContextKVCache
     features: ImageFeatures | None  # of the images still to be read
     scratch: Scratch | None  # for blocks that no context keeps
     layers: LayerCount
@@ -66,6 +67,13 @@ class Session:
     @property
     def request(self) -> Request:
         return self.sized.inputs.request
+
+    @property
+    def undivided_cache(self) -> HybridKVCache:
+        """What saved contexts and many questions need."""
+        from l4ctx.run.ranks import undivided
+
+        return undivided(self.cache)
 
     def prefill(self) -> Iterator[PrefillProgress]:
         """Prefills the rest of the prompt, but for the last token of a question in it; saves the documents, if the
@@ -78,8 +86,9 @@ class Session:
         inputs, written = self.sized.inputs, self.sized.written
         if written is not None:
             yield from self._read(inputs.prompt.documents_stop)
-            written.finish(self.cache, HybridKVCache.tail if self.leader is None else self.leader.tail)
-            self.cache.rows = self.scratch
+            cache = self.undivided_cache
+            written.finish(cache, HybridKVCache.tail if self.leader is None else self.leader.tail)
+            cache.rows = self.scratch
             if self.leader is not None:
                 self.leader.stop_saving()
         yield from self._read(inputs.reading_stop)
@@ -196,6 +205,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
 
     Raises CheckpointError, ContextError and DiskFullError.
     """
+    from cache.context import ContextKVCache
     from cache.disk import Scratch
     from cache.hybrid import HybridKVCache
     from l4ctx.engine.prefill import LayerCount
@@ -207,6 +217,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
         monitor.tell("loading weights")
         copied = plan.device_weights
         channel = None if request.launch is None else _channel(request.launch, sized, monitor)
+        exchange, context = (None, None) if channel is None else channel.mesh(request.compute.context_ranks)
         model = load_checkpoint(
             request.model,
             dtype=plan.workload.dtype,
@@ -214,7 +225,8 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             attention=sized.attention,
             is_mapped=plan.weights_are_mapped or copied is not None,
             quantization=inputs.choices.compute.quantization,
-            exchange=None if channel is None else channel.exchange,
+            exchange=exchange,
+            context=context,
         )
         leader = None if channel is None else _leader(model, channel, inputs.checked.whole)
         watcher = _watcher(model, plan, device, monitor)
@@ -226,20 +238,21 @@ def load(sized: Sized, monitor: Monitor) -> Session:
         if request.kv.folder is not None:
             scratch = Scratch(request.kv.folder)
             monitor.resources.callback(scratch.close)
-        cache = HybridKVCache(
+        own = HybridKVCache(
             inputs.config,
-            length=inputs.length,
+            length=plan.layout.length,
             dtype=model.dtype,
             device=device,
             layout=plan.layout,
             residency=plan.residency,
             rows=_rows(sized, leader) or scratch,
         )
+        cache = own if context is None else ContextKVCache(own, context.rank, inputs.length)
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
             held = sized.context.held(sized.reused)
             with with_repair_hint(sized.context.folder):
-                held.restore(cache) if leader is None else leader.restore(held, cache)
+                held.restore(own) if leader is None else leader.restore(held, own)
     return Session(sized, monitor, model, cache, features, scratch, layers, leader)
 
 

@@ -99,6 +99,7 @@ def workload_of(
         stored_dtype=weights.dtype,
         stored=weights.stored,
         prefill_chunk_size=compute.prefill_chunk_size,
+        context_ranks=compute.context_ranks,
         largest=size.documents,
         images=size.images,
     )
@@ -226,7 +227,7 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
         has_drafts=request.has_drafts or request.context.save_to is not None,
         saved_layout=None if saved is None else saved.of_rank(inputs.config),
         whole=whole if request.launch is not None else None,
-        ranks=1 if request.launch is None else request.launch.count,
+        ranks=1 if request.launch is None else request.launch.count // request.compute.context_ranks,
         gathers_rows=request.launch is not None and request.context.save_to is not None,
     )
 

@@ -80,3 +80,12 @@ def test_what_is_less_travels() -> None:
         kinds.append(found.are_queries)
     assert kinds == sorted(kinds) and set(kinds) == {False, True}
     assert exchanged(CONFIG, 4, list(ContextRank(0, 4).pieces(range(CHUNK), CHUNK)), 2) == (False, 0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("step", [3, CHUNK, 2 * CHUNK, 4 * CHUNK, 6 * CHUNK])
+def test_a_step_is_divided(count: int, step: int) -> None:
+    of = owners(count, 12 * count * step)
+    steps = [of[start : start + step] for start in range(0, len(of), step)]
+    rank = ContextRank(0, count)
+    assert rank.most_in_a_step(step, CHUNK) == max(some.count(number) for some in steps for number in range(count))

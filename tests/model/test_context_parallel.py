@@ -74,7 +74,7 @@ def alone(model: Transformer, cuts: Sequence[int]) -> Tensor:
 
 
 def rank_cache(model: Transformer, rank: ContextRank, length: int, **options: Any) -> ContextKVCache:
-    own = ContextKVCache.own_length(rank, length, CHUNK)
+    own = rank.own_length(length, CHUNK)
     return ContextKVCache(HybridKVCache(model.config, length=own, layout=layout(model, own), **options), rank, length)
 
 
@@ -176,7 +176,7 @@ def test_blocks_on_disk_are_exchanged(
 
         def on_rank(exchange: ThreadContextExchange) -> tuple[Tensor, int]:
             model = load_checkpoint(folder, dtype=torch.float32, context=exchange)
-            own = ContextKVCache.own_length(exchange.rank, cuts[-1], CHUNK)
+            own = exchange.rank.own_length(cuts[-1], CHUNK)
             with closing(Scratch(tmp_path)) as rows:
                 shapes = replace(layout(model, own), kv_dtype=kv_dtype)
                 cache = HybridKVCache(model.config, length=own, layout=shapes, rows=rows, residency=Residency(0))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,51 +17,12 @@ from l4ctx.contexts.reader import Context
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import device_of_rank
 from l4ctx.machine.ranks import Launch
-from support.cli_runner import COMMAND, DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
+from support.cli_runner import DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
 from support.places import TINY
+from support.torchrun import environment, started
 
 ENDS_WITHIN = 10  # seconds
 LOST = "another rank has ended"
-
-
-def environment(number: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    return {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@contextmanager
-def started(*arguments: str, folders: tuple[Path, Path]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two processes, each in its own current folder, the first of which leads."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [*COMMAND, *arguments],
-                    env={**os.environ, **environment(number, 2, port)},
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for number, folder in enumerate(folders)
-        ]
-        for process in processes:
-            stack.callback(process.kill)
-        yield processes
 
 
 @pytest.fixture

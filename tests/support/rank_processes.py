@@ -47,7 +47,7 @@ def prefill_and_decode(model: Transformer, ids: Sequence[int], cuts: Sequence[in
     """
     length, chunk = len(ids) + ANSWER_TOKENS, model.config.attention_chunk_size
     rank = model.exchange.rank if isinstance(model, ContextTransformer) else ContextRank(0, 1)
-    own, is_whole = ContextKVCache.own_length(rank, length, chunk), rank.count == 1
+    own, is_whole = rank.own_length(length, chunk), rank.count == 1
     layout = StoreLayout(model.config, own, "float32", "float32", 1, (1 + is_whole) * chunk, chunk)
     with tempfile.TemporaryDirectory() as folder, closing(Scratch(Path(folder))) as rows:
         residency = Residency(host_rows=int(is_whole))

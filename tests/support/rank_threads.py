@@ -103,16 +103,16 @@ class ThreadContextExchange:
     def __init__(self, together: Together, number: int) -> None:
         self.rank = ContextRank(number, together.count)
         self.sent_bytes = 0
-        self._together = together
+        self.together = together
 
     def from_rank(self, x: Tensor, number: int) -> Tensor:
         if number == self.rank.number:
             self.sent_bytes += x.nbytes * (self.rank.count - 1)
-        found = [given for (given,) in self._together.exchange(self.rank.number, f"from {number}", [x])]
+        found = [given for (given,) in self.together.exchange(self.rank.number, f"from {number}", [x])]
         assert {each.shape for each in found} == {x.shape} and {each.dtype for each in found} == {x.dtype}
         return found[number]
 
     def returned(self, parts: Sequence[Tensor]) -> list[Tensor]:
         self.sent_bytes += sum(part.nbytes for number, part in enumerate(parts) if number != self.rank.number)
-        found = self._together.exchange(self.rank.number, "returned", parts)
+        found = self.together.exchange(self.rank.number, "returned", parts)
         return [given[self.rank.number] for given in found]
