@@ -25,7 +25,7 @@ from model.parallel import GroupContextExchange, GroupExchange, mesh_exchanges
 FOREVER = timedelta(days=30)
 """A leader may wait for a reader of its answer; torchrun sees which processes end."""
 
-SECONDS_TO_SAY_WHY = 1.0
+SECONDS_TO_SAY_WHY, SECONDS_BETWEEN_LOOKS = 1.0, 0.05
 END, FORWARD, EMBED, RAGGED, RESTORE, TAIL, UNSAVED = range(7)
 """What all ranks do next."""
 
@@ -50,6 +50,10 @@ class Channel:
                 wait_for_workers=False,
             ),
         )
+        self._store.set(_here(launch.number), "")
+        others = [_here(number) for number in range(launch.count)]
+        while not self._store.check(others):
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # and not in the store's own wait, which no signal ends
         dist.init_process_group(
             _backends(), store=self._store, rank=launch.number, world_size=launch.count, timeout=FOREVER
         )
@@ -95,11 +99,15 @@ class Channel:
             while time.monotonic() < end:
                 if self._store.check([_FAILURE]):
                     return str(self._store.get(_FAILURE).decode(errors="replace"))
-                time.sleep(0.05)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         return None
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _here(number: int) -> str:
+    return f"rank {number} is here"
 
 
 def _backends() -> str:
@@ -121,11 +129,10 @@ def leading(launch: Launch, job: Any, kept: Callable[[], str]) -> Iterator[Chann
         if job is not None:
             channel.announce(END)
         channel.close()
+        signal.signal(signal.SIGTERM, before)
     except RankLostError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come while this is being told
         raise RankLostError(f"{channel.failure() or error}; {kept()}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ended_by_torchrun(*_: object) -> NoReturn:
