@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import TextConfig
-from model.context_division import PARTIAL_ITEMSIZE, ContextRank, Exchanged, exchanged
-from model.costs import query_size
+from model.context_division import ContextRank, Exchanged, exchanged
 
 FLOAT32 = 4
 
@@ -38,13 +37,3 @@ class Exchange:
         """In one NoPE layer of a forward over these positions, from all context ranks together."""
         pieces = list(ContextRank(0, self.context).pieces(positions, self.config.attention_chunk_size))
         return exchanged(self.config, self.context, pieces, self.itemsize)
-
-    def buffers(self, tokens: int, all_tokens: int) -> int:
-        """Bytes that a rank holds while it exchanges: the queries of all ranks with their partial outputs, or a sum.
-
-        `tokens` are a rank's in one forward, `all_tokens` those of all context ranks.
-        """
-        heads, dim = self.config.num_attention_heads, self.config.head_dim
-        partial = heads * (dim + 1) * PARTIAL_ITEMSIZE
-        attended = all_tokens * (query_size(self.config) * self.itemsize + partial) if self.context > 1 else 0
-        return max(attended, tokens * self.config.hidden_size * FLOAT32 if self.tensor > 1 else 0)

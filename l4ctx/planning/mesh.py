@@ -1,8 +1,8 @@
 """What each rank of a mesh of tensor x context ranks holds, in closed form. Imports no torch.
 
 Tensor ranks divide every layer (`model.division`). Context ranks hold the same weights and divide the text: each keeps
-the keys and values of its own attention chunks. So a rank is planned as a run of its own, with a smaller model and a
-shorter text; `MemoryPlan` then chooses tiers as it does for one process.
+the keys and values of its own attention chunks. So a rank is planned as the program plans the processes that torchrun
+starts: by `MemoryPlan`, of a smaller model and a share of the text.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from cache.layout import KV_DTYPES
 from l4ctx.planning.exchange import Exchange
 from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
-from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES
 from l4ctx.planning.weights import StoredWeights, WeightBytes
-from l4ctx.planning.workload import TOKEN_ID_BYTES, Capacity, Workload
+from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 from model.context_division import ContextRank
 from model.costs import kv_size
@@ -38,14 +37,9 @@ class Mesh:
         return divided(config, TensorRank(0, self.tensor))
 
     def tokens_of_a_rank(self, config: TextConfig, tokens: int) -> int:
-        """The most tokens whose NoPE keys and values one rank keeps: whole attention chunks, dealt out in turn."""
+        """The most tokens whose NoPE keys and values one context rank keeps."""
         ranks = (ContextRank(number, self.context) for number in range(self.context))
         return max(rank.tokens_before(tokens, config.attention_chunk_size) for rank in ranks)
-
-    def tokens_of_a_step(self, config: TextConfig, tokens: int) -> int:
-        """The most tokens that one rank computes of a step over so many: whole attention chunks, again."""
-        chunk = config.attention_chunk_size
-        return min(tokens, -(-tokens // (self.context * chunk)) * chunk)
 
 
 @dataclass(frozen=True)
@@ -80,56 +74,49 @@ def _share(part: WeightBytes, config: TextConfig, ranks: int, kv_copies: int) ->
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank holds: the plan of its share, and the buffers through which ranks exchange."""
+    """What one rank holds: the plan of its share."""
 
     mesh: Mesh
     workload: Workload  # of all ranks together
     weights: RankWeights
     plan: MemoryPlan  # of the share
     exchange: Exchange
-    exchange_buffers: int  # bytes on the GPU
-    prefill_chunk_size: int  # tokens of all ranks
 
     @classmethod
     def of(cls, workload: Workload, mesh: Mesh, capacity: Capacity) -> RankPlan:
         """`capacity` is one rank's. Weights that the GPU does not hold are streamed from host memory.
 
-        `workload.prefill_chunk_size` counts the tokens of all ranks; None: as many attention chunks as context ranks,
-        or fewer tokens where one rank reads alone and activations do not fit. Raises DivisionError.
+        `workload.prefill_chunk_size` counts the tokens of all ranks. Raises DivisionError.
         """
         assert workload.stored is not None and capacity.accelerator is not None
         config = workload.config
         weights = RankWeights.of(workload.stored, config, mesh)
-        chunk = workload.prefill_chunk_size
-        if chunk is None and mesh.context > 1:
-            chunk = config.attention_chunk_size * mesh.context
-        step = None if chunk is None else mesh.tokens_of_a_step(config, chunk)
         part = replace(
             workload,
             config=mesh.config(config),
-            whole=config,
-            prompt_tokens=mesh.tokens_of_a_rank(config, workload.prompt_tokens),
+            whole=config if mesh.ranks > 1 else None,
+            ranks=mesh.tensor,
+            context_ranks=mesh.context,
             weights=weights.stored.bytes_in(workload.dtype),
             stored=weights.stored,
-            prefill_chunk_size=step,
         )
         exchange = Exchange(part.config, mesh.tensor, mesh.context, KV_DTYPES[workload.dtype])
-        most = min(chunk or PREFILL_CHUNK_SIZES[0], workload.prompt_tokens)
-        buffers = exchange.buffers(mesh.tokens_of_a_step(config, most), most)
-        left = replace(capacity, accelerator=max(0, capacity.accelerator - buffers))
-        plan = MemoryPlan.of(part, _streaming(part, left))
-        return cls(mesh, workload, weights, plan, exchange, buffers, chunk or plan.prefill_chunk_size)
+        return cls(mesh, workload, weights, MemoryPlan.of(part, _streaming(part, capacity)), exchange)
+
+    @property
+    def prefill_chunk_size(self) -> int:
+        """Tokens of a prefill step on all ranks."""
+        return self.plan.prefill_chunk_size
 
     @property
     def device(self) -> int:
         """Peak bytes on a GPU, the margin included."""
-        return self.plan.needed_on_accelerator + self.exchange_buffers + MARGIN_BYTES
+        return self.plan.needed_on_accelerator + MARGIN_BYTES
 
     @property
     def host(self) -> int:
-        """Peak bytes of a rank's host memory, the margin included; every rank knows all token ids."""
-        others = TOKEN_ID_BYTES * self.workload.prompt_tokens - self.plan.token_ids
-        return self.plan.needed + others + MARGIN_BYTES
+        """Peak bytes of a rank's host memory, the margin included."""
+        return self.plan.needed + MARGIN_BYTES
 
     @property
     def disk(self) -> int:

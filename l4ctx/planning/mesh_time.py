@@ -135,7 +135,7 @@ class MeshTime:
         elements = 2 * kv_size(exchange.config)
         a_key = elements * KV_DTYPES[plan.layout.kv_dtype]
         window = (length % workload.config.attention_chunk_size) * elements * KV_DTYPES[workload.dtype]
-        kept = plan.workload.prompt_tokens * a_key
+        kept = plan.workload.held * a_key
 
         def reading(kind: LayerKind) -> float:
             return (kind.weight_bytes + (kept if kind.is_nope else window)) / self.rates.memory

@@ -10,7 +10,6 @@ from l4ctx.cli.tables.plan import human_time
 from l4ctx.formatting import counted, human_bytes, human_rate
 from l4ctx.planning.mesh import RankPlan
 from l4ctx.planning.mesh_time import Seconds
-from l4ctx.planning.workload import TOKEN_ID_BYTES
 from l4ctx.run.estimate_gpus import GpuReport
 
 if TYPE_CHECKING:
@@ -43,9 +42,8 @@ def _memory(report: GpuReport) -> FigureTable:
     row("RoPE windows", most.rope_windows)
     row("NoPE keys and values", most.nope_device, most.nope_host, most.nope_disk)
     row("read buffers", None, most.buffers)
-    row("activations", plan.activations)
-    row("exchange between ranks", rank.exchange_buffers)
-    row("token ids", None, TOKEN_ID_BYTES * rank.workload.prompt_tokens)
+    row("activations and exchange" if rank.mesh.ranks > 1 else "activations", plan.activations)
+    row("token ids", None, plan.token_ids)
     row("total, with a margin", rank.device, rank.host, rank.disk)
     row("available", report.capacity.accelerator, report.capacity.host)
     return table
@@ -114,7 +112,7 @@ def _division(rank: RankPlan) -> Iterator[str]:
         heads = rank.workload.config.num_key_value_heads
         yield f"{counted(heads, 'KV head')} for {mesh.tensor} tensor ranks: each is held by {rank.weights.kv_copies}"
     if mesh.context > 1:
-        yield f"each context rank keeps keys and values of {rank.plan.workload.prompt_tokens:,} tokens"
+        yield f"each context rank keeps keys and values of {rank.plan.workload.held:,} tokens"
         last = range(max(0, rank.workload.prompt_tokens - rank.prefill_chunk_size), rank.workload.prompt_tokens)
         travels = "queries" if exchange.nope_layer(last).are_queries else "keys and values"
         yield f"at the end {travels} travel between context ranks, as they are the smaller part"
