@@ -29,7 +29,7 @@ from l4ctx.machine.files import sync_folder, sync_names
 from l4ctx.machine.limits import largest_file
 from l4ctx.machine.memory import available_disk
 from model.errors import CheckpointError
-from model.folder import CONFIG, INDEX, MAX_FILE_BYTES, PICKLED_WEIGHTS, SINGLE, open_regular, read_object
+from model.folder import CONFIG, INDEX, MAX_FILE_BYTES, PICKLED_WEIGHTS, SINGLE, open_regular, read_object, read_regular
 from model.quantization.rounding import to_float8, to_int4, to_int8
 from model.weights.mapping import MappedFiles
 from model.weights.read_ahead import as_bytes
@@ -227,7 +227,7 @@ def _others(folder: Path) -> list[Path]:
 
 def _copy(file: Path, to: Path) -> None:
     try:
-        content = file.read_bytes()
+        content = read_regular(file, MAX_FILE_BYTES)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     with _replacing(to) as descriptor:

@@ -268,3 +268,17 @@ def test_the_size_is_known_before(sources: dict[str, Path], tmp_path: Path) -> N
     for file in (tmp_path / "made").glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
             assert shard.metadata()["format"] == "pt"
+
+
+def test_a_file_that_is_read_in_part_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    original = os.fstat
+
+    def larger(descriptor: int) -> os.stat_result:
+        status = original(descriptor)
+        return os.stat_result((*status[:6], status.st_size + 1, *status[7:]))
+
+    monkeypatch.setattr(os, "fstat", larger)
+    with pytest.raises(CheckpointError, match="only 2 of its 3 bytes could be read"):
+        l4ctx.conversion.writing._copy(tmp_path / "tokenizer_config.json", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

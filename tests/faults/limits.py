@@ -289,10 +289,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began, outcomes = time.monotonic(), Counter[str]()
     with reachable_folder() as top:
-        library = shim.compile_shim(top)
-        if isinstance(library, str):
-            raise SystemExit(library)
-        limits = Limits(top, library)
+        limits = Limits(top, shim.required_shim(top))
         try:
             for operation in OPERATIONS:
                 if operation.name not in arguments.operations.split(","):

@@ -99,6 +99,14 @@ def compile_shim(folder: Path) -> Path | str:
     return library if done.returncode == 0 else f"the shim does not compile: {done.stderr[:500]}"
 
 
+def required_shim(folder: Path) -> Path:
+    """The same. Raises SystemExit where there is none."""
+    library = compile_shim(folder)
+    if isinstance(library, str):
+        raise SystemExit(library)
+    return library
+
+
 def _library() -> Any:
     """Of this process, which was started with the shim."""
     library = ctypes.CDLL(None)

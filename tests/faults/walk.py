@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for support and 
 
 from faults import snapshots
 from faults.operations import OPERATIONS, Operation, Place
-from faults.shim import FAULTS, Fault, compile_shim
+from faults.shim import FAULTS, Fault, required_shim
 from support.fork_server import Ended
 
 NOISE = re.compile(r"Traceback|panicked|Warning:|Exception ignored|Fatal Python|core dumped|INTERNAL ASSERT")
@@ -214,10 +214,7 @@ def new_place(prefix: str, folder: str | None) -> Iterator[Place]:
     """A place of its own in `folder`, with the shim compiled; removed at the end. Raises SystemExit without a shim."""
     top = Path(tempfile.mkdtemp(prefix=prefix, dir=folder)).resolve()
     try:
-        library = compile_shim(top)
-        if isinstance(library, str):
-            raise SystemExit(library)
-        with closing(Place(top / "place", library)) as place:
+        with closing(Place(top / "place", required_shim(top))) as place:
             yield place
     finally:
         shutil.rmtree(top)

@@ -140,6 +140,11 @@ KINDS: dict[str, Kind] = {
     "bfloat16": Kind(SCOUT, dtype=torch.bfloat16),
 }
 
+MATRIX = frozenset(KINDS) & {
+    "moe_listed", "tied", "rope_yarn_mscale", "rope_yarn_untruncated", "rope_longrope_short", "nested", "nested_sharded"
+}  # fmt: skip
+"""Kinds whose attention and cache are those of another one: tests of every kind may leave them to -m matrix."""
+
 
 @dataclass(frozen=True)
 class Toy:

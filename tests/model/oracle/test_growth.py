@@ -34,6 +34,7 @@ from support.toy_checkpoints import CHUNK, VOCABULARY, Toys
 LENGTH = 7 * CHUNK + 4
 SIZES = (3, CHUNK, 2 * CHUNK, 5 * CHUNK + 1, 1000)  # prefill chunks: of a part of an attention chunk, several, all
 KINDS = ("scout", "maverick", "top_2", "top_3", "nope_first", "nope_only_last", "moe_none", "one_kv_head", "biases")
+BESIDE = ("top_2", "nope_only_last", "moe_none", "biases")  # only with -m matrix
 
 
 class Products(TorchDispatchMode):
@@ -131,7 +132,13 @@ def random_ids(count: int) -> array[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "segment"), [*((name, 4, 2) for name in KINDS), ("maverick", 1, 1), ("nope_first", 2, 2)]
+    ("name", "block", "segment"),
+    [
+        *((name, 4, 2) for name in KINDS if name not in BESIDE),
+        ("maverick", 1, 1),
+        *(pytest.param(name, 4, 2, marks=pytest.mark.matrix) for name in BESIDE),
+        pytest.param("nope_first", 2, 2, marks=pytest.mark.matrix),
+    ],
 )  # in attention chunks
 def test_operations_equal_the_closed_form_after_every_step(toys: Toys, name: str, block: int, segment: int) -> None:
     model, ids = load_checkpoint(toys(name, 0.25).folder, dtype=torch.float32), random_ids(LENGTH)
@@ -220,7 +227,7 @@ def calls_by_step(model: Transformer, size: int, *, steps: int) -> list[tuple[in
 
 
 @pytest.mark.parametrize("size", [CHUNK, 2 * CHUNK])
-@pytest.mark.parametrize("name", ["scout", "moe_none"])
+@pytest.mark.parametrize("name", ["scout", pytest.param("moe_none", marks=pytest.mark.matrix)])
 def test_calls_of_a_step_grow_linearly_in_the_number_of_segments(toys: Toys, name: str, size: int) -> None:
     """Two steps, or one, fill a block: from one block to the next as many more calls each time."""
     model = load_checkpoint(toys(name, 0.02).folder, dtype=torch.float32)

@@ -12,11 +12,18 @@ from model.weights.loading import load_checkpoint
 from support.error_budget import difference
 from support.naive_model import naive_logits
 from support.oracle_differences import CASES, ModelFactory, differences, load
-from support.toy_checkpoints import CHUNK, KINDS, SCALES, Toy, Toys
+from support.toy_checkpoints import CHUNK, KINDS, MATRIX, SCALES, Toy, Toys
 
 QUICK_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "flex")
 
 pytestmark = pytest.mark.usefixtures("small_products")
+
+SMALL_WEIGHTS = [
+    pytest.param(name, std, marks=pytest.mark.matrix) if name in MATRIX else (name, std)
+    for name in KINDS
+    for std in SCALES
+    if std != max(SCALES)
+]
 
 
 def check_against_oracle(
@@ -31,8 +38,7 @@ def check_against_oracle(
     assert not wrong, f"{toy.name} in {toy.folder.name}: {wrong}"
 
 
-@pytest.mark.parametrize("std", SCALES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "std"), [*((name, max(SCALES)) for name in KINDS), *SMALL_WEIGHTS])
 def test_equals_transformers(toys: Toys, name: str, std: float) -> None:
     """Of the small weights, which show errors of eps, two cases that turn.
 

@@ -30,7 +30,7 @@ from support.cached_paths import (
     scratch,
 )
 from support.error_budget import difference
-from support.toy_checkpoints import CHUNK, KINDS, Toys
+from support.toy_checkpoints import CHUNK, KINDS, MATRIX, Toys
 
 CASES = {  # (batch, length) by standard deviation of the weights and attention backend
     (0.25, "sdpa"): (1, 61),
@@ -39,11 +39,15 @@ CASES = {  # (batch, length) by standard deviation of the weights and attention 
     (0.02, "eager"): (1, 2 * CHUNK + 1),
 }
 
+NOPE_ELSEWHERE = ("nope_first", "nope_only_last")
+
 EVERYWHERE = ("scout", "maverick", "bfloat16")
 """Kinds that take every path in every case; each other kind takes every path in one case, which turns."""
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.matrix) if name in MATRIX else name for name in KINDS]
+)
 def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
     found = {}
     turn = list(KINDS).index(name)
@@ -65,7 +69,8 @@ def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "std", "backend", "dtype"),
     [
-        *((name, 0.25, "sdpa", torch.float32) for name in ("scout", "nope_first", "nope_only_last")),
+        ("scout", 0.25, "sdpa", torch.float32),
+        *(pytest.param(name, 0.25, "sdpa", torch.float32, marks=pytest.mark.matrix) for name in NOPE_ELSEWHERE),
         ("maverick", 0.02, "eager", torch.float32),
         ("bfloat16", 0.25, "sdpa", torch.bfloat16),
     ],
