@@ -15,6 +15,7 @@ import model.rope
 import model.weights.device_stream
 from cache.hybrid import HybridKVCache
 from cache.residency import Residency, held_bytes
+from l4ctx.engine.prefill import as_batch, prefill
 from model.kernels.masks import AttentionMask
 from model.quantization.choice import Quantization
 from model.transformer import Transformer
@@ -56,13 +57,13 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def walked(loaded: Transformer, kept: HybridKVCache, length: int, *, answers_wait: bool = False) -> None:
     """Prefill in chunks and two single tokens, whose logits have the right shape, dtype and device."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=CUDA)
+    ids = [7] * length
     with NoWaits("cuda"):
-        for start in range(0, length, 2 * CHUNK):
-            assert loaded(ids[:, start : start + 2 * CHUNK], kept, logits="none") is None
+        steps = [step.step for step in prefill(loaded, kept, ids, prefill_chunk_size=2 * CHUNK)]
+    assert len(steps) >= length // (2 * CHUNK) and kept.offset == length
     with contextlib.nullcontext() if answers_wait else NoWaits("cuda"):
         for _ in range(2):
-            logits = loaded(ids[:, :1], kept, logits="last")
+            logits = loaded(as_batch(ids[:1], CUDA), kept, logits="last")
             assert logits is not None and logits.device == CUDA
             assert logits.shape == (1, 1, loaded.config.vocab_size) and logits.dtype == torch.bfloat16
 
