@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from array import array
@@ -66,8 +67,10 @@ def test_the_answer_is_that_without_drafts(toys: Toys, kind: str, drafts: str) -
         assert same_state(model, drafted, cache)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "fp8"])
-@pytest.mark.parametrize("host_rows", [None, 0, 1], ids=["memory", "disk", "both"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "host_rows"),
+    [*itertools.product(["float32", "int8", "fp8"], [None, 0, 1]), ("float16", 1)],
+)
 def test_in_every_tier_and_storage_type(
     scout: Transformer, tmp_path: Path, kv_dtype: str, host_rows: int | None
 ) -> None:
@@ -176,10 +179,19 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
-def test_drafts_leave_the_distribution_as_it_is(name: str) -> None:
-    """Chi-square over 20,000 draws, for every pair of a token and its successor."""
-    sampling, draws, size = SAMPLINGS[name], 20_000 if name == "hot" else 6000, 6
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [
+        ("hot", 20_000),
+        ("top-p", 6000),
+        ("top-k", 6000),
+        pytest.param("top-p", 20_000, marks=pytest.mark.soak),
+        pytest.param("top-k", 20_000, marks=pytest.mark.soak),
+    ],
+)
+def test_drafts_leave_the_distribution_as_it_is(name: str, draws: int) -> None:
+    """Chi-square for every pair of a token and its successor. Prints the p value."""
+    sampling, size = SAMPLINGS[name], 6
     logits = torch.randn(size, size, generator=torch.Generator().manual_seed(2)) * 1.5
 
     class Biased:
@@ -204,6 +216,8 @@ def test_drafts_leave_the_distribution_as_it_is(name: str) -> None:
     possible = expected > 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
     freedom = int(possible.sum()) - size
+    p = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(chi_square / 2)).item()
+    print(f"{name}, {draws} draws: chi-square {chi_square:.1f} of {freedom} degrees, p = {p:.3f}")
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
@@ -267,7 +281,7 @@ def longer_than_the_cache_takes_back(patch: pytest.MonkeyPatch) -> None:
 def test_acceptance_by_odds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     accepted_by_odds(monkeypatch)
     with pytest.raises(AssertionError):
-        test_drafts_leave_the_distribution_as_it_is("hot")
+        test_drafts_leave_the_distribution_as_it_is("hot", 20_000)
 
 
 def test_drafts_that_are_longer_than_their_room_are_noticed(
