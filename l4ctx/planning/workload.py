@@ -107,7 +107,7 @@ class Workload:
     whole: TextConfig | None = None  # the whole model's, where `config` is one rank's part
     ranks: int = 1  # that the model is divided over
     gathers_rows: bool = False  # a row of all ranks' blocks is in memory while it is written
-    context_ranks: int = 1  # that the tokens are divided over; what is planned is the first one's part
+    context_ranks: int = 1  # that the tokens are divided over; what is planned is the most that one needs
 
     @property
     def length(self) -> int:
@@ -115,8 +115,9 @@ class Workload:
 
     @property
     def held(self) -> int:
-        """Tokens of the run that this rank's cache holds."""
-        return ContextRank(0, self.context_ranks).own_length(self.length, self.config.attention_chunk_size)
+        """Tokens of the run in the cache of the rank that holds most."""
+        ranks = (ContextRank(number, self.context_ranks) for number in range(self.context_ranks))
+        return max(rank.own_length(self.length, self.config.attention_chunk_size) for rank in ranks)
 
     def own_step(self, step: int) -> int:
         """The most tokens that one rank computes of `step`."""

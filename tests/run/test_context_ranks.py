@@ -167,12 +167,13 @@ def test_the_plan_is_of_one_rank() -> None:
     config = TextConfig.from_folder(TINY)
     length, size = 64 * config.attention_chunk_size, config.attention_chunk_size
 
-    def planned(ranks: int) -> MemoryPlan:
-        return MemoryPlan.of(Workload(config, length - 9, 9, 1000, False, "float32", context_ranks=ranks))
+    def planned(ranks: int, tokens: int = length) -> MemoryPlan:
+        return MemoryPlan.of(Workload(config, tokens - 9, 9, 1000, False, "float32", context_ranks=ranks))
 
     whole, plan = planned(1), planned(4)
     assert plan.end.nope == whole.end.nope // 4 and plan.end.rope_windows == whole.end.rope_windows
     assert plan.prefill_chunk_size == 4 * whole.prefill_chunk_size
+    assert planned(4, 5 * size).layout.length == 2 * size  # the last rank's, with the chunks 3 and 4
     own = ContextRank(0, 4).most_in_a_step(plan.prefill_chunk_size, size)
     assert own == whole.prefill_chunk_size
     assert plan.activations == activation_bytes(config, own, 4) + meeting_bytes(config, plan.prefill_chunk_size, 4)
