@@ -250,10 +250,10 @@ def test_a_large_tokenizer_goes_along(sources: dict[str, Path], tmp_path: Path) 
 def test_what_cannot_be_read_is_named(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(file: Path) -> bytes:
+    def denied(file: Path, most: int) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(l4ctx.conversion.writing, "read_regular", denied)
     with pytest.raises(CheckpointError, match=r"flat/\S+: cannot be read: Permission denied$"):
         write(Conversion.of(sources["flat"], Form("fp8")), tmp_path / "made", lambda done, total: None)
 
