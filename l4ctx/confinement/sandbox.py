@@ -19,7 +19,7 @@ except ImportError:  # not on every system
 
 MOST_FILES = 32  # open at once
 
-LANDLOCK, SECCOMP = "landlock", "seccomp"
+LANDLOCK, SECCOMP = MEANS = "landlock", "seccomp"
 
 _NO_NEW_PRIVILEGES = 38  # prctl's PR_SET_NO_NEW_PRIVS
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, the same on every architecture

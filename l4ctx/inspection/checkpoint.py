@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l4ctx.confinement.sandbox import MEANS
 from l4ctx.inspection.report import Report, add_damage, attempt
 from model.checkpoint_files import TOKENIZER, GgufFiles, checkpoint_files
 from model.config import TextConfig
@@ -78,6 +79,7 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     before = len(report["damage"])
     template = attempt(report, folder, ChatTemplate.from_folder, folder)
     report["chat_template"] = template is not None or (None if len(report["damage"]) > before else False)
+    report["confinement"] = _confinement()
     if template is not None:
         attempt(report, folder, template.split, system=False)
     if tokenizer and len(report["damage"]) == before:
@@ -88,6 +90,18 @@ def inspect_model(folder: Path, report: Report, verify: bool) -> None:
     report["stop_tokens"] = generation and sorted(generation.stop_tokens)
     if generation and config:
         attempt(report, folder / "generation_config.json", generation.check, config.vocab_size)
+
+
+def _confinement() -> dict[str, bool] | None:
+    """What confines templates and tokenizers of strangers here; None where no such process can be started."""
+    from l4ctx.checkpoint.chat_template import CHILD
+    from l4ctx.confinement.process import NoChildError, RefusedError
+
+    try:
+        held = CHILD.held()
+    except (NoChildError, RefusedError):
+        return None
+    return {"limits": True} | {name: name in held for name in MEANS}
 
 
 def _check_vision(

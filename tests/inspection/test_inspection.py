@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from l4ctx.checkpoint.chat_template import CHILD
 from l4ctx.cli.tables.inspection import listing
+from l4ctx.confinement.sandbox import MEANS
 from l4ctx.contexts.reader import Context
 from l4ctx.inspection import checkpoint
 from l4ctx.inspection.folder import exit_code, inspect_folder
@@ -101,6 +103,7 @@ def test_a_checkpoint_for_programs() -> None:
     assert report["architecture"] == "Llama4ForConditionalGeneration"
     assert report["tokenizer_vocabulary"] == config.vocab_size == 2304
     assert (report["chat_template"], report["stop_tokens"]) == (True, [2291, 2294, 2295])
+    assert report["confinement"] == {"limits": True} | {name: name in CHILD.held() for name in MEANS}
     shown, weights = report["config"], report["weights"]
     assert shown["parameters"] == weights["parameters"] == parameter_count(config)
     assert (shown["num_rope_layers"], shown["num_nope_layers"], shown["moe_layers"]) == (3, 1, (0, 1, 2, 3))

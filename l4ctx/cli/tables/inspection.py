@@ -87,6 +87,9 @@ def _model_lines(report: Report) -> Iterator[Line]:
         )
     if "chat_template" in report:
         yield "chat template", {True: "yes", False: "no", None: "cannot be read"}[report["chat_template"]]
+    if "confinement" in report:  # of templates and tokenizers that are not known
+        means = report["confinement"] or {"no process can be started": True}
+        yield "confinement", ", ".join(name if holds else f"no {name}" for name, holds in means.items())
     if report.get("stop_tokens") is not None:
         yield "stop tokens", ", ".join(map(str, report["stop_tokens"])) or "none"
 
