@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from l4ctx.run import sizing
-from model.weights import device_stream
+from model.weights import transport
 from support.cli_runner import TINY, answer, ask, fact_document, run_here, text_file
 from support.transports import LateTransport
 
@@ -16,14 +16,14 @@ from support.transports import LateTransport
 def test_weights_are_copied_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transports: list[LateTransport] = []
 
-    def transport(_: object) -> LateTransport:
+    def stand_in(_: object) -> LateTransport:
         transports.append(LateTransport())
         return transports[-1]
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L4CTX_MODEL", str(TINY))
     monkeypatch.setattr(sizing, "free_on_accelerator", lambda _: 2**32)
-    monkeypatch.setattr(device_stream, "CudaTransport", transport)
+    monkeypatch.setattr(transport, "CudaTransport", stand_in)
     text_file(Path("docs/a.md"), fact_document("a"))
     asked = ("docs", "--quiet", "--json", "--dtype", "float32")
     assert json.loads(ask("a", *asked).stdout)["answer"] == answer("a").strip()
