@@ -258,9 +258,7 @@ class ContextTransformer(Transformer):
             if mine:
                 own = torch.cat([inputs[:, here.start - start : here.stop - start] for here in mine], 1)
                 step = self._step(mine, cache)
-                found = self._run(
-                    own if own.is_floating_point() else self.embed(own), step, [sum(map(len, own_wanted))]
-                )
+                found = self._run(own, step, [sum(map(len, own_wanted))])
             else:
                 for layer in self._meeting_layers:
                     layer.serve()

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         counts = [inputs.shape[1]]
         step = Step.at(self.config, counts, self.backend, [cache], self.device)
         wanted = wanted_tokens(logits, counts)
-        found = self._run(inputs if inputs.is_floating_point() else self.embed(inputs), step, wanted)
+        found = self._run(inputs, step, wanted)
         step.commit()
         return found
 
@@ -119,12 +119,14 @@ class Transformer(nn.Module):
         counts = [len(some) for some in ids]
         step = Step.at(self.config, counts, self.backend, caches, self.device)
         wanted = wanted_tokens(logits, counts)
-        found = self._run(self.embed(joined), step, wanted)
+        found = self._run(joined, step, wanted)
         step.commit()
         return None if found is None else list(found[0].split(wanted))
 
-    def _run(self, x: Tensor, step: Step, wanted: Sequence[int]) -> Tensor | None:
-        """Embeddings x (B, T, C), to which no caller keeps a reference, so that each layer frees its input."""
+    def _run(self, inputs: Tensor, step: Step, wanted: Sequence[int]) -> Tensor | None:
+        """Token ids (B, T), or embeddings (B, T, C). Ids are looked up here: a caller's stack may keep arguments alive,
+        as it does once torch.compile is in use, and each layer is to free its input."""
+        x = inputs if inputs.is_floating_point() else self.embed(inputs)
         has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
         for number, layer in enumerate(self.model.layers):
