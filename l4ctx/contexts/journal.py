@@ -157,6 +157,9 @@ def _read(file: Path, descriptor: int) -> bytes:
         data = stream.read(min(status.st_size, MAX_BYTES) + 1) if status.st_size <= MAX_BYTES else None
     if data is None or len(data) > MAX_BYTES:
         raise JournalError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no journal is")
+    size = min(status.st_size, os.fstat(descriptor).st_size)  # a writer may add a line, or cut off a torn one
+    if len(data) < size:
+        raise OSError(errno.EIO, f"only {len(data):,} of its {size:,} bytes could be read", str(file))
     return data
 
 

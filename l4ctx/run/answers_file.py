@@ -92,6 +92,8 @@ class AnswersFile:
         for number, line in enumerate(self._lines(), 1):
             if not line.endswith(b"\n") or b"\0" in line:
                 self._check_unfinished(number, line)
+                if b"\0" not in line:
+                    self._check_read(end + len(line))
                 os.ftruncate(self._file.fileno(), end)
                 break
             end += len(line)
@@ -101,7 +103,15 @@ class AnswersFile:
             if texts[question_id] != text:
                 raise self._refused(number, f"another question has the id {shown(question_id)}")
             found.add(question_id)
+        else:
+            self._check_read(end)
         return frozenset(found)
+
+    def _check_read(self, length: int) -> None:
+        """Raises OSError if the file, of which `length` bytes were read, has more: none of them may be cut off."""
+        size = os.fstat(self._file.fileno()).st_size
+        if length < size:
+            raise OSError(errno.EIO, f"only {length:,} of its {size:,} bytes could be read")
 
     def _lines(self) -> Iterator[bytes]:
         with open(self._file.fileno(), "rb", closefd=False) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from l4ctx.contexts import journal as module
 from l4ctx.contexts.journal import Journal, JournalError
 
 RECORDS: list[dict[str, Any]] = [
@@ -207,6 +209,21 @@ def test_what_has_a_right_checksum_and_is_no_record(tmp_path: Path, text: str | 
     with pytest.raises(JournalError, match=f"journal: line 2: not a JSON object .*{message}") as caught:
         Journal.read(file)
     assert str(caught.value).isprintable()
+
+
+def test_a_file_that_is_read_in_part_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may end early for one read only, where it lies on another machine."""
+    content = written(tmp_path / "journal", RECORDS)
+
+    class Short(io.BytesIO):
+        def __init__(self, descriptor: int, *_: object, **__: object) -> None:
+            super().__init__(os.pread(descriptor, len(content) // 2, 0))
+
+    monkeypatch.setattr(module, "open", Short, raising=False)
+    for use in (Journal.open, Journal.read):
+        with pytest.raises(OSError, match="bytes could be read"):
+            use(tmp_path / "journal")
+    assert (tmp_path / "journal").read_bytes() == content
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -53,3 +53,12 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
         os.mkfifo(tmp_path / name)
     with pytest.raises(AnswersFileError, match="not a regular file"):
         answered(tmp_path / name)
+
+
+def test_a_file_that_is_read_in_part_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "out").write_bytes(FIRST + SECOND)
+    for lines in ([], [FIRST], [FIRST[:30]], [FIRST, SECOND[:30]]):
+        monkeypatch.setattr(AnswersFile, "_lines", lambda self, lines=lines: iter(lines))
+        with pytest.raises(AnswersFileError, match="bytes could be read"):
+            answered(file)
+        assert file.read_bytes() == FIRST + SECOND
