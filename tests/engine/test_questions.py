@@ -65,7 +65,7 @@ def asks(count: int, seed: int = 0) -> list[Ask]:
 
 def documents_of(model: Transformer, **where: Any) -> HybridKVCache:
     """A cache with some documents, in blocks of two chunks: two rows are sealed and one is open."""
-    ids = [random.Random(7).randrange(VOCABULARY) for _ in range(DOCUMENTS)]
+    ids = random.Random(7).choices(range(VOCABULARY), k=DOCUMENTS)
     cache = new_cache(model, torch.empty(1, LENGTH), block_chunks=2, segment_chunks=1, **where)
     list(prefill(model, cache, ids, prefill_chunk_size=2 * CHUNK))
     return cache
@@ -207,7 +207,7 @@ def test_every_tier_and_storage_type(scout: Transformer, kv_dtype: str, host_row
         documents = HybridKVCache(
             scout.config, length=LENGTH, layout=layout, rows=file, residency=Residency(host_rows=host_rows)
         )
-        ids = [random.Random(7).randrange(VOCABULARY) for _ in range(DOCUMENTS)]
+        ids = random.Random(7).choices(range(VOCABULARY), k=DOCUMENTS)
         list(prefill(scout, documents, ids, prefill_chunk_size=2 * CHUNK))
         expected = [alone(scout, documents, ask, STOPS) for ask in questions]
         written = file._end
@@ -295,7 +295,7 @@ def wrong_temperatures(patch: pytest.MonkeyPatch, *, by: int) -> Iterator[None]:
 
 def test_a_wrong_temperature_row_is_noticed(scout: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions of very different lengths, so that their answers lie in different steps of the temperature."""
-    scout.config = replace(scout.config, attn_scale=3.0)
+    scout.config = replace(scout.config, attn_scale=10.0)
     documents = documents_of(scout)
     questions = [Ask([5] * length, 12) for length in (1, 30, 12, 45)]
     expected = [alone(scout, documents, ask, frozenset()) for ask in questions]
