@@ -76,6 +76,11 @@ class ContextRank:
         return self.tokens_before(others[-1].positions.start, chunk_size) if others else 0
 
 
+def most_tokens(count: int, tokens: int, chunk_size: int) -> int:
+    """The most of the first `tokens` that one of `count` ranks owns."""
+    return max(ContextRank(number, count).tokens_before(tokens, chunk_size) for number in range(count))
+
+
 def bytes_of_queries(config: TextConfig, queries: int, itemsize: int) -> int:
     """Bytes of so many queries on their way to one rank, and of their partial outputs and log-sum-exps on the way back.
 

@@ -15,7 +15,7 @@ from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.weights import StoredWeights, WeightBytes
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
-from model.context_division import ContextRank
+from model.context_division import most_tokens
 from model.costs import kv_size
 from model.division import TensorRank, copies_of_kv_heads, divided
 from model.weights.owners import Owner
@@ -38,8 +38,7 @@ class Mesh:
 
     def tokens_of_a_rank(self, config: TextConfig, tokens: int) -> int:
         """The most tokens whose NoPE keys and values one context rank keeps."""
-        ranks = (ContextRank(number, self.context) for number in range(self.context))
-        return max(rank.tokens_before(tokens, config.attention_chunk_size) for rank in ranks)
+        return most_tokens(self.context, tokens, config.attention_chunk_size)
 
 
 @dataclass(frozen=True)

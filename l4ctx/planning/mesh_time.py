@@ -17,15 +17,13 @@ from functools import cached_property
 from cache.layout import KV_DTYPES
 from l4ctx.planning.mesh import RankPlan
 from l4ctx.planning.mesh_layers import Copies, LayerKind, layer_kinds
+from l4ctx.planning.step_time import parts_of
 from model.context_division import ContextRank
 from model.costs import chunked_pairs, kv_size, query_size
 from model.weights.owners import Owner
 
 LATENCY = 20e-6
 """Seconds that each exchange between ranks takes beside its bytes: assumed."""
-
-MOST_PARTS = 4096
-"""Of a prefill, whose times are computed apart."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +104,9 @@ class MeshTime:
     def prefill(self) -> Seconds:
         """Of all steps; of very many, one in the middle stands for those around it."""
         last = self.number_of_steps - 1
-        together = max(1, last // MOST_PARTS)
         parts = [self._step(last)]  # which may be shorter
-        for first in range(0, last, together):
-            count = min(together, last - first)
-            parts.append(self._step(first + count // 2).times(count))
+        for steps in parts_of(last):
+            parts.append(self._step(steps[len(steps) // 2]).times(len(steps)))
         return Seconds.added(parts)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from l4ctx.planning.workload import Capacity, Workload
@@ -13,8 +14,18 @@ STREAMING_CHUNK_SIZES = (16384, 32768, 65536, 131072, 262144)
 PREFILL_CHUNK_SIZES = (8192, 4096, 2048, 1024, 512, 256)
 """Tried in this order by default. Larger chunks are faster and need more memory for activations."""
 
+MOST_PARTS = 4096
+"""Of a prefill, whose times are estimated apart."""
+
 WORTH_GROWING = 0.95
 """A larger prefill chunk is taken if a token takes less than this share of the time."""
+
+
+def parts_of(steps: int) -> Iterator[range]:
+    """Numbers of so many prefill steps, consecutive ones together where there are more than MOST_PARTS."""
+    together = -(-steps // MOST_PARTS) or 1
+    for first in range(0, steps, together):
+        yield range(first, min(first + together, steps))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from cache.residency import fork_bytes
 from l4ctx.drafts.index import ORDER_BYTES, SEGMENT_TOKENS, SORTING_BYTES
 from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
-from model.context_division import ContextRank
+from model.context_division import ContextRank, most_tokens
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 from model.weights.owners import Owner
 from model.weights.residency import WeightResidency
@@ -116,8 +116,7 @@ class Workload:
     @property
     def held(self) -> int:
         """Tokens of the run in the cache of the rank that holds most."""
-        ranks = (ContextRank(number, self.context_ranks) for number in range(self.context_ranks))
-        return max(rank.own_length(self.length, self.config.attention_chunk_size) for rank in ranks)
+        return max(1, most_tokens(self.context_ranks, self.length, self.config.attention_chunk_size))
 
     def own_step(self, step: int) -> int:
         """The most tokens that one rank computes of `step`."""

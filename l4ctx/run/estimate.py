@@ -18,6 +18,7 @@ from l4ctx.machine.reading import reading_rate
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
+from l4ctx.planning.step_time import parts_of
 from l4ctx.planning.workload import Capacity
 from l4ctx.run.counted import Note, counted_weights, published_weights
 from l4ctx.run.forms import FormPlan, form_plans, read_a_token, reading_less
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.images import ImageReading, ImageUse
     from model.weights.sources import WeightSource
-
-MOST_PARTS = 1 << 12
-"""Of a prefill, whose times are estimated apart."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +137,10 @@ class _Read:
         return -(-self.tokens // plan.prefill_chunk_size)
 
     def steps(self, plan: MemoryPlan) -> Iterator[tuple[range, int]]:
-        """Those of the prefill, roughly, in at most MOST_PARTS parts: the positions of each, and how many steps."""
-        size, steps = plan.prefill_chunk_size, self.number_of_steps(plan)
-        together = -(-steps // MOST_PARTS)
-        for first in range(0, steps, together):
-            count = min(together, steps - first)
-            yield range(first * size, min((first + count) * size, self.tokens)), count
+        """Those of the prefill, roughly, in few parts: the positions of each, and how many steps."""
+        size = plan.prefill_chunk_size
+        for steps in parts_of(self.number_of_steps(plan)):
+            yield range(steps.start * size, min(steps.stop * size, self.tokens)), len(steps)
 
 
 def make_plan(request: PlanRequest, note: Note) -> PlanReport:

@@ -38,11 +38,6 @@ ROPE_LAYERS, NOPE_LAYERS = 3, 2
 LLAMA4 = SHARED / "llama4"
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def addresses(store: OffloadedKVCache) -> list[int]:
     """Where the keys of its segments lie, sealed ones first."""
     sealed = [packed.keys for block in store.sealed for packed in block.segments if packed is not None]

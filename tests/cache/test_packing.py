@@ -44,11 +44,6 @@ QUANTIZED = list(itertools.product(COMPUTE, store_layout.QUANTIZED))
 LARGEST = {"int8": 127, "fp8": 448}
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def layout_of(dtype: str, kv_dtype: str, *, segment: int = SEGMENT, batch_size: int = 1) -> StoreLayout:
     return StoreLayout(CONFIG, 10_000, dtype, kv_dtype, batch_size, 2 * segment, segment)
 

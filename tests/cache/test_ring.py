@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,22 +11,11 @@ from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
 from cache.residency import RING_BUFFERS, Residency, device_rows_within, held_bytes, peak_bytes
 from support.cache_toys import CHUNK, CONFIG, LAYERS, make, pieces, random_keys_values
-from support.cached_paths import SavedRows, scratch
+from support.cached_paths import SavedRows
 from support.tier_toys import BLOCK, filled, shown, together
 from support.transports import UnrulyTransport
 
 MANY = range(10_000)  # queries: segments travel to them
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def rows() -> Iterator[Scratch]:
-    with scratch() as opened:
-        yield opened
 
 
 def accelerated(

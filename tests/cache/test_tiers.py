@@ -6,7 +6,6 @@ How they are read ahead is in test_reading_ahead.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from cache.residency import READ_BUFFERS, Residency, buffer_bytes, held_bytes, p
 from cache.sealed import SealedBlock
 from cache.tiers import Tiers, stays_on_host
 from support.cache_toys import CHUNK, CONFIG, LAYERS, Naive, make, pieces, random_keys_values, step, storage_bytes
-from support.cached_paths import SavedRows, scratch
+from support.cached_paths import SavedRows
 from support.tier_toys import BLOCK, filled, restored, same, shown, together
 
 PAIRS = [
@@ -37,17 +36,6 @@ PAIRS = [
     ("bfloat16", "fp8"),
     ("float16", "int8"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def rows() -> Iterator[Scratch]:
-    with scratch() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from l4ctx.errors import RequestError
 from l4ctx.formatting import human_bytes
 from l4ctx.machine import device as device_module
 from l4ctx.machine import processor
+from l4ctx.planning import step_time
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.published import PUBLISHED
 from l4ctx.planning.speed import Speed, measured_speed
@@ -131,7 +132,7 @@ def test_what_fits(scout: Path, tmp_path: Path) -> None:
 def test_billions_of_steps_are_estimated_at_once(scout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"tokens": 2**20, "prefill_chunk_size": 256, "weights_memory": 4 * GIB, "rate": 1e12}
     apart = planned(scout, **options)
-    monkeypatch.setattr(estimate, "MOST_PARTS", 100)
+    monkeypatch.setattr(step_time, "MOST_PARTS", 100)
     together = planned(scout, **options)
     assert apart.seconds is not None and together.seconds == pytest.approx(apart.seconds, rel=0.01)
     assert together.weights_read == apart.weights_read > 0
