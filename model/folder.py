@@ -79,9 +79,14 @@ def read_regular(file: str | Path, most: int, *, follow: bool = True) -> bytes:
             left, wanted = left - len(piece), PIECE_BYTES
     if not left:
         raise _too_large(file, most)
-    if most + 1 - left < size:
-        raise OSError(errno.EIO, f"only {most + 1 - left:,} of its {size:,} bytes could be read", str(file))
+    check_whole(file, most + 1 - left, size)
     return b"".join(pieces)
+
+
+def check_whole(file: str | Path, read: int, size: int) -> None:
+    """Raises OSError if fewer bytes were read than are there: a file elsewhere may end early for one read."""
+    if read < size:
+        raise OSError(errno.EIO, f"only {read:,} of its {size:,} bytes could be read", str(file))
 
 
 def _too_large(file: str | Path, most: int) -> OSError:

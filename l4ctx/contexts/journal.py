@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from l4ctx.machine.files import replace_file, sync_folder
 from l4ctx.machine.private import open_private
+from model.folder import check_whole
 
 MAX_BYTES = 2**24
 """Of a journal: 100,000 records, of which ten million tokens take some 1,300."""
@@ -157,9 +158,8 @@ def _read(file: Path, descriptor: int) -> bytes:
         data = stream.read(min(status.st_size, MAX_BYTES) + 1) if status.st_size <= MAX_BYTES else None
     if data is None or len(data) > MAX_BYTES:
         raise JournalError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no journal is")
-    size = min(status.st_size, os.fstat(descriptor).st_size)  # a writer may add a line, or cut off a torn one
-    if len(data) < size:
-        raise OSError(errno.EIO, f"only {len(data):,} of its {size:,} bytes could be read", str(file))
+    # a writer may add a line, or cut off a torn one
+    check_whole(file, len(data), min(status.st_size, os.fstat(descriptor).st_size))
     return data
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l4ctx.machine.private import FOLDER_MODE, open_private, temporary_of
-from model.folder import open_regular
+from model.folder import check_whole, open_regular
 
 SAMPLE_BYTES = 1 << 16  # how much of a file is read to recognise its type
 
@@ -33,8 +33,8 @@ def read_regular_file(path: str, check: Callable[[bytes, int], None] | None = No
             raw = file.readall()
         after = os.fstat(file.fileno())
     changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
-    if not changed and len(raw) < before.st_size:
-        raise OSError(errno.EIO, f"only {len(raw):,} of its {before.st_size:,} bytes could be read")
+    if not changed:
+        check_whole(path, len(raw), before.st_size)
     return raw, changed
 
 

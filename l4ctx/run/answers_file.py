@@ -19,6 +19,7 @@ from l4ctx.errors import InputError, OutputError
 from l4ctx.formatting import printable
 from l4ctx.machine.files import sync_names
 from l4ctx.run.questions import Question, QuestionId, shown
+from model.folder import check_whole
 
 BEGINNING = b'{"id": '
 """Of every line that is written here: what begins otherwise is no line of answers, and is not cut off."""
@@ -109,9 +110,7 @@ class AnswersFile:
 
     def _check_read(self, length: int) -> None:
         """Raises OSError if the file, of which `length` bytes were read, has more: none of them may be cut off."""
-        size = os.fstat(self._file.fileno()).st_size
-        if length < size:
-            raise OSError(errno.EIO, f"only {length:,} of its {size:,} bytes could be read")
+        check_whole(self._name, length, os.fstat(self._file.fileno()).st_size)
 
     def _lines(self) -> Iterator[bytes]:
         with open(self._file.fileno(), "rb", closefd=False) as file:

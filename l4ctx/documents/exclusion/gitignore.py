@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import stat
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from l4ctx.documents.exclusion.wildmatch import PatternSet, literal_length
+from model.folder import check_whole
 
 MOST_BYTES = 2 << 20  # of a file of patterns: tens of thousands of lines, which take some seconds
 AUTOMATON_BYTES = 1 << 14  # of patterns that are matched at once
@@ -153,8 +153,7 @@ def read_start(path: str, most: int, *, follow_link: bool) -> bytes:
             content = file.read(most)
     finally:
         os.close(descriptor)
-    if len(content) < min(status.st_size, most):  # else patterns would be lost
-        raise OSError(errno.EIO, f"only {len(content):,} of its {status.st_size:,} bytes could be read", path)
+    check_whole(path, len(content), min(status.st_size, most))  # else patterns would be lost
     return content
 
 
