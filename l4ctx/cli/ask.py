@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l4ctx.cli import options
+from l4ctx.cli import answer_options, options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import carry_out, has_followed
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
@@ -62,15 +62,7 @@ def ask(
             help="With --questions: also append the answers to the file OUT, and ask only what it does not answer yet.",
         ),
     ] = None,
-    context: Annotated[
-        Path | None,
-        typer.Option(
-            parser=options.context_folder,
-            metavar="CONTEXT",
-            help="Answer from what l4ctx prefill has read, or has read so far. With paths that begin "
-            "as CONTEXT does, answer from these and read only what is new.",
-        ),
-    ] = None,
+    context: answer_options.Context = None,
     save_context: Annotated[
         Path | None,
         typer.Option(
@@ -96,47 +88,14 @@ def ask(
     encoding: options.Encoding = None,
     keep_payload: options.KeepPayload = False,
     system: options.System = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            parser=options.token_count(1),
-            metavar="N",
-            help="Maximum length of the answer in tokens (default: 1024).",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, metavar="T", help="0, the default, always takes the most likely token.", show_default=False
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, metavar="P", help="Sample from the most likely tokens up to this total probability."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Sample from this many of the most likely tokens.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Sampling seed, for reproducible answers.")
-    ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample as the checkpoint's authors recommend.")] = False,
-    draft_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=64,
-            metavar="N",
-            help="Copy up to N tokens at a time from the documents and verify them together; 0: never. The answer is "
-            "the same (default: 7).",
-            show_default=False,
-        ),
-    ] = None,
-    loop_guard: Annotated[
-        bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop an answer that keeps repeating itself.")
-    ] = True,
+    max_new_tokens: answer_options.MaxNewTokens = None,
+    temperature: answer_options.Temperature = None,
+    top_p: answer_options.TopP = None,
+    top_k: answer_options.TopK = None,
+    seed: answer_options.Seed = None,
+    sample: answer_options.Sample = False,
+    draft_tokens: answer_options.DraftTokens = None,
+    loop_guard: answer_options.LoopGuard = True,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     weights_memory: options.WeightsMemory = None,
