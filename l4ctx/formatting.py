@@ -46,6 +46,17 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
+def short_count(number: int) -> str:
+    """'999', '4K' for 4,096, '1M' for 1,048,576: powers of 1024 where they divide it, or else of 1000; '1.5K'."""
+    for unit, name in ((2**20, "M"), (2**10, "K"), (10**6, "M"), (10**3, "K")):
+        if number >= unit and number % unit == 0:
+            return f"{number // unit}{name}"
+    if number < 1000:
+        return str(number)
+    unit, name = (10**6, "M") if number >= 10**6 else (10**3, "K")
+    return f"{number / unit:.3g}{name}"
+
+
 def parse_size(text: str) -> int:
     """Parses '8GiB', '500MB', '1.5G' or '8388608' into bytes: KiB and bare K are 1024, KB is 1000.
 

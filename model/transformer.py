@@ -123,9 +123,34 @@ class Transformer(nn.Module):
         step.commit()
         return None if found is None else list(found[0].split(wanted))
 
+    @torch.inference_mode()
+    def states(self, inputs: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As `forward`, up to what the head multiplies, (B, T, C): `logits_of` a few of these tokens at a time needs no
+        memory for the logits of all. Raises LengthError."""
+        counts = [inputs.shape[1]]
+        step = Step.at(self.config, counts, self.backend, [cache], self.device)
+        x, _ = self._through_layers(inputs, step, counts)
+        step.commit()
+        return self.model.norm(x.to(self.dtype))
+
+    @torch.inference_mode()
+    def logits_of(self, states: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        return self.lm_head(states)
+
     def _run(self, inputs: Tensor, step: Step, wanted: Sequence[int]) -> Tensor | None:
-        """Token ids (B, T), or embeddings (B, T, C). Ids are looked up here: a caller's stack may keep arguments alive,
-        as it does once torch.compile is in use, and each layer is to free its input."""
+        x, has_programs = self._through_layers(inputs, step, wanted)
+        if not any(wanted):
+            return None
+        head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
+        return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
+
+    def _through_layers(self, inputs: Tensor, step: Step, wanted: Sequence[int]) -> tuple[Tensor, bool]:
+        """Token ids (B, T), or embeddings (B, T, C) -> (B, T, C), and whether `programs` computed what they can.
+
+        Ids are looked up here: a caller's stack may keep arguments alive, as it does once torch.compile is in use, and
+        each layer is to free its input.
+        """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         has_programs = self.programs.begin(self.config, self.dtype, step, x)
         last, tokens = len(self.model.layers) - 1, x.shape[0] * x.shape[1]
@@ -137,10 +162,7 @@ class Transformer(nn.Module):
             x = layer(x.to(self.dtype), here) if program is None else program(x, here)
             if self.watcher is not None:
                 self.watcher.leaving(number, tokens)
-        if not any(wanted):
-            return None
-        head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
-        return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
+        return x, has_programs
 
 
 def wanted_tokens(logits: Wanted | Sequence[int], counts: Sequence[int]) -> list[int]:

@@ -15,6 +15,7 @@ from support.places import ROOT
 PACKAGES = (  # from the top down: each may import only those in rows below
     {"l4ctx.__main__"},
     {"l4ctx.cli"},
+    {"l4ctx.evaluation"},
     {"l4ctx.run", "l4ctx.bench", "l4ctx.conversion"},
     {"l4ctx.engine", "l4ctx.prompt", "l4ctx.inspection"},
     {"l4ctx.vision"},
@@ -138,6 +139,8 @@ WITHOUT_TORCH = (
     "l4ctx.planning.mesh_time",
     "l4ctx.planning.batch",
     "l4ctx.run.request",
+    "l4ctx.evaluation.picture",
+    "l4ctx.evaluation.positions",
     "l4ctx.run.questions",
     "l4ctx.run.answers_file",
     "l4ctx.contexts.states",

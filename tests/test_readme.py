@@ -212,7 +212,8 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 def test_options_exist(name: str) -> None:
     """Options in running text and tables; other programs' options follow the program's name."""
     helps = "".join(
-        run_here(command, "--help").stdout for command in ("ask", "prefill", "plan", "inspect", "bench", "quantize")
+        run_here(command, "--help").stdout
+        for command in ("ask", "prefill", "plan", "inspect", "bench", "quantize", "score")
     )
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)

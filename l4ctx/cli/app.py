@@ -21,6 +21,7 @@ from l4ctx.cli.inspect import inspect
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
+from l4ctx.cli.score import score
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
 from l4ctx.errors import INPUT, INTERRUPTED, MODEL
 from l4ctx.machine.processor import share_cores
@@ -85,5 +86,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, prefill, inspect, plan, bench, quantize):
+for command in (ask, prefill, inspect, plan, bench, quantize, score):
     app.command(cls=Command, epilog=EXIT_CODES)(command)

@@ -305,6 +305,16 @@ GpuBandwidth = Annotated[
         help="What a GPU reads of its own memory (default: 3.35TB/s, an H100's).",
     ),
 ]
+Pictures = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Also draw it, as PNG or SVG by the name of FILE. Can be repeated.",
+        show_default=False,
+    ),
+]
 MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]

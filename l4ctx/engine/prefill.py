@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,9 +66,11 @@ def prefill(
     *,
     prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
     features: ImageFeatures | None = None,
+    observe: Callable[[range, Tensor], None] | None = None,
 ) -> Iterator[PrefillProgress]:
     """Appends the keys and values of `ids` to the KV cache; computes no logits.
 
+    `observe` is given the positions of each step and what the head would multiply there, (1, T, C).
     A step that fails leaves the cache as of the last progress that was yielded. `features` provides the images among
     `ids`. Raises ImageError for an image that cannot be decoded, and the model's LengthError.
     """
@@ -79,7 +81,12 @@ def prefill(
     for positions in grid:
         step_began = time.perf_counter()
         step_ids = ids[positions.start - base : positions.stop - base]
-        model(_inputs(model, step_ids, positions, features), cache, logits="none")
+        inputs = _inputs(model, step_ids, positions, features)
+        if observe is None:
+            model(inputs, cache, logits="none")
+        else:
+            assert isinstance(cache, HybridKVCache), "context ranks tell no states"
+            observe(positions, model.states(inputs, cache))
         give_back_free_memory()
         now = time.perf_counter()
         yield PrefillProgress(

@@ -34,10 +34,10 @@ class ImageUse:
     A fault of the checkpoint's vision part is an error once there are images, and not before: text can be read.
     """
 
-    def __init__(self, model: Path, config: TextConfig, *, no_images: bool, pdf: str) -> None:
+    def __init__(self, model: Path, config: TextConfig, *, no_images: bool | str, pdf: str) -> None:
         """Raises RequestError where pages of PDF files are asked for as images, and images are not read."""
         self._model, self._config = model, config
-        self.why_not = "left out by --no-images" if no_images else None
+        self.why_not = no_images if isinstance(no_images, str) else "left out by --no-images" if no_images else None
         self._vision: VisionConfig | ConfigError | None = None
         if not no_images:
             try:

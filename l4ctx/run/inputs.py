@@ -168,7 +168,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     request, config = choices.request, sources.config
     with monitor.loading():
         monitor.tell("checking the checkpoint")
-        checked = _check_checkpoint(choices, config, monitor.note)
+        checked = check_checkpoint(choices, config, monitor.note)
         context = _opened(request, monitor)
         template = ChatTemplate.from_folder(request.model, date=choices.date)
         if template is not None:
@@ -225,7 +225,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     )
 
 
-def _check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable[[str], None]) -> Checked:
+def check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable[[str], None]) -> Checked:
     """What can be refused before any text is tokenized: device, shards, generation settings."""
     prepare_torch()
     from l4ctx.checkpoint.generation_config import GenerationConfig

@@ -28,7 +28,7 @@ class SourceOptions:
     stdin: BinaryIO | None = None
     pdf: PdfMode = "text"
     encoding: str | None = None  # of texts that do not declare theirs; None: detected
-    no_images: bool = False
+    no_images: bool | str = False  # or the reason why images are left out
     keep_payload: bool = False
     skip_unreadable: bool = False  # in a folder, leave out what cannot be read
 

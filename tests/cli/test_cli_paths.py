@@ -27,6 +27,7 @@ BASE: dict[str, list[str]] = {
     "plan": ["document.txt", "--model", "model", "--quiet"],
     "bench": ["--tokens", "9", "--quiet"],
     "quantize": ["model", "--output", "new", "--quiet"],
+    "score": ["document.txt", "--model", "model", "--quiet"],
 }
 INSTEAD: dict[tuple[str, str], list[str]] = {  # arguments for options that do not go with the above
     ("ask", "--question-file"): ["document.txt", "--model", "model"],
