@@ -1,7 +1,8 @@
-"""Shows an answer while it is generated: on a terminal broken at words, elsewhere as it is."""
+"""Shows an answer while it is generated: on a terminal as Markdown, broken at words, elsewhere as it is."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,17 +14,22 @@ from l4ctx.errors import OutputError
 from l4ctx.formatting import counted, without_controls
 
 if TYPE_CHECKING:
+    from l4ctx.cli.markdown.stream import MarkdownStream
     from l4ctx.run.session import Session
 
 
-def show_answer(session: Session, note: Callable[[str], None], interruption: Interruption, *, json: bool) -> None:
+def show_answer(
+    session: Session, note: Callable[[str], None], interruption: Interruption, *, json: bool, plain: bool = False
+) -> None:
     """Generates the answer; writes it to standard output, unless `json` is to show it whole.
+
+    `plain`: without rendering Markdown on a terminal.
 
     Raises OutputError and what `Session.decode` raises; the line that was begun is ended before.
     """
     interruption.when = lambda: _after_tokens(session)
     interruption.kept = lambda: _kept(session)
-    shown = _Answer()
+    shown = AnswerStream(is_plain=plain)
     try:
         for piece in session.decode():
             if not json:
@@ -60,34 +66,50 @@ def _kept(session: Session) -> str:
     return f"the context {context.folder} holds what was read"
 
 
-class _Answer:
-    """Standard output, and whether its last line has been begun."""
+class AnswerStream:
+    """An answer on standard output, and whether its last line has been begun.
 
-    def __init__(self) -> None:
-        self._wrap = WordWrap(_terminal_width) if sys.stdout is not None and sys.stdout.isatty() else None
-        self._is_line_begun = False
-        self._is_ended = False  # by a newline of the answer itself
+    On a terminal words stay whole, and Markdown is rendered unless `is_plain`; elsewhere every character is written.
+    """
+
+    def __init__(self, *, is_plain: bool = False) -> None:
+        self._layout = _layout(is_plain=is_plain)
+        self._is_begun = self._is_line_begun = False
 
     def write(self, text: str) -> None:
-        if text:
-            self._is_ended = text.endswith("\n")
-        self._write(self._wrap.push(text) if self._wrap else text)
+        """Writes what can be shown now of the answer's next piece, which holds no control characters."""
+        self._write(self._layout.push(text) if self._layout else text)
 
     def finish(self) -> None:
         """Ends the last line, unless the answer did."""
-        rest = self._wrap.finish() if self._wrap else ""
-        self._write(rest if self._is_ended else f"{rest}\n")
+        self._write(self._layout.finish() if self._layout else "")
+        if self._is_line_begun or not self._is_begun:
+            self._write("\n")
 
     def end_line(self) -> None:
         """After what was given out so far, if that is within a line."""
-        rest = self._wrap.finish() if self._wrap else ""
-        if rest or self._is_line_begun:
-            self._write(f"{rest}\n")
+        self._write(self._layout.finish() if self._layout else "")
+        if self._is_line_begun:
+            self._write("\n")
 
     def _write(self, text: str) -> None:
         if text:
             write(text)
-            self._is_line_begun = not text.endswith("\n")
+            self._is_begun, self._is_line_begun = True, not text.endswith("\n")
+
+
+def _layout(*, is_plain: bool) -> WordWrap | MarkdownStream | None:
+    """What arranges an answer for the terminal; None where standard output is none."""
+    from l4ctx.cli.console import is_screen
+
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    if is_plain or not is_screen(sys.stdout):
+        return WordWrap(_terminal_width)
+    from l4ctx.cli.markdown.stream import MarkdownStream
+
+    is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return MarkdownStream(_terminal_width, has_colours=not os.environ.get("NO_COLOR"), is_ascii=is_ascii)
 
 
 def _terminal_width() -> int:

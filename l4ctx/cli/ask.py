@@ -10,7 +10,7 @@ import typer
 
 from l4ctx.cli import answer_options, options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import carry_out, has_followed
+from l4ctx.cli.show import Display, carry_out, has_followed
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
@@ -108,6 +108,8 @@ def ask(
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
     context_ranks: options.ContextRanks = 1,
+    plain: options.Plain = False,
+    stats: options.Stats = False,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -197,7 +199,7 @@ def ask(
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:
         if not has_followed(launch):
-            carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
+            carry_out(request(), interruption, Display(json, quiet, memory_report, plain=plain, stats=stats))
 
 
 def _check_questions(

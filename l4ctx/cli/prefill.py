@@ -10,7 +10,7 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import carry_out, has_followed
+from l4ctx.cli.show import Display, carry_out, has_followed
 from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
@@ -99,4 +99,4 @@ def prefill(
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=output) as interruption:
         if not has_followed(launch):
-            carry_out(request(), interruption, json=json, quiet=quiet, memory_report=memory_report)
+            carry_out(request(), interruption, Display(json, quiet, memory_report))

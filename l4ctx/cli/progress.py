@@ -154,6 +154,19 @@ def reading_summary(session: Session) -> str | None:
     return f"read {counted(timing.tokens, 'token')} in {human_seconds(timing.seconds)}{rate}{on_disk}"
 
 
+def stats_line(session: Session) -> str:
+    """Tokens, time and rate of reading and of the answer, or of all answers."""
+    timings, sized = session.monitor.timings, session.sized
+    read, answered = timings["prefill"], timings["decode"]
+    reused = f", {sized.reused:,} of them reused" if sized.reused else ""
+    parts = [f"{counted(sized.inputs.prompt_tokens, 'token')}{reused}"]
+    for what, timing in (("read", read), ("answered", answered)):
+        if timing.tokens:
+            rate = f" ({_rate(timing.tokens / timing.seconds)} tokens/s)" if timing.seconds else ""
+            parts.append(f"{what} {timing.tokens:,} in {human_seconds(timing.seconds)}{rate}")
+    return "; ".join([*parts, f"loading took {human_seconds(timings['load'].seconds)}"])
+
+
 def _tiers(held: KVBytes | None) -> dict[str, int]:
     """Bytes of keys and values by where they are. RoPE windows lie where the newest NoPE blocks do."""
     if held is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l4ctx.cli.exits import Interruption, write_json
+from l4ctx.cli.exits import Interruption, tell, write_json
 from l4ctx.cli.stdin import warn_of_forgotten_pipe
 from l4ctx.errors import CHECKPOINT
 
@@ -25,12 +26,23 @@ def has_followed(launch: Launch | None) -> bool:
     return True
 
 
-def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet: bool, memory_report: bool) -> None:
+@dataclass(frozen=True)
+class Display:
+    """How a person wants to see a run."""
+
+    json: bool = False
+    quiet: bool = False
+    memory_report: bool = False
+    plain: bool = False  # Markdown as it is
+    stats: bool = False
+
+
+def carry_out(request: Request, interruption: Interruption, display: Display) -> None:
     """Carries the request out; prints the answer as it comes, then what there is to report."""
     from l4ctx.cli.activity import Activity
     from l4ctx.cli.answer import show_answer
     from l4ctx.cli.console import notes, stderr_console
-    from l4ctx.cli.progress import read_shown, reading_summary
+    from l4ctx.cli.progress import read_shown, reading_summary, stats_line
     from l4ctx.cli.questions import show_answers, show_missing, without_answered
     from l4ctx.cli.tables.memory import memory_table
     from l4ctx.cli.tables.weights import weights_table
@@ -41,8 +53,8 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
     from l4ctx.run.sizing import size
 
     console = stderr_console()
-    note = notes(console, quiet=quiet)
-    activity = Activity(console, is_shown=not quiet)
+    note = notes(console, quiet=display.quiet)
+    activity = Activity(console, is_shown=not display.quiet)
     interruption.owners.setdefault(request.model, CHECKPOINT)  # which a context may have named
     if request.launch is not None:
         from l4ctx.run.ranks import check, dismiss
@@ -53,7 +65,7 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
         answers = None
         if request.questions is not None:
             request, answers = without_answered(request, monitor)
-            if not show_missing(request, note, json=json):
+            if not show_missing(request, note, json=display.json):
                 if request.launch is not None:
                     dismiss(request.launch)
                 return
@@ -66,17 +78,19 @@ def carry_out(request: Request, interruption: Interruption, *, json: bool, quiet
             if (summary := reading_summary(session)) is not None:
                 note(summary)
         if request.question is not None:
-            show_answer(session, note, interruption, json=json)
+            show_answer(session, note, interruption, json=display.json, plain=display.plain)
         elif request.questions is not None:
             show_answers(session, answers, note, activity, interruption)
-        elif not json:
+        elif not display.json:
             folder = request.context.save_to
             note(
                 f"{session.sized.inputs.prompt_tokens:,} tokens are kept in {folder}; ask with: l4ctx ask QUESTION "
                 f"--context {shlex.quote(str(folder))}"
             )
-        if json:
+        if display.json:
             write_json(run_report(session))
-    if memory_report:
+    if display.stats:
+        tell(stats_line(session))
+    if display.memory_report:
         report = session.memory_report()
         console.print(memory_table(report), "", weights_table(report.weights_by_owner))

@@ -6,14 +6,18 @@ import re
 from collections.abc import Callable
 
 TAB_CELLS = 8
-_LIST_ITEM = re.compile(r"(?:[-*+•]|\d{1,3}[.)])")
+MARKS = re.compile("[\x0e-\x17]")
+"""Characters that stand for changes of style, and take no room; see `l4ctx.cli.markdown.styles`."""
+
+_LIST_ITEM = re.compile(r"(?:[-*+•>│]|\d{1,3}[.)])")
 _STAYS_BEHIND = frozenset("、。，．：；？！）］｝」』】〉》〕’”々ー…")  # never at the start of a line
 
 
 def cells(text: str) -> int:
-    """Width in terminal columns: 2 for a wide character, 0 for a combining one."""
+    """Width in terminal columns: 2 for a wide character, 0 for a combining one and for marks of styles."""
     from rich.cells import cell_len
 
+    text = MARKS.sub("", text)
     return len(text) if text.isascii() else cell_len(text)
 
 
@@ -21,8 +25,8 @@ class WordWrap:
     """Wraps streamed text; holds back only the current word and the blanks before it.
 
     Left for the terminal to wrap: lines inside ``` fences, code indented by four blanks or a tab, table rows, and words
-    wider than a line. Lines may break between wide characters. List items get a hanging indent. `width` is called at
-    the start of every line, since the terminal may be resized.
+    wider than a line. Lines may break between wide characters. List items get a hanging indent. `width` is called for
+    every word, since the terminal may be resized.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
@@ -59,6 +63,9 @@ class WordWrap:
             self._is_fenced ^= self._start.lstrip().startswith("```")
             self._start_line()
             return shown
+        if MARKS.match(character):
+            self._word += "" if self._is_passing else character
+            return character if self._is_passing else ""
         if len(self._start) < 16:
             self._start += character
         if character in " \t":
@@ -95,12 +102,13 @@ class WordWrap:
         if not self._word:
             return ""
         width, shown = cells(self._word), self._blanks
+        self._width = max(1, self._ask_width())
         if self._column and self._blank_stop() + width > self._width:
             shown, self._column = f"\n{' ' * self._indent}", self._indent
         else:
             self._column = self._blank_stop()
         if not self._has_words:
-            is_item = _LIST_ITEM.fullmatch(self._word) is not None
+            is_item = _LIST_ITEM.fullmatch(MARKS.sub("", self._word)) is not None
             self._is_in_list = is_item or (self._is_in_list and self._column > 0)
             self._indent = min(self._column + (width + 1) * is_item, self._width // 2)
         shown += self._word

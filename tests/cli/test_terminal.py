@@ -10,7 +10,6 @@ import sys
 import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -25,8 +24,8 @@ from l4ctx.cli.tables.inspection import listing
 from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.cli.wrapping import cells
 from l4ctx.engine.loop_guard import LONGEST_PERIOD, Loop
-from l4ctx.run.session import Answer
 from support.cli_runner import ANSWER, QUESTION, TINY, closed_pipe, run_here, run_process, text_file
+from support.generating import Generating
 
 COLOURS = (
     {"FORCE_COLOR": "1"},
@@ -260,24 +259,6 @@ def test_a_listing_is_broken_at_words() -> None:
 
 
 # Answers
-
-
-class Generating:
-    """As much of a session as showing an answer needs."""
-
-    def __init__(self, pieces: list[str], stop: Any = "stop", loop: Loop | None = None) -> None:
-        self.pieces, self.stop, self.loop = pieces, stop, loop
-        self.answer = Answer()
-        self.sized = SimpleNamespace(inputs=SimpleNamespace(max_new_tokens=9))
-
-    def decode(self) -> Any:
-        for piece in self.pieces:
-            self.answer.tokens += 1
-            self.answer.text += piece
-            yield piece
-        if isinstance(self.stop, BaseException):
-            raise self.stop
-        self.answer.stop_reason, self.answer.loop = self.stop, self.loop
 
 
 def answered(

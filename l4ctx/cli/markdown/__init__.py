@@ -1,0 +1,1 @@
+"""Markdown shown on a terminal while it is generated."""
