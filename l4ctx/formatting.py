@@ -24,6 +24,16 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
+def human_time(seconds: float) -> str:
+    """Of a prediction, rounded: '12 s', '15 min', '2.5 h', '58 days'."""
+    if seconds < 600:
+        return human_seconds(seconds)
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:,.1f} h" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
 def human_clock(seconds: float) -> str:
     """'0:12', '3:05', '2:10:00'."""
     minutes, rest = divmod(int(seconds), 60)

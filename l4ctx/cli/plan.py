@@ -67,6 +67,9 @@ def plan(
     disk_rate: options.DiskRate = None,
     compute_rate: options.ComputeRate = None,
     gpu_bandwidth: options.GpuBandwidth = None,
+    whole: Annotated[
+        bool, typer.Option("--all", help="List every document and folder, and everything that was left out.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -142,26 +145,27 @@ def plan(
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model):
-        leave(_plan(request(), json=json, quiet=quiet))
+        leave(_plan(request(), is_whole=whole, json=json, quiet=quiet))
 
 
-def _plan(request: PlanRequest, *, json: bool, quiet: bool) -> int:
+def _plan(request: PlanRequest, *, is_whole: bool, json: bool, quiet: bool) -> int:
     """Shows the plan; returns the exit code."""
     from l4ctx.cli.console import notes, rendered, stderr_console
     from l4ctx.cli.tables.gpus import gpu_table
     from l4ctx.cli.tables.plan import plan_table
     from l4ctx.run.estimate import PlanReport, make_plan
     from l4ctx.run.estimate_gpus import GpuReport, plan_for_gpus
+    from l4ctx.run.verdict import verdict, verdict_on_gpus
 
     report: PlanReport | GpuReport
     if request.gpus is not None:
         report = plan_for_gpus(request, notes(stderr_console(), quiet=quiet))
-        table = gpu_table(report)
+        table, told = gpu_table(report), verdict_on_gpus(report)
     else:
         report = make_plan(request, notes(stderr_console(), quiet=quiet))
-        table = plan_table(report)
+        table, told = plan_table(report, is_whole=is_whole), verdict(report)
     if json:
-        write_json(report.as_dict())
+        write_json({**report.as_dict(), "verdict": told})
     else:
         write(rendered(table))
     return 0 if report.fits else TOO_LONG if report.exceeds_positions else MEMORY

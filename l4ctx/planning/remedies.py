@@ -26,6 +26,8 @@ from model.quantization.choice import Quantization
 QUANTIZED = ("int8", "int4")
 """Values of --quantize that are proposed, the larger result first."""
 
+MAKES_IT_FIT = "makes it fit"
+
 WORTH_SAYING = 0.98
 """An option that leaves more than this share of the shortfall helps neither alone nor with others: it is not named."""
 
@@ -55,7 +57,7 @@ def remedies(plan: MemoryPlan, capacity: Capacity) -> list[str]:
     for option in _options(plan, capacity):
         left = _shortfall(MemoryPlan.of(option.workload, option.capacity), option.capacity)
         if left == 0:
-            enough.append(f"{option.action} makes it fit{option.detail}")
+            enough.append(f"{option.action} {MAKES_IT_FIT}{option.detail}")
         elif left < WORTH_SAYING * short:
             partial.append(f"{option.action} saves {human_bytes(short - left)}{option.detail}, not enough alone")
     if len(partial) > 1 and not enough and (actions := _together(plan, capacity)):

@@ -63,6 +63,16 @@ class PlanReport:
     def fits(self) -> bool:
         return not self.shortfalls and not self.exceeds_positions
 
+    @property
+    def folders(self) -> list[tuple[str, int, int]]:
+        """Folders with the number and the tokens of the documents in each itself, the most tokens first."""
+        found: dict[str, tuple[int, int]] = {}
+        for source, tokens in self.documents:
+            name = f"{source.rpartition('/')[0]}/" if "/" in source else "./"
+            number, total = found.get(name, (0, 0))
+            found[name] = number + 1, total + tokens
+        return sorted(((name, *counts) for name, counts in found.items()), key=lambda folder: -folder[2])
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for --json."""
         workload = self.plan.workload
@@ -89,6 +99,7 @@ class PlanReport:
             "operations_per_second": self.speed and self.speed._asdict(),
             "seconds": self.seconds,
             "assumed_seconds": self.assumed_seconds,
+            "folders": [{"path": name, "documents": number, "tokens": all_} for name, number, all_ in self.folders],
         }
 
 

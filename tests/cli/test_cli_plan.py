@@ -140,6 +140,8 @@ def test_a_plan_for_programs_is_the_one_of_ask(place: Path) -> None:
         "operations_per_second",
         "seconds",
         "assumed_seconds",
+        "folders",
+        "verdict",
     ]
     run = json.loads(ask("a", "docs", "--json", "--quiet", "--dtype", "float32").stdout)
     assert report["documents"] == run["documents"] and report["fits"] and not report["exceeds_positions"]
@@ -149,6 +151,7 @@ def test_a_plan_for_programs_is_the_one_of_ask(place: Path) -> None:
     assert run["memory"]["predicted"]["tokens"] == report["plan"]["tokens"] + more
     for name in ("weights", "weights_are_mapped", "prefill_chunk_size", "rope_windows", "dtype", "kv_dtype"):
         assert report["plan"][name] == run["memory"]["predicted"][name], name
+    assert report["verdict"].startswith("fits; about ") and report["verdict"].endswith(" of memory")
     assert report["seconds"] is None and report["missing"] == {} and report["remedies"] == []
 
 
@@ -158,7 +161,9 @@ def test_a_plan_for_people(place: Path) -> None:
     result = run_here("plan", "docs", "--rate", "5000", "--kv-dtype", "int8")
     assert result.code == 0 and not CONTROLS.search(result.stdout + result.stderr)
     lines = result.stdout.splitlines()
+    assert re.fullmatch(r"fits; about 1\.3 s; [\d.]+ MiB of memory", lines[0])
     assert [line for line in lines if line and " " not in line] == ["documents", "memory", "weights", "run"]
+    assert lines[lines.index("left out: 1") + 1].split(maxsplit=1)[0] == "docs/x.bin"
     assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
     rows = [re.split(r" {2,}", line) for line in lines]
     assert ["docs/a.md", "3,345", "50%"] in rows and ["fits here", "yes"] in rows
@@ -169,11 +174,40 @@ def test_a_plan_for_people(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_documents_by_tokens_with_subtotals_by_folder(place: Path) -> None:
+    for number in range(25):
+        text_file(place / "docs" / "many" / f"{number}.txt", "word " * (number + 1))
+        (place / "docs" / f"{number}.bin").write_bytes(b"\0\1")
+    report = planned("docs")
+    by_tokens = sorted((document["tokens"] for document in report["documents"]), reverse=True)
+    lines = run_here("plan", "docs").stdout.splitlines()
+    start, folders, left_out = (lines.index(title) for title in ("documents", "folders", "left out: 25"))
+    assert [int(line.split()[-2].replace(",", "")) for line in lines[start + 2 : start + 22]] == by_tokens[:20]
+    assert lines[start + 22].startswith("7 smaller ones (--all)")
+    shown = [re.split(r" {2,}", line) for line in lines[folders + 2 : folders + 4]]
+    assert [row[0] for row in shown] == ["docs/ (2 documents)", "docs/many/ (25 documents)"]
+    assert [int(row[1].replace(",", "")) for row in shown] == [folder["tokens"] for folder in report["folders"]]
+    assert sum(by_tokens) == sum(folder["tokens"] for folder in report["folders"])
+    assert lines[left_out + 21].split() == ["5", "more", "--all", "lists", "them"]
+    whole = run_here("plan", "docs", "--all").stdout
+    assert "smaller" not in whole and all(f"docs/{number}.bin" in whole for number in range(25))
+    assert len([line for line in whole.splitlines() if line.startswith("docs/many/")]) == 25 + 1
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
         (["--tokens", "10000000"], 0, ["fits here      yes", "10,485,760 tokens in memory alone"]),
-        (["--tokens", "10485761"], 4, ["fits here      no", "more tokens than the model has positions: 10,485,761"]),
+        (
+            ["--tokens", "10485761"],
+            4,
+            [
+                "does not fit: 10,485,761 tokens, and the model has 10,485,760 positions\n",
+                "fits here      no",
+                "more tokens than the model has positions: 10,485,761",
+            ],
+        ),
         (
             ["--tokens", "10485760", "--max-new-tokens", "1"],
             4,
@@ -189,6 +223,7 @@ def test_a_plan_for_people(place: Path) -> None:
                 "--kv-dtype int8 saves 7.0 GiB",
                 ", not enough alone",
                 "fewer tokens: 1,048,576 of these 10,000,000 fit",
+                "does not fit: --kv-host-memory: 9.5 GiB needed, 1.0 GiB available; --kv-host-memory 9766MiB makes it",
             ],
         ),
         (

@@ -38,6 +38,7 @@ def test_the_tables_tell_bytes_by_tier_traffic_and_time(scout: Path) -> None:
     result = run_here("plan", "--model", str(scout), *ISSUE)
     assert result.code == 0 and result.stderr == ""
     rows = dict(re.findall(r"^ *(\S.*?)  +(\S.*)$", result.stdout, re.M))
+    assert re.match(r"fits; about [\d.]+ \w+; [\d.]+ GiB on each of 32 GPUs\n\n", result.stdout)
     assert rows["weights"] == "25.1 GiB" and rows["NoPE keys and values"] == "14.3 GiB"
     assert rows["available"] == "141 GiB" and rows["fits there"] == "yes"
     assert rows["sums over tensor ranks"].split("  ")[0] == "18.3 GiB"

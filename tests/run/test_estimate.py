@@ -535,19 +535,19 @@ def test_the_table(scout: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_documents(documents: list[str]) -> None:
-    """Names are shown as they are, and the smallest ones together if there are many."""
+    """Names are shown as they are, the largest first, and the smallest ones together if there are many."""
     report = planned(TINY, paths=documents)
     lines = shown(report)
     total = report.plan.workload.prompt_tokens
-    assert lines[0] == "documents" and lines[1] == "tokens share"
-    assert lines[4] == f"docs/c [red].md {report.documents[2][1]:,} {report.documents[2][1] / total:.0%}"
+    assert lines[0].startswith("fits; about ") and lines[2:4] == ["documents", "tokens share"]
+    assert f"docs/c [red].md {report.documents[2][1]:,} {report.documents[2][1] / total:.0%}" in lines[4:9]
     many = [Path(documents[0], f"{n}.txt") for n in range(30)]
     for number, file in enumerate(many):
         file.write_text("word " * (100 - number))
     lines = shown(planned(TINY, paths=list(map(str, many))))
-    names = [line.split()[0] for line in lines[2:22]]
+    names = [line.split()[0] for line in lines[4:24]]
     assert [name.rpartition("/")[2] for name in names] == [f"{n}.txt" for n in range(20)]
-    assert lines[22].startswith("10 smaller ones ")
+    assert lines[24].startswith("10 smaller ones ")
 
 
 def test_long_times_are_told_in_days(scout: Path) -> None:

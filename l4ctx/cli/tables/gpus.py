@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable, TextTable
-from l4ctx.cli.tables.plan import human_time
-from l4ctx.formatting import counted, human_bytes, human_rate
+from l4ctx.formatting import counted, human_bytes, human_rate, human_time
 from l4ctx.planning.mesh import RankPlan
 from l4ctx.planning.mesh_time import Seconds
 from l4ctx.run.estimate_gpus import GpuReport
+from l4ctx.run.verdict import verdict_on_gpus
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 def gpu_table(report: GpuReport) -> RenderableType:
     """Bytes of a rank by owner and tier, what it sends and receives, and what follows from that."""
     from rich.console import Group
+    from rich.text import Text
 
-    return Group(_memory(report), "", _traffic(report), "", _facts(report))
+    return Group(
+        Text(verdict_on_gpus(report), style="bold"), "", _memory(report), "", _traffic(report), "", _facts(report)
+    )
 
 
 def _memory(report: GpuReport) -> FigureTable:

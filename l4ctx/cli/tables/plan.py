@@ -6,44 +6,73 @@ from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable, TextTable
 from l4ctx.cli.tables.weights import weights_table
-from l4ctx.formatting import human_bytes, human_seconds, without_controls
+from l4ctx.formatting import counted, human_bytes, human_time, without_controls
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.remedies import remedies
 from l4ctx.run.estimate import PlanReport
 from l4ctx.run.forms import read_a_token, reading_less
+from l4ctx.run.verdict import verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SHOWN_DOCUMENTS = 20
-HOUR = 3600
+SHOWN = 20
+"""Rows of documents, of folders and of what was left out, unless all are wanted."""
 
 
-def plan_table(report: PlanReport) -> RenderableType:
-    """Documents with their tokens, bytes by owner and tier, and what follows from them."""
+def plan_table(report: PlanReport, *, is_whole: bool = False) -> RenderableType:
+    """The verdict; then documents with their tokens, bytes by owner and tier, and what follows from them.
+
+    `is_whole`: however many documents there are, and whatever was left out.
+    """
     from rich.console import Group
+    from rich.text import Text
 
-    documents = (_documents(report), "") if report.documents else ()
-    forms = ("", _forms(report)) if any(form.fits for form in report.forms) else ()
-    weights = report.plan.weights_by_owner
-    owners = (weights_table(weights), "") if weights else ()
-    return Group(*documents, _memory(report), "", *owners, _facts(report), *forms)
+    parts: list[RenderableType] = [Text(verdict(report), style="bold")]
+    if report.documents:
+        parts += ["", _documents(report, is_whole=is_whole)]
+        if len(report.folders) > 1:
+            parts += ["", _folders(report, is_whole=is_whole)]
+    if report.skipped:
+        parts += ["", _left_out(report, is_whole=is_whole)]
+    parts += ["", _memory(report)]
+    if report.plan.weights_by_owner:
+        parts += ["", weights_table(report.plan.weights_by_owner)]
+    parts += ["", _facts(report)]
+    if any(form.fits for form in report.forms):
+        parts += ["", _forms(report)]
+    return Group(*parts)
 
 
-def _documents(report: PlanReport) -> FigureTable:
-    """The largest documents, in the order in which they are read, and the rest as one row."""
-    table, prompt_tokens = FigureTable("documents", ("tokens", "share")), report.plan.workload.prompt_tokens
+def _documents(report: PlanReport, *, is_whole: bool) -> FigureTable:
+    """The largest first."""
+    return _shares("documents", sorted(report.documents, key=lambda document: -document[1]), report, is_whole=is_whole)
 
-    def row(name: str, tokens: int) -> None:
-        table.add_row(name, f"{tokens:,}", f"{tokens / prompt_tokens:.0%}")
 
-    shown = sorted(report.documents, key=lambda document: -document[1])[:SHOWN_DOCUMENTS]
-    for source, tokens in report.documents:
-        if (source, tokens) in shown:
-            row(without_controls(source), tokens)
-    if len(shown) < len(report.documents):
-        rest = sum(tokens for _, tokens in report.documents) - sum(tokens for _, tokens in shown)
-        row(f"{len(report.documents) - len(shown)} smaller ones", rest)
+def _folders(report: PlanReport, *, is_whole: bool) -> FigureTable:
+    """Subtotals of the documents that lie in a folder itself, the largest first."""
+    rows = [(f"{name} ({counted(number, 'document')})", tokens) for name, number, tokens in report.folders]
+    return _shares("folders", rows, report, is_whole=is_whole)
+
+
+def _shares(title: str, rows: list[tuple[str, int]], report: PlanReport, *, is_whole: bool) -> FigureTable:
+    table, total = FigureTable(title, ("tokens", "share")), report.plan.workload.prompt_tokens
+    shown = rows if is_whole else rows[:SHOWN]
+    for name, tokens in shown:
+        table.add_row(without_controls(name), f"{tokens:,}", f"{tokens / total:.0%}")
+    if len(shown) < len(rows):
+        rest = sum(tokens for _, tokens in rows[len(shown) :])
+        table.add_row(f"{len(rows) - len(shown)} smaller ones (--all)", f"{rest:,}", f"{rest / total:.0%}")
+    return table
+
+
+def _left_out(report: PlanReport, *, is_whole: bool) -> TextTable:
+    table = TextTable(f"left out: {len(report.skipped):,}")
+    shown = report.skipped if is_whole else report.skipped[:SHOWN]
+    for entry in shown:
+        table.add_row(without_controls(entry.source), without_controls(entry.reason))
+    if len(shown) < len(report.skipped):
+        table.add_row(f"{len(report.skipped) - len(shown):,} more", "--all lists them")
     return table
 
 
@@ -143,13 +172,6 @@ def _forms(report: PlanReport) -> FigureTable:
             "" if form.seconds is None or not form.fits else human_time(form.seconds),
         )
     return table
-
-
-def human_time(seconds: float) -> str:
-    """Rounded: it is a prediction."""
-    if seconds < HOUR:
-        return human_seconds(seconds)
-    return f"{seconds / HOUR:,.1f} h" if seconds < 48 * HOUR else f"{seconds / (24 * HOUR):,.0f} days"
 
 
 def _tiers(plan: MemoryPlan) -> str:
