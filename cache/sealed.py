@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache.disk import UnitFile
 from cache.packing import Packed
 from model.kernels.attend import KVSegment
+
+
+class Place(NamedTuple):
+    """Where a block is in memory. Replaced as a whole, so that an interrupt leaves the old place or the new one."""
+
+    segments: list[Packed | None]
+    is_on_device: bool = False  # what is in memory: on an accelerator, or else on the host
+    arrived: tuple[Any, ...] = ()  # the event of its arrival there, if it may still be on its way
 
 
 class SealedBlock:
@@ -17,12 +25,22 @@ class SealedBlock:
         self, layer: int, segments: Sequence[Packed | None], file: UnitFile | None = None, *, is_on_device: bool = False
     ) -> None:
         self.layer = layer
-        self.segments = list(segments)
-        self.views: dict[int, KVSegment] = {}  # of segments in memory, by number
+        self.place = Place(list(segments), is_on_device)
+        self.views: dict[int, KVSegment] = {}  # of segments in memory, by number; those of another place are not used
         self.file = file
         self.was_read = False  # all of it, from the file: what is read a second time is worth keeping in memory
-        self.is_on_device = is_on_device  # what is in memory: on an accelerator, or else on the host
-        self.arrived: tuple[Any, ...] = ()  # the event of its arrival there, if it may still be on its way
+
+    @property
+    def segments(self) -> list[Packed | None]:
+        return self.place.segments
+
+    @property
+    def is_on_device(self) -> bool:
+        return self.place.is_on_device
+
+    @property
+    def arrived(self) -> tuple[Any, ...]:
+        return self.place.arrived
 
     @property
     def is_in_memory(self) -> bool:
@@ -36,8 +54,12 @@ class SealedBlock:
         self, segments: Sequence[Packed | None], *, is_on_device: bool = False, arrived: tuple[Any, ...] = ()
     ) -> None:
         """Its segments are in another place, or will be there once the event `arrived` has happened."""
-        self.arrived, self.segments, self.is_on_device = arrived, list(segments), is_on_device
+        self.place = Place(list(segments), is_on_device, arrived)
         self.views.clear()
+
+    def has_arrived(self) -> None:
+        """Nothing has to wait for it any more."""
+        self.place = self.place._replace(arrived=())
 
     def drop_from_memory(self) -> None:
         assert self.file is not None, "the only copy"

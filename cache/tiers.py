@@ -174,10 +174,10 @@ class Tiers:
 
     def _finish(self, block: SealedBlock) -> None:
         """What is read from now on is there: the host waits for what is on its way to it."""
-        if self.transport is not None:
+        if self.transport is not None and block.arrived:
             for event in block.arrived:
                 self.transport.wait(event) if block.is_on_device else self.transport.finish(event)
-            block.arrived = ()
+            block.has_arrived()
 
     def _promote(self, block: SealedBlock) -> None:
         """Begins to move a block from host memory to the accelerator, once it has been read as a whole."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
+from cache.blocks import empty_block
 from cache.disk import Scratch
 from cache.hybrid import HybridKVCache
+from cache.packing import pack
 from cache.residency import RING_BUFFERS, Residency, device_rows_within, held_bytes, peak_bytes
+from cache.sealed import SealedBlock
 from support.cache_toys import CHUNK, CONFIG, LAYERS, make, pieces, random_keys_values
 from support.cached_paths import SavedRows
 from support.tier_toys import BLOCK, filled, shown, together
 from support.transports import UnrulyTransport
 
+CPU = torch.device("cpu")
 MANY = range(10_000)  # queries: segments travel to them
 
 
@@ -121,6 +131,48 @@ def test_what_fits_on_the_device() -> None:
     without = held_bytes(layout, 9 * BLOCK, Residency(None, rows, True)).nope_device
     ring = held_bytes(layout, 9 * BLOCK, Residency(None, rows - 1, True)).nope_device
     assert ring - without == RING_BUFFERS * layout.sealed_segment_bytes - layout.row_bytes
+
+
+@contextlib.contextmanager
+def interrupted_within_move(instruction: int) -> Iterator[None]:
+    """Ctrl-C before this instruction, counted from 1."""
+    count, code = 0, SealedBlock.move.__code__
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        if event == "opcode" and count == instruction:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_ctrl_c_within_a_move() -> None:
+    """At any instruction: the block is where it was, or where it goes to. Some of both would be read as garbage."""
+    layout = make(length=BLOCK).layout
+    on_device, on_host = ([pack(empty_block(layout, CHUNK, CPU), layout)] * 2 for _ in range(2))
+    found = []
+    for instruction in itertools.count(1):
+        block = SealedBlock(1, on_device, is_on_device=True)
+        try:
+            with interrupted_within_move(instruction):
+                block.move(on_host, arrived=(7,))
+        except KeyboardInterrupt:
+            has_moved = block.segments[0] is on_host[0]
+            assert (block.is_on_device, block.arrived) == ((False, (7,)) if has_moved else (True, ()))
+            found.append(has_moved)
+            continue
+        break
+    assert found == sorted(found) and set(found) == {False, True}
 
 
 @pytest.mark.parametrize("missing", ["wait", "finish", "after"])
