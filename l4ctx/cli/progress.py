@@ -129,9 +129,10 @@ def read_shown(session: Session, activity: Activity) -> None:
     sized = session.sized
     start, stop = sized.reused, sized.inputs.reading_stop
     number = sized.inputs.config.num_hidden_layers
+    is_known = session.model.device.type == "cpu"  # a GPU is given layers long before it computes them
 
     def layer() -> str:
-        return f"layer {session.layers.layer + 1} of {number}"
+        return "" if not is_known else f"layer {session.layers.layer + 1} of {number}"
 
     reading = Reading(sized.operations, start, stop, sized.inputs.prompt.spans, layer) if start < stop else None
     if reading is not None:

@@ -20,13 +20,17 @@ from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.residency import KVBytes
 from l4ctx.machine.memory import give_back_free_memory
-from model.transfers import to_device
+from model.transfers import Milestone, to_device
 from model.transformer import LayerWatcher, Transformer
+from model.weights.read_ahead import ahead
 
 if TYPE_CHECKING:
     from l4ctx.vision.features import ImageFeatures
 
 DEFAULT_PREFILL_CHUNK_SIZE = 8192
+
+STEPS_AHEAD = {"cuda": 1}
+"""By kind of device: steps that it has been given beyond the one that it computes, so that it never waits for one."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class PrefillProgress:
 
 
 class LayerCount:
-    """Watches which layer computes, for progress within a step; tells `other`, too."""
+    """Watches which layer computes, or on a GPU is being begun, for progress within a step; tells `other`, too."""
 
     def __init__(self, other: LayerWatcher | None = None) -> None:
         self.layer = 0
@@ -71,14 +75,17 @@ def prefill(
     """Appends the keys and values of `ids` to the KV cache; computes no logits.
 
     `observe` is given the positions of each step and what the head would multiply there, (1, T, C).
-    A step that fails leaves the cache as of the last progress that was yielded. `features` provides the images among
-    `ids`. Raises ImageError for an image that cannot be decoded, and the model's LengthError.
+    A step is reported once it has been computed. A GPU has then been given the next one, and the host waits for
+    nothing else. A step that fails leaves the cache as of the last step that was begun before: on a CPU, the last one
+    that was yielded. `features` provides the images among `ids`. Raises ImageError for an image that cannot be decoded,
+    and the model's LengthError.
     """
     began, base = time.perf_counter(), cache.offset
     grid = prefill_grid(
         base, base + len(ids), prefill_chunk_size, model.config.attention_chunk_size, cache.layout.block_tokens
     )
-    for positions in grid:
+
+    def begin(positions: range) -> tuple[range, float, KVBytes, Milestone]:
         step_began = time.perf_counter()
         step_ids = ids[positions.start - base : positions.stop - base]
         inputs = _inputs(model, step_ids, positions, features)
@@ -87,16 +94,21 @@ def prefill(
         else:
             assert isinstance(cache, HybridKVCache), "context ranks tell no states"
             observe(positions, model.states(inputs, cache))
+        return positions, step_began, cache.held(), Milestone(model.device)
+
+    now = began
+    for positions, step_began, held, end in ahead(grid, begin, STEPS_AHEAD.get(model.device.type, 0)):
+        end.wait()
         give_back_free_memory()
-        now = time.perf_counter()
+        before, now = now, time.perf_counter()
         yield PrefillProgress(
             start=base,
             done=positions.stop - base,
             total=len(ids),
             seconds=now - began,
             step=positions,
-            step_seconds=now - step_began,
-            held=cache.held(),
+            step_seconds=now - max(before, step_began),
+            held=held,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import l4ctx.engine.prefill
 from cache.grid import grid_period, prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.engine.prefill import DEFAULT_PREFILL_CHUNK_SIZE, LayerCount, as_batch, prefill
@@ -129,6 +130,41 @@ def test_progress_ends_at_the_total(toys: Toys, scout: Transformer, size: int, b
         )
     both = 2 * toys("scout", 0.25).limit(1, 61)  # of two ways to compute the same
     assert (scout(ids[:, 60:], cache) - scout(ids)[:, 60:]).abs().max() < both * scout(ids).abs().max()
+
+
+def test_a_device_that_is_given_the_next_step(scout: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is reported once its end was waited for, when the next one has been begun, with what it held itself."""
+    told: list[str] = []
+
+    class Told:
+        begun = 0
+
+        def __init__(self, device: torch.device) -> None:
+            self.number = Told.begun
+            Told.begun += 1
+            told.append(f"begun {self.number}")
+
+        def wait(self) -> None:
+            told.append(f"waited {self.number}")
+
+    ids = tokens(30)
+    straight = list(prefill(scout, new_cache(scout, ids), ids[0].tolist(), prefill_chunk_size=CHUNK))
+    monkeypatch.setitem(l4ctx.engine.prefill.STEPS_AHEAD, "cpu", 1)
+    monkeypatch.setattr(l4ctx.engine.prefill, "Milestone", Told)
+    cache, steps = new_cache(scout, ids), []
+    for step in prefill(scout, cache, ids[0].tolist(), prefill_chunk_size=CHUNK):
+        told.append(f"reported {len(steps)}")
+        steps.append(step)
+    assert [(step.step, step.done, step.held) for step in steps] == [
+        (step.step, step.done, step.held) for step in straight
+    ]
+    assert 0 < sum(step.step_seconds for step in steps) <= steps[-1].seconds
+    last = len(steps) - 1
+    expected = ["begun 0"]
+    for number in range(last + 1):
+        expected += [f"begun {number + 1}"] if number < last else []
+        expected += [f"waited {number}", f"reported {number}"]
+    assert told == expected and cache.offset == 30
 
 
 def test_nothing_to_read(scout: Transformer) -> None:

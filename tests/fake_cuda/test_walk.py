@@ -1,4 +1,4 @@
-"""The path over a GPU walked without one: no error, and no wait of the host for the device."""
+"""The path over a GPU walked without one: no error, and no wait of the host but for the step before."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import cache.layout
 import cache.tiers
+import l4ctx.engine.prefill
 import model.moe
 import model.rope
 import model.weights.device_stream
@@ -22,7 +23,17 @@ from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.weights.device_stream import DeviceStream
 from model.weights.loading import load_checkpoint, load_vision
-from support.fake_cuda import CUDA, AtOnce, FakeRows, FakeTransport, fake_cuda, needs_cuda_build, to_fake, to_fake_cuda
+from support.fake_cuda import (
+    CUDA,
+    AtOnce,
+    FakeMilestone,
+    FakeRows,
+    FakeTransport,
+    fake_cuda,
+    needs_cuda_build,
+    to_fake,
+    to_fake_cuda,
+)
 from support.toy_checkpoints import CHUNK, DIVISIBLE, SCOUT, VISION, Kind, write_kind
 from support.waits import NoWaits
 
@@ -56,11 +67,21 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def walked(loaded: Transformer, kept: HybridKVCache, length: int, *, answers_wait: bool = False) -> None:
-    """Prefill in chunks and two single tokens, whose logits have the right shape, dtype and device."""
+    """Prefill in chunks and two single tokens, whose logits have the right shape, dtype and device.
+
+    In prefill, the host waits for the end of the step before the one that it has just begun, and for nothing else.
+    """
     ids = [7] * length
-    with NoWaits("cuda"):
+
+    class Ends(FakeMilestone):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch, NoWaits("cuda"):
+        patch.setattr(l4ctx.engine.prefill, "Milestone", Ends)
         steps = [step.step for step in prefill(loaded, kept, ids, prefill_chunk_size=2 * CHUNK)]
-    assert len(steps) >= length // (2 * CHUNK) and kept.offset == length
+    count = len(steps)
+    assert count >= length // (2 * CHUNK) and kept.offset == length
+    assert Ends.waits == [(number, min(number + 2, count)) for number in range(count)]
     with contextlib.nullcontext() if answers_wait else NoWaits("cuda"):
         for _ in range(2):
             logits = loaded(as_batch(ids[:1], CUDA), kept, logits="last")

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,6 +60,24 @@ class FakeTransport:
 
     def close(self) -> None:
         pass
+
+
+class FakeMilestone:
+    """Counts how many were set, and at how many the host waited for each. Use a subclass for each walk."""
+
+    begun = 0
+    waits: ClassVar[list[tuple[int, int]]]  # number of the milestone, and of those set when the host waited for it
+
+    def __init_subclass__(cls) -> None:
+        cls.waits = []
+
+    def __init__(self, device: torch.device) -> None:
+        assert device == CUDA
+        self.number = type(self).begun
+        type(self).begun += 1
+
+    def wait(self) -> None:
+        self.waits.append((self.number, type(self).begun))
 
 
 class AtOnce(Executor):
