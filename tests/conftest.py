@@ -70,6 +70,18 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the program, and processes that tests start, from what the user has set and what it remembers of them."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, folder in (("XDG_CONFIG_HOME", "config"), ("XDG_STATE_HOME", "state")):
+            patch.setenv(variable, str(home / folder))
+        for variable in [name for name in os.environ if name.startswith("L4CTX_") and "FUZZ" not in name]:
+            patch.delenv(variable)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _plain_processor() -> Iterator[None]:
     """Makes defaults independent of the machine that the tests run on: float32 and sdpa."""
     from l4ctx.machine import processor

@@ -213,8 +213,9 @@ def test_options_exist(name: str) -> None:
     """Options in running text and tables; other programs' options follow the program's name."""
     helps = "".join(
         run_here(command, "--help").stdout
-        for command in ("ask", "prefill", "plan", "inspect", "bench", "quantize", "score")
+        for command in ("ask", "prefill", "plan", "inspect", "bench", "quantize", "score", "config")
     )
+    helps += run_here("--help").stdout
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
     named = [code for code in re.findall(r"`([^`]+)`", prose) if not code.startswith(("pip ", "hf ", "python ", "cp "))]

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from l4ctx.cli.console import NARROW_COLUMNS
+from l4ctx.cli.log_file import keep
 from l4ctx.formatting import human_clock, without_controls
 from l4ctx.machine.limits import startable_threads
 
@@ -54,6 +55,7 @@ class Activity:
         if isinstance(self._view, Doing) and self._view.kind == what.partition(":")[0]:
             self._view.what = what
         else:
+            keep(what)
             self.show(Doing(what))
 
     def show(self, view: View) -> None:
@@ -97,6 +99,7 @@ class Activity:
         if self._thread is None or now - self._last_line < PLAIN_LINE_SECONDS:
             return
         self._last_line = now
+        keep(self._view.line(None, now))
         line = without_controls(f"l4ctx: {self._view.line(None, now)}")
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from l4ctx.cli.ask import ask
 from l4ctx.cli.bench import bench
+from l4ctx.cli.config import config
 from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
+from l4ctx.cli.log_file import with_log_file
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
 from l4ctx.cli.score import score
+from l4ctx.cli.settings import OF_THIS_MACHINE, defaults_of, read_settings
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
 from l4ctx.errors import INPUT, INTERRUPTED, MODEL
 from l4ctx.machine.processor import share_cores
 from l4ctx.machine.ranks import Launch
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -72,10 +75,24 @@ def l4ctx(
     ] = False,
 ) -> None:
     """Ask questions over documents of millions of tokens with Llama 4."""
+    _set_defaults(context)
     if context.invoked_subcommand not in ("ask", "prefill") and (launch := Launch.of(os.environ)) is not None:
         if not launch.speaks:
             leave(0)
         fail(f"{context.invoked_subcommand}: several ranks only ask and prefill; leave torchrun out", INPUT, json=False)
+
+
+def _set_defaults(context: typer.Context) -> None:
+    """Takes defaults from the file of settings, unless the command is one that speaks of it, or help is wanted."""
+    if context.invoked_subcommand in (None, "config") or {"--help", "-h"} & set(sys.argv):
+        return
+    settings = read_settings()
+    commands: Any = context.command
+    defaults = defaults_of(settings, commands.commands, context)
+    if "--gpu-memory" in sys.argv:
+        for option in OF_THIS_MACHINE:
+            defaults["plan"].pop(option.replace("-", "_"), None)
+    context.default_map = defaults
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,5 +103,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, prefill, inspect, plan, bench, quantize, score):
-    app.command(cls=Command, epilog=EXIT_CODES)(command)
+for command in (ask, prefill, inspect, plan, bench, quantize, score, config):
+    app.command(cls=Command, epilog=EXIT_CODES)(with_log_file(command))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from l4ctx.cli.log_file import keep
 from l4ctx.formatting import without_controls
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def notes(console: Console, *, quiet: bool) -> Callable[[str], None]:
     from l4ctx.cli.wrapping import wrapped
 
     def note(text: str) -> None:
+        keep(text)
         line = without_controls(f"l4ctx: {text}")
         if console.is_interactive and console.width < NARROW_COLUMNS:
             line = "\n".join(wrapped(line, console.width))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from l4ctx.cli.log_file import keep
 from l4ctx.errors import (
     CHECKPOINT,
     CLOSED,
@@ -103,6 +104,7 @@ def tell(message: str) -> str:
     line = as_one_line(message)
     if len(line) > MOST_CHARACTERS:
         line = f"{line[: MOST_CHARACTERS // 2]} [...] {line[-MOST_CHARACTERS // 2 :]}"
+    keep(line)
     with suppress(OSError):
         sys.stderr.write(f"l4ctx: {line}\n")
         sys.stderr.flush()

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from l4ctx.cli.exits import errors_as_exit_codes, write
+from l4ctx.cli.settings import KINDS, variable
 
 MARGIN = 2
 PIPED_WIDTH = 80 - MARGIN
@@ -107,7 +108,16 @@ def show(text: str, what: str) -> None:
 
 
 class Command(_Help, TyperCommand):
+    """Its usual options can also be set in the environment."""
+
     context_class = HelpContext
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for parameter in self.params:
+            option = next((name[2:] for name in parameter.opts if name[2:] in KINDS), None)
+            if option is not None and parameter.envvar is None and isinstance(parameter, TyperOption):
+                parameter.envvar, parameter.show_envvar = variable(option), False
 
 
 class Group(_Help, TyperGroup):

@@ -22,20 +22,25 @@ def refuse_arguments(error: Exception) -> NoReturn:
         with suppress(OSError):  # stderr may be full
             error.show()  # type: ignore[attr-defined]
         leave(INPUT)
-    message = re.sub(
-        r"^Invalid value for '([^']*)'(?: / '[^']*')*(?: \(env var: '[^']*'\))?: ",
-        r"\1: ",
-        error.format_message(),  # type: ignore[attr-defined]
-    )
-    message = re.sub(r" \(Possible options?: (.*)\)$", r"; did you mean \1?", " ".join(message.split()))
-    message = re.sub(r"^(--?[\w-]+: )Input ", r"\1it ", message).removesuffix(".")  # as pydantic says it
-    message = message.replace(": Value error, ", ": ", 1)
-    message = re.sub(r"(?<= is not one of ).*", lambda choices: choices.group().replace("'", ""), message)
+    message = plain_message(error.format_message())  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "l4ctx"
     if not message[:2].isupper():  # the name of an argument
         message = f"{message[:1].lower()}{message[1:]}"
     fail(f"{message} ({command} --help lists what there is)", INPUT, json=wants_json(sys.argv))
+
+
+def plain_message(text: str) -> str:
+    """What the parser of arguments says, in the style of all other errors."""
+    message = re.sub(
+        r"^Invalid value for '([^']*)'(?: / '[^']*')*(?: \(env var: '[^']*'\))?: ",
+        r"\1: ",
+        text,
+    )
+    message = re.sub(r" \(Possible options?: (.*)\)$", r"; did you mean \1?", " ".join(message.split()))
+    message = re.sub(r"^(--?[\w-]+: )Input ", r"\1it ", message).removesuffix(".")  # as pydantic says it
+    message = message.replace(": Value error, ", ": ", 1)
+    return re.sub(r"(?<= is not one of ).*", lambda choices: choices.group().replace("'", ""), message)
 
 
 def wants_json(arguments: list[str]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from l4ctx.contexts.folder import FILE as MANIFEST
 from l4ctx.documents.recognition import is_archive
+from l4ctx.machine.places import hub_cache
 from l4ctx.machine.suggestions import did_you_mean
 from model.errors import ConfigError
 from model.folder import CONFIG, PICKLED_WEIGHTS, UNREADABLE, read_json
@@ -70,7 +71,7 @@ def _missing(path: Path) -> str:
     repository = _REPOSITORY.fullmatch(text)
     if repository is not None and not os.path.exists(path.parts[0]):
         name = repository[1]
-        snapshots = _snapshots(_hub() / f"models--{name.replace('/', '--')}")
+        snapshots = _snapshots(hub_cache() / f"models--{name.replace('/', '--')}")
         if snapshots:
             return f"no such folder, but the repository is in the hub's cache: --model {snapshots[0]}"
         return (
@@ -181,14 +182,6 @@ def _snapshots(root: Path) -> list[Path]:
         (folder for folder in found if os.path.exists(folder / CONFIG)),
         key=lambda folder: (folder.name != main, -os.stat(folder).st_mtime, folder.name),
     )
-
-
-def _hub() -> Path:
-    """The folder of the hub library's download cache."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
 
 
 def _names_if_any(folder: Path) -> list[str]:
