@@ -15,6 +15,7 @@ class Span:
     start: int
     stop: int
     sha256: str = ""  # of the document's bytes, in hex
+    reading: str = ""  # how these were read, if not as usual
 
 
 class ImageSpan(NamedTuple):

@@ -11,6 +11,7 @@ import typer
 from l4ctx.cli import answer_options, options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, has_followed
+from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from l4ctx.run.request import ContextOptions, Request, SourceOptions
 
 
+@spread
 def ask(
     question: Annotated[
         str | None,
@@ -82,11 +84,8 @@ def ask(
     ] = None,
     replace: options.Replace = False,
     no_documents: Annotated[bool, typer.Option("--no-documents", help="Ask the model without any document.")] = False,
-    no_images: options.NoImages = False,
-    skip_unreadable: options.SkipUnreadable = False,
-    pdf: options.Pdf = "text",
-    encoding: options.Encoding = None,
-    keep_payload: options.KeepPayload = False,
+    *,
+    read: SourceFlags,
     system: options.System = None,
     max_new_tokens: answer_options.MaxNewTokens = None,
     temperature: answer_options.Temperature = None,
@@ -138,34 +137,24 @@ def ask(
             ContextOptions,
             KVOptions,
             Request,
-            SourceOptions,
         )
 
         check_stdout("the answer to")
         if context_ranks > 1 and launch is None:
             raise UsageError("--context-ranks: torchrun starts the processes to divide the work over; see the manual")
         saved = ContextOptions(context, save_context, is_added_to=bool(add), replace=replace)
-        _check_contexts(saved, paths or [])
+        _check_contexts(saved, has_paths=bool(paths) or (read.files_from is not None and not add))
         _check_questions(questions, question_file, batch=batch, in_order=in_order, answers=resume_answers)
-        reads_pipe, asked = context is None and not no_documents, None
+        asked, named_paths = None, read.named(paths or add or [])
+        reads_pipe = context is None and not no_documents
         if questions is None:
-            text, documents, stdin = inputs(
-                question, question_file, paths or add or [], quiet=quiet, reads_pipe=reads_pipe
-            )
+            text, documents, stdin = inputs(question, question_file, named_paths, quiet=quiet, reads_pipe=reads_pipe)
         else:
             text = None
-            found, documents, stdin = many_inputs(questions, paths or add or [], quiet=quiet, reads_pipe=reads_pipe)
+            found, documents, stdin = many_inputs(questions, named_paths, quiet=quiet, reads_pipe=reads_pipe)
             asked = QuestionsOptions(named(questions), found, batch, resume_answers, in_order=in_order)
-        sources = SourceOptions(
-            paths=documents,
-            stdin=stdin,
-            pdf=pdf,
-            encoding=encoding,
-            no_images=no_images,
-            keep_payload=keep_payload,
-            skip_unreadable=skip_unreadable,
-        )
-        _check_sources(sources, saved, no_documents=no_documents, system=system)
+        sources = read.options(documents, stdin)
+        _check_sources(sources, saved, read.given(), no_documents=no_documents, system=system)
         return Request(
             checkpoint_folder(model, saved.folder, may_be_new=context is None),
             sources,
@@ -217,14 +206,14 @@ def _check_questions(
             raise UsageError(f"{option} is for --questions")
 
 
-def _check_contexts(saved: ContextOptions, paths: list[str]) -> None:
+def _check_contexts(saved: ContextOptions, *, has_paths: bool) -> None:
     """Raises UsageError for options about saved contexts that do not go together."""
     if saved.answer_from is not None and saved.save_to is not None:
         raise UsageError(
             "--context answers from what was kept, --save-context keeps: give one of them "
             "(l4ctx prefill adds documents to a context)"
         )
-    if saved.is_added_to and (saved.answer_from is None or paths):
+    if saved.is_added_to and (saved.answer_from is None or has_paths):
         raise UsageError(
             "--add PATH reads PATH behind what --context CONTEXT holds: give a context, and no other paths"
         )
@@ -232,7 +221,9 @@ def _check_contexts(saved: ContextOptions, paths: list[str]) -> None:
         raise UsageError("--replace is for --save-context")
 
 
-def _check_sources(sources: SourceOptions, saved: ContextOptions, *, no_documents: bool, system: str | None) -> None:
+def _check_sources(
+    sources: SourceOptions, saved: ContextOptions, given: list[str], *, no_documents: bool, system: str | None
+) -> None:
     """Raises UsageError where there is nothing to ask about, and for options about what a context holds already."""
     if no_documents:
         if sources.paths or saved.folder is not None or (sources.stdin and holds_data(sources.stdin)):
@@ -247,13 +238,7 @@ def _check_sources(sources: SourceOptions, saved: ContextOptions, *, no_document
         )
     if saved.answer_from is None or (sources.paths and not saved.is_added_to):
         return
-    reads = saved.is_added_to
-    for option, is_given in (
-        ("--system", system is not None),
-        ("--pdf", sources.pdf != "text" and not reads),
-        ("--no-images", sources.no_images and not reads),
-        ("--encoding", sources.encoding is not None and not reads),
-        ("--keep-payload", sources.keep_payload and not reads),
-    ):
-        if is_given:
-            raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx prefill")
+    if saved.is_added_to:
+        given = []
+    for option in ["--system", *given] if system is not None else given:
+        raise UsageError(f"{option}: what it is about is part of what the context holds; give it to l4ctx prefill")

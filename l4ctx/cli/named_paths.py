@@ -10,13 +10,31 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from l4ctx.documents.lines import split_range
 from l4ctx.errors import UsageError
 from l4ctx.formatting import counted, printable
 from l4ctx.machine.suggestions import closest, is_missing
 
 SHOWN_CHARACTERS = 60  # most characters of a question that a message quotes
 _WORD = re.compile(r"[^\W_][\w'’-]*[?!.,:;]*")
+
+
+@dataclass(frozen=True)
+class NamedPaths:
+    """What is to be read, as it was typed: paths, and a file that lists more of them."""
+
+    paths: Sequence[str]
+    files_from: Path | None = None  # - is standard input
+    null: bool = False  # what is listed ends with NUL characters
+
+
+def listed_paths(content: bytes, *, null: bool) -> list[str]:
+    """The paths in a list: one a line, or each ended by a NUL character. A `-` among them is a file's name."""
+    names = content.split(b"\0") if null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    return ["./-" if name == b"-" else os.fsdecode(name) for name in names if name]
 
 
 def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question: str | None = None) -> list[str]:
@@ -28,13 +46,14 @@ def meant_paths(paths: Sequence[str], tell: Callable[[str], object], *, question
     found: list[str] = []
     missing: list[str] = []
     for path in paths:
-        if not is_missing(path):
+        without_range, lines = split_range(path)
+        if not is_missing(without_range):
             found.append(path)
-        elif matches := _matches(path):
+        elif matches := _matches(without_range):
             tell(f"{printable(path)}: taken as a pattern, {counted(len(matches), 'path')}")
-            found += matches
+            found += matches if lines is None else [f"{match}:{lines}" for match in matches]
         else:
-            missing.append(path)
+            missing.append(without_range)
     if question is not None and os.path.exists(question):
         raise UsageError(_question_is_a_path(question, paths, missing))
     if missing:

@@ -29,7 +29,7 @@ def token_count(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     """Bytes."""
     from l4ctx.formatting import parse_size
 
@@ -87,8 +87,8 @@ Paths = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="PATH",
-        help="Files and folders to read, in this order; - stands for standard input. Without "
-        "a path, what is piped in is the document.",
+        help="Files and folders to read, in this order; FILE:10-40 stands for lines of a file, - for standard "
+        "input. Without a path, what is piped in is the document.",
         show_default=False,
     ),
 ]
@@ -152,7 +152,7 @@ KVDeviceMemory = Annotated[
     int | None,
     typer.Option(
         "--kv-device-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="GPU memory for keys and values of the NoPE layers, such as 8GiB (default: what is free).",
     ),
@@ -161,7 +161,7 @@ KVHostMemory = Annotated[
     int | None,
     typer.Option(
         "--kv-host-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Host memory for them, such as 8GiB (default: what is free).",
     ),
@@ -170,7 +170,7 @@ WeightsMemory = Annotated[
     int | None,
     typer.Option(
         "--weights-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Memory for weights that are read from the checkpoint's files, such as 16GiB (default: what is free).",
     ),
@@ -179,7 +179,7 @@ WeightsDeviceMemory = Annotated[
     int | None,
     typer.Option(
         "--weights-device-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="GPU memory for weights, such as 20GiB; the others are copied there layer by layer (default: all of them "
         "are there).",
@@ -225,7 +225,7 @@ GpuMemory = Annotated[
     int | None,
     typer.Option(
         "--gpu-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Plan for GPUs with so much memory each, such as 141GiB, which need not be here: an estimate by "
         "arithmetic, never measured on GPUs. The options below are for it.",
@@ -255,7 +255,7 @@ HostMemory = Annotated[
     int | None,
     typer.Option(
         "--host-memory",
-        parser=_size,
+        parser=size,
         metavar="SIZE",
         help="Host memory for each GPU, such as 64GiB (default: as much as is needed).",
     ),

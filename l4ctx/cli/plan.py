@@ -8,13 +8,15 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, leave, write, write_json
-from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
+from l4ctx.cli.sources import SourceFlags, spread
+from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
 from l4ctx.errors import MEMORY, TOO_LONG, UsageError
 
 if TYPE_CHECKING:
     from l4ctx.run.request import GpuOptions, PlanRequest
 
 
+@spread
 def plan(
     paths: options.Paths = None,
     tokens: Annotated[
@@ -27,11 +29,8 @@ def plan(
         ),
     ] = None,
     model: options.Model = None,
-    no_images: options.NoImages = False,
-    skip_unreadable: options.SkipUnreadable = False,
-    pdf: options.Pdf = "text",
-    encoding: options.Encoding = None,
-    keep_payload: options.KeepPayload = False,
+    *,
+    read: SourceFlags,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -85,25 +84,17 @@ def plan(
     """
 
     def request() -> PlanRequest:
-        from l4ctx.run.request import ComputeOptions, KVOptions, PlanRequest, SourceOptions
+        from l4ctx.run.request import ComputeOptions, KVOptions, PlanRequest
 
         check_stdout("to")
-        documents = paths_or_pipe(paths or [], quiet=quiet, reads_pipe=tokens is None)
+        documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet, reads_pipe=tokens is None)
         if (tokens is None) == (not documents):
             raise UsageError("l4ctx plan PATH..., or l4ctx plan --tokens N: give one of them")
         if rate is not None and measure:
             raise UsageError("--rate gives the speed, --measure finds it out: give one of them")
         return PlanRequest(
             checkpoint_folder(model),
-            SourceOptions(
-                paths=documents,
-                stdin=standard_input(),
-                pdf=pdf,
-                encoding=encoding,
-                no_images=no_images,
-                keep_payload=keep_payload,
-                skip_unreadable=skip_unreadable,
-            ),
+            read.options(documents, stdin),
             tokens,
             max_new_tokens,
             ComputeOptions(

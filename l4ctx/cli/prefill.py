@@ -11,7 +11,8 @@ import typer
 from l4ctx.cli import options
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, has_followed
-from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
+from l4ctx.cli.sources import SourceFlags, spread
+from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from l4ctx.run.request import Request
 
 
+@spread
 def prefill(
     paths: options.Paths = None,
     output: Annotated[
@@ -33,11 +35,8 @@ def prefill(
         ),
     ] = None,
     model: options.Model = None,
-    no_images: options.NoImages = False,
-    skip_unreadable: options.SkipUnreadable = False,
-    pdf: options.Pdf = "text",
-    encoding: options.Encoding = None,
-    keep_payload: options.KeepPayload = False,
+    *,
+    read: SourceFlags,
     system: options.System = None,
     replace: options.Replace = False,
     verify: Annotated[
@@ -68,26 +67,18 @@ def prefill(
     launch = Launch.of(os.environ)
 
     def request() -> Request:
-        from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request, SourceOptions
+        from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request
 
         if json:
             check_stdout("to")
         if output is None:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
-        documents = paths_or_pipe(paths or [], quiet=quiet)
+        documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx prefill PATH... -o CONTEXT, or pipe a text in")
         return Request(
             checkpoint_folder(model, output, may_be_new=True),
-            SourceOptions(
-                paths=documents,
-                stdin=standard_input(),
-                pdf=pdf,
-                encoding=encoding,
-                no_images=no_images,
-                keep_payload=keep_payload,
-                skip_unreadable=skip_unreadable,
-            ),
+            read.options(documents, stdin),
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
             compute=ComputeOptions(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from l4ctx.cli.exits import tell
+from l4ctx.cli.named_paths import NamedPaths, listed_paths, meant_paths
 from l4ctx.errors import UsageError
 from l4ctx.machine.files import open_named
 
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 
 STDIN = Path("-")
+MAX_LIST_BYTES = 2**28
 MAX_QUESTION_BYTES = 2**26
 """More than ten million tokens, which is what the model has positions for."""
 
 
 def inputs(
-    question: str | None, question_file: Path | None, paths: list[str], *, quiet: bool, reads_pipe: bool
+    question: str | None, question_file: Path | None, paths: NamedPaths, *, quiet: bool, reads_pipe: bool
 ) -> tuple[str, list[str], BinaryIO | None]:
     """The question, the paths to read, and standard input unless the question was read from it."""
     stdin = standard_input()
@@ -46,22 +48,23 @@ def inputs(
         raise UsageError("the question is empty")
     else:
         typed = question
-    return question, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe, question=typed), stdin
+    return question, *paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe, question=typed)
 
 
-def _paths_beside(stdin: BinaryIO | None, what: str, paths: list[str], *, quiet: bool) -> list[str]:
+def _paths_beside(stdin: BinaryIO | None, what: str, paths: NamedPaths, *, quiet: bool) -> list[str]:
     """The paths to read where standard input is `what` is asked. Raises UsageError where it cannot be."""
-    if "-" in paths:
-        raise UsageError(f"- (standard input) cannot be both {what} and a document")
+    if "-" in paths.paths or paths.files_from == STDIN:
+        other = "a document" if "-" in paths.paths else "the list of files"
+        raise UsageError(f"- (standard input) cannot be both {what} and {other}")
     if stdin is None:
         raise UsageError(f"{what}: - stands for standard input, but that is closed")
-    documents = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
+    documents, _ = paths_or_pipe(paths, quiet=quiet, reads_pipe=False)
     _say_how_to_end(what, quiet=quiet)
     return documents
 
 
 def many_inputs(
-    file: Path, paths: list[str], *, quiet: bool, reads_pipe: bool
+    file: Path, paths: NamedPaths, *, quiet: bool, reads_pipe: bool
 ) -> tuple[list[Question], list[str], BinaryIO | None]:
     """The questions of a file, the paths to read, and standard input unless the questions were read from it."""
     from l4ctx.run.questions import read_questions
@@ -76,7 +79,7 @@ def many_inputs(
             questions = read_questions(opened, named(file))
     except OSError as error:
         raise _unreadable("the questions", str(file), error) from None
-    return questions, paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe), stdin
+    return questions, *paths_or_pipe(paths, quiet=quiet, reads_pipe=reads_pipe)
 
 
 def named(file: Path) -> str:
@@ -86,18 +89,50 @@ def named(file: Path) -> str:
     return "standard input" if file == STDIN else printable(str(file))
 
 
-def paths_or_pipe(paths: list[str], *, quiet: bool, reads_pipe: bool = True, question: str | None = None) -> list[str]:
-    """The paths to read; without any, standard input if something is piped in.
+def paths_or_pipe(
+    named: NamedPaths, *, quiet: bool, reads_pipe: bool = True, question: str | None = None
+) -> tuple[list[str], BinaryIO | None]:
+    """The paths to read, and standard input unless they were listed in it; without a path, standard input if something
+    is piped in.
 
     `question` is the argument before them, if it is the question. Raises UsageError for paths that are not there.
     """
-    from l4ctx.cli.named_paths import meant_paths
-
-    paths = meant_paths(paths, (lambda text: None) if quiet else tell, question=question)
+    stdin = standard_input()
+    paths = meant_paths(named.paths, (lambda text: None) if quiet else tell, question=question)
     if "-" in paths:
         _say_how_to_end("documents", quiet=quiet)
-    if not paths and reads_pipe and sys.stdin is not None and is_piped(sys.stdin.buffer.fileno()):
-        return ["-"]
+    if named.files_from is not None:
+        paths += _listed(named, stdin)
+        return paths, None if named.files_from == STDIN else stdin
+    if named.null:
+        raise UsageError("--null (-0) is for --files-from")
+    if not paths and reads_pipe and stdin is not None and is_piped(stdin.fileno()):
+        paths = ["-"]
+    return paths, stdin
+
+
+def _listed(named: NamedPaths, stdin: BinaryIO | None) -> list[str]:
+    """The paths that a file lists. Raises UsageError."""
+    from l4ctx.formatting import printable
+
+    file = named.files_from
+    assert file is not None
+    name = "standard input" if file == STDIN else printable(str(file))
+    if file == STDIN and ("-" in named.paths or stdin is None):
+        problem = "cannot be both a document and the list of files" if stdin is not None else "is closed"
+        raise UsageError(f"--files-from: - (standard input) {problem}")
+    try:
+        with nullcontext(stdin) if file == STDIN else open_named(file) as opened:
+            assert opened is not None
+            content = opened.read(MAX_LIST_BYTES + 1)
+    except OSError as error:
+        raise _unreadable("the list of files", name, error) from None
+    if len(content) > MAX_LIST_BYTES:
+        raise UsageError(f"{name}: the list of files is larger than {MAX_LIST_BYTES >> 20} MiB")
+    if b"\0" in content and not named.null:
+        raise UsageError(f"{name}: NUL characters in the list of files; -0 says that they end the names")
+    if not (paths := listed_paths(content, null=named.null)):
+        raise UsageError(f"{name}: the list of files is empty")
     return paths
 
 

@@ -22,7 +22,7 @@ def first_difference(saved: Sequence[Span], given: Sequence[Span], same_tokens: 
         return f"{new.source} is new"
     if old.sha256 == new.sha256:
         return (
-            f"{new.source} is read differently now (--encoding, --pdf or --no-images)"
+            f"{new.source} is read differently now (--encoding, --pdf, --no-images or --line-numbers)"
             if old.source == new.source
             else f"{new.source} was {old.source} before"
         )

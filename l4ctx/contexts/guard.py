@@ -84,7 +84,7 @@ def _loss(context: Context, state: State, reading: Reading) -> str | None:
             else "with different text before them"
         )
     else:
-        what = "differently (--pdf, --no-images or another option of how files are read)"
+        what = "differently (--pdf, --no-images, --line-numbers or another option of how files are read)"
     return f"it holds these documents, read {what}: all {kept:,} tokens would be read again"
 
 

@@ -193,7 +193,7 @@ class ContextWriter:
         units = {
             "ids": [("tokens", torch.frombuffer(ids, dtype=torch.int32))],
             "order": [("positions", torch.frombuffer(order, dtype=torch.int32))],
-            "documents": [("json", _as_json([asdict(span) for span in documents]))],
+            "documents": [("json", _as_json([_listed(span) for span in documents]))],
         }
         if images:
             units["images"] = [("json", _as_json([span._asdict() for span in images]))]
@@ -235,6 +235,11 @@ def _resume(state: State, layout: StoreLayout, prefill_chunk_size: int) -> int:
     start = max(state.start, sealed // period * period)
     del state.blocks[start // layout.block_tokens :]
     return start
+
+
+def _listed(span: Span) -> dict[str, Any]:
+    """A document in the list of them; how it was read only where that was not as usual."""
+    return {name: value for name, value in asdict(span).items() if value or name != "reading"}
 
 
 def _as_json(entries: list[dict[str, Any]]) -> torch.Tensor:

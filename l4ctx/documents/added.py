@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from l4ctx.documents.document import Document, Skipped
+from l4ctx.spans import Span
 
 
-def added_documents(documents: Iterable[Document], held: Mapping[str, str]) -> tuple[list[Document], list[Skipped]]:
+def added_documents(documents: Iterable[Document], held: Mapping[str, Span]) -> tuple[list[Document], list[Skipped]]:
     """Those that the context does not hold, each under a name of its own, and those that it does hold.
 
-    `held` has the SHA-256 of each document of the context by its name.
+    `held` has each document of the context by its name, without a digest where the context has only a part of it.
     """
     added: list[Document] = []
     skipped: list[Skipped] = []
     taken = set(held)
     for document in documents:
-        if held.get(document.source) == document.sha256:
+        known = held.get(document.source)
+        if known is not None and (known.sha256, known.reading) == (document.sha256, document.reading):
             skipped.append(Skipped(document.source, "the context holds it already"))
             continue
         numbered = (f"{document.source} ({number})" for number in itertools.count(2))

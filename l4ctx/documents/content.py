@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from l4ctx.documents.document import Content, DocumentLengthError, DocumentMemoryError
 from l4ctx.documents.images import ImageError, image_format, read_image
 from l4ctx.documents.length import TextLimit, chunks_of
+from l4ctx.documents.lines import LineRange, LinesError, numbered
+from l4ctx.documents.notebook import notebook
 from l4ctx.documents.payload import Payload, without_payload
 from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
 from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
@@ -26,8 +29,21 @@ class LeftOutError(Exception):
     """A file is left out; the message is the reason."""
 
 
+class FileSizeError(LeftOutError):
+    """A file is larger than what is to be read of one."""
+
+
 NOT_READ = (LeftOutError, ImageError, PdfError, UndecodableError)
 """Raised for files that are left out, with the reason as message; the reading goes on."""
+
+
+class ReadContent(NamedTuple):
+    """What was read of a file, what was left out of its text, notes, and how it was read, if not as usual."""
+
+    content: Content
+    payload: Payload | None
+    notes: list[str]
+    reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,14 +55,17 @@ class ContentReader:
     encoding: str | None = None
     keep_payload: bool = False
     limit: TextLimit | None = None
+    max_size: int | None = None  # bytes
+    line_numbers: bool = False
 
-    def check(self, path: str | None, sample: bytes, size: int | None) -> None:
+    def check(self, path: str | None, sample: bytes, size: int | None, *, is_part: bool = False) -> None:
         """Raises one of NOT_READ for a file that is left out, judged by its first bytes; DocumentMemoryError, and
         DocumentLengthError for text that is surely too long.
 
-        `size` is in bytes; None if unknown, as for a pipe.
+        `size` is in bytes; None if unknown, as for a pipe. `is_part`: only some of its lines are wanted.
         """
         is_plain = False
+        self._check_size(size or 0)
         if is_pdf(sample):
             check_support()
         elif not is_text(sample, self.encoding):
@@ -59,7 +78,7 @@ class ContentReader:
             raise LeftOutError(_named(RTF, path))
         else:
             is_plain = True
-        if is_plain and size is not None and path is not None:
+        if is_plain and size is not None and path is not None and not is_part:
             self.check_length(size, partial(chunks_of, path))
         if size is not None and size > _SURELY_FREE and size > (free := _free_memory(size)):
             raise DocumentMemoryError(
@@ -71,8 +90,13 @@ class ContentReader:
         if self.limit is not None and self.encoding is None:
             self.limit.check(size, chunks, keep_payload=self.keep_payload)
 
+    def _check_size(self, size: int) -> None:
+        if self.max_size is not None and size > self.max_size:
+            raise FileSizeError(f"{human_bytes(size)}, more than --max-file-size {human_bytes(self.max_size)}")
+
     def check_growth(self, raw: bytes) -> None:
-        """Raises DocumentLengthError and DocumentMemoryError for what a pipe has carried so far."""
+        """Raises FileSizeError, DocumentLengthError and DocumentMemoryError for what a pipe has carried so far."""
+        self._check_size(len(raw))
         if self.is_text(raw) and not is_pdf(raw):
             self.check_length(len(raw), lambda: iter([raw]))
         if len(raw) > (free := _free_memory(len(raw))):
@@ -80,23 +104,34 @@ class ContentReader:
                 f"{human_bytes(len(raw))} so far, but {human_bytes(free)} of memory is free; split it, or leave it out"
             )
 
-    def read(self, source: str, raw: bytes, path: str | None) -> tuple[Content, Payload | None, list[str]]:
-        """The content, what was left out of its text, and notes. Raises one of NOT_READ."""
-        if is_pdf(raw):
-            parts, notes = read_pdf(source, raw, path, mode=self.pdf)
-            return tuple(parts), None, notes
-        if not self.is_text(raw):
+    def read(self, source: str, raw: bytes, path: str | None, lines: LineRange | None = None) -> ReadContent:
+        """Raises one of NOT_READ, and LinesError where it does not have these `lines`."""
+        self._check_size(len(raw))
+        if is_pdf(raw) or not self.is_text(raw):
+            if lines is not None:
+                raise LinesError(f"{source}: only text has lines; name the file without :{lines}")
+            if is_pdf(raw):
+                parts, notes = read_pdf(source, raw, path, mode=self.pdf)
+                return ReadContent(tuple(parts), None, notes)
             image, notes = read_image(source, raw, path)
-            return (image,), None, notes
+            return ReadContent((image,), None, notes)
         text, notes = decode(raw, self.encoding)
         if not text or text.isspace():
             raise LeftOutError("empty" if not raw else "nothing but white space")
-        text, payload = (text, None) if self.keep_payload else without_payload(text)
+        in_lines = (lines is not None or self.line_numbers) and (self.keep_payload or notebook(text) is None)
+        if lines is not None and not in_lines:
+            raise LinesError(f"{source}: a notebook is read by its cells; --keep-payload reads the file's lines")
+        if lines is not None:
+            text = lines.of(text, source)
+        text, payload = (text, None) if self.keep_payload else without_payload(text, keep_lines=in_lines)
         if not text:
             raise LeftOutError("a notebook without cells")
+        reading = ""
+        if in_lines and self.line_numbers:
+            text, reading = numbered(text, lines.first if lines is not None else 1), "numbered"
         if self.limit is not None:
             self.limit.taken += len(text)
-        return text, payload, notes
+        return ReadContent(text, payload, notes, reading)
 
     def is_text(self, raw: bytes) -> bool:
         return is_text(raw[:SAMPLE_BYTES], self.encoding)

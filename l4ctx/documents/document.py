@@ -41,6 +41,8 @@ class Document:
     sha256: str
     content: Content
     payload: Payload | None = None  # what was left out of the text
+    reading: str = ""  # how it was read, if not as usual: another way is another text
+    first_line: int = 1  # of its file, where it has only some lines of that
 
     @property
     def parts(self) -> tuple[str | DocumentImage, ...]:
@@ -62,6 +64,7 @@ class Skipped:
 
     source: str
     reason: str
+    is_asked: bool = False  # an option says so
 
 
 @dataclass

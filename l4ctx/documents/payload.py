@@ -36,11 +36,14 @@ class Payload:
         return round(sample_tokens * self.characters / max(len(self.sample), 1))
 
 
-def without_payload(text: str) -> tuple[str, Payload | None]:
-    """The text of the document without payload, and what that was; None: there was none."""
+def without_payload(text: str, *, keep_lines: bool = False) -> tuple[str, Payload | None]:
+    """The text of the document without payload, and what that was; None: there was none.
+
+    `keep_lines`: the text is no notebook, and the lines of what is left out stay, empty.
+    """
     found = []
     removed = []
-    if (cells := notebook(text)) is not None:
+    if not keep_lines and (cells := notebook(text)) is not None:
         text = cells.text
         if cells.what:
             found.append(f"{cells.what} of the notebook")
@@ -51,7 +54,8 @@ def without_payload(text: str) -> tuple[str, Payload | None]:
         if len(match.group(2)) < LEAST:
             return match.group()
         uris.append(match.group(2))
-        return f"{match.group(1)}[{human_bytes(len(match.group(2)))} left out]"
+        line_ends = "\n" * match.group(2).count("\n") if keep_lines else ""
+        return f"{match.group(1)}[{human_bytes(len(match.group(2)))} left out]{line_ends}"
 
     text = _BASE64.sub(shortened, text)
     if uris:

@@ -14,18 +14,21 @@ from functools import partial
 from typing import BinaryIO
 
 from l4ctx.contexts.folder import is_context
-from l4ctx.documents.content import NOT_READ, ContentReader, naming
+from l4ctx.documents.content import NOT_READ, ContentReader, FileSizeError, naming
 from l4ctx.documents.document import Document, DocumentError, DocumentMemoryError, DocumentSet, Skipped
 from l4ctx.documents.exclusion.rules import Exclusion, Rules
 from l4ctx.documents.folder import Entry, Level, folder_source, reason_to_leave_out
 from l4ctx.documents.length import TextLimit
+from l4ctx.documents.lines import LineRange, split_range
 from l4ctx.documents.reached import Reached
+from l4ctx.documents.selection import Patterns, Selection
 from l4ctx.errors import SHORTAGES
 from l4ctx.formatting import printable
 from l4ctx.machine.files import SAMPLE_BYTES, read_regular_file
 from model.folder import kind
 
 _CHUNK_BYTES = 1 << 20
+_ALL = Selection()
 
 
 def read_documents(
@@ -39,22 +42,28 @@ def read_documents(
     skip_unreadable: bool = False,
     limit: TextLimit | None = None,
     progress: Callable[[int], None] | None = None,
+    selection: Selection = _ALL,
 ) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
+    A path may end with a range of lines, as in `notes.md:10-40`, unless a file has that name.
+
     Folders are walked in the order of their paths' bytes. What git ignores, hidden and binary files and links that lead
     out of the folder are left out and listed in `skipped`; with `skip_unreadable`, so is what cannot be read. A file
-    named itself is read even if hidden or ignored. A file reached twice is read once. `pdf` is one of
-    l4ctx.documents.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names that of
-    all text that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what
+    named itself is read even if hidden or ignored. A file reached twice is read once, and so is what files of folders
+    hold alike, unless `selection` keeps duplicates; it also says which files are read, and up to which size. `pdf` is
+    one of l4ctx.documents.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names
+    that of all text that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what
     `l4ctx.documents.payload` would leave out; `progress` is told the number of documents after each. What a file is,
     its first 64 KiB tell; of what is left out no more is read. Raises DocumentError for a path that is missing, is not
     a file or folder, or cannot be read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given
     twice or without `stdin`; DocumentMemoryError for a file that does not fit into memory; DocumentLengthError for text
     that surely has more tokens than `limit` says.
     """
-    content = ContentReader(pdf, no_images, encoding, keep_payload, limit)
-    reader = _Reader(content, stdin, progress, skip_unreadable=skip_unreadable)
+    content = ContentReader(
+        pdf, no_images, encoding, keep_payload, limit, selection.max_file_size, selection.line_numbers
+    )
+    reader = _Reader(content, stdin, progress, selection, skip_unreadable=skip_unreadable)
     for path in paths:
         reader.read_argument(os.fsdecode(path))
     reader.require_all()
@@ -83,6 +92,7 @@ class _Reader:
         content: ContentReader,
         stdin: BinaryIO | None,
         progress: Callable[[int], None] | None,
+        selection: Selection,
         *,
         skip_unreadable: bool,
     ) -> None:
@@ -94,12 +104,15 @@ class _Reader:
         self._exclusion = Exclusion()
         self._skip_unreadable, self._missed = skip_unreadable, list[str]()
         self._reached = Reached()
+        self._patterns = Patterns(selection)
+        self._contents: dict[str, str] | None = None if selection.keep_duplicates else {}  # digest -> source
 
     def read_argument(self, path: str) -> None:
         if path == "-":
             return self._read_stdin()
         if not path:
             raise DocumentError("a path is empty (is a shell variable unset?)")
+        path, lines = split_range(path)
         try:
             mode = os.stat(path).st_mode
             real = _real_path(path)
@@ -108,10 +121,14 @@ class _Reader:
         except (OSError, ValueError) as error:  # ValueError: a NUL character in it
             reason = getattr(error, "strerror", None) or error
             raise DocumentError(f"{printable(path)}: cannot be read: {reason}") from None
+        if lines is not None:
+            lines.check(printable(path))
+        if stat.S_ISREG(mode):
+            return self._read_named_file(path, real, lines)
+        if lines is not None:
+            raise DocumentError(f"{printable(path)}:{lines}: {printable(path)} is no file, and has no lines")
         if stat.S_ISDIR(mode):
             return self._walk(path, real)
-        if stat.S_ISREG(mode):
-            return self._read_named_file(path, real)
         if stat.S_ISFIFO(mode):
             return self._read_pipe(path)
         raise DocumentError(f"{printable(path)}: is a {kind(mode)}, not a file (pipe its content in and use -)")
@@ -124,6 +141,8 @@ class _Reader:
         self._stdin_read = True
         try:
             self._read_stream("stdin", self._stdin)
+        except FileSizeError as error:
+            raise DocumentError(f"standard input: {error}") from None
         except OSError as error:
             raise DocumentError(f"standard input cannot be read: {error.strerror}") from None
 
@@ -132,6 +151,8 @@ class _Reader:
         try:
             with open(path, "rb") as pipe:
                 self._read_stream(_file_source(path), pipe)
+        except FileSizeError as error:
+            raise DocumentError(f"{printable(path)}: {error}") from None
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
 
@@ -157,26 +178,30 @@ class _Reader:
                 self._content.check_growth(whole.getvalue())
         return whole.getvalue()
 
-    def _read_named_file(self, path: str, real: str) -> None:
-        source = _file_source(path)
-        if self._already_read(real, source):
+    def _read_named_file(self, path: str, real: str, lines: LineRange | None) -> None:
+        name = source = _file_source(path)
+        if lines is not None:
+            source, real = f"{source}:{lines}", f"{real}\0{lines}"  # no file has a NUL character in its name
+        if self._already_read(real, source) or self._is_unwanted(name, name, source):
             return
         try:
             with naming(printable(path)):
-                raw, changed = read_regular_file(path, partial(self._content.check, path))
+                raw, changed = read_regular_file(path, partial(self._content.check, path, is_part=lines is not None))
                 if changed and not self._content.is_text(raw):
                     self._skip(source, "changed while it was read")
                     return
                 if changed:
                     self.found.notes.append(f"{source}: changed while it was read")
-                self._add(source, raw, path, real)
+                self._add(source, raw, path, real, lines=lines)
+        except FileSizeError as error:
+            raise DocumentError(f"{printable(path)}: {error}") from None
         except NOT_READ as error:
             self._skip(source, str(error))
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
 
     def _walk(self, path: str, root: str) -> None:
-        source = folder_source(path)
+        source, typed = folder_source(path), _file_source(path)
         if is_context(root):
             raise DocumentError(f"{printable(path)}: a saved context, not documents (--context answers from it)")
         if self._already_read(root, source or "."):
@@ -194,7 +219,7 @@ class _Reader:
                 pending.pop()
                 continue
             try:
-                below = self._visit(entry, root, top.rules)
+                below = self._visit(entry, root, typed, top.rules)
                 if below is not None:
                     pending.append(below.entries())
             except FileNotFoundError:
@@ -211,10 +236,13 @@ class _Reader:
             else:
                 self.found.notes.append(f"{name}: {problem}")
 
-    def _visit(self, entry: Entry, root: str, top: Rules | None) -> Level | None:
+    def _visit(self, entry: Entry, root: str, typed: str, top: Rules | None) -> Level | None:
         """Reads one entry of a folder, or records why not; returns a subfolder. Raises OSError."""
         if reason := reason_to_leave_out(entry, root):
             self._skip(entry.source, reason)
+            return None
+        within = entry.path[len(os.path.join(root, "")) :]
+        if self._is_unwanted(within, f"{typed}/{within}", entry.source, is_folder=entry.is_folder):
             return None
         if isinstance(entry.status, OSError):
             raise entry.status
@@ -240,7 +268,7 @@ class _Reader:
                 if changed:
                     self._miss(entry.source, "changed while it was read")
                 else:
-                    self._add(entry.source, raw, entry.path, entry.real, walked=not entry.is_link)
+                    self._add(entry.source, raw, entry.path, entry.real, walked=not entry.is_link, is_named=False)
         except NOT_READ as error:
             self._skip(entry.source, str(error))
         except DocumentMemoryError as error:
@@ -248,6 +276,13 @@ class _Reader:
                 raise
             self._skip(entry.source, str(error).removeprefix(f"{entry.source}: "))
         return None
+
+    def _is_unwanted(self, within: str, typed: str, source: str, *, is_folder: bool = False) -> bool:
+        """Whether a pattern leaves it out, which is noted."""
+        reason = self._patterns.reason(within, typed, is_folder=is_folder)
+        if reason is not None:
+            self.found.skipped.append(Skipped(source, reason, is_asked=True))
+        return reason is not None
 
     def _miss(self, source: str, reason: str) -> None:
         """An entry of a folder that should have been read."""
@@ -273,22 +308,41 @@ class _Reader:
         return known is not None
 
     def _add(
-        self, source: str, raw: bytes, path: str | None = None, real: str | None = None, *, walked: bool = False
+        self,
+        source: str,
+        raw: bytes,
+        path: str | None = None,
+        real: str | None = None,
+        *,
+        walked: bool = False,
+        is_named: bool = True,
+        lines: LineRange | None = None,
     ) -> None:
-        """Keep `raw` as a document if it can be read."""
+        """Keep `raw` as a document if it can be read, and if it is named or no copy of another one."""
+        digest = hashlib.sha256(raw).hexdigest()
+        if not is_named and (known := self._contents and self._contents.get(digest)):
+            self._skip(source, f"the same content as {known}")
+            return
         unique, count = source, 1
         while unique in self._sources:
             count += 1
             unique = f"{source} ({count})"
         try:
-            content, payload, notes = self._content.read(unique, raw, path)
+            read = self._content.read(unique, raw, path, lines)
+        except FileSizeError:  # of a pipe
+            raise
         except NOT_READ as error:
             self._skip(source, str(error))
             return
+        if lines is not None:
+            digest = hashlib.sha256(str(read.content).encode("utf-8", "surrogatepass")).hexdigest()
         self._sources.add(unique)
         self._reached.add(real, unique, walked=walked)
-        self.found.notes += [f"{unique}: {note}" for note in notes]
-        self.found.documents.append(Document(unique, hashlib.sha256(raw).hexdigest(), content, payload))
+        self.found.notes += [f"{unique}: {note}" for note in read.notes]
+        first = lines.first if lines is not None else 1
+        self.found.documents.append(Document(unique, digest, read.content, read.payload, read.reading, first))
+        if self._contents is not None:
+            self._contents.setdefault(digest, unique)
         if self._progress is not None:
             self._progress(len(self.found.documents))
 

@@ -109,6 +109,7 @@ def read_sources(
         no_images=images.why_not,
         progress=progress,
         skip_unreadable=options.skip_unreadable,
+        selection=options.selection,
         limit=TextLimit(config.max_position_embeddings, lambda: _longest_token(model, config)),
     )
     return Sources(config, images, documents)
@@ -145,10 +146,13 @@ def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, So
         )
     if paths:
         sources.documents.require_any(paths)
-    for entry in skipped[:SKIPPED_LINES]:
+    told = [entry for entry in skipped if not entry.is_asked]
+    for entry in told[:SKIPPED_LINES]:
         monitor.note(f"skipped {entry.source}: {entry.reason}")
-    if len(skipped) > SKIPPED_LINES:
-        monitor.note(f"skipped {len(skipped) - SKIPPED_LINES} more (--json lists them all)")
+    if len(told) > SKIPPED_LINES:
+        monitor.note(f"skipped {len(told) - SKIPPED_LINES} more (--json lists them all)")
+    if len(told) < len(skipped):
+        monitor.note(f"skipped {len(skipped) - len(told):,} as --include and --exclude say")
     for text in sources.documents.notes:
         monitor.note(text)
     return choices, sources
@@ -310,8 +314,8 @@ def _drop_held_documents(
     if context is None or not request.context.is_added_to:
         return 0
     held = [span for span in context.documents() if span.start < context.tokens]  # it may still be being read
-    digests = {span.source: span.sha256 if span.stop <= context.tokens else "" for span in held}
-    found.documents, skipped = added_documents(found.documents, digests)
+    known = {span.source: span if span.stop <= context.tokens else replace(span, sha256="") for span in held}
+    found.documents, skipped = added_documents(found.documents, known)
     for entry in skipped:
         note(f"skipped {entry.source}: {entry.reason}")
     found.skipped += skipped

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from l4ctx.documents.selection import Selection
 from l4ctx.errors import RequestError
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
@@ -31,6 +32,7 @@ class SourceOptions:
     no_images: bool | str = False  # or the reason why images are left out
     keep_payload: bool = False
     skip_unreadable: bool = False  # in a folder, leave out what cannot be read
+    selection: Selection = field(default_factory=Selection)
 
 
 @dataclass(frozen=True)

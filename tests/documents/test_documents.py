@@ -18,6 +18,7 @@ import pytest
 
 from l4ctx.documents.document import DocumentError, DocumentSet
 from l4ctx.documents.reader import read_documents
+from l4ctx.documents.selection import Selection
 from support.places import ROOT
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")
@@ -32,7 +33,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def read(*paths: str | os.PathLike[str], skip_unreadable: bool = False) -> DocumentSet:
-    return read_documents(paths, stdin=None, skip_unreadable=skip_unreadable)
+    return read_documents(paths, stdin=None, skip_unreadable=skip_unreadable, selection=Selection(keep_duplicates=True))
 
 
 def sources(found: DocumentSet) -> list[str]:

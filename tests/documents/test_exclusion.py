@@ -16,6 +16,7 @@ import l4ctx.documents.exclusion.rules
 from l4ctx.documents.document import DocumentError, DocumentSet
 from l4ctx.documents.exclusion.git_config import core_settings
 from l4ctx.documents.reader import read_documents
+from l4ctx.documents.selection import Selection
 from support.ignore_rules import random_name, random_rules
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git, the oracle for ignore rules, is missing")
@@ -63,7 +64,7 @@ def git(folder: Path, *arguments: str) -> bytes:
 
 
 def read(*paths: Path, skip_unreadable: bool = False) -> DocumentSet:
-    return read_documents(paths, stdin=None, skip_unreadable=skip_unreadable)
+    return read_documents(paths, stdin=None, skip_unreadable=skip_unreadable, selection=Selection(keep_duplicates=True))
 
 
 def sources(found: DocumentSet) -> list[str]:
