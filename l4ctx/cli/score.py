@@ -9,7 +9,8 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.exits import Interruption, check_stdout, errors_as_exit_codes, write, write_json
-from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe, standard_input
+from l4ctx.cli.sources import SelectionFlags, spread
+from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
 from l4ctx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 NO_IMAGES = "a score is of text"
 
 
+@spread
 def score(
     paths: options.Paths = None,
     model: options.Model = None,
@@ -31,6 +33,8 @@ def score(
         ),
     ] = None,
     output: options.Pictures = None,
+    *,
+    read: SelectionFlags,
     skip_unreadable: options.SkipUnreadable = False,
     encoding: options.Encoding = None,
     keep_payload: options.KeepPayload = False,
@@ -64,18 +68,19 @@ def score(
         check_stdout("to")
         for file in output or []:
             check_picture(file)
-        documents = paths_or_pipe(paths or [], quiet=quiet)
+        documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet)
         if not documents:
             raise UsageError("no documents: l4ctx score PATH..., or pipe a text in")
         return Request(
             checkpoint_folder(model),
             SourceOptions(
                 paths=documents,
-                stdin=standard_input(),
+                stdin=stdin,
                 encoding=encoding,
                 no_images=NO_IMAGES,
                 keep_payload=keep_payload,
                 skip_unreadable=skip_unreadable,
+                selection=read.selection(),
             ),
             compute=ComputeOptions(
                 device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory

@@ -14,6 +14,7 @@ from l4ctx.cli import options
 from l4ctx.cli.named_paths import NamedPaths
 
 if TYPE_CHECKING:
+    from l4ctx.documents.selection import Selection
     from l4ctx.run.request import SourceOptions
 
 _OF_PATHS = ("files_from", "null", "skip_unreadable")  # say nothing about a text that a context holds already
@@ -26,8 +27,11 @@ def _pattern(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class SourceFlags:
-    """A command takes them as one parameter, and is decorated with `spread`."""
+class SelectionFlags:
+    """Which files are read, and how much of them.
+
+    A command takes them as one parameter, and is decorated with `spread`.
+    """
 
     files_from: Annotated[
         Path | None,
@@ -72,17 +76,33 @@ class SourceFlags:
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Read files of a folder again whose content was read already.")
     ] = False
+
+    def named(self, paths: list[str]) -> NamedPaths:
+        return NamedPaths(paths, self.files_from, null=self.null)
+
+    def selection(self) -> Selection:
+        from l4ctx.documents.selection import Selection
+
+        return Selection(
+            include=tuple(self.include or ()),
+            exclude=tuple(self.exclude or ()),
+            max_file_size=self.max_file_size,
+            line_numbers=self.line_numbers,
+            keep_duplicates=self.keep_duplicates,
+        )
+
+
+@dataclass(frozen=True)
+class SourceFlags(SelectionFlags):
+    """The same, and how files are read."""
+
     no_images: options.NoImages = False
     skip_unreadable: options.SkipUnreadable = False
     pdf: options.Pdf = "text"
     encoding: options.Encoding = None
     keep_payload: options.KeepPayload = False
 
-    def named(self, paths: list[str]) -> NamedPaths:
-        return NamedPaths(paths, self.files_from, null=self.null)
-
     def options(self, paths: list[str], stdin: BinaryIO | None) -> SourceOptions:
-        from l4ctx.documents.selection import Selection
         from l4ctx.run.request import SourceOptions
 
         return SourceOptions(
@@ -93,13 +113,7 @@ class SourceFlags:
             no_images=self.no_images,
             keep_payload=self.keep_payload,
             skip_unreadable=self.skip_unreadable,
-            selection=Selection(
-                include=tuple(self.include or ()),
-                exclude=tuple(self.exclude or ()),
-                max_file_size=self.max_file_size,
-                line_numbers=self.line_numbers,
-                keep_duplicates=self.keep_duplicates,
-            ),
+            selection=self.selection(),
         )
 
     def given(self) -> list[str]:
