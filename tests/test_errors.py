@@ -80,6 +80,8 @@ INTERNAL = {  # each is caught and translated by the package that raises it
     "l4ctx.confinement.process.RefusedError",
     "l4ctx.confinement.work.Refusal",
     "l4ctx.contexts.journal.JournalError",
+    "l4ctx.documents.commits._LongLinkError",
+    "l4ctx.documents.repository.MissingObjectError",
     "l4ctx.documents.content.FileSizeError",
     "l4ctx.documents.content.LeftOutError",
     "l4ctx.documents.exclusion.git.GitError",

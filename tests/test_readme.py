@@ -101,7 +101,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / CONVERTED).symlink_to(TINY)
     text_file(tmp_path / "docs" / "facts.md", "".join(fact_document(name, 80) for name in "ab"))
     for name in ("report.md", "notes/today.md", "contract.txt", "old.txt", "new.txt"):
-        text_file(tmp_path / name, answer("c"))
+        text_file(tmp_path / name, answer("c") + "\n" * 40)
     text_file(tmp_path / "new.md", answer("d"))
     text_file(tmp_path / "question.txt", question("c"))
     text_file(tmp_path / "questions.txt", f"{question('a')}\n{question('b')}\n")

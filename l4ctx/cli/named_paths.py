@@ -29,6 +29,7 @@ class NamedPaths:
     paths: Sequence[str]
     files_from: Path | None = None  # - is standard input
     null: bool = False  # what is listed ends with NUL characters
+    are_in_git: bool = False  # in commits, and perhaps not in the work tree
 
 
 def listed_paths(content: bytes, *, null: bool) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 
 from l4ctx.cli import options
 from l4ctx.cli.named_paths import NamedPaths
+from l4ctx.errors import UsageError
 
 if TYPE_CHECKING:
     from l4ctx.documents.selection import Selection
@@ -23,6 +24,12 @@ _OF_PATHS = ("files_from", "null", "skip_unreadable")  # say nothing about a tex
 def _pattern(text: str) -> str:
     if not text.strip() or "\n" in text:
         raise typer.BadParameter("a pattern is empty, or of several lines (is a shell variable unset?)")
+    return text
+
+
+def _revision(text: str) -> str:
+    if not text.strip() or text.startswith("-") or "\n" in text or "\0" in text:
+        raise typer.BadParameter(f"{text!r} names no commit")
     return text
 
 
@@ -62,6 +69,24 @@ class SelectionFlags:
             show_default=False,
         ),
     ] = None
+    git_ref: Annotated[
+        str | None,
+        typer.Option(
+            parser=_revision,
+            metavar="REV",
+            help="Read PATH (default: the current folder) as it is in a commit, such as HEAD~3 or v1.0.",
+            show_default=False,
+        ),
+    ] = None
+    diff: Annotated[
+        str | None,
+        typer.Option(
+            parser=_revision,
+            metavar="A..B",
+            help="Read what differs in PATH (default: the current folder) between two commits; A...B: since B left A.",
+            show_default=False,
+        ),
+    ] = None
     max_file_size: Annotated[
         int | None,
         typer.Option(
@@ -78,7 +103,12 @@ class SelectionFlags:
     ] = False
 
     def named(self, paths: list[str]) -> NamedPaths:
-        return NamedPaths(paths, self.files_from, null=self.null)
+        """Raises UsageError for options that do not go together."""
+        if self.git_ref is not None and self.diff is not None:
+            raise UsageError("--git-ref reads one commit, --diff what differs between two: give one of them")
+        if self.diff is not None and self.line_numbers:
+            raise UsageError("--line-numbers: a difference has the lines of two files, and says which these are")
+        return NamedPaths(paths, self.files_from, null=self.null, are_in_git=bool(self.git_ref or self.diff))
 
     def selection(self) -> Selection:
         from l4ctx.documents.selection import Selection
@@ -89,6 +119,8 @@ class SelectionFlags:
             max_file_size=self.max_file_size,
             line_numbers=self.line_numbers,
             keep_duplicates=self.keep_duplicates,
+            git_ref=self.git_ref,
+            diff=self.diff,
         )
 
 

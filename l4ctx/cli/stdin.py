@@ -98,7 +98,11 @@ def paths_or_pipe(
     `question` is the argument before them, if it is the question. Raises UsageError for paths that are not there.
     """
     stdin = standard_input()
-    paths = meant_paths(named.paths, (lambda text: None) if quiet else tell, question=question)
+    if named.are_in_git and "-" in named.paths:
+        raise UsageError("- (standard input) is in no commit: leave it out, or --git-ref and --diff")
+    looked_for = () if named.are_in_git else named.paths
+    paths = meant_paths(looked_for, (lambda text: None) if quiet else tell, question=question)
+    paths += named.paths if named.are_in_git else []
     if "-" in paths:
         _say_how_to_end("documents", quiet=quiet)
     if named.files_from is not None:
@@ -106,6 +110,8 @@ def paths_or_pipe(
         return paths, None if named.files_from == STDIN else stdin
     if named.null:
         raise UsageError("--null (-0) is for --files-from")
+    if named.are_in_git:
+        return paths or ["."], stdin
     if not paths and reads_pipe and stdin is not None and is_piped(stdin.fileno()):
         paths = ["-"]
     return paths, stdin

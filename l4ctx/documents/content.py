@@ -22,6 +22,7 @@ from l4ctx.formatting import human_bytes, printable
 from l4ctx.machine.files import SAMPLE_BYTES
 from l4ctx.machine.memory import available_memory
 
+_LFS, _LFS_BYTES = b"version https://git-lfs.github.com/spec/v1\n", 1024
 _SURELY_FREE = 2**24  # bytes; less needs no look at the free memory
 
 
@@ -66,6 +67,8 @@ class ContentReader:
         """
         is_plain = False
         self._check_size(size or 0)
+        if sample.startswith(_LFS) and len(sample) < _LFS_BYTES:
+            raise LeftOutError("a Git LFS pointer, not the file itself (git lfs pull fetches it)")
         if is_pdf(sample):
             check_support()
         elif not is_text(sample, self.encoding):

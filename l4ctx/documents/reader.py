@@ -5,23 +5,24 @@ Everything that is left out is reported with its reason.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from l4ctx.contexts.folder import is_context
+from l4ctx.documents.collecting import Collector, file_source
+from l4ctx.documents.commits import CommitReader, DiffReader
 from l4ctx.documents.content import NOT_READ, ContentReader, FileSizeError, naming
-from l4ctx.documents.document import Document, DocumentError, DocumentMemoryError, DocumentSet, Skipped
+from l4ctx.documents.document import DocumentError, DocumentMemoryError, DocumentSet
 from l4ctx.documents.exclusion.rules import Exclusion, Rules
 from l4ctx.documents.folder import Entry, Level, folder_source, reason_to_leave_out
 from l4ctx.documents.length import TextLimit
 from l4ctx.documents.lines import LineRange, split_range
-from l4ctx.documents.reached import Reached
-from l4ctx.documents.selection import Patterns, Selection
+from l4ctx.documents.selection import Selection
 from l4ctx.errors import SHORTAGES
 from l4ctx.formatting import printable
 from l4ctx.machine.files import SAMPLE_BYTES, read_regular_file
@@ -63,17 +64,25 @@ def read_documents(
     content = ContentReader(
         pdf, no_images, encoding, keep_payload, limit, selection.max_file_size, selection.line_numbers
     )
-    reader = _Reader(content, stdin, progress, selection, skip_unreadable=skip_unreadable)
-    for path in paths:
-        reader.read_argument(os.fsdecode(path))
-    reader.require_all()
-    return reader.found
+    collector = Collector(content, selection, progress, skip_unreadable=skip_unreadable)
+    with closing(_reader(collector, selection, stdin)) as reader:
+        for path in paths:
+            reader.read_argument(os.fsdecode(path))
+    collector.require_all()
+    return collector.found
 
 
-def _file_source(path: str) -> str:
-    """The name of a file argument: as typed, normalised, without what leads out of or to the top of the tree."""
-    parts = os.path.normpath(path).replace(os.sep, "/").split("/")
-    return printable("/".join(part for part in parts if part not in ("", "..")))
+class _Reader(Protocol):
+    def read_argument(self, path: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _reader(collector: Collector, selection: Selection, stdin: BinaryIO | None) -> _Reader:
+    """What reads paths: of this machine, or of commits."""
+    if selection.git_ref is not None:
+        return CommitReader(collector, selection.git_ref)
+    return PathReader(collector, stdin) if selection.diff is None else DiffReader(collector, selection.diff)
 
 
 def _real_path(path: str) -> str:
@@ -84,28 +93,17 @@ def _real_path(path: str) -> str:
         return os.path.realpath(path)
 
 
-class _Reader:
-    """The state of one `read_documents` call."""
+class PathReader:
+    """Reads files and folders of this machine, and pipes."""
 
-    def __init__(
-        self,
-        content: ContentReader,
-        stdin: BinaryIO | None,
-        progress: Callable[[int], None] | None,
-        selection: Selection,
-        *,
-        skip_unreadable: bool,
-    ) -> None:
-        self.found = DocumentSet()
-        self._content, self._progress = content, progress
+    def __init__(self, collector: Collector, stdin: BinaryIO | None) -> None:
+        self._collector = collector
         self._stdin = stdin
         self._stdin_read = False
-        self._sources: set[str] = set()
         self._exclusion = Exclusion()
-        self._skip_unreadable, self._missed = skip_unreadable, list[str]()
-        self._reached = Reached()
-        self._patterns = Patterns(selection)
-        self._contents: dict[str, str] | None = None if selection.keep_duplicates else {}  # digest -> source
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def read_argument(self, path: str) -> None:
         if path == "-":
@@ -150,7 +148,7 @@ class _Reader:
         """A pipe named by the user, such as the shell's <(command): waits for what is written into it."""
         try:
             with open(path, "rb") as pipe:
-                self._read_stream(_file_source(path), pipe)
+                self._read_stream(file_source(path), pipe)
         except FileSizeError as error:
             raise DocumentError(f"{printable(path)}: {error}") from None
         except OSError as error:
@@ -161,11 +159,11 @@ class _Reader:
         with naming(source):
             sample = stream.read(SAMPLE_BYTES)
             try:
-                self._content.check(None, sample, None)
+                self._collector.content.check(None, sample, None)
             except NOT_READ as error:
-                self._skip(source, str(error))
+                self._collector.skip(source, str(error))
             else:
-                self._add(source, self._whole(sample, stream))
+                self._collector.add(source, self._whole(sample, stream))
 
     def _whole(self, sample: bytes, stream: BinaryIO) -> bytes:
         """All that a pipe carries, which nothing but its end bounds: checked as it grows."""
@@ -175,38 +173,40 @@ class _Reader:
             size += whole.write(chunk)
             if size > checked:
                 checked = size + size // 4
-                self._content.check_growth(whole.getvalue())
+                self._collector.content.check_growth(whole.getvalue())
         return whole.getvalue()
 
     def _read_named_file(self, path: str, real: str, lines: LineRange | None) -> None:
-        name = source = _file_source(path)
+        name = source = file_source(path)
         if lines is not None:
             source, real = f"{source}:{lines}", f"{real}\0{lines}"  # no file has a NUL character in its name
-        if self._already_read(real, source) or self._is_unwanted(name, name, source):
+        if self._collector.already_read(real, source) or self._collector.is_unwanted(name, name, source):
             return
         try:
             with naming(printable(path)):
-                raw, changed = read_regular_file(path, partial(self._content.check, path, is_part=lines is not None))
-                if changed and not self._content.is_text(raw):
-                    self._skip(source, "changed while it was read")
+                raw, changed = read_regular_file(
+                    path, partial(self._collector.content.check, path, is_part=lines is not None)
+                )
+                if changed and not self._collector.content.is_text(raw):
+                    self._collector.skip(source, "changed while it was read")
                     return
                 if changed:
-                    self.found.notes.append(f"{source}: changed while it was read")
-                self._add(source, raw, path, real, lines=lines)
+                    self._collector.found.notes.append(f"{source}: changed while it was read")
+                self._collector.add(source, raw, path, real, lines=lines)
         except FileSizeError as error:
             raise DocumentError(f"{printable(path)}: {error}") from None
         except NOT_READ as error:
-            self._skip(source, str(error))
+            self._collector.skip(source, str(error))
         except OSError as error:
             raise DocumentError(f"{printable(path)}: cannot be read: {error.strerror}") from None
 
     def _walk(self, path: str, root: str) -> None:
-        source, typed = folder_source(path), _file_source(path)
+        source, typed = folder_source(path), file_source(path)
         if is_context(root):
             raise DocumentError(f"{printable(path)}: a saved context, not documents (--context answers from it)")
-        if self._already_read(root, source or "."):
+        if self._collector.already_read(root, source or "."):
             return
-        self._reached.note(root, source or ".")
+        self._collector.reached.note(root, source or ".")
         try:
             top = Level(root, root, source)
             top.rules = self._exclusion.top(root)
@@ -223,26 +223,28 @@ class _Reader:
                 if below is not None:
                     pending.append(below.entries())
             except FileNotFoundError:
-                self._miss(entry.source, "vanished while the folder was read")
+                self._collector.miss(entry.source, "vanished while the folder was read")
             except OSError as error:
                 if error.errno in SHORTAGES:  # which the next entry would meet, too
                     raise OSError(error.errno, error.strerror, entry.source) from None
-                self._miss(entry.source, f"cannot be read: {error.strerror}")
+                self._collector.miss(entry.source, f"cannot be read: {error.strerror}")
         for file, problem, is_missed in self._exclusion.take_problems():
             is_within = file.startswith(os.path.join(root, ""))
             name = printable(os.path.join(source, os.path.relpath(file, root)) if is_within else file)
             if is_missed:
-                self._miss(name, problem)
+                self._collector.miss(name, problem)
             else:
-                self.found.notes.append(f"{name}: {problem}")
+                self._collector.found.notes.append(f"{name}: {problem}")
 
     def _visit(self, entry: Entry, root: str, typed: str, top: Rules | None) -> Level | None:
         """Reads one entry of a folder, or records why not; returns a subfolder. Raises OSError."""
         if reason := reason_to_leave_out(entry, root):
-            self._skip(entry.source, reason)
+            self._collector.skip(entry.source, reason)
             return None
         within = entry.path[len(os.path.join(root, "")) :]
-        if self._is_unwanted(within, f"{typed}/{within}", entry.source, is_folder=entry.is_folder):
+        if self._collector.is_unwanted(
+            within, f"{typed}/{within}" if typed else within, entry.source, is_folder=entry.is_folder
+        ):
             return None
         if isinstance(entry.status, OSError):
             raise entry.status
@@ -250,101 +252,31 @@ class _Reader:
         if entry.is_link:
             rules, ignored = self._exclusion.of_link(entry.real, root, top, is_folder=entry.is_folder)
             if ignored:
-                self._skip(entry.source, "a symbolic link to something ignored")
+                self._collector.skip(entry.source, "a symbolic link to something ignored")
                 return None
-        if self._already_read(entry.real, entry.source, walked=not entry.is_link):
+        if self._collector.already_read(entry.real, entry.source, walked=not entry.is_link):
             return None
         if entry.is_folder:
-            self._reached.note(entry.real, entry.source)
+            self._collector.reached.note(entry.real, entry.source)
             level = Level(entry.path, entry.real, entry.source)
             level.rules = self._exclusion.inside(entry.real, rules)
             return level
         if not stat.S_ISREG(entry.status.st_mode):
-            self._skip(entry.source, f"a {kind(entry.status.st_mode)}, not a file")
+            self._collector.skip(entry.source, f"a {kind(entry.status.st_mode)}, not a file")
             return None
         try:
             with naming(entry.source):
-                raw, changed = read_regular_file(entry.path, partial(self._content.check, entry.path))
+                raw, changed = read_regular_file(entry.path, partial(self._collector.content.check, entry.path))
                 if changed:
-                    self._miss(entry.source, "changed while it was read")
+                    self._collector.miss(entry.source, "changed while it was read")
                 else:
-                    self._add(entry.source, raw, entry.path, entry.real, walked=not entry.is_link, is_named=False)
+                    self._collector.add(
+                        entry.source, raw, entry.path, entry.real, walked=not entry.is_link, is_named=False
+                    )
         except NOT_READ as error:
-            self._skip(entry.source, str(error))
+            self._collector.skip(entry.source, str(error))
         except DocumentMemoryError as error:
-            if not self._skip_unreadable:
+            if not self._collector.skip_unreadable:
                 raise
-            self._skip(entry.source, str(error).removeprefix(f"{entry.source}: "))
+            self._collector.skip(entry.source, str(error).removeprefix(f"{entry.source}: "))
         return None
-
-    def _is_unwanted(self, within: str, typed: str, source: str, *, is_folder: bool = False) -> bool:
-        """Whether a pattern leaves it out, which is noted."""
-        reason = self._patterns.reason(within, typed, is_folder=is_folder)
-        if reason is not None:
-            self.found.skipped.append(Skipped(source, reason, is_asked=True))
-        return reason is not None
-
-    def _miss(self, source: str, reason: str) -> None:
-        """An entry of a folder that should have been read."""
-        if self._skip_unreadable:
-            self._skip(source, reason)
-        else:
-            self._missed.append(f"{source if len(source) <= 200 else f'...{source[-200:]}'}: {reason}")
-
-    def require_all(self) -> None:
-        """Raise DocumentError where something in a folder could not be read: the first three, and how many more."""
-        if self._missed:
-            more = f"; and {len(self._missed) - 3} more" if len(self._missed) > 3 else ""
-            raise DocumentError(
-                f"{'; '.join(self._missed[:3])}{more} (--skip-unreadable leaves "
-                f"{'it' if len(self._missed) == 1 else 'them'} out)"
-            )
-
-    def _already_read(self, real: str, source: str, *, walked: bool = False) -> bool:
-        """`walked`: it was reached by no link, and is not named by the user."""
-        known = self._reached.source(real, self.found.documents, walked=walked)
-        if known is not None:
-            self._skip(source, f"the same as {known}")
-        return known is not None
-
-    def _add(
-        self,
-        source: str,
-        raw: bytes,
-        path: str | None = None,
-        real: str | None = None,
-        *,
-        walked: bool = False,
-        is_named: bool = True,
-        lines: LineRange | None = None,
-    ) -> None:
-        """Keep `raw` as a document if it can be read, and if it is named or no copy of another one."""
-        digest = hashlib.sha256(raw).hexdigest()
-        if not is_named and (known := self._contents and self._contents.get(digest)):
-            self._skip(source, f"the same content as {known}")
-            return
-        unique, count = source, 1
-        while unique in self._sources:
-            count += 1
-            unique = f"{source} ({count})"
-        try:
-            read = self._content.read(unique, raw, path, lines)
-        except FileSizeError:  # of a pipe
-            raise
-        except NOT_READ as error:
-            self._skip(source, str(error))
-            return
-        if lines is not None:
-            digest = hashlib.sha256(str(read.content).encode("utf-8", "surrogatepass")).hexdigest()
-        self._sources.add(unique)
-        self._reached.add(real, unique, walked=walked)
-        self.found.notes += [f"{unique}: {note}" for note in read.notes]
-        first = lines.first if lines is not None else 1
-        self.found.documents.append(Document(unique, digest, read.content, read.payload, read.reading, first))
-        if self._contents is not None:
-            self._contents.setdefault(digest, unique)
-        if self._progress is not None:
-            self._progress(len(self.found.documents))
-
-    def _skip(self, source: str, reason: str) -> None:
-        self.found.skipped.append(Skipped(source, reason))

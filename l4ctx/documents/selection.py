@@ -22,6 +22,8 @@ class Selection:
     max_file_size: int | None = None  # bytes
     line_numbers: bool = False
     keep_duplicates: bool = False  # files of a folder whose content was read already
+    git_ref: str | None = None  # a commit, which files are read of instead
+    diff: str | None = None  # two commits, A..B or A...B, whose difference is read instead
 
 
 class Patterns:

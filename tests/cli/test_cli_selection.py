@@ -11,7 +11,7 @@ import pytest
 from l4ctx.cli.app import app
 from support.cli_runner import ANSWER, QUESTION, TINY, check_refused, prefill, run_here, text_file
 
-OPTIONS = {"files_from", "null", "include", "exclude", "max_file_size", "line_numbers", "keep_duplicates"}
+OPTIONS = {"files_from", "null", "include", "exclude", "max_file_size", "line_numbers", "keep_duplicates", "git_ref"}
 
 
 @pytest.fixture
@@ -67,6 +67,12 @@ def test_lists_of_paths(place: Path) -> None:
         (["plan", "--files-from", "-"], b"docs/none\n", ["docs/none: no such file or folder"]),
         (["plan", "-", "--files-from", "-"], b"x", ["both a document and the list of files"]),
         (["ask", "-", "--files-from", "-"], b"x", ["both the question and the list of files"]),
+        (["plan", "docs", "--git-ref", "HEAD"], None, ["docs: is in no git work tree"]),
+        (["plan", "docs", "--git-ref", "-x"], None, ["--git-ref: '-x' names no commit"]),
+        (["plan", "docs", "--git-ref", "a", "--diff", "a..b"], None, ["give one of them"]),
+        (["plan", "docs", "--line-numbers", "--diff", "a..b"], None, ["--line-numbers: a difference has"]),
+        (["plan", "-", "--diff", "a..b"], b"x", ["- (standard input) is in no commit"]),
+        (["ask", "docs", "--diff", "a..b"], None, ["docs: the name of a folder, and no question about it"]),
         (["plan", "docs/a.md:2-9"], None, ["docs/a.md:2-9 has 3 lines, and 2-9 was asked for"]),
         (["plan", "docs/x.md:2-9"], None, ["docs/x.md: no such file or folder; did you mean docs/"]),
         (["plan", "docs", "--include", "*.rst"], None, ["found nothing to read in docs", "not among --include"]),

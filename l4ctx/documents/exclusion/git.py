@@ -16,7 +16,7 @@ from l4ctx.formatting import printable
 SECONDS = 20.0
 MOST_OUTPUT = 64 << 20  # bytes of names
 
-_OPTIONS = (
+OPTIONS = (
     "--no-pager",
     "--literal-pathspecs",
     "-c",
@@ -69,14 +69,14 @@ def ask_git(git: str, folder: str, root: str) -> GitRules:
     """
     if os.pathsep in root:  # git could not be kept from going further up
         raise GitError(f"a path with {os.pathsep} in it")
-    names = _output([git, "-C", folder, *_OPTIONS, *_LIST], _environment(root)).split(b"\0")
+    names = git_output([git, "-C", folder, *OPTIONS, *_LIST], git_environment(root)).split(b"\0")
     pairs = zip(names, [*names[1:], b""], strict=True)
     # A folder that is listed before its own entries is not ignored itself, only all that is in it.
     alone = (name for name, following in pairs if not (name.endswith(b"/") and following.startswith(name)))
     return GitRules(folder, frozenset(name.rstrip(b"/") for name in alone if name not in (b"", b"./")))
 
 
-def _environment(root: str) -> dict[str, str]:
+def git_environment(root: str) -> dict[str, str]:
     """Without what other git processes pass on; the user's configuration may be named there, and stays."""
     kept = {
         name: value
@@ -94,8 +94,16 @@ def _environment(root: str) -> dict[str, str]:
     }
 
 
-def _output(command: list[str], environment: dict[str, str]) -> bytes:
-    """Standard output of a process that ends well, in time, and says no more than there can be."""
+def git_output(
+    command: list[str],
+    environment: dict[str, str],
+    seconds: float = SECONDS,
+    most: int | None = None,
+    what: str = "names",
+) -> bytes:
+    """Standard output of a process that ends well, in time, and says no more than there can be: `most` bytes, or
+    MOST_OUTPUT. Raises GitError."""
+    most = MOST_OUTPUT if most is None else most
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
@@ -112,25 +120,25 @@ def _output(command: list[str], environment: dict[str, str]) -> bytes:
 
         def stop() -> None:
             late.set()
-            _kill(process)
+            end_group(process)
 
-        timer = threading.Timer(SECONDS, stop)
+        timer = threading.Timer(seconds, stop)
         timer.daemon = True
         timer.start()
         assert process.stdout is not None
         try:
-            output = process.stdout.read(MOST_OUTPUT + 1)
-            if len(output) <= MOST_OUTPUT:
+            output = process.stdout.read(most + 1)
+            if len(output) <= most:
                 process.wait()
         finally:
             timer.cancel()
-            _kill(process)
+            end_group(process)
             process.wait()
             process.stdout.close()
         if late.is_set():
-            raise GitSlowError(f"no answer within {SECONDS:.0f} s")
-        if len(output) > MOST_OUTPUT:
-            raise GitError(f"more than {MOST_OUTPUT >> 20} MiB of names")
+            raise GitSlowError(f"no answer within {seconds:.0f} s")
+        if len(output) > most:
+            raise GitError(f"more than {most >> 20} MiB of {what}")
         if process.returncode:
             errors.seek(0)
             lines = errors.read(4096).decode(errors="replace").splitlines()
@@ -139,7 +147,7 @@ def _output(command: list[str], environment: dict[str, str]) -> bytes:
     return output
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
     """The process and what it started, if it has not been waited for."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
