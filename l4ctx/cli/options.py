@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,10 +78,27 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
+def meant_model(text: str) -> Path:
+    """A checkpoint that is there, or that a name in the settings or the hub's cache stands for."""
+    path = Path(text)
+    if not text or os.path.lexists(path):
+        return path
+    from l4ctx.cli.settings import read_settings
+    from l4ctx.inspection import model_names
+
+    return model_names.meant_model(text, read_settings().models)
+
+
 Model = Annotated[
     Path | None,
     typer.Option(
-        "--model", "-m", envvar="L4CTX_MODEL", metavar="DIR", help="Checkpoint folder or GGUF file.", show_default=False
+        "--model",
+        "-m",
+        envvar="L4CTX_MODEL",
+        parser=meant_model,
+        metavar="DIR",
+        help="Checkpoint folder or GGUF file; or the name of one in the settings ([models]) or in the hub's cache.",
+        show_default=False,
     ),
 ]
 Paths = Annotated[

@@ -21,7 +21,7 @@ from model.folder import CONFIG, PICKLED_WEIGHTS, UNREADABLE, read_json
 from model.gguf.files import SUFFIX, find_gguf, models_in
 
 MAX_NAMES = 5000
-_REPOSITORY = re.compile(
+REPOSITORY = re.compile(
     r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
     r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/tree/[\w.-]+)?"
 )
@@ -68,15 +68,15 @@ def _missing(path: Path) -> str:
         return "a link to nothing"
     if text.startswith("~") and os.path.exists(os.path.expanduser(text)):
         return f"no such folder; the shell left ~ as it is: write {os.path.expanduser(text)}"
-    repository = _REPOSITORY.fullmatch(text)
+    repository = REPOSITORY.fullmatch(text)
     if repository is not None and not os.path.exists(path.parts[0]):
         name = repository[1]
-        snapshots = _snapshots(hub_cache() / f"models--{name.replace('/', '--')}")
+        snapshots = snapshots_of(hub_cache() / f"models--{name.replace('/', '--')}")
         if snapshots:
             return f"no such folder, but the repository is in the hub's cache: --model {snapshots[0]}"
         return (
-            f"no such folder; if the repository of that name is meant, download it: hf download {name} --local-dir "
-            "DIR, then --model DIR"
+            f"no such folder, and no such repository in the hub's cache; to download it: hf download {name} (or with "
+            "--local-dir DIR, then --model DIR)"
         )
     return f"no such folder{did_you_mean(text) or f'; {_EXPECTED}'}"
 
@@ -158,7 +158,7 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
     root = path.parent if path.name == "snapshots" else path
     if root.name.startswith("models--"):
         repository = root.name.removeprefix("models--").replace("--", "/", 1)
-        snapshots = _snapshots(root)
+        snapshots = snapshots_of(root)
         if not snapshots:
             return (
                 f"the hub's cache of {repository}, in which no snapshot has a config.json: download it again, with "
@@ -169,12 +169,12 @@ def _in_the_hubs_cache(path: Path, names: list[str]) -> str | None:
     models = [name for name in (names if hub == path else _names_if_any(hub)) if name.startswith("models--")]
     if not models:
         return None
-    found = [snapshot for name in models for snapshot in _snapshots(hub / name)[:1]]
+    found = [snapshot for name in models for snapshot in snapshots_of(hub / name)[:1]]
     llama = [snapshot for snapshot in found if "llama-4" in str(snapshot).lower()] or found
     return "the hub's cache; give a snapshot in it" + (f": --model {llama[0]}" if llama else "")
 
 
-def _snapshots(root: Path) -> list[Path]:
+def snapshots_of(root: Path) -> list[Path]:
     """Snapshots with a config.json of a repository in the hub's cache: the main branch's first, then the newest."""
     main = (_first_bytes(root / "refs" / "main", 100) or b"").decode("ascii", "replace").strip()
     found = [root / "snapshots" / name for name in _names_if_any(root / "snapshots")]

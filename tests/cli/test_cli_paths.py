@@ -27,6 +27,7 @@ BASE: dict[str, list[str]] = {
     "plan": ["document.txt", "--model", "model", "--quiet"],
     "bench": ["--tokens", "9", "--quiet"],
     "quantize": ["model", "--output", "new", "--quiet"],
+    "config": ["show"],
     "score": ["document.txt", "--model", "model", "--quiet"],
 }
 INSTEAD: dict[tuple[str, str], list[str]] = {  # arguments for options that do not go with the above
@@ -57,7 +58,9 @@ def parameters() -> Iterator[tuple[str, Any, str]]:
         function = registered.callback
         assert function is not None
         for name, hint in get_type_hints(function, include_extras=True).items():
-            if name != "return":
+            if name == "log_file" and function.__name__ != "plan":  # which all commands have alike
+                continue
+            if name != "return" and hint is not typer.Context:
                 kind, info = get_args(hint)
                 is_option = isinstance(info, typer.models.OptionInfo)
                 option = (

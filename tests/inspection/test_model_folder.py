@@ -111,7 +111,7 @@ def test_what_is_not_there() -> None:
 @pytest.mark.parametrize("text", ["meta-llama/Llama-4-Scout-17B-16E-Instruct", "https:/huggingface.co/unsloth/Llama-4"])
 def test_repositories(text: str) -> None:
     name = "/".join(text.split("/")[-2:])
-    assert f"hf download {name} --local-dir DIR" in said(text)
+    assert f"hf download {name} (or with --local-dir DIR, then --model DIR)" in said(text)
     root = f"cache/hub/models--{name.replace('/', '--')}"
     make(f"{root}/snapshots/old/config.json", f"{root}/snapshots/main/config.json", f"{root}/snapshots/part/README.md")
     make(f"{root}/refs/main", content=b"main\n")
