@@ -20,6 +20,7 @@ from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
 from l4ctx.cli.log_file import with_log_file
+from l4ctx.cli.needle import needle
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
@@ -103,5 +104,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, prefill, inspect, plan, bench, quantize, score, config):
+for command in (ask, prefill, inspect, plan, bench, quantize, score, needle, config):
     app.command(cls=Command, epilog=EXIT_CODES)(with_log_file(command))

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,9 +34,19 @@ class AnswersFileError(InputError):
 class AnswersFile:
     """Open for appending, locked against other runs. `answered` are the ids of questions that it holds. Close it."""
 
-    def __init__(self, path: Path, questions: Sequence[Question]) -> None:
-        """Opens or creates it, and cuts off an unfinished last line. Raises AnswersFileError."""
-        self._name = printable(str(path))
+    def __init__(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        *,
+        option: str = "--resume-answers",
+        taken: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Opens or creates it, and cuts off an unfinished last line. Raises AnswersFileError.
+
+        `option` names it in messages. `taken` is given each line that answers one of these questions.
+        """
+        self._name, self._option, self._taken = printable(str(path)), option, taken
         is_new = not os.path.lexists(path)
         try:
             self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115 (until it is closed)
@@ -46,7 +56,7 @@ class AnswersFile:
             sync_names([path])
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise AnswersFileError(f"{self._name}: not a regular file; name another one for --resume-answers")
+                raise AnswersFileError(f"{self._name}: not a regular file; name another one for {option}")
             self._lock()
             self.answered = self._read(questions)
         except OSError as error:
@@ -98,11 +108,13 @@ class AnswersFile:
                 os.ftruncate(self._file.fileno(), end)
                 break
             end += len(line)
-            question_id, text = self._parsed(number, line)
+            question_id, text, content = self._parsed(number, line)
             if question_id not in texts:
                 continue
             if texts[question_id] != text:
                 raise self._refused(number, f"another question has the id {shown(question_id)}")
+            if self._taken is not None and question_id not in found:
+                self._taken(content)
             found.add(question_id)
         else:
             self._check_read(end)
@@ -131,7 +143,8 @@ class AnswersFile:
             return
         self._parsed(number, line)
 
-    def _parsed(self, number: int, line: bytes) -> tuple[QuestionId, str]:
+    def _parsed(self, number: int, line: bytes) -> tuple[QuestionId, str, dict[str, Any]]:
+        """The question's id and text, and all that the line holds."""
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
@@ -139,8 +152,8 @@ class AnswersFile:
         if isinstance(content, dict) and isinstance(content.get("answer"), str):
             question_id, text = content.get("id"), content.get("question")
             if isinstance(question_id, int | str) and not isinstance(question_id, bool) and isinstance(text, str):
-                return question_id, text
+                return question_id, text, content
         raise self._refused(number, "no answer of l4ctx")
 
     def _refused(self, number: int, why: str) -> AnswersFileError:
-        return AnswersFileError(f"{self._name}, line {number}: {why}; name another file for --resume-answers")
+        return AnswersFileError(f"{self._name}, line {number}: {why}; name another file for {self._option}")

@@ -96,9 +96,17 @@ class Inputs:
 
 
 def read_sources(
-    model: Path, config: TextConfig, options: SourceOptions, progress: Callable[[int], None] | None = None
+    model: Path,
+    config: TextConfig,
+    options: SourceOptions,
+    progress: Callable[[int], None] | None = None,
+    *,
+    is_limited: bool = True,
 ) -> Sources:
-    """Raises DocumentError, and RequestError for images that are asked for and cannot be read."""
+    """Texts that surely have more tokens than the model has positions are refused if `is_limited`.
+
+    Raises DocumentError, and RequestError for images that are asked for and cannot be read.
+    """
     images = ImageUse(model, config, no_images=options.no_images, pdf=options.pdf)
     documents = read_documents(
         options.paths,
@@ -110,7 +118,7 @@ def read_sources(
         progress=progress,
         skip_unreadable=options.skip_unreadable,
         selection=options.selection,
-        limit=TextLimit(config.max_position_embeddings, lambda: _longest_token(model, config)),
+        limit=TextLimit(config.max_position_embeddings, lambda: _longest_token(model, config)) if is_limited else None,
     )
     return Sources(config, images, documents)
 
@@ -146,16 +154,21 @@ def read_request(request: Request, monitor: Monitor) -> tuple[ContextChoices, So
         )
     if paths:
         sources.documents.require_any(paths)
-    told = [entry for entry in skipped if not entry.is_asked]
-    for entry in told[:SKIPPED_LINES]:
-        monitor.note(f"skipped {entry.source}: {entry.reason}")
-    if len(told) > SKIPPED_LINES:
-        monitor.note(f"skipped {len(told) - SKIPPED_LINES} more (--json lists them all)")
-    if len(told) < len(skipped):
-        monitor.note(f"skipped {len(skipped) - len(told):,} as --include and --exclude say")
-    for text in sources.documents.notes:
-        monitor.note(text)
+    tell_skipped(sources.documents, monitor.note)
     return choices, sources
+
+
+def tell_skipped(found: DocumentSet, note: Callable[[str], None]) -> None:
+    """What was left out, the first ones by name, and what there is to note about the others."""
+    told = [entry for entry in found.skipped if not entry.is_asked]
+    for entry in told[:SKIPPED_LINES]:
+        note(f"skipped {entry.source}: {entry.reason}")
+    if len(told) > SKIPPED_LINES:
+        note(f"skipped {len(told) - SKIPPED_LINES} more (--json lists them all)")
+    if len(told) < len(found.skipped):
+        note(f"skipped {len(found.skipped) - len(told):,} as --include and --exclude say")
+    for text in found.notes:
+        note(text)
 
 
 def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> Inputs:

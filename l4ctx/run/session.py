@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from l4ctx.machine.memory import process_memory
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.run.channel import Channel
+    from l4ctx.run.inputs import Inputs
     from l4ctx.run.ranks import Leader
     from l4ctx.vision.features import ImageFeatures
     from model.config import TextConfig
@@ -171,6 +172,15 @@ class Session:
             accelerator_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
 
+    def anew(self, inputs: Inputs) -> Session:
+        """The same model with an empty cache, for another prompt of no more tokens than was planned for."""
+        assert inputs.length <= self.sized.plan.layout.length and self.leader is None and self.sized.written is None
+        if self.scratch is not None:
+            self.scratch.close()
+        sized = replace(self.sized, inputs=inputs)
+        scratch = _scratch(inputs.request, self.monitor)
+        return replace(self, sized=sized, cache=_cache(sized, self.model, scratch), scratch=scratch, answer=Answer())
+
     def _read(self, stop: int) -> Iterator[PrefillProgress]:
         from l4ctx.engine.prefill import prefill
 
@@ -206,8 +216,6 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     Raises CheckpointError, ContextError and DiskFullError.
     """
     from cache.context import ContextKVCache
-    from cache.disk import Scratch
-    from cache.hybrid import HybridKVCache
     from l4ctx.engine.prefill import LayerCount
     from model.weights.loading import load_checkpoint
 
@@ -234,19 +242,8 @@ def load(sized: Sized, monitor: Monitor) -> Session:
         features, unread = None, [placed for placed in inputs.prompt.images if placed.span.stop > sized.reused]
         if inputs.images is not None and unread:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
-        scratch = None
-        if request.kv.folder is not None:
-            scratch = Scratch(request.kv.folder)
-            monitor.resources.callback(scratch.close)
-        own = HybridKVCache(
-            inputs.config,
-            length=plan.layout.length,
-            dtype=model.dtype,
-            device=device,
-            layout=plan.layout,
-            residency=plan.residency,
-            rows=_rows(sized, leader) or scratch,
-        )
+        scratch = _scratch(request, monitor)
+        own = _cache(sized, model, _rows(sized, leader) or scratch)
         cache = own if context is None else ContextKVCache(own, context.rank, inputs.length)
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
@@ -254,6 +251,33 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             with with_repair_hint(sized.context.folder):
                 held.restore(own) if leader is None else leader.restore(held, own)
     return Session(sized, monitor, model, cache, features, scratch, layers, leader)
+
+
+def _scratch(request: Request, monitor: Monitor) -> Scratch | None:
+    """Raises DiskFullError."""
+    from cache.disk import Scratch
+
+    if request.kv.folder is None:
+        return None
+    scratch = Scratch(request.kv.folder)
+    monitor.resources.callback(scratch.close)
+    return scratch
+
+
+def _cache(sized: Sized, model: Transformer, rows: RowStore | None) -> HybridKVCache:
+    """An empty one."""
+    from cache.hybrid import HybridKVCache
+
+    plan = sized.plan
+    return HybridKVCache(
+        sized.inputs.config,
+        length=plan.layout.length,
+        dtype=model.dtype,
+        device=sized.inputs.checked.device,
+        layout=plan.layout,
+        residency=plan.residency,
+        rows=rows,
+    )
 
 
 def _channel(launch: Launch, sized: Sized, monitor: Monitor) -> Channel:

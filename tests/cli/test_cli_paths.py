@@ -29,6 +29,7 @@ BASE: dict[str, list[str]] = {
     "quantize": ["model", "--output", "new", "--quiet"],
     "config": ["show"],
     "score": ["document.txt", "--model", "model", "--quiet"],
+    "needle": ["document.txt", "--model", "model", "--lengths", "300", "--depths", "1", "--trials", "1", "--quiet"],
 }
 INSTEAD: dict[tuple[str, str], list[str]] = {  # arguments for options that do not go with the above
     ("ask", "--question-file"): ["document.txt", "--model", "model"],
