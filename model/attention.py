@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.config import TextConfig
 from model.kernels.attend import AttentionState, Backend, KVSegment, attend, attention_state, merge
 from model.kernels.masks import AttentionMask
+from model.kernels.watch import Found, Observer, Watch, tell
 from model.layers import Linear, in_pieces
 from model.rope import phases, rotate
 
@@ -55,6 +56,7 @@ class Part(NamedTuple):
     queries: range  # those whose outputs are wanted in the last layer: all, the last, or none
     start: int  # place of the first one among the forward's tokens
     cache: KVCache | None
+    observer: Observer | None = None  # of what its queries attend to in NoPE layers
 
     @property
     def tokens(self) -> slice:
@@ -85,15 +87,17 @@ class Step(NamedTuple):
         backend: Backend,
         caches: Sequence[KVCache | None],
         device: torch.device,
+        observers: Sequence[Observer | None] | None = None,
     ) -> Step:
         """Of so many new tokens for each of the caches, or for a sequence that begins without one."""
         parts: list[Part] = []
         rotations, temperatures = [], []
-        for count, cache in zip(counts, caches, strict=True):
+        observers = observers or [None] * len(counts)
+        for count, cache, observer in zip(counts, caches, observers, strict=True):
             start = cache.offset if cache is not None else 0
             positions = range(start, start + count)
             assert positions, "no tokens"
-            parts.append(Part(positions, positions, parts[-1].tokens.stop if parts else 0, cache))
+            parts.append(Part(positions, positions, parts[-1].tokens.stop if parts else 0, cache, observer))
             length = max(positions.stop, cache.length) if cache is not None else positions.stop
             rotations.append(phases(config, positions.start, positions.stop, length, device))
             temperatures.append(query_temperature(config, positions, device))
@@ -198,19 +202,41 @@ class Attention(nn.Module):
             segments: Iterable[KVSegment] = [new]
             if first.cache is not None:
                 segments = first.cache.segments(self.layer, first.queries)
-            return attend(q, first.queries, segments, self.mask, step.backend)
+            if (watch := self._watch(q, first.queries, step.parts)) is None:
+                return attend(q, first.queries, segments, self.mask, step.backend)
+            state = attention_state(q, first.queries, segments, self.mask, step.backend, watch)
+            self._tell(first, state, [watch.found])
+            return state.out.to(q.dtype)
         shared = 0 if self.uses_rope else step.shared
-        common = None
+        common = watch = None
         if shared:
             assert first.cache is not None
             later = range(shared, shared + step.num_queries)  # any positions behind the keys: all are seen
             segments = first.cache.segments(self.layer, later, range(shared))
-            common = attention_state(q, later, segments, self.mask, step.backend)
-        parts = self._own(q, step, shared, common)
+            watch = self._watch(q, later, step.parts)
+            common = attention_state(q, later, segments, self.mask, step.backend, watch)
+        parts = self._own(q, step, shared, common, None if watch is None else watch.found)
         return torch.cat([state.out.to(q.dtype).transpose(1, 2) for state in parts], 1).transpose(1, 2)
 
-    def _own(self, q: Tensor, step: Step, shared: int, common: AttentionState | None) -> Iterator[AttentionState]:
-        """Each sequence's attention to its own keys behind the `shared` tokens, merged with what is common to all."""
+    def _watch(self, q: Tensor, positions: range, parts: Sequence[Part]) -> Watch | None:
+        """What follows the attention of queries (1, H, T, D) for those parts that are observed."""
+        observers = [part.observer for part in parts if part.observer is not None]
+        if self.uses_rope or not observers:
+            return None
+        starts, stops = zip(*((observer.within.start, observer.within.stop) for observer in observers), strict=True)
+        return Watch(q, positions, range(min(starts), max(stops)))
+
+    def _tell(self, part: Part, state: AttentionState, found: Sequence[Found]) -> None:
+        assert part.observer is not None
+        tell(part.observer, self.layer, part.queries, state.lse[0], found)
+
+    def _own(
+        self, q: Tensor, step: Step, shared: int, common: AttentionState | None, found: Found | None
+    ) -> Iterator[AttentionState]:
+        """Each sequence's attention to its own keys behind the `shared` tokens, merged with what is common to all.
+
+        `found` is what their queries attend to in common, where it is watched.
+        """
         start = 0
         for part in step.parts:
             here = slice(start, start + len(part.queries))
@@ -219,8 +245,13 @@ class Attention(nn.Module):
                 continue
             assert part.cache is not None, "several sequences without a cache"
             segments = part.cache.segments(self.layer, part.queries, range(shared, part.positions.stop))
-            state = attention_state(q[:, :, here], part.queries, segments, self.mask, step.backend)
-            yield state if common is None else merge(AttentionState(*(x[:, :, here] for x in common)), state)
+            watch = self._watch(q[:, :, here], part.queries, [part])
+            state = attention_state(q[:, :, here], part.queries, segments, self.mask, step.backend, watch)
+            if common is not None:
+                state = merge(AttentionState(*(x[:, :, here] for x in common)), state)
+            if watch is not None:
+                self._tell(part, state, [watch.found] if found is None else [found.of(here), watch.found])
+            yield state
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)

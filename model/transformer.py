@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.attention import Attention, KVCache, Step
 from model.config import TextConfig
 from model.kernels.registry import backend
+from model.kernels.watch import Observer
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
 from model.programs import Programs
@@ -91,15 +92,22 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.look_up(ids, self.dtype)
 
     @torch.inference_mode()
-    def forward(self, inputs: Tensor, cache: KVCache | None = None, logits: Wanted = "all") -> Tensor | None:
+    def forward(
+        self,
+        inputs: Tensor,
+        cache: KVCache | None = None,
+        logits: Wanted = "all",
+        observer: Observer | None = None,
+    ) -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), -> logits (B, T, V), (B, 1, V), or None.
 
         Without a cache the sequence starts at position 0. With one, the new tokens start at its `offset` and are
         committed at the end; a forward that fails leaves the cache as it was. In the last layer, queries and the
-        feed-forward are computed only for positions whose logits are requested. Raises LengthError.
+        feed-forward are computed only for positions whose logits are requested. `observer`, of one row, is told what
+        the queries attend to in the NoPE layers. Raises LengthError.
         """
         counts = [inputs.shape[1]]
-        step = Step.at(self.config, counts, self.backend, [cache], self.device)
+        step = Step.at(self.config, counts, self.backend, [cache], self.device, [observer])
         wanted = wanted_tokens(logits, counts)
         found = self._run(inputs, step, wanted)
         step.commit()
@@ -107,17 +115,22 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def forward_ragged(
-        self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache], logits: Wanted | Sequence[int] = "all"
+        self,
+        ids: Sequence[Sequence[int]],
+        caches: Sequence[KVCache],
+        logits: Wanted | Sequence[int] = "all",
+        observers: Sequence[Observer | None] | None = None,
     ) -> list[Tensor] | None:
         """New token ids of several sequences, T_i of the i-th, each with a cache of its own and at its own position.
 
         `logits` may say of how many last tokens of each sequence they are wanted. Returns logits (T_i, V), (1, V) or
         of as many of each, or None if none are. Linear layers and experts see all tokens at once, and keys and values
-        that the caches share are read once: a step costs little more than that of one sequence. Raises LengthError.
+        that the caches share are read once: a step costs little more than that of one sequence. `observers`: as in
+        `forward`, one for each sequence or None. Raises LengthError.
         """
         joined = to_device(torch.tensor([[token for some in ids for token in some]]), self.device)
         counts = [len(some) for some in ids]
-        step = Step.at(self.config, counts, self.backend, caches, self.device)
+        step = Step.at(self.config, counts, self.backend, caches, self.device, observers)
         wanted = wanted_tokens(logits, counts)
         found = self._run(joined, step, wanted)
         step.commit()

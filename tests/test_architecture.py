@@ -33,6 +33,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
         "errors",
         "folder",
         "kernels",
+        "kernels.watch",
         "vision",
         "transfers",
         "weights",

@@ -15,6 +15,6 @@ def generate(model: Transformer, row: Row) -> Generator[int, None, StopReason]:
     Raises GenerationError if the logits are not finite.
     """
     while row.stop_reason is None:
-        logits = model(as_batch(row.feed(), model.device), row.cache, logits="all")
+        logits = model(as_batch(row.feed(), model.device), row.cache, logits="all", observer=row.observer)
         yield from row.take(logits[0])
     return row.stop_reason

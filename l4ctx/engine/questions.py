@@ -16,6 +16,7 @@ from cache.fork import ForkedKVCache
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.engine.row import Row
+from model.kernels.watch import Observer
 from model.simd.products import FEW_ROWS
 from model.transformer import Transformer
 
@@ -68,7 +69,10 @@ def answer_rounds(
             return
         feeds = _feeds(places, step_tokens)
         logits = model.forward_ragged(
-            [feed.ids for feed in feeds], [feed.place.cache for feed in feeds], [feed.wanted for feed in feeds]
+            [feed.ids for feed in feeds],
+            [feed.place.cache for feed in feeds],
+            [feed.wanted for feed in feeds],
+            [feed.place.observer for feed in feeds],
         )
         taken = zip(feeds, logits, strict=True) if logits is not None else ()
         new_tokens = sum(feed.place.take(found) for feed, found in taken if feed.wanted)
@@ -91,6 +95,11 @@ class _Place(Generic[Q]):
     def is_read(self) -> bool:
         """Whether the answer can begin: all tokens of the question but the last one are in the cache."""
         return self.cache.offset >= self._read_stop
+
+    @property
+    def observer(self) -> Observer | None:
+        """Of the answer; nothing while the question is read."""
+        return None if self._row is None else self._row.observer
 
     def piece(self, most: int) -> Sequence[int]:
         """The next tokens of the question, cut where a prefill in steps of `most` tokens would cut them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from l4ctx.checkpoint.generation_config import Sampling
 from l4ctx.engine.choose import choose
 from l4ctx.engine.loop_guard import LoopGuard
+from model.kernels.watch import Observer
 
 StopReason = Literal["stop", "length", "repetition"]
 
@@ -61,8 +62,10 @@ class Row:
         sampling: Sampling = Sampling(),
         guard: LoopGuard | None = None,
         drafts: Drafts | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.cache = cache
+        """`observer` is told what forwards of this answer attend to."""
+        self.cache, self.observer = cache, observer
         self.stop_reason: StopReason | None = None if max_new_tokens else "length"
         self.tokens = 0  # of the answer
         self._last, self._fed = token, list[int]()

@@ -9,6 +9,7 @@ each would get alone, to the last bit, so that a draft is verified by the number
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.masks import AttentionMask
+from model.kernels.watch import Watch
 from model.simd.attending import FewQueries, first_of_few, is_readable, record
 from model.simd.products import FEW_ROWS
 
@@ -96,13 +98,19 @@ def attend(
 
 
 def attention_state(
-    queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
+    queries: Tensor,
+    positions: range,
+    segments: Iterable[KVSegment],
+    mask: AttentionMask,
+    backend: Backend,
+    watch: Watch | None = None,
 ) -> AttentionState:
-    """What `attend` computes before it is rounded: to be merged with attention over other keys."""
+    """What `attend` computes before it is rounded: to be merged with attention over other keys. `watch` sees how it is
+    spread over the segments."""
     b, h, t, d = queries.shape
     assert len(positions) == t, (positions, queries.shape)
     total: AttentionState | None = None
-    for rows, part in _states(queries, positions, segments, mask, backend):
+    for rows, part in _states(queries, positions, segments, mask, backend, watch):
         if part.out.device != queries.device:
             part = AttentionState(part.out.to(queries.device), part.lse.to(queries.device))
         if total is None and len(rows) == t:
@@ -117,7 +125,12 @@ def attention_state(
 
 
 def _states(
-    queries: Tensor, positions: range, segments: Iterable[KVSegment], mask: AttentionMask, backend: Backend
+    queries: Tensor,
+    positions: range,
+    segments: Iterable[KVSegment],
+    mask: AttentionMask,
+    backend: Backend,
+    watch: Watch | None,
 ) -> Iterator[tuple[range, AttentionState]]:
     """For ranges of query indices: attention to each segment, or to all those that vector code reads."""
     first_seen = None if backend in _COMPARISONS else mask.first_seen(positions)
@@ -130,7 +143,10 @@ def _states(
             first_few = first_of_few(queries, positions.start, heads)
         others = first_few if is_readable(segment) else tokens
         if others:
-            yield from _by_backend(queries[:, :, :others], positions[:others], segment.plain, mask, backend)
+            for seen, part in _by_backend(queries[:, :, :others], positions[:others], segment.plain, mask, backend):
+                if watch is not None:
+                    watch.saw(seen, [segment], len(segment.positions), part.lse[0, :, :, None])
+                yield seen, part
         if others == tokens or first_seen is None:
             continue
         if segment.positions.stop <= first_seen or segment.start >= positions.stop:
@@ -140,6 +156,8 @@ def _states(
             few = None
         if few is None:
             few = FewQueries(queries[:, :, first_few:].cpu(), positions[first_few], rows, heads)
+            if watch is not None:
+                few.told = functools.partial(watch.saw, range(first_few, tokens))
         few.add(segment.since(first_seen))
         if not segment.stays:
             few.flush()

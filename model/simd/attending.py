@@ -117,7 +117,9 @@ def record(segment: Segment) -> bytes:
 class FewQueries:
     """Attention of queries (B, H, T, D) at consecutive positions to segments that are added, oldest first.
 
-    A query sees the keys up to its own position. Results are the same however segments are divided among calls.
+    A query sees the keys up to its own position. Results are the same however segments are divided among calls. Where
+    the queries are of one row, `told` gets segments that were attended to, how many keys a range has, and the
+    log-sum-exp (H, T, ranges) of each range, as many of each segment.
     """
 
     def __init__(self, queries: Tensor, first: int, key_rows: int, key_heads: int) -> None:
@@ -132,6 +134,7 @@ class FewQueries:
         self.fixed = torch.empty(self.plan.fixed_bytes, dtype=torch.uint8)
         self.is_first = True
         self.waiting: list[Segment] = []
+        self.told: Callable[[Sequence[Segment], int, Tensor], None] | None = None
 
     def add(self, segment: Segment) -> None:
         """A readable segment, whose memory must not change before the next `flush` or `finish`."""
@@ -165,6 +168,7 @@ class FewQueries:
         prepare, attend = _functions(
             self.engine, stored, self.queries.dtype, self.queries.shape[3], plan.tile, plan.lanes, integers
         )
+        ranges_lse = []
         for first in range(0, each * len(segments), at_once):
             ranges = (first, min(at_once, each * len(segments) - first), each, range_keys, block)
             queries = (*plan.counts, self.is_first, self.first, plan.scale)
@@ -174,6 +178,12 @@ class FewQueries:
                 prepare(address)
                 self.is_first = False
             attend(address)
+            if self.told is not None:
+                ranges_lse.append(_range_lse(states, plan, self.queries, ranges[1]))
+        if self.told is not None:
+            lse, last = torch.cat(ranges_lse, -1), torch.arange(each) * range_keys
+            lengths = torch.tensor([segment.keys.shape[2] for segment in segments])
+            self.told(segments, range_keys, lse.masked_fill_((last >= lengths[:, None]).flatten(), -torch.inf))
 
 
 class Plan(NamedTuple):
@@ -187,6 +197,17 @@ class Plan(NamedTuple):
     state_bytes: int
     fixed_bytes: int
     places: tuple[int, ...]  # of PREPARED to TOTALS in the memory that an attention keeps
+
+
+def _range_lse(states: Tensor, plan: Plan, queries: Tensor, ranges: int) -> Tensor:
+    """Log-sum-exp (H, T, ranges) from the states that code has left, of queries (1, H, T, D)."""
+    rows, heads, tokens, head_dim = queries.shape
+    assert rows == 1, "of one row only"
+    count, padded = plan.counts[2:4]
+    sums = states.view(torch.float32).view(-1, plan.unit_heads, plan.state_bytes // 4)[:ranges, :, padded * head_dim :]
+    largest, total = (sums[:, :, n * padded : n * padded + count] for n in range(2))
+    lse = torch.where(total > 0, largest + total.log2(), -torch.inf) * math.log(2)
+    return lse.reshape(ranges, heads, tokens).permute(1, 2, 0)
 
 
 @functools.lru_cache(maxsize=256)
