@@ -242,9 +242,9 @@ class ContextTransformer(Transformer):
                 self._meeting_layers.append(layer.self_attn)
 
     @torch.inference_mode()
-    def forward(self, inputs: Tensor, cache: Any = None, logits: Wanted = "all") -> Tensor | None:
+    def forward(self, inputs: Tensor, cache: Any = None, logits: Wanted = "all", observer: Any = None) -> Tensor | None:
         """Token ids (B, T), or embeddings (B, T, C), of all ranks -> logits (B, T, V), (B, 1, V), or None."""
-        assert cache is not None, "context ranks need a cache"
+        assert cache is not None and observer is None, "context ranks need a cache, and cannot be observed"
         rank, size, start = self.exchange.rank, self.config.attention_chunk_size, cache.offset
         positions = range(start, start + inputs.shape[1])
         pieces = list(rank.pieces(positions, size))

@@ -55,3 +55,11 @@ DraftTokens = Annotated[
 LoopGuard = Annotated[
     bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop an answer that keeps repeating itself.")
 ]
+Cite = Annotated[
+    bool,
+    typer.Option(
+        "--cite",
+        help="Name the sources of an answer: what it quotes is looked up in the documents, and it is told where the "
+        "model looked. The question is preceded by a request for quotations.",
+    ),
+]

@@ -94,6 +94,7 @@ def ask(
     seed: answer_options.Seed = None,
     sample: answer_options.Sample = False,
     draft_tokens: answer_options.DraftTokens = None,
+    cite: answer_options.Cite = False,
     loop_guard: answer_options.LoopGuard = True,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
@@ -154,6 +155,8 @@ def ask(
             found, documents, stdin = many_inputs(questions, named_paths, quiet=quiet, reads_pipe=reads_pipe)
             asked = QuestionsOptions(named(questions), found, batch, resume_answers, in_order=in_order)
         sources = read.options(documents, stdin)
+        if cite and no_documents:
+            raise UsageError("--cite: there are no documents to name with --no-documents; leave out one of them")
         _check_sources(sources, saved, read.given(), no_documents=no_documents, system=system)
         return Request(
             checkpoint_folder(model, saved.folder, may_be_new=context is None),
@@ -170,6 +173,7 @@ def ask(
                 seed=seed,
                 loop_guard=loop_guard,
                 draft_tokens=draft_tokens,
+                cites=cite,
             ),
             ComputeOptions(
                 device,

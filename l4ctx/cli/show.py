@@ -41,6 +41,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
     """Carries the request out; prints the answer as it comes, then what there is to report."""
     from l4ctx.cli.activity import Activity
     from l4ctx.cli.answer import show_answer
+    from l4ctx.cli.citations import show_citations
     from l4ctx.cli.console import notes, stderr_console
     from l4ctx.cli.progress import read_shown, reading_summary, stats_line
     from l4ctx.cli.questions import show_answers, show_missing, without_answered
@@ -79,6 +80,8 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
                 note(summary)
         if request.question is not None:
             show_answer(session, note, interruption, json=display.json, plain=display.plain)
+            if session.answer.citations is not None and not display.json:
+                show_citations(session.answer.citations)
         elif request.questions is not None:
             show_answers(session, answers, note, activity, interruption)
         elif not display.json:

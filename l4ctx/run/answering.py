@@ -16,9 +16,10 @@ from l4ctx.run.session import Session
 
 if TYPE_CHECKING:
     from cache.fork import ForkedKVCache
-    from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.engine.questions import Answered, Asked
     from l4ctx.engine.row import Row
+    from l4ctx.prompt.attended import AttentionLog
+    from l4ctx.prompt.citations import Citing
     from l4ctx.run.drafting import DraftSource
 
 
@@ -44,6 +45,7 @@ class _Turn(NamedTuple):
     question: Question
     max_new_tokens: int
     ids: array[int]  # of the question
+    log: AttentionLog | None
 
 
 def answers(session: Session) -> Iterator[Progress]:
@@ -52,12 +54,12 @@ def answers(session: Session) -> Iterator[Progress]:
 
     asking, plan = session.sized.inputs.asking, session.sized.plan
     assert asking is not None and plan.workload.rows is not None
-    begin = _Beginning(session, session.draft_source())
+    begin, citing = _Beginning(session, session.draft_source()), session.citing()
     began, tokens = time.perf_counter(), 0
     rounds = answer_rounds(
         session.model,
         session.undivided_cache,
-        _asked(asking),
+        _asked(asking, citing),
         begin,
         rows=plan.workload.rows.count,
         step_tokens=plan.prefill_chunk_size,
@@ -67,16 +69,17 @@ def answers(session: Session) -> Iterator[Progress]:
             tokens += new_tokens
             seconds = time.perf_counter() - began
             session.monitor.timings["decode"] = Timing(seconds, tokens)
-            yield Progress([_ready(one, asking.tokenizer) for one in answered], tokens, seconds)
+            yield Progress([_ready(one, session, citing) for one in answered], tokens, seconds)
 
 
-def _asked(asking: Asking) -> Iterator[Asked[_Turn]]:
+def _asked(asking: Asking, citing: Citing | None) -> Iterator[Asked[_Turn]]:
     from l4ctx.engine.questions import Asked
 
     for number, question in enumerate(asking.options.questions):
         ids = asking.ids(question)
         max_new_tokens = asking.max_new_tokens(question, len(ids))
-        yield Asked(_Turn(number, question, max_new_tokens, ids), ids, len(ids) + max_new_tokens)
+        turn = _Turn(number, question, max_new_tokens, ids, None if citing is None else citing.log())
+        yield Asked(turn, ids, len(ids) + max_new_tokens)
 
 
 class _Beginning:
@@ -101,18 +104,20 @@ class _Beginning:
             ),
             guard=LoopGuard() if self._session.request.answer.loop_guard else None,
             drafts=None if self._drafts is None else self._drafts.drafter(turn.ids),
+            observer=turn.log,
         )
 
 
-def _ready(answered: Answered[_Turn], tokenizer: Tokenizer) -> Ready:
-    turn = answered.question
-    return Ready(
-        turn.number,
-        {
-            "id": turn.question.id,
-            "question": turn.question.text,
-            "answer": tokenizer.decode(answered.ids),
-            "stop_reason": answered.row.stop_reason,
-            "generated_tokens": len(answered.ids),
-        },
-    )
+def _ready(answered: Answered[_Turn], session: Session, citing: Citing | None) -> Ready:
+    turn, inputs = answered.question, session.sized.inputs
+    content: dict[str, Any] = {
+        "id": turn.question.id,
+        "question": turn.question.text,
+        "answer": inputs.tokenizer.decode(answered.ids),
+        "stop_reason": answered.row.stop_reason,
+        "generated_tokens": len(answered.ids),
+    }
+    if citing is not None and turn.log is not None:
+        first_query = inputs.prompt_tokens + len(turn.ids) - 1
+        content["citations"] = citing.cite(answered.ids, turn.question.text, turn.log, first_query).as_dict()
+    return Ready(turn.number, content)

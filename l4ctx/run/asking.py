@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from l4ctx.errors import RequestError
 from l4ctx.planning.workload import Rows
 from l4ctx.prompt.builder import PromptLengthError, encode_question
+from l4ctx.prompt.instruction import instructed
 from l4ctx.run.questions import Question, QuestionsOptions
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions
 
@@ -33,7 +34,8 @@ class Asking:
     def ids(self, question: Question) -> array[int]:
         """The question's part of the prompt."""
         ids = array("i")
-        encode_question(self.tokenizer, question.text, ids)
+        text = instructed(question.text) if self.answer.cites else question.text
+        encode_question(self.tokenizer, text, ids)
         return ids + self.suffix
 
     def max_new_tokens(self, question: Question, tokens: int) -> int:

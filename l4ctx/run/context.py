@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import shlex
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -188,6 +189,11 @@ class ReadContext:
         """Raises ContextError."""
         with with_repair_hint(self.folder):
             return self.reader.context.images(self.reader.state)
+
+    def ids(self) -> array[int]:
+        """Token ids of its documents. Raises ContextError."""
+        with with_repair_hint(self.folder):
+            return self.reader.context.ids(self.reader.state)
 
     def text(self) -> IndexedText:
         """Its tokens, to copy drafts from. Raises ContextError."""

@@ -180,6 +180,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
     from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.prompt.builder import after_question, build_prompt, check_length
+    from l4ctx.prompt.instruction import instructed
     from l4ctx.run.asking import Asking
 
     request, config = choices.request, sources.config
@@ -200,11 +201,12 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         has_context = request.context.folder is not None
         reading = sources.images.prepare(tokenizer, sources.images.sources(), with_digests=has_context)
     held = _drop_held_documents(request, context, sources.documents, monitor.note)
+    question = request.question or ""
     prompt = build_prompt(
         tokenizer,
         template,
         sources.documents.take(),
-        request.question or "",
+        instructed(question) if request.answer.cites and question else question,
         images=reading.prompter if reading else None,
         system=request.system,
         first_index=held + 1,

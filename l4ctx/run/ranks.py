@@ -54,6 +54,8 @@ def check(request: Request) -> None:
     ):
         if value is not None:
             raise UsageError(f"{option} does not go with several ranks yet: run l4ctx without torchrun")
+    if request.answer.cites:
+        raise UsageError("--cite does not go with several ranks yet: run l4ctx without torchrun")
     context_ranks = request.compute.context_ranks
     if context_ranks == 1:
         return
@@ -224,8 +226,8 @@ class Leader:
     def _after(self, *_: Any) -> None:
         self._is_within = False
 
-    def _announce(self, kind: int, x: Tensor, cache: Any = None, logits: str = "all") -> None:
-        assert logits in LOGITS, logits
+    def _announce(self, kind: int, x: Tensor, cache: Any = None, logits: str = "all", observer: None = None) -> None:
+        assert logits in LOGITS and observer is None, logits
         assert isinstance(cache, HybridKVCache | ContextKVCache) or kind == EMBED, "the other ranks have one cache"
         state = 0 if cache is None else cache.offset * len(LOGITS) + LOGITS.index(logits)
         self._channel.announce(kind, *x.shape, *[0] * (3 - x.dim()), DTYPES.index(x.dtype), state)
@@ -237,10 +239,10 @@ class Leader:
         return Transformer.embed(self._model, ids)
 
     def _forward_ragged(
-        self, ids: Sequence[Sequence[int]], caches: Sequence[Any], logits: Any = "all"
+        self, ids: Sequence[Sequence[int]], caches: Sequence[Any], logits: Any = "all", observers: Any = None
     ) -> list[Tensor] | None:
         """Also says which forks there are: the others forget those that are gone."""
-        assert not isinstance(logits, str), logits
+        assert not isinstance(logits, str) and not any(observers or ()), logits
         for cache in caches:
             if cache not in self._forks:
                 self._forks[cache] = self._made

@@ -19,6 +19,7 @@ def run_report(session: Session) -> dict[str, Any]:
         "answer": answer.text,
         "stop_reason": answer.stop_reason,
         "generated_tokens": answer.tokens,
+        **({"citations": answer.citations.as_dict()} if answer.citations is not None else {}),
     }
     if (questions := session.request.questions) is not None:
         answered = {"answers": len(questions.questions), "taken_answers": questions.taken}

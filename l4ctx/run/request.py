@@ -92,6 +92,7 @@ class AnswerOptions:
     seed: int | None = None
     draft_tokens: int | None = None  # of a draft at most; 0: no drafts; None: as many as the steps hold best
     loop_guard: bool = True  # ends an answer that only repeats itself
+    cites: bool = False  # names sources
 
 
 @dataclass(frozen=True)

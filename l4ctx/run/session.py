@@ -6,6 +6,7 @@ Prints nothing and exits nowhere.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from l4ctx.engine.loop_guard import Loop
     from l4ctx.engine.prefill import LayerCount, PrefillProgress
     from l4ctx.planning.memory_plan import MemoryPlan
+    from l4ctx.prompt.citations import Citations, Citing
     from l4ctx.run.channel import Channel
     from l4ctx.run.inputs import Inputs
     from l4ctx.run.ranks import Leader
@@ -49,6 +51,7 @@ class Answer:
     loop: Loop | None = None
     drafts: DraftCounts | None = None  # of all answers; None: without drafts
     draft_index: int = 0  # bytes
+    citations: Citations | None = None  # its sources, once it has ended
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Session:
         from l4ctx.engine.row import Row
 
         inputs, answer, timings = self.sized.inputs, self.answer, self.monitor.timings
-        source = self.draft_source()
+        source, citing = self.draft_source(), self.citing()
+        log = None if citing is None else citing.log()
         began = time.perf_counter()
         decoder = StreamDecoder(inputs.tokenizer)
         guard = LoopGuard() if self.request.answer.loop_guard else None
@@ -114,12 +118,15 @@ class Session:
             sampling=inputs.checked.sampling,
             guard=guard,
             drafts=None if source is None else source.drafter(),
+            observer=log,
         )
+        ids = array("i")
         tokens = generate(self.model, row)
         while True:
             try:
                 with with_repair_hint(self.request.context.folder):
-                    piece = decoder.push(next(tokens))
+                    ids.append(next(tokens))
+                piece = decoder.push(ids[-1])
             except StopIteration as end:
                 answer.stop_reason = end.value
                 answer.loop = guard.loop if guard else None
@@ -133,6 +140,16 @@ class Session:
         answer.text += rest
         timings["decode"] = Timing(time.perf_counter() - began, answer.tokens)
         yield rest
+        if citing is not None and log is not None:
+            answer.citations = citing.cite(ids, self.request.question or "", log, inputs.prompt_tokens - 1)
+
+    def citing(self) -> Citing | None:
+        """What finds the sources of answers, if the request wants them. Raises ContextError and RequestError."""
+        if not self.request.answer.cites:
+            return None
+        from l4ctx.run.citing import citing
+
+        return citing(self.sized.inputs)
 
     def draft_source(self) -> DraftSource | None:
         """Indexes the prompt, unless the request wants no drafts."""

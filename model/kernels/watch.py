@@ -30,7 +30,8 @@ LEAST_SHARE = 0.01
 class Looked(NamedTuple):
     """What one query's heads attend to in one layer: entries of head, position and share of that head's attention.
 
-    Tensors (N,). What is missing of each head's whole is spread thinly, or lies outside the observed positions.
+    `heads`, `positions` and `shares` are (N,). What is missing of each head's whole is spread
+    thinly, or lies outside the observed positions.
     """
 
     heads: Tensor
@@ -41,8 +42,10 @@ class Looked(NamedTuple):
 class Observer(Protocol):
     """Is told what the queries of one sequence attend to."""
 
-    within: range
-    """Positions of the keys that it wants to know of."""
+    @property
+    def within(self) -> range:
+        """Positions of the keys that it wants to know of."""
+        ...
 
     def observe(self, layer: int, position: int, looked: Looked) -> None:
         """Of the query at this position; told again if a draft there was taken back."""
@@ -113,8 +116,8 @@ class Watch:
 
     @property
     def found(self) -> Found:
-        parts = self._found or [Found(*(torch.empty(0, dtype=torch.int64) for _ in range(3)), torch.empty(0))]
-        return _together(parts)
+        nothing = torch.empty(0, dtype=torch.int64)
+        return _together(self._found or [Found(nothing, nothing, nothing, torch.empty(0))])
 
     def _look(self, rows: list[int], ranges: Sequence[_Range]) -> None:
         """Scores of these queries with all keys of some ranges."""
