@@ -9,7 +9,7 @@ import codecs
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # read at the first bat
 BATCH_CHARACTERS = 1 << 16  # characters encoded at once, on all cores: some 2 MB in all
 USUAL_GROWTH = 16.0  # by a normalizer, in bytes; beyond it, texts are measured before they are encoded
 GROWTH_ALLOWANCE = 1 << 16  # bytes, for short texts
+_SHOWN_IDS = 1 << 13  # decoded at a time
 MOST_IDS = 1 << 31  # what is kept of ids has 32 bits
 MOST_TEMPLATE = 1 << 17  # characters; Llama 4's has 6,000
 
@@ -238,6 +239,19 @@ class Tokenizer:
         with _as_tokenizer_error("token ids cannot be decoded"):
             text: str = self._control.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def exact_text(self, ids: Sequence[int]) -> Iterator[str]:
+        """The text of `ids` in pieces, with every token as it is spelled, control tokens too."""
+        if not self.byte_level:
+            with _as_tokenizer_error("token ids cannot be decoded"):
+                yield self._control.decode(list(ids), skip_special_tokens=False)
+            return
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        added = {token_id: content.encode() for token_id, content in self._added.items()}
+        for start in range(0, len(ids), _SHOWN_IDS):
+            piece = ids[start : start + _SHOWN_IDS]
+            yield utf8.decode(b"".join(added[each] if each in added else self.token_bytes(each) for each in piece))
+        yield utf8.decode(b"", final=True)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token of a byte-level tokenizer; empty for special tokens and unknown ids."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import answer_options, options
+from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, has_followed
 from l4ctx.cli.sources import SourceFlags, spread
@@ -110,6 +111,7 @@ def ask(
     context_ranks: options.ContextRanks = 1,
     plain: options.Plain = False,
     stats: options.Stats = False,
+    dry: DryRunFlags,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -143,6 +145,7 @@ def ask(
         check_stdout("the answer to")
         if context_ranks > 1 and launch is None:
             raise UsageError("--context-ranks: torchrun starts the processes to divide the work over; see the manual")
+        dry.check(launch, many=questions is not None)
         saved = ContextOptions(context, save_context, is_added_to=bool(add), replace=replace)
         _check_contexts(saved, has_paths=bool(paths) or (read.files_from is not None and not add))
         _check_questions(questions, question_file, batch=batch, in_order=in_order, answers=resume_answers)
@@ -191,7 +194,9 @@ def ask(
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:
-        if not has_followed(launch):
+        if dry.dry_run:
+            show_prompt(request(), interruption, dry, json=json, quiet=quiet)
+        elif not has_followed(launch):
             carry_out(request(), interruption, Display(json, quiet, memory_report, plain=plain, stats=stats))
 
 

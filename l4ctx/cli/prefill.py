@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import options
+from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, has_followed
 from l4ctx.cli.sources import SourceFlags, spread
@@ -53,6 +54,7 @@ def prefill(
     device: options.Device = "auto",
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
+    dry: DryRunFlags,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,9 +71,10 @@ def prefill(
     def request() -> Request:
         from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request
 
-        if json:
+        if json or dry.dry_run:
             check_stdout("to")
-        if output is None:
+        dry.check(launch)
+        if output is None and not dry.dry_run:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
         documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet)
         if not documents:
@@ -89,5 +92,7 @@ def prefill(
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=output) as interruption:
-        if not has_followed(launch):
+        if dry.dry_run:
+            show_prompt(request(), interruption, dry, json=json, quiet=quiet)
+        elif not has_followed(launch):
             carry_out(request(), interruption, Display(json, quiet, memory_report))
