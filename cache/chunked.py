@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cache.blocks import Block
+from model.gpu.support import LayerPages
 from model.kernels.attend import KVSegment
 
 
@@ -37,6 +38,16 @@ class ChunkedKVCache:
             self.window.values[:, :, used : used + tokens] = values
         else:
             self._new = Block(keys, values)
+
+    def reserve(self, offset: int, stop: int) -> None:
+        """The tokens from `offset` to before `stop`, within one chunk, will be written into the window."""
+        self._new = None
+        self.settle(offset)
+        self._first, self._stop = offset - offset % self.chunk_size, stop
+
+    def pages(self) -> LayerPages:
+        """The window, whose first token is the chunk's."""
+        return LayerPages(self.window.keys.shape[2], [(self.window.keys, self.window.values)])
 
     def segments(self) -> Iterator[KVSegment]:
         if self._new is None:

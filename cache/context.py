@@ -33,6 +33,9 @@ class ContextKVCache:
     def segment_tokens(self) -> int:
         return self.layout.segment_tokens
 
+    def reserve(self, tokens: int) -> None:
+        """No pages for recorded steps."""
+
     @property
     def room(self) -> int:
         """How many tokens can be appended and taken back: less than what the attention chunk has left."""

@@ -73,6 +73,9 @@ class ForkedKVCache:
         """Tokens of its own that it was made for."""
         return self._end - self._start
 
+    def reserve(self, tokens: int) -> None:
+        """No pages for recorded steps."""
+
     @property
     def room(self) -> int:
         """How many tokens can be appended and taken back: less than what the attention chunk has left."""

@@ -15,6 +15,7 @@ from cache.blocks import Block, empty_block
 from cache.residency import Residency
 from cache.sealed import SealedBlock
 from cache.tiers import Tiers
+from model.gpu.support import LayerPages
 from model.kernels.attend import KVSegment
 
 
@@ -59,6 +60,25 @@ class OffloadedKVCache:
         while start < within.stop:  # any segment past it was left by a forward that did not finish
             yield KVSegment(*self.open[start // size].first(within.stop - start), start, stays=True)
             start += size
+
+    def reserve(self, offset: int, stop: int) -> None:
+        """Makes the open segments of the tokens from `offset`, the committed ones, to before `stop`."""
+        self.settle(offset)
+        size = self.tiers.layout.segment_tokens
+        for number in range(len(self.sealed) * self.tiers.layout.segments_per_block, -(-stop // size)):
+            self.segment(number)
+        self._stop = stop
+
+    def pages(self) -> LayerPages | None:
+        """All segments, if they are where the model computes, in its dtype."""
+        found = []
+        for block in self.sealed:
+            segments = self.tiers.where_computed(block)
+            if segments is None:
+                return None
+            found += [(segment.keys, segment.values) for segment in segments]
+        found += [(self.open[number].keys, self.open[number].values) for number in sorted(self.open)]
+        return LayerPages(self.tiers.layout.segment_tokens, found)
 
     def settle(self, offset: int) -> None:
         """Seals the blocks that are full of committed tokens."""

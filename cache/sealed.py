@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cache.disk import UnitFile
 from cache.packing import Packed
@@ -20,6 +20,9 @@ class Place(NamedTuple):
 
 class SealedBlock:
     """Its segments are in memory, in a file, or both. Shared by forks."""
+
+    moved: ClassVar[int] = 0
+    """How often any of them has moved."""
 
     def __init__(
         self, layer: int, segments: Sequence[Packed | None], file: UnitFile | None = None, *, is_on_device: bool = False
@@ -56,6 +59,7 @@ class SealedBlock:
         """Its segments are in another place, or will be there once the event `arrived` has happened."""
         self.place = Place(list(segments), is_on_device, arrived)
         self.views.clear()
+        SealedBlock.moved += 1
 
     def has_arrived(self) -> None:
         """Nothing has to wait for it any more."""

@@ -172,6 +172,17 @@ class Tiers:
             self._finish(item.block)
             yield item.packed
 
+    def where_computed(self, block: SealedBlock) -> list[Packed] | None:
+        """Its segments, if all are in memory where the model computes, in its dtype; what is computed from now on waits
+        for those that are on their way."""
+        found = [segment for segment in block.segments if segment is not None]
+        if self.layout.is_packed or len(found) < len(block.segments):
+            return None
+        if self.transport is not None and not block.is_on_device:
+            return None
+        self._finish(block)
+        return found
+
     def _finish(self, block: SealedBlock) -> None:
         """What is read from now on is there: the host waits for what is on its way to it."""
         if self.transport is not None and block.arrived:

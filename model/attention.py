@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.gpu.support import LayerPages
 from model.kernels.attend import AttentionState, Backend, KVSegment, attend, attention_state, merge
 from model.kernels.masks import AttentionMask
 from model.kernels.watch import Found, Observer, Watch, tell
@@ -38,6 +39,13 @@ class KVCache(Protocol):
         `within` these positions, which begin where `shared_tokens` ends, and end there or among newer tokens.
 
         A segment is valid until the next one is requested.
+        """
+        ...
+
+    def reserve(self, tokens: int) -> list[LayerPages] | None:
+        """Makes room for the next `tokens` tokens, and says by layer where keys and values lie and these will.
+
+        The list is the same one as long as nothing has moved. None where that cannot be told.
         """
         ...
 

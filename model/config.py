@@ -17,7 +17,7 @@ from model.errors import ConfigError
 from model.folder import CONFIG, UNREADABLE, read_json, reason_of
 
 ARCHITECTURES = {"Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4_text"}
-BACKEND_NAMES = ("sdpa", "matmul", "flex", "eager")
+BACKEND_NAMES = ("sdpa", "cudnn", "matmul", "flex", "eager")
 """Attention backends, implemented in model/kernels/."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "factors")

@@ -174,7 +174,7 @@ def divided_model(
         model.lm_head = Linear(config.hidden_size, len(exchange.rank.part(config.vocab_size)), bias=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.programs = _NoPrograms()
+    model.programs, model.steps = _NoPrograms(), None
 
     def total(module: nn.Module, arguments: Any, out: Tensor | None) -> Tensor | None:
         return None if out is None else exchange.summed(out)

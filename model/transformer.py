@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention, KVCache, Step
 from model.config import TextConfig
+from model.gpu.steps import RecordedSteps
 from model.kernels.registry import backend
 from model.kernels.watch import Observer
 from model.layers import Embedding, Linear, RMSNorm
@@ -26,6 +27,11 @@ Wanted: TypeAlias = Literal["all", "last", "none"]
 
 class LayerWatcher(Protocol):
     """Is told which layer computes, for how many tokens: weights that memory does not hold are read ahead."""
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether weights change their places from layer to layer."""
+        ...
 
     def entering(self, layer: int, tokens: int) -> None: ...
 
@@ -68,6 +74,7 @@ class Transformer(nn.Module):
         self.backend = backend(attention)
         self.watcher: LayerWatcher | None = None
         self.programs = Programs()
+        self.steps: RecordedSteps | None = RecordedSteps()
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -107,6 +114,10 @@ class Transformer(nn.Module):
         the queries attend to in the NoPE layers. Raises LengthError.
         """
         counts = [inputs.shape[1]]
+        if self.steps is not None and observer is None and logits != "none" and not inputs.is_floating_point():
+            recorded = self.steps.run(self, inputs, cache)
+            if recorded is not None:
+                return recorded if logits == "all" else recorded[:, -1:]
         step = Step.at(self.config, counts, self.backend, [cache], self.device, [observer])
         wanted = wanted_tokens(logits, counts)
         found = self._run(inputs, step, wanted)

@@ -46,7 +46,7 @@ def measure(config: TextConfig, device: str) -> dict[str, Any]:
         attention = {
             name: {dtype: attention_rate(config, name, dtype, device) for dtype in products}
             for name in BACKEND_NAMES
-            if name not in SLOW_BACKENDS
+            if name not in SLOW_BACKENDS and (device != "cpu" or name != "cudnn")
         }
         reads = {dtype: read_rate(config.hidden_size, dtype, device) for dtype in products}
         copy = copy_rate(device)

@@ -213,8 +213,8 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ..
 Attention = Annotated[
     choices.AttentionBackend | None,
     typer.Option(
-        metavar="sdpa|matmul|flex|eager",
-        help="Attention kernels: PyTorch's fused ones (sdpa), matrix products, "
+        metavar="sdpa|cudnn|matmul|flex|eager",
+        help="Attention kernels: PyTorch's fused ones (sdpa), cuDNN's, matrix products, "
         "flex_attention, or the slow reference (default: the fastest here).",
         show_default=False,
     ),

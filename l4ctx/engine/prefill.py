@@ -53,6 +53,10 @@ class LayerCount:
         self.layer = 0
         self.other = other
 
+    @property
+    def moves_weights(self) -> bool:
+        return self.other is not None and self.other.moves_weights
+
     def entering(self, layer: int, tokens: int) -> None:
         self.layer = layer
         if self.other is not None:

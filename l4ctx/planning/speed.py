@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MEASURED_SECONDS, MEASURED_ROWS, MEASURED_ELEMENTS = 0.15, 512, 2**23
 """Time spent on each kernel, the most rows of its input, and the most elements of its weight."""
 
+MEASURED_ROWS_ON_GPU = 4096
+
 
 class Speed(NamedTuple):
     """Operations a second, of matrix products and of attention."""
@@ -40,9 +42,6 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int, wei
     import torch
 
     from l4ctx.machine.timing import Work, growing, growing_rate
-    from model.kernels.attend import KVSegment, attend
-    from model.kernels.masks import AttentionMask
-    from model.kernels.registry import backend
     from model.layers import linear
 
     made = {"dtype": getattr(torch, dtype), "device": device}
@@ -53,15 +52,8 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int, wei
     c_out, c_in = part.shape
     x = torch.ones(rows, c_in, **made)
 
-    h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    kernel = backend(default_attention(dtype, on_accelerator=device != "cpu"))
-    queries = torch.ones(1, h, MEASURED_ROWS, d, **made)
-    keys = torch.ones(1, h_kv, 2 * MEASURED_ROWS, d, **made)
-    start, segment = keys.shape[2], KVSegment(keys, keys, 0)
-
-    def attention_of(rows: int) -> Any:
-        return attend(queries[:, :, :rows], range(start, start + rows), [segment], AttentionMask(None), kernel)
-
+    on_cpu = device == "cpu"
+    kernel = default_attention(dtype, on_accelerator=False) if on_cpu else fastest_attention(config, dtype, device)
     with torch.inference_mode():
         products = growing_rate(
             lambda rows: Work(partial(linear, x[:rows], part), 2 * rows * c_in * c_out),
@@ -69,13 +61,46 @@ def measured_speed(config: TextConfig, dtype: str, device: str, tokens: int, wei
             device,
             MEASURED_SECONDS,
         )
-        attention = growing_rate(
-            lambda rows: Work(partial(attention_of, rows), 4 * h * d * rows * start),
-            growing(MEASURED_ROWS),
-            device,
-            MEASURED_SECONDS,
-        )
+        attention = _attention_rate(config, kernel, made, MEASURED_ROWS)
     return Speed(products, attention)
+
+
+def fastest_attention(config: TextConfig, dtype: str, device: str) -> str:
+    """The attention backend to use on a GPU: the fastest there of those that need no compiler, at the sizes of a run.
+
+    Takes a quarter of a second. flex_attention is not among them: it takes seconds to compile, and was no faster.
+    """
+    import torch
+
+    made = {"dtype": getattr(torch, dtype), "device": device}
+    with torch.inference_mode():
+        rates = {name: _attention_rate(config, name, made, MEASURED_ROWS_ON_GPU) for name in ("cudnn", "sdpa")}
+    return max(rates, key=lambda name: rates[name])
+
+
+def _attention_rate(config: TextConfig, name: str, made: dict[str, Any], most_rows: int) -> float:
+    """Operations a second of a backend, by up to `most_rows` queries that see twice as many keys."""
+    import torch
+
+    from l4ctx.machine.timing import Work, growing, growing_rate
+    from model.kernels.attend import KVSegment, attend
+    from model.kernels.masks import AttentionMask
+    from model.kernels.registry import backend
+
+    h, h_kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    queries, kernel = torch.ones(1, h, most_rows, d, **made), backend(name)
+    keys = torch.ones(1, h_kv, 2 * most_rows, d, **made)
+    start, segment = keys.shape[2], KVSegment(keys, keys, 0)
+
+    def attention_of(rows: int) -> Any:
+        return attend(queries[:, :, :rows], range(start, start + rows), [segment], AttentionMask(None), kernel)
+
+    return growing_rate(
+        lambda rows: Work(partial(attention_of, rows), 4 * h * d * rows * start),
+        growing(most_rows),
+        made["device"],
+        MEASURED_SECONDS,
+    )
 
 
 def _part(weight: Weight, elements: int) -> Weight:

@@ -7,4 +7,4 @@ from typing import Literal
 PdfMode = Literal["text", "pages", "both"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
-AttentionBackend = Literal["sdpa", "matmul", "flex", "eager"]
+AttentionBackend = Literal["sdpa", "cudnn", "matmul", "flex", "eager"]

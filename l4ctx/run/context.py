@@ -21,6 +21,7 @@ from l4ctx.documents.document import Skipped
 from l4ctx.documents.folder import folder_source
 from l4ctx.errors import ContextError, RequestError
 from l4ctx.machine.processor import default_attention
+from l4ctx.planning.speed import fastest_attention
 from l4ctx.run.choices import KVDtype
 from l4ctx.run.request import ComputeOptions, Request
 from model.config import TextConfig
@@ -82,11 +83,14 @@ class ContextChoices:
     def kv_dtype(self) -> KVDtype:
         return cast(KVDtype, self._choice("kv_dtype"))
 
-    def attention(self, dtype: str, *, on_accelerator: bool) -> str:
+    def attention(self, config: TextConfig, dtype: str, device: str) -> str:
         """The backend for this computing dtype: the user's, else that of the context being resumed, else the fastest
-        here."""
+        here, which is measured on a GPU."""
         written_with = self.recipe.attention if self.recipe and self.request.context.save_to else None
-        return self.request.compute.attention or written_with or default_attention(dtype, on_accelerator=on_accelerator)
+        chosen = self.request.compute.attention or written_with
+        if chosen is None and device != "cpu":
+            return fastest_attention(config, dtype, device)
+        return chosen or default_attention(dtype, on_accelerator=False)
 
     def check(self, provenance: dict[str, str], config: TextConfig) -> None:
         """Raises ContextError for a context of another checkpoint; `provenance` is this one's `fingerprint`."""

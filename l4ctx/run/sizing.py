@@ -179,7 +179,7 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
         monitor.note(text)
     if accelerator is None and request.asks and would_profit(workload):
         monitor.note(VECTOR_CODE_HINT)
-    attention = choices.attention(workload.dtype, on_accelerator=accelerator is not None)
+    attention = choices.attention(workload.config, workload.dtype, str(inputs.checked.device))
     folder = request.context.folder
     monitor.tell(f"comparing with {folder}" if folder else "planning memory")
     written, reuse = None, Reuse()

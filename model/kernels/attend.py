@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.gpu.available import has_triton
 from model.kernels.masks import AttentionMask
 from model.kernels.watch import Watch
 from model.simd.attending import FewQueries, first_of_few, is_readable, record
@@ -188,11 +189,17 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
 
 
 def _merge_rows(total: AttentionState, rows: range, part: AttentionState) -> AttentionState:
-    if len(rows) == total.lse.shape[2]:
+    is_in_place = total.lse.device.type == "cuda" and has_triton(total.lse.device)
+    if len(rows) == total.lse.shape[2] and not is_in_place:
         return merge(total, part)
     if total.out.dtype != torch.float32:  # a kernel's own output, about to be written in place
         total = AttentionState(total.out.float(), total.lse)
     here = slice(rows.start, rows.stop)
+    if is_in_place:
+        from model.gpu.merging import merge_into  # here: Triton comes with builds of torch for GPUs only
+
+        merge_into(total.out[:, :, here], total.lse[:, :, here], *part)
+        return total
     merged = merge(AttentionState(total.out[:, :, here], total.lse[:, :, here]), part)
     total.out[:, :, here] = merged.out
     total.lse[:, :, here] = merged.lse

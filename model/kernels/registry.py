@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model.kernels.attend import Backend
+from model.kernels.cudnn import cudnn
 from model.kernels.eager import eager
 from model.kernels.matmul import matmul
 from model.kernels.sdpa import sdpa
@@ -14,4 +15,4 @@ def backend(name: str) -> Backend:
         from model.kernels.flex import flex
 
         return flex
-    return {"sdpa": sdpa, "matmul": matmul, "eager": eager}[name]
+    return {"sdpa": sdpa, "cudnn": cudnn, "matmul": matmul, "eager": eager}[name]

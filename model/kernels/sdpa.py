@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.attend import AttentionState, KVSegment
@@ -13,6 +14,9 @@ from model.kernels.masks import AttentionMask
 
 Kernel = Callable[[Tensor, Tensor, Tensor], AttentionState]
 """Attention of queries (B, H, T, D) to keys and values (B or 1, H_kv, S, D) in one tile."""
+
+FEW_QUERIES = 32
+"""Up to this many, a group of query heads is folded into the query axis, so that its keys are read once."""
 
 
 def sdpa(
@@ -55,7 +59,7 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
         return shared_rows(full, q, k, v)
     b, h, t, d = q.shape
     h_kv = k.shape[1]
-    if h == h_kv or (t > 32 and _groups_queries(q.device.type)):
+    if h == h_kv or (t > FEW_QUERIES and _groups_queries(q)):
         return _kernel(q, k, v, causal=False)
     out, lse = _kernel(q.reshape(b, h_kv, h // h_kv * t, d), k, v, causal=False)
     return AttentionState(out.reshape(b, h, t, d), lse.reshape(b, h, t))
@@ -73,7 +77,7 @@ def causal_square(q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
     h, h_kv = q.shape[1], k.shape[1]
     if k.shape[0] != q.shape[0]:
         k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
-    if h == h_kv or _groups_queries(q.device.type):
+    if h == h_kv or _groups_queries(q):
         return _kernel(q, k, v, causal=True)
     grouped = q.unflatten(1, (h_kv, -1))  # one call per member of a group, so that keys are not repeated in memory
     states = [_kernel(grouped[:, :, g], k, v, causal=True) for g in range(h // h_kv)]
@@ -86,25 +90,40 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> AttentionState:
     """One fused attention call with its log-sum-exp; `causal` is aligned top-left, so it is valid for squares only.
 
     The CPU kernel kills the process on empty inputs and returns a log-sum-exp of 0 for a fully masked row, so neither
-    may occur. The accelerator branch has not been run on one yet.
+    may occur.
     """
     assert q.shape[2] > 0 and k.shape[2] > 0, (q.shape, k.shape)
     assert not causal or q.shape[2] == k.shape[2], (q.shape, k.shape)
-    aten = torch.ops.aten
+    aten, d = torch.ops.aten, q.shape[-1]
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    elif q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return AttentionState(out, lse)
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    if _has_flash(q):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=d**-0.5)
     else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-    return AttentionState(out, lse[:, :, : q.shape[2]])
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=d**-0.5)
+    return AttentionState(out[..., :d], lse[:, :, : q.shape[2]])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """With zeros up to a multiple of 8 elements a head, which kernels for GPUs want."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Whether a GPU has flash attention for queries of this dtype."""
+    return q.dtype in (torch.float16, torch.bfloat16)
+
+
+def _groups_queries(q: Tensor) -> bool:
+    """Whether the kernel supports grouped-query attention natively."""
+    return _groups_queries_on_cpu() if q.device.type == "cpu" else _has_flash(q)
 
 
 @functools.cache
-def _groups_queries(device_type: str) -> bool:
-    """Whether the kernel supports grouped-query attention natively, probed with a tiny call."""
-    if device_type != "cpu":
-        return False
+def _groups_queries_on_cpu() -> bool:
+    """Probed with a tiny call."""
     q = torch.linspace(-1, 1, 4 * 8).view(1, 4, 1, 8)
     k = torch.linspace(-1, 1, 2 * 3 * 8).view(1, 2, 3, 8).sin()
     try:

@@ -98,6 +98,8 @@ class DeviceStream:
     After a forward that failed, the next one starts with whatever the buffers hold.
     """
 
+    moves_weights = True
+
     def __init__(self, model: Transformer, transport: Transport, budget: int | None, *, is_pinned: bool) -> None:
         """`budget`: bytes for the layers' weights but norms, biases and routers, and for the buffers. With
         `is_pinned`, host memory holds what is streamed; otherwise it stays where the model has it."""

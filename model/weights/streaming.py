@@ -55,6 +55,8 @@ class WeightStream:
     are needed sooner.
     """
 
+    moves_weights = False
+
     def __init__(
         self, layers: list[LayerRanges], residency: WeightResidency, *, expert_share: float, room: int
     ) -> None:

@@ -74,8 +74,8 @@ BACKENDS_WITH_KERNELS = [
 def _kernel_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the fused kernel takes fewer key heads than query heads; older ones do not."""
     if request.param == "group by group":
-        monkeypatch.setattr(model.kernels.sdpa, "_groups_queries", lambda device_type: False)
-    elif not model.kernels.sdpa._groups_queries("cpu"):
+        monkeypatch.setattr(model.kernels.sdpa, "_groups_queries", lambda q: False)
+    elif not model.kernels.sdpa._groups_queries_on_cpu():
         pytest.skip("this torch's kernel takes no fewer key heads than query heads")
 
 

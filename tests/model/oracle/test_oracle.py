@@ -7,14 +7,13 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from model.config import BACKEND_NAMES
 from model.weights.loading import load_checkpoint
 from support.error_budget import difference
 from support.naive_model import naive_logits
-from support.oracle_differences import CASES, ModelFactory, differences, load
+from support.oracle_differences import CASES, CPU_BACKENDS, ModelFactory, differences, load
 from support.toy_checkpoints import CHUNK, KINDS, MATRIX, SCALES, Toy, Toys
 
-QUICK_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "flex")
+QUICK_BACKENDS = tuple(name for name in CPU_BACKENDS if name != "flex")
 
 pytestmark = pytest.mark.usefixtures("small_products")
 
@@ -30,7 +29,7 @@ def check_against_oracle(
     make_model: ModelFactory,
     toy: Toy,
     cases: Iterable[tuple[int, int]] = CASES,
-    backends: Iterable[str] = BACKEND_NAMES,
+    backends: Iterable[str] = CPU_BACKENDS,
 ) -> None:
     """Fails where the model disagrees with the oracle; a NaN disagrees."""
     found = differences(make_model, toy, cases, backends)
@@ -67,7 +66,7 @@ def test_the_oracle_in_float64_is_the_naive_model(toys: Toys, name: str) -> None
 def test_logits_of_the_last_position_or_of_none(toys: Toys, name: str) -> None:
     toy = toys(name, 0.25)
     turn = list(KINDS).index(name)
-    for backend in BACKEND_NAMES if name == "scout" else [QUICK_BACKENDS[turn % len(QUICK_BACKENDS)]]:
+    for backend in CPU_BACKENDS if name == "scout" else [QUICK_BACKENDS[turn % len(QUICK_BACKENDS)]]:
         model = load(toy.folder, backend)
         ids, expected = toy.case(2, 33)
         last = model(ids, logits="last")
@@ -110,7 +109,7 @@ def test_low_precision_is_about_as_good_as_the_oracles(toys: Toys, std: float) -
     theirs = type(toy.oracle).from_pretrained(toy.folder, dtype=torch.bfloat16)
     with torch.no_grad():
         budget = (theirs(ids, use_cache=False).logits.float() - expected).abs().flatten(0, 1).mean(-1).median()
-    for backend in BACKEND_NAMES:
+    for backend in CPU_BACKENDS:
         model = load_checkpoint(toy.folder, dtype=torch.bfloat16, attention=backend)
         logits = model(ids)
         assert logits.dtype == torch.bfloat16

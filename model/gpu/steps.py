@@ -1,0 +1,131 @@
+"""Steps of a few tokens on a GPU as recorded CUDA graphs: the host launches once instead of eighty times a layer.
+
+What changes from step to step lies in device memory: token ids, the position, and the addresses of keys and values. A
+graph is recorded for each number of tokens when it comes up for the second time. Results of a token do not depend on
+how many are computed with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.gpu.available import has_triton
+from model.gpu.support import MAX_TOKENS, LayerPages, is_recordable
+from model.rope import phases
+from model.transfers import to_device
+
+if TYPE_CHECKING:
+    from model.attention import KVCache
+
+
+class RecordedSteps:
+    """Those of one model."""
+
+    def __init__(self) -> None:
+        self._steps: Steps | None = None
+        self._refused: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedSteps:
+        return RecordedSteps()
+
+    def __reduce__(self) -> tuple[type[RecordedSteps], tuple[()]]:
+        return RecordedSteps, ()
+
+    def run(self, model: Any, ids: Tensor, cache: KVCache | None) -> Tensor | None:
+        """Token ids (1, T) -> logits (1, T, V), and the tokens are committed to the cache; None if the model's ordinary
+        forward has to do it."""
+        tokens = ids.shape[1]
+        if cache is None or ids.shape[0] > 1 or tokens > MAX_TOKENS or not has_triton(ids.device):
+            return None
+        pages = cache.reserve(tokens)
+        if pages is None or (model.watcher is not None and model.watcher.moves_weights):
+            return None
+        weights = _addresses(model)
+        if self._steps is None or not self._steps.serves(weights, cache.length):
+            if self._refused == weights or not is_recordable(model):
+                self._steps, self._refused = None, weights
+                return None
+            self._steps = Steps(model, weights, cache.length, pages)
+        logits = self._steps.run(ids, cache.offset, pages)
+        cache.advance(tokens)
+        return logits
+
+
+def _addresses(model: Any) -> tuple[int, ...]:
+    """Of some weights of every layer: where one has moved, the others may have."""
+    trunk = model.model
+    others = (trunk.embed_tokens.weight, trunk.norm.weight, model.lm_head.weight)
+    return tuple(
+        x.data_ptr() if isinstance(x, Tensor) else id(x)
+        for x in (*others, *(layer.self_attn.q_proj.weight for layer in trunk.layers))
+    )
+
+
+class Steps:
+    """Buffers and graphs for caches of one length."""
+
+    def __init__(self, model: Any, weights: tuple[int, ...], length: int, pages: list[LayerPages]) -> None:
+        from model.gpu.layers import Buffers  # here: it imports Triton
+
+        self._model, self._weights, self._length = model, weights, length
+        self._buffers = Buffers(model.config, model.dtype, model.device, [x.page_tokens for x in pages], length)
+        self._buffers.phases.copy_(_phase_table(model, length))
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        self._seen: set[int] = set()
+        self._pages: list[LayerPages] | None = None
+
+    def serves(self, weights: tuple[int, ...], length: int) -> bool:
+        return weights == self._weights and length == self._length
+
+    def run(self, ids: Tensor, offset: int, pages: list[LayerPages]) -> Tensor:
+        """Token ids (1, T) of positions from `offset` on -> logits (1, T, V) in the model's dtype, a new tensor."""
+        tokens, buffers = ids.shape[1], self._buffers
+        if pages is not self._pages:
+            self._pages = None
+            buffers.table.copy_(to_device(_entries(pages, buffers.table.shape), ids.device), non_blocking=True)
+            self._pages = pages
+        buffers.ids[:tokens].copy_(ids[0])
+        buffers.position.fill_(offset)
+        recorded = self._graphs.get(tokens)
+        if recorded is None and ids.device.type == "cuda" and tokens in self._seen:
+            recorded = self._graphs[tokens] = self._record(tokens)
+        if recorded is None:
+            self._seen.add(tokens)
+            return self._compute(tokens).clone()
+        graph, logits = recorded
+        graph.replay()
+        return logits.clone()
+
+    def _record(self, tokens: int) -> tuple[Any, Tensor]:
+        """Kernels were compiled when the same number of tokens was computed before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self._compute(tokens)
+        return graph, logits
+
+    def _compute(self, tokens: int) -> Tensor:
+        from model.gpu import layers
+
+        model, buffers = self._model, self._buffers
+        embedded = F.embedding(buffers.ids[:tokens], model.model.embed_tokens.weight)
+        return layers.step(model, buffers, embedded)
+
+
+def _phase_table(model: Any, length: int) -> Tensor:
+    """Cosine and sine for each position of an attention chunk, (chunk, D) float32."""
+    config = model.config
+    rotations = phases(config, 0, min(config.attention_chunk_size, length), length, model.device)
+    return torch.view_as_real(rotations).flatten(1)
+
+
+def _entries(by_layer: list[LayerPages], shape: torch.Size) -> Tensor:
+    """The table (layers, pages, ENTRY) int64 of `model.gpu.kernels`, with zeros behind the last page."""
+    table = torch.zeros(shape, dtype=torch.int64)
+    for row, layer in zip(table, by_layer, strict=True):
+        found = [(keys.data_ptr(), values.data_ptr(), keys.stride(1)) for keys, values in layer.pages]
+        row[: len(found)] = torch.tensor(found, dtype=torch.int64)
+    return table
