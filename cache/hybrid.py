@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.chunked import ChunkedKVCache
-from cache.disk import UnitFile
+from cache.disk import UnitFile, Units
 from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
 from cache.residency import KVBytes, Residency
@@ -228,6 +228,14 @@ class HybridKVCache:
                 tails[layer] = Block(keys, values)
         return tails
 
+    def row_units(self, row: int) -> Units:
+        """A sealed row as a `RowStore` writes it, wherever it lies; what is in a file is read. Raises DiskError."""
+        return {
+            unit_name(store.layer, number): (packed or self.tiers.read(store.sealed[row], number)).tensors
+            for store in self.stores
+            for number, packed in enumerate(self.tiers.copies_on_host(store.sealed[row]))
+        }
+
     def _place(self) -> None:
         """Moves every sealed row to its tier; can be interrupted anywhere and repeated."""
         stores = self.stores
@@ -255,13 +263,7 @@ class HybridKVCache:
         blocks = [store.sealed[row] for store in self.stores]
         if self.rows is None or all(block.file is not None for block in blocks):
             return
-        units = {
-            unit_name(block.layer, number): packed.tensors
-            for block in blocks
-            for number, packed in enumerate(self.tiers.copies_on_host(block))
-            if packed is not None
-        }
-        file = self.rows.write(row, units)
+        file = self.rows.write(row, self.row_units(row))
         for block in blocks:
             block.file = file
 

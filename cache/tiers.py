@@ -153,11 +153,15 @@ class Tiers:
     def _unpacked_form(self, packed: Packed) -> Block:
         return unpack(packed, self.layout, self._unpack_buffer(packed.keys.device))
 
+    def read(self, block: SealedBlock, number: int) -> Packed:
+        """One segment of a block's file, in its own memory. Raises DiskError."""
+        return self._read(block, number, ReadBuffer(self._room()))
+
     def load(self, block: SealedBlock, number: int) -> Block:
         """One segment in the compute dtype, in its own memory."""
         packed = block.segments[number]
         if packed is None:
-            packed = self._read(block, number, ReadBuffer(self._room()))
+            packed = self.read(block, number)
         if not self.layout.is_packed:
             return Block(packed.keys, packed.values)
         return unpack(packed, self.layout, self._segment(packed.keys.device))

@@ -213,7 +213,7 @@ def test_options_exist(name: str) -> None:
     """Options in running text and tables; other programs' options follow the program's name."""
     helps = "".join(
         run_here(command, "--help").stdout
-        for command in ("ask", "prefill", "plan", "inspect", "bench", "quantize", "score", "needle", "config")
+        for command in ("ask", "chat", "prefill", "plan", "inspect", "bench", "quantize", "score", "needle", "config")
     )
     helps += run_here("--help").stdout
     known = set(re.findall(r"--[a-z][a-z-]+", helps))

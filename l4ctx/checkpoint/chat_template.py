@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,30 @@ class ChatTemplate:
         """
         if len(self.source) > MOST_TEMPLATE:
             raise PromptError(f"the checkpoint's chat template has more than {MOST_TEMPLATE:,} characters")
-        markers = {role: self._marker(role) for role in (("system", "user") if system else ("user",))}
+        roles = {self._marker(role): role for role in (("system", "user") if system else ("user",))}
+        return [roles.get(part, part) for part in self._split_rendering(roles)]
+
+    def around(self, roles: Sequence[str]) -> list[str]:
+        """The template's own text before, between and after messages of these roles, in this order: one text more than
+        there are roles. After the last message an answer begins.
+
+        Raises PromptError as `split` does, and for messages in another order.
+        """
+        markers = {self._marker(f"{role}{number}"): role for number, role in enumerate(roles)}
+        parts = self._split_rendering(markers)
+        if parts[1::2] != list(markers):
+            raise PromptError("the chat template does not keep the order of messages")
+        return parts[::2]
+
+    def _split_rendering(self, markers: Mapping[str, str]) -> list[str]:
+        """The template's own texts, and between them the markers, given with their roles."""
         try:
-            return self._split_rendering(markers, as_parts=False)
+            return self._split_one_rendering(markers, as_parts=False)
         except TemplateLimitError:
             raise
         except PromptError:
             try:  # templates of multimodal checkpoints may support only lists of parts
-                return self._split_rendering(markers, as_parts=True)
+                return self._split_one_rendering(markers, as_parts=True)
             except PromptError:
                 pass
             raise
@@ -102,18 +119,17 @@ class ChatTemplate:
         taken = set(re.findall(rf"{start}(\d+)q", text))
         return next(f"{start}{n}q" for n in range(len(taken) + 1) if str(n) not in taken)
 
-    def _split_rendering(self, markers: dict[str, str], *, as_parts: bool) -> list[str]:
+    def _split_one_rendering(self, markers: Mapping[str, str], *, as_parts: bool) -> list[str]:
         messages: list[dict[str, Any]] = []
-        for role, marker in markers.items():
+        for marker, role in markers.items():
             messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
         text = _render(self.source, self.special_tokens, messages, self.date)
-        for role, marker in markers.items():
+        for marker, role in markers.items():
             part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # the part's repr, not its text
             if text.count(marker) != 1 or part_shown:
                 found = f"shows it {text.count(marker)} times" if marker in text else "omits or alters it"
                 raise PromptError(f"the chat template must show the {role} message exactly once, but {found}")
-        roles = {marker: role for role, marker in markers.items()}
-        return [roles.get(part, part) for part in re.split(f"({'|'.join(roles)})", text)]
+        return re.split(f"({'|'.join(markers)})", text)
 
 
 def check_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> None:

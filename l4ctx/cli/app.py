@@ -15,6 +15,7 @@ import typer
 
 from l4ctx.cli.ask import ask
 from l4ctx.cli.bench import bench
+from l4ctx.cli.chat import chat
 from l4ctx.cli.config import config
 from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
@@ -104,5 +105,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, prefill, inspect, plan, bench, quantize, score, needle, config):
+for command in (ask, chat, prefill, inspect, plan, bench, quantize, score, needle, config):
     app.command(cls=Command, epilog=EXIT_CODES)(with_log_file(command))

@@ -141,7 +141,8 @@ class MemoryPlan:
     def beside_on_accelerator(self) -> int:
         """Accelerator memory for everything but NoPE keys and values."""
         weights = self.device_weights.on_device if self.device_weights else self.weights
-        beside = self.activations + self.workload.tower_activations + self.workload.row_bytes
+        forks = self.workload.row_bytes + self.workload.kept_state
+        beside = self.activations + self.workload.tower_activations + forks
         return weights + self.layout.window_bytes + beside
 
     @property
@@ -150,7 +151,7 @@ class MemoryPlan:
         if self.residency.on_accelerator:
             weights = self.device_weights.on_host if self.device_weights else 0
             return weights + self.token_ids + self.draft_index + max(self.workload.sorting, self.workload.pixel_bytes)
-        keys_values = self.layout.window_bytes + self.workload.row_bytes
+        keys_values = self.layout.window_bytes + self.workload.row_bytes + self.workload.kept_state
         tokens, forward = self.token_ids + self.draft_index, self.activations + self.images
         beside = max(self.workload.sorting, forward, self.workload.gathered_row)
         return self.workload.held_weights + keys_values + tokens + beside
@@ -249,6 +250,7 @@ class MemoryPlan:
             "block_tokens": layout.block_tokens,
             "answers_at_a_time": self.workload.rows.count if self.workload.rows else 0,
             "row_bytes": self.workload.row_bytes,
+            "kept_state": self.workload.kept_state,
             "host_rows": host,
             "device_rows": device,
         }
@@ -338,7 +340,8 @@ def _with_weights(
     plan = plan.placed(Residency(None, device_rows, on_accelerator), step)
     for with_weights in (True, False) if capacity.has_disk else ():
         budget = host_budget(plan, capacity, with_weights=with_weights)
-        if budget is not None and (plan.host_keys_values > budget or plan.residency.host_rows is not None):
+        is_limited = plan.residency.host_rows is not None or workload.converses  # which grows until it meets its limit
+        if budget is not None and (plan.host_keys_values > budget or is_limited):
             fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
             plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
         if capacity.disk is None or plan.needed_on_disk <= capacity.disk:

@@ -108,6 +108,7 @@ class Workload:
     ranks: int = 1  # that the model is divided over
     gathers_rows: bool = False  # a row of all ranks' blocks is in memory while it is written
     context_ranks: int = 1  # that the tokens are divided over; what is planned is the most that one needs
+    converses: bool = False  # the run may grow to all positions, and its state before the last turn is kept
 
     @property
     def length(self) -> int:
@@ -138,6 +139,13 @@ class Workload:
             return 0
         logits = 4 * self.config.vocab_size
         return self.rows.count * (fork_bytes(self.layout, self.rows.room) + logits)
+
+    @property
+    def kept_state(self) -> int:
+        """Bytes at most of the state before a conversation's last turn: what a fork of the cache copies."""
+        if not self.converses:
+            return 0
+        return self.layout.window_bytes + self.layout.open_bytes(self.layout.block_tokens)
 
     @property
     def gathered_row(self) -> int:
@@ -204,10 +212,11 @@ class Workload:
 
     @cached_property
     def layout(self) -> StoreLayout:
+        length = self.config.max_position_embeddings if self.converses else self.held
         if self.saved_layout is not None:
-            return replace(self.saved_layout, length=self.held)
+            return replace(self.saved_layout, length=length)
         whole = self.whole or self.config
-        layout = StoreLayout.of(whole, length=self.held, dtype=self.dtype, kv_dtype=self.kv_dtype)
+        layout = StoreLayout.of(whole, length=length, dtype=self.dtype, kv_dtype=self.kv_dtype)
         return layout.of_rank(self.config)
 
     def without_images(self) -> Workload:

@@ -175,14 +175,26 @@ def _add_user_content(
     progress: Progress | None,
     positions: int | None,
 ) -> None:
+    add_documents(prompt, tokenizer, documents, images, progress, positions)
+    prompt.documents_stop = len(prompt.ids)
+    encode_question(tokenizer, question, prompt.ids)
+
+
+def add_documents(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    images: ImagePrompter | None,
+    progress: Progress | None,
+    positions: int | None,
+) -> None:
+    """Appends documents to what the user says, as `build_prompt` does. Raises TokenizerError and PromptLengthError."""
     done = 0  # characters
     for document in documents:  # not enumerate, which would keep a reference to the document
         length = sum(len(part) for part in document.parts if isinstance(part, str))
         _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress), positions)
         del document  # frees its text before the next one is read
         done += length
-    prompt.documents_stop = len(prompt.ids)
-    encode_question(tokenizer, question, prompt.ids)
 
 
 def _add_document(

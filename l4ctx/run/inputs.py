@@ -21,6 +21,7 @@ from l4ctx.formatting import counted
 from l4ctx.machine.device import device_of_rank, prepare_torch, usable_device
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import ContextChoices, ReadContext
+from l4ctx.run.conversing import turns_of
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions, Request, SourceOptions
@@ -192,6 +193,8 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         if template is not None:
             template.prepare()
         tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
+        if request.converses:
+            turns_of(request, config, tokenizer, template)  # refuses before anything is read
     if template is None:
         monitor.note("the checkpoint has no chat template: documents and question are given to it as plain text")
     began = time.perf_counter()
@@ -358,7 +361,7 @@ def _cut_prompt(request: Request, context: ReadContext | None, prompt: Prompt, t
 
 def _answer_length(request: Request, prompt_tokens: int, positions: int) -> int:
     """Maximum tokens of the answer; 0 without a question. Raises RequestError."""
-    if request.question is None:
+    if request.question is None and not request.converses:
         return 0
     left = positions - prompt_tokens
     tokens = request.answer.max_new_tokens or max(1, min(DEFAULT_MAX_NEW_TOKENS, left))

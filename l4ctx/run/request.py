@@ -124,10 +124,11 @@ class Request:
     kv: KVOptions = field(default_factory=KVOptions)
     questions: QuestionsOptions | None = None  # None: one question, or none
     launch: Launch | None = None  # one of several processes that carry it out
+    converses: bool = False  # a conversation follows, whose first message begins with the documents
 
     @property
     def asks(self) -> bool:
-        return self.question is not None or self.questions is not None
+        return self.question is not None or self.questions is not None or self.converses
 
     @property
     def has_drafts(self) -> bool:

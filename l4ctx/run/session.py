@@ -47,6 +47,7 @@ class Answer:
 
     text: str = ""
     tokens: int = 0
+    ids: array[int] = field(default_factory=lambda: array("i"))
     stop_reason: str | None = None
     loop: Loop | None = None
     drafts: DraftCounts | None = None  # of all answers; None: without drafts
@@ -67,6 +68,7 @@ class Session:
     layers: LayerCount
     leader: Leader | None = None  # of several processes
     answer: Answer = field(default_factory=Answer)
+    drafts: DraftSource | None = None  # where the prompt has been indexed already
 
     @property
     def request(self) -> Request:
@@ -120,18 +122,18 @@ class Session:
             drafts=None if source is None else source.drafter(),
             observer=log,
         )
-        ids = array("i")
         tokens = generate(self.model, row)
         while True:
             try:
                 with with_repair_hint(self.request.context.folder):
-                    ids.append(next(tokens))
-                piece = decoder.push(ids[-1])
+                    token = next(tokens)
             except StopIteration as end:
                 answer.stop_reason = end.value
                 answer.loop = guard.loop if guard else None
                 break
+            answer.ids.append(token)
             answer.tokens += 1
+            piece = decoder.push(token)
             timings["decode"] = Timing(time.perf_counter() - began, answer.tokens)
             answer.text += piece
             if piece:
@@ -141,7 +143,7 @@ class Session:
         timings["decode"] = Timing(time.perf_counter() - began, answer.tokens)
         yield rest
         if citing is not None and log is not None:
-            answer.citations = citing.cite(ids, self.request.question or "", log, inputs.prompt_tokens - 1)
+            answer.citations = citing.cite(answer.ids, self.request.question or "", log, inputs.prompt_tokens - 1)
 
     def citing(self) -> Citing | None:
         """What finds the sources of answers, if the request wants them. Raises ContextError and RequestError."""
@@ -152,9 +154,12 @@ class Session:
         return citing(self.sized.inputs)
 
     def draft_source(self) -> DraftSource | None:
-        """Indexes the prompt, unless the request wants no drafts."""
+        """Indexes the prompt, unless the request wants no drafts, or that has been done."""
         if not self.request.has_drafts:
             return None
+        if self.drafts is not None:
+            self.answer.draft_index, self.answer.drafts = self.drafts.nbytes, self.drafts.counts
+            return self.drafts
         with self.monitor.loading():
             self.monitor.tell("indexing the prompt")
             source = DraftSource.of(self.sized)

@@ -228,6 +228,7 @@ def _workload(inputs: Inputs, capacity: Capacity) -> Workload:
         saved_layout=None if saved is None else saved.of_rank(inputs.config),
         whole=whole if request.launch is not None else None,
         ranks=1 if request.launch is None else request.launch.count // request.compute.context_ranks,
+        converses=request.converses,
         gathers_rows=request.launch is not None and request.context.save_to is not None,
     )
 

@@ -35,6 +35,7 @@ def memory_table(report: MemoryReport) -> FigureTable:
     row("read buffers", end.buffers, most.buffers, report.buffers)
     if plan.workload.rows is not None:
         row(f"{counted(plan.workload.rows.count, 'answer')} at a time", None, plan.workload.row_bytes)
+    row("the state before the last turn", None, plan.workload.kept_state)
     row("token ids", plan.token_ids, None, report.token_ids)
     row("index for drafts", None, plan.draft_index, report.draft_index)
     row("activations", None, plan.activations)
