@@ -89,6 +89,8 @@ INTERNAL = {  # each is caught and translated by the package that raises it
     "l4ctx.documents.exclusion.git.GitError",
     "l4ctx.documents.exclusion.git.GitSlowError",
     "l4ctx.documents.exclusion.gitignore.PatternFileError",
+    "l4ctx.documents.office.convert.OfficeError",
+    "l4ctx.documents.office.convert.OfficeSupportMissing",
     "l4ctx.documents.pdf.PdfError",
     "l4ctx.documents.pdf.PdfSupportMissing",
     "l4ctx.documents.pdf_process.PdfiumError",

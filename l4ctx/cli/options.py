@@ -135,7 +135,16 @@ Encoding = Annotated[
 KeepPayload = Annotated[
     bool,
     typer.Option(
-        "--keep-payload", help="Keep notebook outputs and the content of data: URIs, which are left out by default."
+        "--keep-payload",
+        help="Keep notebook outputs, the content of data: URIs and emails as they are, attachments included, which are "
+        "left out by default.",
+    ),
+]
+Html = Annotated[
+    choices.HtmlMode,
+    typer.Option(
+        metavar="source|text",
+        help="Read web pages as the source that they are, or their text alone (needs l4ctx[office]).",
     ),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]

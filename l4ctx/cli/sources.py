@@ -133,6 +133,7 @@ class SourceFlags(SelectionFlags):
     pdf: options.Pdf = "text"
     encoding: options.Encoding = None
     keep_payload: options.KeepPayload = False
+    html: options.Html = "source"
 
     def options(self, paths: list[str], stdin: BinaryIO | None) -> SourceOptions:
         from l4ctx.run.request import SourceOptions
@@ -144,6 +145,7 @@ class SourceFlags(SelectionFlags):
             encoding=self.encoding,
             no_images=self.no_images,
             keep_payload=self.keep_payload,
+            html=self.html,
             skip_unreadable=self.skip_unreadable,
             selection=self.selection(),
         )

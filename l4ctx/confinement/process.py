@@ -151,7 +151,7 @@ class Confined:
     def _started(self) -> _Child:
         if self._child is None or not self._child.is_alive():
             self.end()
-            self._child = _Child(self.command or (*_COMMAND, _PROGRAM, self._module, *_search_path()))
+            self._child = _Child(self.command or isolated_command(_PROGRAM, self._module))
         return self._child
 
 
@@ -281,6 +281,11 @@ class _Child:
             if self.process.wait(1) == -getattr(signal, "SIGXCPU", 0):
                 return ChildFailedError(SLOW)
         return ChildFailedError(ENDED, try_again=self._requests > 1)
+
+
+def isolated_command(program: str, argument: str) -> list[str]:
+    """Runs the Python source `program` with `argument`, and behind it where to import from, as sys.argv."""
+    return [*_COMMAND, program, argument, *_search_path()]
 
 
 def _search_path() -> list[str]:

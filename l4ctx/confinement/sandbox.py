@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 try:
@@ -25,7 +25,7 @@ _NO_NEW_PRIVILEGES = 38  # prctl's PR_SET_NO_NEW_PRIVS
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, the same on every architecture
 _VERSION = 1  # a flag: asks for the version of the interface
 _PATH_BENEATH = 1
-_READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
+_EXECUTE, _READ_FILE, _READ_FOLDER = 1 << 0, 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many bits each version of the interface knows
 _TCP = 0b11  # binding and connecting, from version 4 on
 _SCOPES = 0b11  # abstract sockets and signals of processes outside, from version 6 on
@@ -59,6 +59,9 @@ _REFUSED_CALLS = (
     *("quotactl", "swapon", "swapoff", "reboot", "init_module", "finit_module", "delete_module", "kexec_load"),
 )
 _OPENING_CALLS = ("open", "openat", "openat2")
+_STARTING_CALLS = frozenset({"execve", "clone"})  # a program that is to run needs them: its own start, and threads
+_CLONE_THREAD = 0x10000
+_MASKED_EQUAL = 7  # SCMP_CMP_MASKED_EQ
 
 
 def confine(readable: Iterable[str], then: Callable[[], None]) -> list[str]:
@@ -77,11 +80,33 @@ def confine(readable: Iterable[str], then: Callable[[], None]) -> list[str]:
         return []
     libc, library = ctypes.CDLL(None, use_errno=True), _libseccomp()
     held = []
-    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0 and _landlock(libc, folders):
+    rights = dict.fromkeys(folders, _READ_FILE | _READ_FOLDER)
+    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0 and _landlock(libc, rights):
         held.append(LANDLOCK)
     then()
     _limit(("RLIMIT_NPROC", 0))
-    if library is not None and _seccomp(library, () if folders else _OPENING_CALLS):
+    if library is not None and _seccomp(library, (*_REFUSED_CALLS, *(() if folders else _OPENING_CALLS))):
+        held.append(SECCOMP)
+    return held
+
+
+def confine_program(program: str, readable: Iterable[str]) -> list[str]:
+    """Confines this process, which is to become `program`, a statically linked one; returns what holds, see `confine`.
+
+    From then on nothing can be opened but the files `readable`, for reading; nothing can be executed but `program`; and
+    no process can be started, only threads. Of these three, Landlock holds the first two, and seccomp the third.
+    """
+    _be_the_first_to_go()
+    _limit(("RLIMIT_CORE", 0), ("RLIMIT_FSIZE", 0), ("RLIMIT_NOFILE", MOST_FILES))
+    if sys.platform != "linux":
+        return []
+    libc, library = ctypes.CDLL(None, use_errno=True), _libseccomp()
+    held = []
+    rights = {program: _EXECUTE | _READ_FILE} | dict.fromkeys(readable, _READ_FILE)
+    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0 and _landlock(libc, rights):
+        held.append(LANDLOCK)
+    refused = [name for name in _REFUSED_CALLS if name not in _STARTING_CALLS]
+    if library is not None and _seccomp(library, refused, only_threads=True):
         held.append(SECCOMP)
     return held
 
@@ -131,8 +156,19 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = (("rights", ctypes.c_uint64), ("folder", ctypes.c_int32))
 
 
-def _landlock(libc: ctypes.CDLL, readable: Iterable[str]) -> bool:
-    """Closes the file system off, but for reading in these folders, and TCP; returns whether it is closed off."""
+class _Comparison(ctypes.Structure):
+    """Of a system call's argument."""
+
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("how", ctypes.c_int),
+        ("mask", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    )
+
+
+def _landlock(libc: ctypes.CDLL, allowed: Mapping[str, int]) -> bool:
+    """Closes the file system off, but for these rights by path, and TCP; returns whether it is closed off."""
     version = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION))
     if version < 1:
         return False
@@ -143,18 +179,18 @@ def _landlock(libc: ctypes.CDLL, readable: Iterable[str]) -> bool:
     if ruleset < 0:
         return False
     try:
-        for folder in readable:
-            _allow_reading(libc, ruleset, folder)
+        for path, allowed_there in allowed.items():
+            _allow(libc, ruleset, path, allowed_there)
         return bool(libc.syscall(_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0)) == 0)
     finally:
         os.close(ruleset)
 
 
-def _allow_reading(libc: ctypes.CDLL, ruleset: int, folder: str) -> None:
+def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
     with suppress(OSError):  # it vanished, or is not for this user
-        descriptor = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            rule = _PathBeneath(_READ_FILE | _READ_FOLDER, descriptor)
+            rule = _PathBeneath(rights, descriptor)
             libc.syscall(
                 _ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0)
             )
@@ -169,8 +205,8 @@ def _libseccomp() -> ctypes.CDLL | None:
         return None
 
 
-def _seccomp(library: ctypes.CDLL, further: Iterable[str]) -> bool:
-    """Refuses _REFUSED_CALLS and `further`, in all threads; returns whether they are refused.
+def _seccomp(library: ctypes.CDLL, refused: Iterable[str], *, only_threads: bool = False) -> bool:
+    """Refuses these calls, in all threads; returns whether they are refused. `only_threads`: also clone, but for those.
 
     A list of what is refused, not of what is allowed: what Python, its allocator and pdfium call differs by version,
     and a call that is missing from a list would break sound work.
@@ -180,11 +216,18 @@ def _seccomp(library: ctypes.CDLL, further: Iterable[str]) -> bool:
     if not context:
         return False
     try:
-        for name in (*_REFUSED_CALLS, *further):
-            number = ctypes.c_int(library.seccomp_syscall_resolve_name(name.encode()))
-            if number.value >= 0:  # else this architecture, or the library, does not know it
-                library.seccomp_rule_add_array(context, ctypes.c_uint32(_REFUSE), number, ctypes.c_uint(0), None)
+        for name in refused:
+            _refuse(library, context, name)
+        if only_threads:
+            _refuse(library, context, "clone", _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD, 0))
         library.seccomp_attr_set(context, ctypes.c_int(_ALL_THREADS), ctypes.c_uint32(1))
         return bool(library.seccomp_load(context) == 0)
     finally:
         library.seccomp_release(context)
+
+
+def _refuse(library: ctypes.CDLL, context: ctypes.c_void_p, name: str, comparison: _Comparison | None = None) -> None:
+    number = ctypes.c_int(library.seccomp_syscall_resolve_name(name.encode()))
+    if number.value >= 0:  # else this architecture, or the library, does not know it
+        count, compared = (0, None) if comparison is None else (1, ctypes.byref(comparison))
+        library.seccomp_rule_add_array(context, ctypes.c_uint32(_REFUSE), number, ctypes.c_uint(count), compared)

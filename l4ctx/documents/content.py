@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +14,12 @@ from l4ctx.documents.images import ImageError, image_format, read_image
 from l4ctx.documents.length import TextLimit, chunks_of
 from l4ctx.documents.lines import LineRange, LinesError, numbered
 from l4ctx.documents.notebook import notebook
+from l4ctx.documents.office import convert, formats
+from l4ctx.documents.office.convert import OfficeError
 from l4ctx.documents.payload import Payload, without_payload
 from l4ctx.documents.pdf import PdfError, check_support, is_pdf, read_pdf
-from l4ctx.documents.recognition import RTF, Kind, binary_kind, is_rtf
-from l4ctx.documents.text import UndecodableError, decode, is_text
+from l4ctx.documents.recognition import Kind, binary_kind, is_rtf
+from l4ctx.documents.text import UndecodableError, check_encoding, decode, is_text
 from l4ctx.formatting import human_bytes, printable
 from l4ctx.machine.files import SAMPLE_BYTES
 from l4ctx.machine.memory import available_memory
@@ -34,7 +36,7 @@ class FileSizeError(LeftOutError):
     """A file is larger than what is to be read of one."""
 
 
-NOT_READ = (LeftOutError, ImageError, PdfError, UndecodableError)
+NOT_READ = (LeftOutError, ImageError, OfficeError, PdfError, UndecodableError)
 """Raised for files that are left out, with the reason as message; the reading goes on."""
 
 
@@ -58,6 +60,7 @@ class ContentReader:
     limit: TextLimit | None = None
     max_size: int | None = None  # bytes
     line_numbers: bool = False
+    html: str = "source"
 
     def check(self, path: str | None, sample: bytes, size: int | None, *, is_part: bool = False) -> None:
         """Raises one of NOT_READ for a file that is left out, judged by its first bytes; DocumentMemoryError, and
@@ -71,14 +74,15 @@ class ContentReader:
             raise LeftOutError("a Git LFS pointer, not the file itself (git lfs pull fetches it)")
         if is_pdf(sample):
             check_support()
+        elif (format := self.office_format(sample)) is not None:
+            if format != "eml":
+                convert.check_support(format)
         elif not is_text(sample, self.encoding):
             image_kind = image_format(sample)
             if image_kind is None:
                 raise LeftOutError(_named(binary_kind(sample), path))
             if self.no_images is not None:
                 raise LeftOutError(f"a {image_kind} image; {self.no_images}")
-        elif is_rtf(sample):
-            raise LeftOutError(_named(RTF, path))
         else:
             is_plain = True
         if is_plain and size is not None and path is not None and not is_part:
@@ -100,7 +104,7 @@ class ContentReader:
     def check_growth(self, raw: bytes) -> None:
         """Raises FileSizeError, DocumentLengthError and DocumentMemoryError for what a pipe has carried so far."""
         self._check_size(len(raw))
-        if self.is_text(raw) and not is_pdf(raw):
+        if self.is_text(raw) and not is_pdf(raw) and self.office_format(raw[:SAMPLE_BYTES]) is None:
             self.check_length(len(raw), lambda: iter([raw]))
         if len(raw) > (free := _free_memory(len(raw))):
             raise DocumentMemoryError(
@@ -110,12 +114,16 @@ class ContentReader:
     def read(self, source: str, raw: bytes, path: str | None, lines: LineRange | None = None) -> ReadContent:
         """Raises one of NOT_READ, and LinesError where it does not have these `lines`."""
         self._check_size(len(raw))
-        if is_pdf(raw) or not self.is_text(raw):
+        format = None if is_pdf(raw) else self.office_format(raw[:SAMPLE_BYTES])
+        if format is not None or is_pdf(raw) or not self.is_text(raw):
             if lines is not None:
                 raise LinesError(f"{source}: only text has lines; name the file without :{lines}")
             if is_pdf(raw):
                 parts, notes = read_pdf(source, raw, path, mode=self.pdf)
                 return ReadContent(tuple(parts), None, notes)
+            if format is not None:
+                text, notes = convert.read_office(format, self._in_utf8(raw) if format == "html" else raw)
+                return ReadContent(self._taken(text), None, notes)
             image, notes = read_image(source, raw, path)
             return ReadContent((image,), None, notes)
         text, notes = decode(raw, self.encoding)
@@ -132,9 +140,32 @@ class ContentReader:
         reading = ""
         if in_lines and self.line_numbers:
             text, reading = numbered(text, lines.first if lines is not None else 1), "numbered"
+        return ReadContent(self._taken(text), payload, notes, reading)
+
+    def _taken(self, text: str) -> str:
         if self.limit is not None:
             self.limit.taken += len(text)
-        return ReadContent(text, payload, notes, reading)
+        return text
+
+    def _in_utf8(self, page: bytes) -> bytes:
+        """An HTML page in the encoding that pandoc expects. Raises UndecodableError."""
+        given = self.encoding
+        if given is None and (declared := formats.html_encoding(page)) is not None:
+            with suppress(ValueError):
+                given = check_encoding(declared)
+        return decode(page, given)[0].encode("utf-8", "replace")
+
+    def office_format(self, sample: bytes) -> str | None:
+        """What `l4ctx.documents.office` reads what begins with `sample` as; None: it is no office document, or read as
+        the text that it is."""
+        if not is_text(sample, self.encoding):
+            kind = binary_kind(sample)
+            return kind.office or None if kind is not None and image_format(sample) is None else None
+        if is_rtf(sample):
+            return "rtf"
+        if not self.keep_payload and formats.is_email(sample):
+            return "eml"
+        return "html" if self.html == "text" and formats.is_html(sample) else None
 
     def is_text(self, raw: bytes) -> bool:
         return is_text(raw[:SAMPLE_BYTES], self.encoding)

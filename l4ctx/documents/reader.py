@@ -44,6 +44,7 @@ def read_documents(
     limit: TextLimit | None = None,
     progress: Callable[[int], None] | None = None,
     selection: Selection = _ALL,
+    html: str = "source",
 ) -> DocumentSet:
     """Read every file, folder and `-` (standard input) of `paths`, in the order given.
 
@@ -55,14 +56,14 @@ def read_documents(
     hold alike, unless `selection` keeps duplicates; it also says which files are read, and up to which size. `pdf` is
     one of l4ctx.documents.pdf.PDF_MODES; `no_images` says why image files are left out, if they are; `encoding` names
     that of all text that is not UTF-8 and has no byte order mark, None: it is detected; `keep_payload` keeps what
-    `l4ctx.documents.payload` would leave out; `progress` is told the number of documents after each. What a file is,
-    its first 64 KiB tell; of what is left out no more is read. Raises DocumentError for a path that is missing, is not
-    a file or folder, or cannot be read, for what cannot be read in a folder unless `skip_unreadable`, and for `-` given
-    twice or without `stdin`; DocumentMemoryError for a file that does not fit into memory; DocumentLengthError for text
-    that surely has more tokens than `limit` says.
+    `l4ctx.documents.payload` would leave out; `html` is "source", or "text" for that of web pages; `progress` is told
+    the number of documents after each. What a file is, its first 64 KiB tell; of what is left out no more is read.
+    Raises DocumentError for a path that is missing, is not a file or folder, or cannot be read, for what cannot be read
+    in a folder unless `skip_unreadable`, and for `-` given twice or without `stdin`; DocumentMemoryError for a file
+    that does not fit into memory; DocumentLengthError for text that surely has more tokens than `limit` says.
     """
     content = ContentReader(
-        pdf, no_images, encoding, keep_payload, limit, selection.max_file_size, selection.line_numbers
+        pdf, no_images, encoding, keep_payload, limit, selection.max_file_size, selection.line_numbers, html
     )
     collector = Collector(content, selection, progress, skip_unreadable=skip_unreadable)
     with closing(_reader(collector, selection, stdin)) as reader:

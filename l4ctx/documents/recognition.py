@@ -12,10 +12,12 @@ class Kind(NamedTuple):
     """The kind of a file that is neither text nor an image nor a PDF.
 
     `name` has its article; `remedy`, if there is one, says what to do, with {file} where the file's name stands.
+    `office` is what `l4ctx.documents.office` calls a format that it reads.
     """
 
     name: str
     remedy: str = ""
+    office: str = ""
 
 
 _UNPACK = "unpack it and name the folder: "
@@ -26,7 +28,7 @@ _TO_CSV = "save each sheet as CSV, or: soffice --headless --convert-to csv {file
 _BY_PANDOC = "save it as PDF or text, or: pandoc -t plain {file} -o {file}.txt"
 _MODEL = "weights of a model are no document"
 
-RTF = Kind("an RTF document", "save it as PDF or text, or: pandoc -f rtf -t plain {file} -o {file}.txt")
+RTF = Kind("an RTF document", "save it as PDF or text, or: pandoc -f rtf -t plain {file} -o {file}.txt", "rtf")
 ZIP = Kind("a ZIP archive", _UNPACK + "unzip -d unpacked {file}")
 _PYTORCH = Kind("a PyTorch file", _MODEL)
 _OLD_OFFICE = Kind("an old Office document (DOC, XLS or PPT)", _TO_PDF)
@@ -78,12 +80,14 @@ _BRANDS = {  # of ISO base media files, in their order of precedence
 }  # fmt: skip
 _RIFF = {b"WAVE": "WAV audio", b"AVI ": "an AVI video", b"AIFF": "AIFF audio", b"AIFC": "AIFF audio"}
 _OFFICE_FOLDERS = {  # of a ZIP archive
-    "word/": Kind("a Word document (DOCX)", _BY_PANDOC), "xl/": Kind("an Excel workbook (XLSX)", _TO_CSV),
-    "ppt/": Kind("a PowerPoint presentation (PPTX)", _TO_PDF), "visio/": Kind("a Visio drawing (VSDX)", _TO_PDF),
+    "word/": Kind("a Word document (DOCX)", _BY_PANDOC, "docx"),
+    "xl/": Kind("an Excel workbook (XLSX)", _TO_CSV, "xlsx"),
+    "ppt/": Kind("a PowerPoint presentation (PPTX)", _TO_PDF, "pptx"),
+    "visio/": Kind("a Visio drawing (VSDX)", _TO_PDF),
 }  # fmt: skip
 _MIME_TYPES = {  # the beginnings; of what a ZIP archive's first entry says
-    b"application/epub+zip": Kind("an EPUB book", "convert it: pandoc -t plain {file} -o {file}.txt"),
-    b"application/vnd.oasis.opendocument.text": Kind("an OpenDocument text (ODT)", _BY_PANDOC),
+    b"application/epub+zip": Kind("an EPUB book", _BY_PANDOC, "epub"),
+    b"application/vnd.oasis.opendocument.text": Kind("an OpenDocument text (ODT)", _BY_PANDOC, "odt"),
     b"application/vnd.oasis.opendocument.spreadsheet": Kind("an OpenDocument spreadsheet (ODS)", _TO_CSV),
     b"application/vnd.oasis.opendocument.presentation": Kind("an OpenDocument presentation (ODP)", _TO_PDF),
     b"application/vnd.oasis.opendocument": Kind("an OpenDocument file", _TO_PDF),
@@ -126,13 +130,17 @@ def _zip(sample: bytes) -> Kind | None:
             for start, kind in _MIME_TYPES.items():
                 if content.startswith(start):
                     return kind
+    if "META-INF/container.xml" in names:
+        return _MIME_TYPES[b"application/epub+zip"]
+    if "content.xml" in names and ("mimetype" in names or "META-INF/manifest.xml" in names):
+        return Kind("an OpenDocument file", _TO_PDF, "odt")
     if "AndroidManifest.xml" in names or "classes.dex" in names:
         return Kind("an Android app (APK)")
     if "[Content_Types].xml" in names or "_rels/.rels" in names:
         for folder, kind in _OFFICE_FOLDERS.items():
             if any(name.startswith(folder) for name in names):
                 return kind
-        return Kind("an Office document (DOCX, XLSX or PPTX)", _TO_PDF)
+        return Kind("an Office document (DOCX, XLSX or PPTX)", _TO_PDF, "ooxml")
     if any(name.startswith("META-INF/MANIFEST.MF") or name.endswith(".class") for name in names):
         return Kind("a Java archive (JAR)")
     if any(name.endswith("/data.pkl") for name in names):

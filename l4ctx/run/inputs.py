@@ -115,6 +115,7 @@ def read_sources(
         pdf=options.pdf,
         encoding=options.encoding,
         keep_payload=options.keep_payload,
+        html=options.html,
         no_images=images.why_not,
         progress=progress,
         skip_unreadable=options.skip_unreadable,

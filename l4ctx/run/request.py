@@ -14,7 +14,7 @@ from typing import BinaryIO
 from l4ctx.documents.selection import Selection
 from l4ctx.errors import RequestError
 from l4ctx.machine.ranks import Launch
-from l4ctx.run.choices import AttentionBackend, Dtype, KVDtype, PdfMode
+from l4ctx.run.choices import AttentionBackend, Dtype, HtmlMode, KVDtype, PdfMode
 from l4ctx.run.questions import QuestionsOptions
 from model.quantization.choice import NONE, Quantization
 
@@ -31,6 +31,7 @@ class SourceOptions:
     encoding: str | None = None  # of texts that do not declare theirs; None: detected
     no_images: bool | str = False  # or the reason why images are left out
     keep_payload: bool = False
+    html: HtmlMode = "source"
     skip_unreadable: bool = False  # in a folder, leave out what cannot be read
     selection: Selection = field(default_factory=Selection)
 

@@ -1,0 +1,1 @@
+"""Office documents, emails and web pages as text."""
