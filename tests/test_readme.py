@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from l4ctx.cli.app import app
 from support.cli_runner import FACTS, TINY, Result, answer, fact_document, question, run_here, text_file
 from support.places import ROOT
 from test_architecture import PACKAGES
@@ -211,10 +212,8 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 @pytest.mark.parametrize("name", ["README.md", "MANUAL.md"])
 def test_options_exist(name: str) -> None:
     """Options in running text and tables; other programs' options follow the program's name."""
-    helps = "".join(
-        run_here(command, "--help").stdout
-        for command in ("ask", "chat", "prefill", "plan", "inspect", "bench", "quantize", "score", "needle", "config")
-    )
+    commands = [registered.callback.__name__ for registered in app.registered_commands if registered.callback]
+    helps = "".join(run_here(command, "--help").stdout for command in commands)
     helps += run_here("--help").stdout
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)

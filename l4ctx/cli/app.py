@@ -20,11 +20,14 @@ from l4ctx.cli.config import config
 from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
 from l4ctx.cli.inspect import inspect
+from l4ctx.cli.list import list as list_seen
+from l4ctx.cli.log import log
 from l4ctx.cli.log_file import with_log_file
 from l4ctx.cli.needle import needle
 from l4ctx.cli.plan import plan
 from l4ctx.cli.prefill import prefill
 from l4ctx.cli.quantize import quantize
+from l4ctx.cli.rm import rm
 from l4ctx.cli.score import score
 from l4ctx.cli.settings import OF_THIS_MACHINE, defaults_of, read_settings
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
@@ -105,5 +108,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, chat, prefill, inspect, plan, bench, quantize, score, needle, config):
+for command in (ask, chat, prefill, inspect, plan, bench, quantize, score, needle, list_seen, rm, log, config):
     app.command(cls=Command, epilog=EXIT_CODES)(with_log_file(command))

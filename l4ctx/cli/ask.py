@@ -112,6 +112,7 @@ def ask(
     plain: options.Plain = False,
     stats: options.Stats = False,
     dry: DryRunFlags,
+    log: options.Log = True,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -197,7 +198,7 @@ def ask(
         if dry.dry_run:
             show_prompt(request(), interruption, dry, json=json, quiet=quiet)
         elif not has_followed(launch):
-            carry_out(request(), interruption, Display(json, quiet, memory_report, plain=plain, stats=stats))
+            carry_out(request(), interruption, Display(json, quiet, memory_report, plain=plain, stats=stats, log=log))
 
 
 def _check_questions(

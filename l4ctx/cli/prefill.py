@@ -55,6 +55,7 @@ def prefill(
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
     dry: DryRunFlags,
+    log: options.Log = True,
     memory_report: options.MemoryReport = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -95,4 +96,4 @@ def prefill(
         if dry.dry_run:
             show_prompt(request(), interruption, dry, json=json, quiet=quiet)
         elif not has_followed(launch):
-            carry_out(request(), interruption, Display(json, quiet, memory_report))
+            carry_out(request(), interruption, Display(json, quiet, memory_report, log=log))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from l4ctx.run.answering import Progress, Ready
     from l4ctx.run.monitor import Monitor
     from l4ctx.run.questions import QuestionsOptions
+    from l4ctx.run.remembering import Memory
     from l4ctx.run.request import Request
     from l4ctx.run.session import Session
 
@@ -58,8 +59,9 @@ def show_answers(
     note: Callable[[str], None],
     activity: Activity,
     interruption: Interruption,
+    memory: Memory,
 ) -> None:
-    """Answers all questions; each answer goes to `file` first, then to standard output.
+    """Answers all questions; each answer goes to `file` first, then to the log and to standard output.
 
     Raises OutputError and what `answers` raises.
     """
@@ -82,6 +84,7 @@ def show_answers(
             for ready in progress.ready:
                 if file is not None:
                     file.append(ready.content)
+                memory.answered(session, ready.content["question"], ready.content)
             for ready in ordered.next(progress.ready):
                 write_json(ready.content)
             activity.beat()

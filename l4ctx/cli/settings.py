@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "stats": SWITCH,
     "memory-report": SWITCH,
     "quiet": SWITCH,
+    "log": SWITCH,
     "log-file": TEXT,
 }
 """Options that can be set, with the types that TOML has for them. None of them says what is read or written where."""

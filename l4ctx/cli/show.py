@@ -35,6 +35,7 @@ class Display:
     memory_report: bool = False
     plain: bool = False  # Markdown as it is
     stats: bool = False
+    log: bool = True  # keep answers, and which contexts and models were used
 
 
 def carry_out(request: Request, interruption: Interruption, display: Display) -> None:
@@ -49,6 +50,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
     from l4ctx.cli.tables.weights import weights_table
     from l4ctx.run.inputs import make_inputs, read_request
     from l4ctx.run.monitor import Monitor
+    from l4ctx.run.remembering import Memory
     from l4ctx.run.report import run_report
     from l4ctx.run.session import load
     from l4ctx.run.sizing import size
@@ -56,6 +58,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
     console = stderr_console()
     note = notes(console, quiet=display.quiet)
     activity = Activity(console, is_shown=not display.quiet)
+    memory = Memory(note, is_on=display.log)
     interruption.owners.setdefault(request.model, CHECKPOINT)  # which a context may have named
     if request.launch is not None:
         from l4ctx.run.ranks import check, dismiss
@@ -74,6 +77,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
             choices, sources = read_request(request, monitor)
         with activity:
             session = load(size(make_inputs(choices, sources, monitor), monitor), monitor)
+            memory.saw(session)
             warn_of_forgotten_pipe(request, note)
             read_shown(session, activity)
             if (summary := reading_summary(session)) is not None:
@@ -82,8 +86,9 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
             show_answer(session, note, interruption, json=display.json, plain=display.plain)
             if session.answer.citations is not None and not display.json:
                 show_citations(session.answer.citations)
+            memory.answered(session, request.question, session.answer.as_dict())
         elif request.questions is not None:
-            show_answers(session, answers, note, activity, interruption)
+            show_answers(session, answers, note, activity, interruption, memory)
         elif not display.json:
             folder = request.context.save_to
             note(

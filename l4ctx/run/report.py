@@ -15,12 +15,9 @@ def run_report(session: Session) -> dict[str, Any]:
     """Bytes, seconds and tokens are plain numbers."""
     sized, answer = session.sized, session.answer
     inputs, folder = sized.inputs, session.request.context.folder
-    answered = {
-        "answer": answer.text,
-        "stop_reason": answer.stop_reason,
-        "generated_tokens": answer.tokens,
-        **({"citations": answer.citations.as_dict()} if answer.citations is not None else {}),
-    }
+    answered: dict[str, Any] = answer.as_dict()
+    if answer.citations is not None:
+        answered["citations"] = answer.citations.as_dict()
     if (questions := session.request.questions) is not None:
         answered = {"answers": len(questions.questions), "taken_answers": questions.taken}
     return {

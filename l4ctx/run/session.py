@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from l4ctx.machine.memory import process_memory
 from l4ctx.machine.ranks import Launch
@@ -53,6 +53,9 @@ class Answer:
     drafts: DraftCounts | None = None  # of all answers; None: without drafts
     draft_index: int = 0  # bytes
     citations: Citations | None = None  # its sources, once it has ended
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"answer": self.text, "stop_reason": self.stop_reason, "generated_tokens": self.tokens}
 
 
 @dataclass(frozen=True)

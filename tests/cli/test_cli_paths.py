@@ -28,6 +28,9 @@ BASE: dict[str, list[str]] = {
     "bench": ["--tokens", "9", "--quiet"],
     "quantize": ["model", "--output", "new", "--quiet"],
     "config": ["show"],
+    "list": [],
+    "log": [],
+    "rm": ["document.txt", "--yes"],
     "score": ["document.txt", "--model", "model", "--quiet"],
     "needle": ["document.txt", "--model", "model", "--lengths", "300", "--depths", "1", "--trials", "1", "--quiet"],
 }
