@@ -156,9 +156,9 @@ def test_drafts_change_no_answer_of_several(scout: Transformer, monkeypatch: pyt
     expected = [alone(scout, documents, ask, STOPS) for ask in questions]
     original = scout.forward_ragged
 
-    def counted(ids: Any, caches: Any, logits: Any) -> Any:
+    def counted(ids: Any, caches: Any, logits: Any, observers: Any) -> Any:
         counts.append([len(some) for some, wanted in zip(ids, logits, strict=True) if wanted])
-        return original(ids, caches, logits)
+        return original(ids, caches, logits, observers)
 
     monkeypatch.setattr(scout, "forward_ragged", counted)
     for rows, step_tokens in ((1, 64), (3, 6), (4, 64), (9, 64)):
@@ -230,10 +230,10 @@ def test_no_more_rows_than_asked_for_and_no_longer_forwards(
     documents, questions, counts = documents_of(scout), asks(9, seed=2), []
     original = scout.forward_ragged
 
-    def counted(ids: Any, caches: Any, logits: Any) -> Any:
+    def counted(ids: Any, caches: Any, logits: Any, observers: Any) -> Any:
         assert len({id(cache) for cache in caches}) == len(caches)
         counts.append([len(some) for some in ids])
-        return original(ids, caches, logits)
+        return original(ids, caches, logits, observers)
 
     monkeypatch.setattr(scout, "forward_ragged", counted)
     together(scout, documents, questions, STOPS, rows=4, step_tokens=6)
@@ -302,8 +302,8 @@ def test_a_wrong_temperature_row_is_noticed(scout: Transformer, monkeypatch: pyt
     logits: list[Tensor] = []
     original = scout.forward_ragged
 
-    def kept(ids: Any, caches: Any, wanted: Any) -> Any:
-        found = original(ids, caches, wanted)
+    def kept(ids: Any, caches: Any, wanted: Any, observers: Any) -> Any:
+        found = original(ids, caches, wanted, observers)
         logits.extend(found or ())
         return found
 

@@ -59,7 +59,7 @@ class Chain:
     def device(self) -> torch.device:
         return self.logits.device
 
-    def __call__(self, ids: Tensor, cache: Chain, logits: str) -> Tensor:
+    def __call__(self, ids: Tensor, cache: Chain, logits: str, observer: None = None) -> Tensor:
         assert ids.shape[1] == 1 or ids.shape[1] <= self.room
         cache.offset += ids.shape[1]
         self.forwards += 1
