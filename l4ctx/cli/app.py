@@ -30,6 +30,7 @@ from l4ctx.cli.quantize import quantize
 from l4ctx.cli.rm import rm
 from l4ctx.cli.score import score
 from l4ctx.cli.settings import OF_THIS_MACHINE, defaults_of, read_settings
+from l4ctx.cli.tokens import tokens
 from l4ctx.cli.usage import USAGE_ERROR, refuse_arguments, wants_json
 from l4ctx.errors import INPUT, INTERRUPTED, MODEL
 from l4ctx.machine.processor import share_cores
@@ -108,5 +109,5 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-for command in (ask, chat, prefill, inspect, plan, bench, quantize, score, needle, list_seen, rm, log, config):
+for command in (ask, chat, prefill, inspect, plan, tokens, bench, quantize, score, needle, list_seen, rm, log, config):
     app.command(cls=Command, epilog=EXIT_CODES)(with_log_file(command))

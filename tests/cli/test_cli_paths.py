@@ -25,6 +25,7 @@ BASE: dict[str, list[str]] = {
     "prefill": ["document.txt", "--output", "new", "--model", "model", "--quiet"],
     "inspect": ["document.txt"],
     "plan": ["document.txt", "--model", "model", "--quiet"],
+    "tokens": ["document.txt", "--model", "model", "--quiet"],
     "bench": ["--tokens", "9", "--quiet"],
     "quantize": ["model", "--output", "new", "--quiet"],
     "config": ["show"],

@@ -59,6 +59,12 @@ def test_errors_plans_and_help_load_nothing_heavy(arguments: tuple[str, ...]) ->
     assert modules.intersection({*NEVER, *NOT_FOR_AN_ERROR}) == set()
 
 
+def test_tokens_are_counted_without_torch() -> None:
+    code, modules = modules_of("tokens", "samples/documents/handbook.md", "--model", "samples/tiny")
+    assert code == 0 and {"tokenizers", "l4ctx.prompt.builder"} <= modules
+    assert modules.intersection({*NEVER, "torch", "numpy", "safetensors"}) == set()
+
+
 @pytest.mark.parametrize("name", ["model.py", "cache.py", "typer.py", "model/__init__.py"])
 def test_python_m_executes_nothing_in_the_current_folder(tmp_path: Path, name: str) -> None:
     """-m puts that folder first on the path, where somebody's file may have the name of a module that is imported."""
