@@ -25,9 +25,9 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Of a prediction, rounded: '12 s', '15 min', '2.5 h', '58 days'."""
+    """Of a prediction, rounded: '12 s', '15 min', '2.5 h', '58 days'; at least '0.1 s'."""
     if seconds < 600:
-        return human_seconds(seconds)
+        return human_seconds(max(0.1, seconds))
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     hours = seconds / 3600

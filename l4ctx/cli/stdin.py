@@ -231,7 +231,10 @@ def checkpoint_folder(given: Path | None, context: Path | None = None, *, may_be
     is_there = context is not None and (not may_be_new or os.path.exists(context / FILE))
     known = saved_checkpoint(context) if context is not None and is_there else None
     if known is None:
-        raise UsageError("no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL")
+        raise UsageError(
+            "no model: give a checkpoint folder with --model DIR or the variable L4CTX_MODEL, or set one in the file "
+            "that l4ctx config path names (l4ctx list shows models that are here)"
+        )
     if not known.is_dir() and not is_gguf(known):
         raise UsageError(
             f"no model: {context} was made with {printable(str(known))}, and no such folder is there now; "
