@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cache.blocks import Block, empty_block
+from cache.blocks import Block, empty_block, joined
 from cache.chunked import ChunkedKVCache
 from cache.disk import UnitFile, Units
 from cache.layout import StoreLayout
@@ -65,7 +65,7 @@ class HybridKVCache:
         self.residency = residency or Residency(on_accelerator=transport is not None)
         self.rows = rows
         self.tiers = Tiers(self.layout, self.device, transport)
-        self._is_saved = rows is not None and rows.is_durable  # every sealed block has a file
+        self._is_saved = False  # every sealed block has a file
         self._placed = 0  # sealed rows that lie where they should
         self._pages: tuple[object, list[LayerPages] | None] = None, None  # the state that they are of, and they
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
@@ -182,13 +182,14 @@ class HybridKVCache:
         tail: Mapping[int, Block] | None = None,
         partial: UnitFile | None = None,
     ) -> None:
-        """Starts with `offset` tokens whose sealed blocks are in `files`, one row per file.
+        """Starts with `offset` tokens whose first blocks are in `files`, one row per file.
 
-        The tokens behind them come from `tail`, by layer: of a NoPE layer those of the open block, of a RoPE layer
+        The tokens behind them come from `tail`, by layer: of a NoPE layer those behind the files, of a RoPE layer
         those of the current chunk, (B, H_kv, at least as many, D). At a multiple of the attention chunk they may come
         from `partial` instead, from the first tokens of the block in that file. Raises DiskError.
         """
-        assert self.offset == 0 and len(files) == offset // self.layout.block_tokens, (self.offset, len(files), offset)
+        assert self.offset == 0 and len(files) <= offset // self.layout.block_tokens, (self.offset, len(files), offset)
+        assert partial is None or len(files) == offset // self.layout.block_tokens, (len(files), offset)
         size, start = self.layout.segment_tokens, len(files) * self.layout.block_tokens
         assert partial is None or offset % self.config.attention_chunk_size == 0, offset
         for layer, cache in enumerate(self.layers):
@@ -209,23 +210,20 @@ class HybridKVCache:
                     here = slice(position - start, position - start + used)
                     source = Block(*(x[:, :, here] for x in tail[layer]))
                 cache.segment(number).first(used).copy_from(source)
+            cache.settle(offset)
         self.offset = offset
         self._is_saved |= bool(files)
         self._place()
 
     def tail(self) -> dict[int, Block]:
         """What `restore` needs beside the sealed blocks: each layer's tokens behind them, contiguous, on the host."""
-        tails = {}
+        chunk_size, tails = self.config.attention_chunk_size, {}
         for layer, cache in enumerate(self.layers):
             cache.settle(self.offset)
-            if isinstance(cache, ChunkedKVCache):
-                parts = [cache.window.first(self.offset % self.config.attention_chunk_size)]
-            else:
-                size, start = self.layout.segment_tokens, len(cache.sealed) * self.layout.block_tokens
-                parts = [cache.segment(p // size).first(self.offset - p) for p in range(start, self.offset, size)]
-            if parts:
-                keys, values = (torch.cat([part[n] for part in parts], 2).cpu().contiguous() for n in range(2))
-                tails[layer] = Block(keys, values)
+            is_window = isinstance(cache, ChunkedKVCache)
+            start = self.offset - self.offset % (chunk_size if is_window else self.layout.block_tokens)
+            if is_window or start < self.offset:
+                tails[layer] = self.copied(layer, range(start, self.offset))
         return tails
 
     def row_units(self, row: int) -> Units:
@@ -236,6 +234,17 @@ class HybridKVCache:
             for number, packed in enumerate(self.tiers.copies_on_host(store.sealed[row]))
         }
 
+    def copied(self, layer: int, positions: range) -> Block:
+        """Keys and values at these positions in the compute dtype, contiguous, on the host; of a RoPE layer within the
+        current attention chunk. A NoPE layer's may be those of a forward that is not committed yet."""
+        cache = self.layers[layer]
+        if isinstance(cache, ChunkedKVCache):
+            first = self.offset - self.offset % cache.chunk_size
+            parts = [cache.window.within(slice(positions.start - first, positions.stop - first))]
+        else:
+            parts = list(cache.parts(positions))
+        return Block(*(x.cpu() for x in joined(parts or [empty_block(self.layout, 0, self.device)])))
+
     def _place(self) -> None:
         """Moves every sealed row to its tier; can be interrupted anywhere and repeated."""
         stores = self.stores
@@ -243,6 +252,7 @@ class HybridKVCache:
         if sealed == self._placed:
             return
         if self.rows is not None and self.rows.is_durable:
+            self._is_saved = True
             for row in range(sealed):
                 self._write(row)
         device, _, disk = self.residency.split(sealed)

@@ -106,6 +106,14 @@ class OffloadedKVCache:
         forked._stop = offset
         return forked
 
+    def parts(self, positions: range) -> Iterator[Block]:
+        """Keys and values at these positions in the compute dtype, committed or not, segment by segment."""
+        size, per_block = self.tiers.layout.segment_tokens, self.tiers.layout.segments_per_block
+        for number in range(positions.start // size, -(-positions.stop // size)):
+            row, place = divmod(number, per_block)
+            here = self.tiers.load(self.sealed[row], place) if row < len(self.sealed) else self.open[number]
+            yield here.within(slice(max(0, positions.start - number * size), min(size, positions.stop - number * size)))
+
     def nbytes(self, *, on_host: bool) -> int:
         """Bytes in host memory, or on an accelerator."""
         opened = 0 if on_host == self.tiers.is_accelerated else sum(block.nbytes for block in self.open.values())

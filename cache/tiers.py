@@ -50,8 +50,9 @@ class RowStore(Protocol):
     is_durable: bool
     """Whether every row must be written as soon as it is sealed."""
 
-    def write(self, row: int, units: Units) -> UnitFile:
-        """Writes a row: a unit for each segment of each layer, named by `unit_name`."""
+    def write(self, row: int, units: Units) -> UnitFile | None:
+        """Writes a row: a unit for each segment of each layer, named by `unit_name`. None: later, so the row stays in
+        memory."""
         ...
 
 
@@ -159,6 +160,7 @@ class Tiers:
 
     def load(self, block: SealedBlock, number: int) -> Block:
         """One segment in the compute dtype, in its own memory."""
+        self._finish(block)
         packed = block.segments[number]
         if packed is None:
             packed = self.read(block, number)

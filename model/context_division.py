@@ -48,6 +48,18 @@ class ContextRank:
         """The length of this rank's own cache in a run of `length` tokens; there is none of no tokens."""
         return max(1, self.tokens_before(length, chunk_size))
 
+    def positions(self, own: range, chunk_size: int) -> Iterator[range]:
+        """Where in the sequence the tokens are that this rank numbers so, cut at attention chunks: the inverse of
+        `tokens_before`."""
+        start = own.start
+        while start < own.stop:
+            number, rest = divmod(start, chunk_size)
+            count = min(chunk_size - rest, own.stop - start)
+            place = self.number if number % 2 == 0 else 2 * self.count - 1 - self.number
+            position = (number // 2 * 2 * self.count + place) * chunk_size + rest
+            yield range(position, position + count)
+            start += count
+
     def pieces(self, positions: range, chunk_size: int) -> Iterator[Piece]:
         """The tokens at these positions, oldest first, cut where the owner changes."""
         start = position = positions.start

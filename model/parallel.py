@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from model.attention import Step
 from model.config import TextConfig
+from model.context_attention import ContextExchange
 from model.context_division import ContextRank
-from model.context_parallel import ContextExchange, ContextTransformer
+from model.context_parallel import ContextTransformer
 from model.division import TensorRank, divided
 from model.errors import RankLostError
 from model.layers import Embedding, Linear, looked_up

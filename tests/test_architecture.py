@@ -82,7 +82,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
     {"kernels.registry"},
     {"attention"},
     {"programs", "gpu.steps"},
-    {"transformer"},
+    {"transformer", "context_attention"},
     {"context_parallel"},
     {"parallel"},
     {"weights.plain", "weights.mapping", "weights.gguf", "weights.checks", "weights.settings"},
@@ -100,8 +100,9 @@ CACHE_LAYERS = (
     {"ring"},
     {"tiers"},
     {"offloaded", "chunked"},
-    {"hybrid"},
-    {"fork", "context"},
+    {"hybrid", "dealt"},
+    {"fork"},
+    {"context"},
 )
 ROWS = {"model": MODEL_LAYERS, "cache": CACHE_LAYERS}
 WITHOUT_TORCH = (

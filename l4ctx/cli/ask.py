@@ -11,7 +11,7 @@ import typer
 from l4ctx.cli import answer_options, options
 from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import Display, carry_out, has_followed
+from l4ctx.cli.show import Display, carry_out, check_context_ranks, has_followed
 from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
 from l4ctx.errors import UsageError
@@ -144,8 +144,7 @@ def ask(
         )
 
         check_stdout("the answer to")
-        if context_ranks > 1 and launch is None:
-            raise UsageError("--context-ranks: torchrun starts the processes to divide the work over; see the manual")
+        check_context_ranks(context_ranks, launch)
         dry.check(launch, many=questions is not None)
         saved = ContextOptions(context, save_context, is_added_to=bool(add), replace=replace)
         _check_contexts(saved, has_paths=bool(paths) or (read.files_from is not None and not add))

@@ -11,7 +11,7 @@ import typer
 from l4ctx.cli import options
 from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
-from l4ctx.cli.show import Display, carry_out, has_followed
+from l4ctx.cli.show import Display, carry_out, check_context_ranks, has_followed
 from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
 from l4ctx.errors import UsageError
@@ -54,6 +54,7 @@ def prefill(
     device: options.Device = "auto",
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
+    context_ranks: options.ContextRanks = 1,
     dry: DryRunFlags,
     log: options.Log = True,
     memory_report: options.MemoryReport = False,
@@ -75,6 +76,7 @@ def prefill(
         if json or dry.dry_run:
             check_stdout("to")
         dry.check(launch)
+        check_context_ranks(context_ranks, launch)
         if output is None and not dry.dry_run:
             raise UsageError("no context: name a folder to keep what is read in, with -o CONTEXT")
         documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet)
@@ -86,7 +88,14 @@ def prefill(
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
             compute=ComputeOptions(
-                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
+                device,
+                dtype,
+                attention,
+                prefill_chunk_size,
+                quantize,
+                weights_memory,
+                weights_device_memory,
+                context_ranks,
             ),
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
             launch=launch,

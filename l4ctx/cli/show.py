@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING
 
 from l4ctx.cli.exits import Interruption, tell, write_json
 from l4ctx.cli.stdin import warn_of_forgotten_pipe
-from l4ctx.errors import CHECKPOINT
+from l4ctx.errors import CHECKPOINT, UsageError
 
 if TYPE_CHECKING:
     from l4ctx.machine.ranks import Launch
     from l4ctx.run.request import Request
+
+
+def check_context_ranks(context_ranks: int, launch: Launch | None) -> None:
+    """Raises UsageError in a process that is alone."""
+    if context_ranks > 1 and launch is None:
+        raise UsageError("--context-ranks: torchrun starts the processes to divide the work over; see the manual")
 
 
 def has_followed(launch: Launch | None) -> bool:

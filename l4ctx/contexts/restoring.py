@@ -20,6 +20,7 @@ from model.bounds import shown
 from model.weights.read_ahead import as_bytes
 
 if TYPE_CHECKING:
+    from cache.context import ContextKVCache
     from cache.hybrid import HybridKVCache
 
 
@@ -49,8 +50,9 @@ class Held:
         rest = stored.pop() if said["rest"] else None
         return cls(Path(said["folder"]), said["dtype"], said["tokens"], stored, rest)
 
-    def restore(self, cache: HybridKVCache, heads: Heads | None = None) -> None:
-        """Fills an empty cache; `heads`: with those alone, of a file that holds all. Raises DiskError."""
+    def restore(self, cache: HybridKVCache | ContextKVCache, heads: Heads | None = None) -> None:
+        """Fills an empty cache, of context ranks each with its tokens; `heads`: with those alone, of a file that holds
+        all. Raises DiskError."""
         files = [self._file(stored, cache.layout, heads) for stored in self.blocks]
         rest = self.rest
         is_within_chunk = self.tokens % cache.layout.config.attention_chunk_size != 0

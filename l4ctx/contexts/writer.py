@@ -154,17 +154,14 @@ class ContextWriter:
             with _as_disk_full(self.folder, self):
                 pending.result()
 
-    def finish(
-        self,
-        cache: HybridKVCache,
-        tail_of: Callable[[HybridKVCache], Mapping[int, Block]] = lambda cache: cache.tail(),
-    ) -> None:
-        """Saves the tokens behind the last sealed block, which completes the context. Raises DiskFullError."""
+    def finish(self, tokens: int, tail_of: Callable[[], Mapping[int, Block]]) -> None:
+        """Saves the tokens behind the last sealed block (`HybridKVCache.tail`), which completes the context.
+
+        `tokens` were read. Raises DiskFullError.
+        """
         self.flush()
-        assert cache.offset == self.tip.tokens and len(self.tip.blocks) == cache.offset // cache.layout.block_tokens
-        units = {
-            str(layer): [("keys", block.keys), ("values", block.values)] for layer, block in tail_of(cache).items()
-        }
+        assert tokens == self.tip.tokens and len(self.tip.blocks) == tokens // self.context.recipe.block_tokens
+        units = {str(layer): [("keys", block.keys), ("values", block.values)] for layer, block in tail_of().items()}
         with _as_disk_full(self.folder, self):
             tail = write_file(self.folder, "tail", units, {}) if units else None
             if tail is not None:

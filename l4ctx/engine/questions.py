@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from cache.fork import ForkedKVCache
+from cache.context import ContextKVCache, Continuation, continuation
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from l4ctx.engine.row import Row
@@ -47,9 +47,9 @@ class Round(NamedTuple, Generic[Q]):
 
 def answer_rounds(
     model: Transformer,
-    documents: HybridKVCache,
+    documents: HybridKVCache | ContextKVCache,
     asked: Iterator[Asked[Q]],
-    begin: Callable[[Q, ForkedKVCache, int], Row],
+    begin: Callable[[Q, Continuation, int], Row],
     *,
     rows: int,
     step_tokens: int,
@@ -64,13 +64,14 @@ def answer_rounds(
     places: list[_Place[Q]] = []
     while True:
         while len(places) < rows and (one := next(asked, None)) is not None:
-            places.append(_Place(one, ForkedKVCache(documents, one.room), begin))
+            places.append(_Place(one, continuation(documents, one.room), begin))
         if not places:
             return
         feeds = _feeds(places, step_tokens)
+        caches: list[Any] = [feed.place.cache for feed in feeds]
         logits = model.forward_ragged(
             [feed.ids for feed in feeds],
-            [feed.place.cache for feed in feeds],
+            caches,
             [feed.wanted for feed in feeds],
             [feed.place.observer for feed in feeds],
         )
@@ -84,7 +85,7 @@ def answer_rounds(
 class _Place(Generic[Q]):
     """A question that is being read or answered."""
 
-    def __init__(self, asked: Asked[Q], cache: ForkedKVCache, begin: Callable[[Q, ForkedKVCache, int], Row]) -> None:
+    def __init__(self, asked: Asked[Q], cache: Continuation, begin: Callable[[Q, Continuation, int], Row]) -> None:
         self.cache = cache
         self._asked, self._begin = asked, begin
         self._start, self._read_stop = cache.offset, cache.offset + len(asked.ids) - 1

@@ -149,10 +149,12 @@ class Workload:
 
     @property
     def gathered_row(self) -> int:
-        """Bytes of host memory for a row of blocks of all KV heads while the first rank writes it."""
+        """Bytes of host memory for a row of blocks of all KV heads while the first rank writes it; with context ranks
+        also for a segment's keys, as they come from each of them and joined."""
         if self.whole is None or not self.gathers_rows:
             return 0
-        return self.layout.of_rank(self.whole).row_bytes
+        layout = self.layout.of_rank(self.whole)
+        return layout.row_bytes + (2 * layout.segment_bytes if self.context_ranks > 1 else 0)
 
     @property
     def draft_index(self) -> int:

@@ -15,7 +15,7 @@ from l4ctx.run.questions import Question
 from l4ctx.run.session import Session
 
 if TYPE_CHECKING:
-    from cache.fork import ForkedKVCache
+    from cache.context import Continuation
     from l4ctx.engine.questions import Answered, Asked
     from l4ctx.engine.row import Row
     from l4ctx.prompt.attended import AttentionLog
@@ -58,7 +58,7 @@ def answers(session: Session) -> Iterator[Progress]:
     began, tokens = time.perf_counter(), 0
     rounds = answer_rounds(
         session.model,
-        session.undivided_cache,
+        session.cache,
         _asked(asking, citing),
         begin,
         rows=plan.workload.rows.count,
@@ -88,7 +88,7 @@ class _Beginning:
     def __init__(self, session: Session, drafts: DraftSource | None) -> None:
         self._session, self._drafts = session, drafts
 
-    def __call__(self, turn: _Turn, cache: ForkedKVCache, token: int) -> Row:
+    def __call__(self, turn: _Turn, cache: Continuation, token: int) -> Row:
         from l4ctx.engine.loop_guard import LoopGuard
         from l4ctx.engine.row import Row
 

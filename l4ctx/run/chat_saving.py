@@ -38,7 +38,7 @@ def save(chat: Chat, folder: Path) -> int:
         if not writer.tip.is_complete:
             for row in range(len(writer.tip.blocks), layout.sealed_rows(cache.offset)):
                 writer.write(row, cache.row_units(row))
-            writer.finish(cache)
+            writer.finish(cache.offset, cache.tail)
     return len(ids)
 
 

@@ -29,7 +29,6 @@ from model.quantization.choice import NONE
 
 if TYPE_CHECKING:
     from cache.blocks import Block
-    from cache.hybrid import HybridKVCache
     from l4ctx.contexts.reader import ContextReader
     from l4ctx.contexts.restoring import Held
     from l4ctx.contexts.writer import ContextWriter
@@ -285,10 +284,10 @@ class WrittenContext:
         """Where its first `tokens` tokens are."""
         return self.writer.context.held(self.writer.tip, tokens)
 
-    def finish(self, cache: HybridKVCache, tail: Callable[[HybridKVCache], Mapping[int, Block]]) -> None:
-        """Saves the `tail` after the last sealed block: the documents have been read."""
+    def finish(self, tokens: int, tail: Callable[[], Mapping[int, Block]]) -> None:
+        """Saves the `tail` after the last sealed block: the documents, of so many tokens, have been read."""
         if not self.writer.tip.is_complete:
-            self.writer.finish(cache, tail)
+            self.writer.finish(tokens, tail)
 
     def text(self) -> IndexedText:
         """The documents' tokens, to copy drafts from. Raises ContextError."""

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.fork import ForkedKVCache
+from cache.context import Continuation, continuation
 from l4ctx.contexts.restoring import Held
 from l4ctx.machine.device import device_of_rank, prepare_torch
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, RESTORE, TAIL, Channel
-from l4ctx.run.rank_rows import RankRows, heads_of
-from l4ctx.run.ranks import DTYPES, LOGITS, Job, undivided
+from l4ctx.run.ranks import DTYPES, LOGITS, Job, restore, stop_saving, tail
 from model.config import TextConfig
 from model.errors import RankLostError, UserError
 
@@ -48,11 +47,9 @@ class Follower:
         self._model = job.load(*channel.mesh(job.context_ranks), device=device)
         self._whole = TextConfig.from_folder(Path(job.model))
         self._scratch = job.scratch()
-        self._rows = None
-        if job.is_saved:
-            self._rows = RankRows(channel, self._whole, job.layout(self._model.config))
-        self._cache = job.cache(self._model, self._rows or self._scratch)
-        self._forks: dict[int, ForkedKVCache] = {}
+        self._rows = job.saved_rows(channel, self._whole) if job.is_saved else None
+        self._cache = job.cache(self._model, self._scratch, self._rows)
+        self._forks: dict[int, Continuation] = {}
 
     def run(self) -> None:
         while True:
@@ -66,13 +63,12 @@ class Follower:
             elif kind == RAGGED:
                 self._compute_forks(*numbers[:2])
             elif kind == RESTORE:
-                held = Held.from_dict(self._channel.hear_json())
-                held.restore(undivided(self._cache), heads_of(self._whole, self._channel.exchange.rank))
+                restore(Held.from_dict(self._channel.hear_json()), self._cache, self._channel, self._whole)
             elif kind == TAIL:
                 assert self._rows is not None
-                self._rows.tail(undivided(self._cache))
+                tail(self._rows, self._cache)
             else:  # UNSAVED
-                undivided(self._cache).rows = self._scratch
+                stop_saving(self._cache, self._scratch)
 
     def _compute(self, kind: int, x: Tensor, state: int) -> None:
         if kind == EMBED:
@@ -87,9 +83,10 @@ class Follower:
         said = self._channel.hear(COLUMNS * rows + tokens)
         table, ids = [said[n : n + COLUMNS] for n in range(0, COLUMNS * rows, COLUMNS)], said[COLUMNS * rows :]
         before, self._forks = self._forks, {}
-        fed, caches, counts = [], [], []
+        fed, counts = [], []
+        caches: list[Any] = []
         for number, capacity, offset, count, wanted in table:
-            fork = self._forks[number] = before.get(number) or ForkedKVCache(undivided(self._cache), capacity)
+            fork = self._forks[number] = before.get(number) or continuation(self._cache, capacity)
             _rewind(fork, offset)
             if count:
                 fed.append(ids[:count])

@@ -1,4 +1,4 @@
-"""A saved context that several ranks fill: the first one writes the KV heads of all.
+"""A saved context that tensor ranks fill: the first one writes the KV heads of all.
 
 So the folder is the same whatever the number of ranks, with one writer and one journal.
 """
@@ -42,7 +42,7 @@ class RankRows:
             whole[unit] = [(name, self._of_all(x)) for name, x in tensors]
         if self._store is not None:
             file = self._store.write(row, whole)
-            assert isinstance(file.source, Path)
+            assert file is not None and isinstance(file.source, Path)
             self._channel.tell_json([str(file.source), file.header_sha256])
             source, digest = file.source, file.header_sha256
         else:
@@ -65,6 +65,12 @@ class RankRows:
         # several ranks may hold the same heads, and then the same bits
         self._channel.exchange.to_first(content, [places[:, here.start : here.stop] for here in self._places])
         return whole
+
+
+def tensor_rank(rank: TensorRank, context_ranks: int) -> TensorRank:
+    """The place of one of all processes among those that have the same tokens: tensor ranks are the inner axis."""
+    count = rank.count // context_ranks
+    return TensorRank(rank.number % count, count)
 
 
 def heads_of(config: TextConfig, rank: TensorRank) -> Heads:

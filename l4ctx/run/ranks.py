@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from cache.blocks import Block
-from cache.context import ContextKVCache
+from cache.context import ContextKVCache, Continuation
 from cache.disk import Scratch
-from cache.fork import ForkedKVCache
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
 from cache.residency import Residency
@@ -27,10 +26,11 @@ from cache.tiers import RowStore
 from l4ctx.errors import UsageError
 from l4ctx.formatting import counted
 from l4ctx.run.channel import EMBED, FORWARD, RAGGED, RESTORE, TAIL, UNSAVED, Channel, leading
-from l4ctx.run.rank_rows import RankRows, heads_of
+from l4ctx.run.mesh_rows import MeshRows
+from l4ctx.run.rank_rows import RankRows, heads_of, tensor_rank
 from model.config import TextConfig
 from model.context_parallel import ContextTransformer
-from model.division import copies_of_kv_heads
+from model.division import copies_of_kv_heads, divided
 from model.parallel import GroupContextExchange, GroupExchange
 from model.quantization.choice import Quantization
 from model.transformer import Transformer
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from l4ctx.machine.ranks import Launch
     from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.run.request import Request
+
+Cache = HybridKVCache | ContextKVCache
+SavedRows = RankRows | MeshRows
 
 DTYPES = (torch.int64, torch.float32, torch.bfloat16, torch.float16)
 LOGITS = ("all", "last", "none")
@@ -65,13 +68,6 @@ def check(request: Request) -> None:
             f"--context-ranks {context_ranks}: {request.launch.count} ranks cannot be divided by it; "
             "start another number"
         )
-    for option, is_given in (
-        ("--questions", request.questions is not None),
-        ("--context", request.context.answer_from is not None),
-        ("--save-context", request.context.save_to is not None),
-    ):
-        if is_given:
-            raise UsageError(f"{option} does not go with --context-ranks yet: leave that out")
 
 
 def note_on(config: TextConfig, count: int, context_ranks: int = 1) -> str:
@@ -162,7 +158,16 @@ class Job:
         length = self.length if length is None else length
         return StoreLayout(config, length, self.dtype, self.kv_dtype, 1, self.block_tokens, self.segment_tokens)
 
-    def cache(self, model: Transformer, rows: RowStore | None) -> HybridKVCache | ContextKVCache:
+    def saved_rows(self, channel: Channel, whole: TextConfig, store: RowStore | None = None) -> SavedRows:
+        """Where all ranks save what they read; `whole` is the whole model's configuration. The first one has the
+        `store`."""
+        layout = self.layout(divided(whole, tensor_rank(channel.exchange.rank, self.context_ranks)))
+        if self.context_ranks == 1:
+            return RankRows(channel, whole, layout, store)
+        return MeshRows(channel, whole, layout, self.context_ranks, store)
+
+    def cache(self, model: Transformer, rows: RowStore | None, saved: SavedRows | None = None) -> Cache:
+        """`rows` holds what memory does not; with `saved`, every row is saved there until `stop_saving`."""
         rank = model.exchange.rank if isinstance(model, ContextTransformer) else None
         length = self.length if rank is None else rank.own_length(self.length, model.config.attention_chunk_size)
         cache = HybridKVCache(
@@ -172,15 +177,35 @@ class Job:
             device=model.device,
             layout=self.layout(model.config, length),
             residency=Residency(self.host_rows, self.device_rows, on_accelerator=self.device == "cuda"),
-            rows=rows,
+            rows=saved if isinstance(saved, RankRows) else rows,
         )
-        return cache if rank is None else ContextKVCache(cache, rank, self.length)
+        if rank is None:
+            return cache
+        assert not isinstance(saved, RankRows), "rows of tensor ranks"
+        return ContextKVCache(cache, rank, self.length, saved)
 
 
-def undivided(cache: HybridKVCache | ContextKVCache) -> HybridKVCache:
-    """A cache of the whole sequence, which saved contexts and questions need: `check` sees to it."""
-    assert isinstance(cache, HybridKVCache), "the sequence is divided over ranks"
-    return cache
+def restore(held: Held, cache: Cache, channel: Channel, whole: TextConfig) -> None:
+    """Fills one rank's cache. Raises DiskError."""
+    context_ranks = cache.rank.count if isinstance(cache, ContextKVCache) else 1
+    held.restore(cache, heads_of(whole, tensor_rank(channel.exchange.rank, context_ranks)))
+
+
+def tail(rows: SavedRows, cache: Cache) -> dict[int, Block]:
+    """What all ranks have behind the rows that are saved, on the first one."""
+    if isinstance(rows, RankRows):
+        assert isinstance(cache, HybridKVCache)
+        return rows.tail(cache)
+    assert isinstance(cache, ContextKVCache)
+    return rows.tail(cache)
+
+
+def stop_saving(cache: Cache, rows: RowStore | None) -> None:
+    """What memory does not hold goes to `rows` from now on."""
+    if isinstance(cache, ContextKVCache):
+        cache.stop_saving(rows)
+    else:
+        cache.rows = rows
 
 
 class Leader:
@@ -190,34 +215,35 @@ class Leader:
         """From now on the other ranks compute what `model` does; `whole` is the whole model's configuration."""
         self._model, self._channel, self._whole = model, channel, whole
         self._is_within = False  # a forward, of which all know
-        self._forks: WeakKeyDictionary[ForkedKVCache, int] = WeakKeyDictionary()
+        self._forks: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()
         self._made = 0  # forks so far
-        self._rows: RankRows | None = None
+        self._rows: SavedRows | None = None
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, always_call=True)
         model.embed = self._embed  # type: ignore[method-assign]
         model.forward_ragged = self._forward_ragged  # type: ignore[method-assign]
 
-    def rows(self, layout: StoreLayout, store: RowStore) -> RowStore:
-        """Where sealed rows are saved in a context; `store` writes them with the KV heads of all ranks."""
-        self._rows = RankRows(self._channel, self._whole, layout, store)
+    def saved_rows(self, job: Job, store: RowStore) -> SavedRows:
+        """Where rows are saved in a context; `store` writes them with the KV heads and tokens of all ranks."""
+        self._rows = job.saved_rows(self._channel, self._whole, store)
         return self._rows
 
-    def restore(self, held: Held, cache: HybridKVCache) -> None:
-        """Fills the cache, on each rank with its heads. Raises DiskError."""
+    def restore(self, held: Held, cache: Cache) -> None:
+        """Fills the cache, on each rank with its heads and tokens. Raises DiskError."""
         self._channel.announce(RESTORE)
         self._channel.tell_json(held.as_dict())
-        held.restore(cache, heads_of(self._whole, self._channel.exchange.rank))
+        restore(held, cache, self._channel, self._whole)
 
-    def tail(self, cache: HybridKVCache) -> dict[int, Block]:
-        """That of a cache of all heads."""
+    def tail(self, cache: Cache) -> dict[int, Block]:
+        """That of a cache of all heads and tokens."""
         assert self._rows is not None, "nothing is saved"
         self._channel.announce(TAIL)
-        return self._rows.tail(cache)
+        return tail(self._rows, cache)
 
-    def stop_saving(self) -> None:
+    def stop_saving(self, cache: Cache, rows: RowStore | None) -> None:
         """What is sealed from now on is no part of a context."""
         self._channel.announce(UNSAVED)
+        stop_saving(cache, rows)
 
     def _before(self, module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._announce(FORWARD, *arguments, **options)
@@ -255,6 +281,6 @@ class Leader:
         self._channel.tell([*(number for row in table for number in row), *joined])
         self._is_within = True
         try:
-            return Transformer.forward_ragged(self._model, ids, caches, logits)
+            return type(self._model).forward_ragged(self._model, ids, caches, logits)
         finally:
             self._is_within = False

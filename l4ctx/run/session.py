@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.prompt.citations import Citations, Citing
     from l4ctx.run.channel import Channel
+    from l4ctx.run.context import WrittenContext
     from l4ctx.run.inputs import Inputs
     from l4ctx.run.ranks import Leader
     from l4ctx.vision.features import ImageFeatures
@@ -79,10 +80,11 @@ class Session:
 
     @property
     def undivided_cache(self) -> HybridKVCache:
-        """What saved contexts and many questions need."""
-        from l4ctx.run.ranks import undivided
+        """That of one process, or of ranks that all have the same tokens."""
+        from cache.hybrid import HybridKVCache
 
-        return undivided(self.cache)
+        assert isinstance(self.cache, HybridKVCache), "the sequence is divided over ranks"
+        return self.cache
 
     def prefill(self) -> Iterator[PrefillProgress]:
         """Prefills the rest of the prompt, but for the last token of a question in it; saves the documents, if the
@@ -90,17 +92,21 @@ class Session:
 
         Raises ContextError and DiskFullError.
         """
-        from cache.hybrid import HybridKVCache
-
         inputs, written = self.sized.inputs, self.sized.written
         if written is not None:
             yield from self._read(inputs.prompt.documents_stop)
-            cache = self.undivided_cache
-            written.finish(cache, HybridKVCache.tail if self.leader is None else self.leader.tail)
-            cache.rows = self.scratch
-            if self.leader is not None:
-                self.leader.stop_saving()
+            self._finish(written)
         yield from self._read(inputs.reading_stop)
+
+    def _finish(self, written: WrittenContext) -> None:
+        """Completes the context; what is read from now on is no part of it."""
+        cache, leader = self.cache, self.leader
+        if leader is not None:
+            written.finish(cache.offset, lambda: leader.tail(cache))
+            leader.stop_saving(cache, self.scratch)
+        else:
+            written.finish(cache.offset, self.undivided_cache.tail)
+            self.undivided_cache.rows = self.scratch
 
     def decode(self) -> Iterator[str]:
         """Streams the answer in pieces of text. Raises GenerationError."""
@@ -240,7 +246,6 @@ def load(sized: Sized, monitor: Monitor) -> Session:
 
     Raises CheckpointError, ContextError and DiskFullError.
     """
-    from cache.context import ContextKVCache
     from l4ctx.engine.prefill import LayerCount
     from model.weights.loading import load_checkpoint
 
@@ -268,13 +273,12 @@ def load(sized: Sized, monitor: Monitor) -> Session:
         if inputs.images is not None and unread:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
         scratch = _scratch(request, monitor)
-        own = _cache(sized, model, _rows(sized, leader) or scratch)
-        cache = own if context is None else ContextKVCache(own, context.rank, inputs.length)
+        cache = _run_cache(sized, model, leader, scratch)
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
             held = sized.context.held(sized.reused)
             with with_repair_hint(sized.context.folder):
-                held.restore(own) if leader is None else leader.restore(held, own)
+                held.restore(cache) if leader is None else leader.restore(held, cache)
     return Session(sized, monitor, model, cache, features, scratch, layers, leader)
 
 
@@ -287,6 +291,19 @@ def _scratch(request: Request, monitor: Monitor) -> Scratch | None:
     scratch = Scratch(request.kv.folder)
     monitor.resources.callback(scratch.close)
     return scratch
+
+
+def _run_cache(
+    sized: Sized, model: Transformer, leader: Leader | None, scratch: Scratch | None
+) -> HybridKVCache | ContextKVCache:
+    """That of the run; sealed rows are saved in a context, if what is read is kept."""
+    from l4ctx.run.ranks import Job
+
+    writer = None if sized.written is None else sized.written.writer
+    if leader is None:
+        return _cache(sized, model, writer or scratch)
+    job = Job.of(sized.inputs.request, sized.plan, sized.inputs.length, sized.attention)
+    return job.cache(model, scratch, None if writer is None else leader.saved_rows(job, writer))
 
 
 def _cache(sized: Sized, model: Transformer, rows: RowStore | None) -> HybridKVCache:
@@ -319,14 +336,6 @@ def _leader(model: Transformer, channel: Channel, whole: TextConfig) -> Leader:
     from l4ctx.run.ranks import Leader
 
     return Leader(model, channel, whole)
-
-
-def _rows(sized: Sized, leader: Leader | None) -> RowStore | None:
-    """What saves sealed rows in a context, if what is read is kept."""
-    if sized.written is None:
-        return None
-    writer = sized.written.writer
-    return writer if leader is None else leader.rows(sized.plan.layout, writer)
 
 
 def _watcher(model: Transformer, plan: MemoryPlan, device: torch.device, monitor: Monitor) -> LayerWatcher | None:

@@ -20,6 +20,7 @@ from l4ctx.run.choices import KVDtype
 from l4ctx.run.request import ComputeOptions, KVOptions
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
+from model.context_division import most_tokens
 from model.costs import Operations, reading_operations
 
 if TYPE_CHECKING:
@@ -238,7 +239,9 @@ def _check_unsaved_rows(inputs: Inputs, plan: MemoryPlan, reused: int) -> None:
     host, layout = plan.residency.host_rows, plan.layout
     if inputs.context is None or inputs.request.kv.folder is not None or host is None:
         return
-    new = layout.sealed_rows(inputs.prompt_tokens) - reused // layout.block_tokens
+    ranks, chunk_size = inputs.request.compute.context_ranks, inputs.config.attention_chunk_size
+    read, held = (most_tokens(ranks, tokens, chunk_size) for tokens in (inputs.prompt_tokens, reused))
+    new = layout.sealed_rows(read) - layout.sealed_rows(held)
     if new > host + plan.residency.device_rows:
         raise MemoryPlanError(
             "what these documents have beyond the context does not fit into memory; add "

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.context_parallel import ContextExchange, ContextTransformer
+from model.context_attention import ContextExchange
+from model.context_parallel import ContextTransformer
 from model.errors import CheckpointError
 from model.gguf.files import find_gguf, read_gguf
 from model.layers import Embedding, Linear, looked_up, set_weight

@@ -23,9 +23,10 @@ from cache.layout import StoreLayout
 from cache.residency import KVBytes, Residency, held_bytes
 from l4ctx.engine.generate import generate
 from l4ctx.engine.row import Row
-from model import context_parallel
+from model import context_attention, context_parallel
+from model.context_attention import ContextAttention
 from model.context_division import ContextRank, Exchanged, exchanged
-from model.context_parallel import ContextAttention, ContextTransformer
+from model.context_parallel import ContextTransformer
 from model.kernels.attend import AttentionState
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
@@ -115,7 +116,7 @@ def test_whatever_travels_the_result_is_the_same(
 ) -> None:
     cuts = [CHUNK // 2, 3 * CHUNK + 2, 9 * CHUNK, 10 * CHUNK, 10 * CHUNK + 1]
     expected = together(folder, 4, cuts)[0]
-    monkeypatch.setattr(context_parallel, "exchanged", always(are_queries))
+    monkeypatch.setattr(context_attention, "exchanged", always(are_queries))
     found = together(folder, 4, cuts)[0]
     assert not torch.equal(found, expected)  # both kinds were in use
     assert (found - alone(model, cuts)).abs().max() <= LIMIT
@@ -172,7 +173,7 @@ def test_blocks_on_disk_are_exchanged(
     cuts = [5 * CHUNK, 9 * CHUNK, 9 * CHUNK + 2]
     found = []
     for are_queries in (True, False):
-        monkeypatch.setattr(context_parallel, "exchanged", always(are_queries))
+        monkeypatch.setattr(context_attention, "exchanged", always(are_queries))
 
         def on_rank(exchange: ThreadContextExchange) -> tuple[Tensor, int]:
             model = load_checkpoint(folder, dtype=torch.float32, context=exchange)
@@ -262,7 +263,7 @@ def test_an_interrupt_finds_all_tokens_or_none(folder: Path) -> None:
 
 
 def sees_a_later_chunk(patch: pytest.MonkeyPatch) -> None:
-    def visited(self: Any, q: Tensor, visits: Sequence[context_parallel.Visit], segments: Any) -> AttentionState:
+    def visited(self: Any, q: Tensor, visits: Sequence[context_attention.Visit], segments: Any) -> AttentionState:
         stop = max(visit.stop for visit in visits)
         return right(self, q, [visit._replace(stop=stop) for visit in visits], segments)
 
@@ -274,7 +275,7 @@ def forgets_the_log_sum_exp(patch: pytest.MonkeyPatch) -> None:
     def mean(states: Sequence[AttentionState]) -> AttentionState:
         return AttentionState(torch.stack([state.out for state in states]).mean(0), states[0].lse)
 
-    patch.setattr(context_parallel, "_merged", mean)
+    patch.setattr(context_attention, "merged", mean)
 
 
 def takes_another_rank_for_the_owner(patch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,8 @@ from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Workload
 from l4ctx.run.channel import END, Channel
 from l4ctx.run.follower import Follower
-from l4ctx.run.questions import QuestionsOptions
 from l4ctx.run.ranks import Job, Leader, check, note_on
-from l4ctx.run.request import ComputeOptions, ContextOptions, Request
+from l4ctx.run.request import ComputeOptions, Request
 from model.config import TextConfig
 from model.context_division import ContextRank, meeting_bytes
 from model.costs import activation_bytes
@@ -118,34 +117,29 @@ def test_a_leader_and_followers_answer_as_one_process(tmp_path: Path, count: int
 
 
 def test_processes_divide_documents(tmp_path: Path) -> None:
-    """Over three attention chunks, one of the first rank and two of the other."""
+    """Over three attention chunks, one of the first rank and two of the other; one process answers from what they
+    keep."""
     (tmp_path / "a.md").write_text(FILLER * 60 + DOCUMENT + FILLER * 60, encoding="utf-8")
-    arguments = ("ask", QUESTION, str(tmp_path / "a.md"), "--model", str(TINY), "--max-new-tokens", "16")
+    options, context = ("--model", str(TINY), "--max-new-tokens", "16"), str(tmp_path / "context")
+    arguments = ("ask", QUESTION, str(tmp_path / "a.md"), *options)
     alone = run_here(*arguments, "-q")
-    with started(*arguments, "--context-ranks", "2", folders=(tmp_path, tmp_path)) as processes:
+    divided = (*arguments, "--save-context", context, "--context-ranks", "2")
+    with started(*divided, folders=(tmp_path, tmp_path)) as processes:
         (out, error), silent = (process.communicate(timeout=TIMEOUT) for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert out == alone.stdout and "48213" in out
     assert "l4ctx: 2 ranks each with the model; the documents are divided over 2\n" in error
     assert silent == ("", "")
+    kept = run_here("ask", QUESTION, "--context", context, *options, "-q")
+    assert kept.stdout == out
 
 
 LAUNCH = Launch(0, 4, 4, "127.0.0.1", 1, is_met=False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"compute": ComputeOptions(context_ranks=3)}, "--context-ranks 3: 4 ranks cannot be divided by it"),
-        ({"context": ContextOptions(save_to=Path("c"))}, "--save-context does not go with --context-ranks"),
-        ({"context": ContextOptions(answer_from=Path("c"))}, "--context does not go with --context-ranks"),
-        ({"questions": QuestionsOptions("q", [], None, None, in_order=False)}, "--questions does not go with"),
-    ],
-)
-def test_what_they_cannot_do_is_refused(changes: dict[str, Any], named: str) -> None:
-    request = Request(**{"model": TINY, "launch": LAUNCH, "compute": ComputeOptions(context_ranks=2)} | changes)
-    with pytest.raises(UsageError, match=named):
-        check(request)
+def test_what_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(UsageError, match="--context-ranks 3: 4 ranks cannot be divided by it"):
+        check(Request(model=TINY, launch=LAUNCH, compute=ComputeOptions(context_ranks=3)))
 
 
 def test_one_process_does_not_divide_documents() -> None:

@@ -150,7 +150,7 @@ def reading(
         model(kind.dtype), cache, memoryview(ids)[start:], prefill_chunk_size=kind.prefill_chunk_size, features=features
     ):
         yield cache.offset
-    writer.finish(cache)
+    writer.finish(cache.offset, cache.tail)
 
 
 def keep(

@@ -23,11 +23,13 @@ SECONDS = 60.0
 class Together:
     """So many ranks; `run` gives each its exchange."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, turn: threading.Lock | None = None) -> None:
+        """`turn` is that of other ranks that compute meanwhile."""
         self.count = count
         self.exchanges = 0
-        self._turn, self._barrier = threading.Lock(), threading.Barrier(count)
+        self.turn, self._barrier = turn or threading.Lock(), threading.Barrier(count)
         self._given: list[tuple[str, list[Tensor]]] = [("", [])] * count
+        self._groups: list[Together] = []
 
     def run(self, work: Callable[[ThreadExchange], T]) -> list[T]:
         """What `work` returns on each rank. Raises what one of them raises."""
@@ -36,6 +38,21 @@ class Together:
     def run_context(self, work: Callable[[ThreadContextExchange], T]) -> list[T]:
         """The same with context ranks."""
         return self._started(lambda number: work(ThreadContextExchange(self, number)))
+
+    def run_mesh(
+        self, context: int, work: Callable[[ThreadExchange, ThreadExchange, ThreadContextExchange], T]
+    ) -> list[T]:
+        """The same with tensor x context ranks: `work` gets the exchange of all, and those of its row and column."""
+        tensor = self.count // context
+        self._groups = [Together(tensor, self.turn) for _ in range(context)]
+        self._groups += [Together(context, self.turn) for _ in range(tensor)]
+
+        def on(number: int) -> T:
+            row, column = self._groups[number // tensor], self._groups[context + number % tensor]
+            of_row = ThreadExchange(row, number % tensor)
+            return work(ThreadExchange(self, number), of_row, ThreadContextExchange(column, number // tensor))
+
+        return self._started(on)
 
     def _started(self, work: Callable[[int], T]) -> list[T]:
         with ThreadPoolExecutor(self.count) as threads:
@@ -50,22 +67,23 @@ class Together:
         """Every rank's tensors; all ranks must be at the same exchange."""
         self._given[number] = what, [x.clone() for x in tensors]
         self.exchanges += number == 0
-        self._turn.release()
+        self.turn.release()
         try:
             self._barrier.wait(SECONDS)
             found = list(self._given)
             self._barrier.wait(SECONDS)
         finally:
-            self._turn.acquire()
+            self.turn.acquire()
         assert {other for other, _ in found} == {what}, f"ranks do different things: {[name for name, _ in found]}"
         return [given for _, given in found]
 
     def _run(self, work: Callable[[int], T], number: int) -> T:
-        with self._turn:
+        with self.turn:
             try:
                 return work(number)
             except BaseException:
-                self._barrier.abort()
+                for group in (self, *self._groups):
+                    group._barrier.abort()
                 raise
 
 
