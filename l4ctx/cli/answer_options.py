@@ -55,6 +55,14 @@ DraftTokens = Annotated[
 LoopGuard = Annotated[
     bool, typer.Option("--loop-guard/--no-loop-guard", help="Stop an answer that keeps repeating itself.")
 ]
+ResponseFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="json|FILE",
+        help="Keep answers to a JSON object, or to the JSON schema in FILE (needs l4ctx[json]).",
+        show_default=False,
+    ),
+]
 Cite = Annotated[
     bool,
     typer.Option(

@@ -96,6 +96,7 @@ def ask(
     sample: answer_options.Sample = False,
     draft_tokens: answer_options.DraftTokens = None,
     cite: answer_options.Cite = False,
+    response_format: answer_options.ResponseFormat = None,
     loop_guard: answer_options.LoopGuard = True,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
@@ -142,6 +143,7 @@ def ask(
             KVOptions,
             Request,
         )
+        from l4ctx.run.response_format import read_format
 
         check_stdout("the answer to")
         check_context_ranks(context_ranks, launch)
@@ -158,6 +160,8 @@ def ask(
             found, documents, stdin = many_inputs(questions, named_paths, quiet=quiet, reads_pipe=reads_pipe)
             asked = QuestionsOptions(named(questions), found, batch, resume_answers, in_order=in_order)
         sources = read.options(documents, stdin)
+        if cite and response_format is not None:
+            raise UsageError("--cite asks for quotations, which --response-format does not allow: give one of them")
         if cite and no_documents:
             raise UsageError("--cite: there are no documents to name with --no-documents; leave out one of them")
         _check_sources(sources, saved, read.given(), no_documents=no_documents, system=system)
@@ -177,6 +181,7 @@ def ask(
                 loop_guard=loop_guard,
                 draft_tokens=draft_tokens,
                 cites=cite,
+                schema=None if response_format is None else read_format(response_format),
             ),
             ComputeOptions(
                 device,

@@ -103,6 +103,13 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
             )
         if display.json:
             write_json(run_report(session))
+    if request.answer.schema is not None and session.answer.stop_reason not in (None, "stop"):
+        from l4ctx.run.response_format import IncompleteAnswerError
+
+        raise IncompleteAnswerError(
+            f"the answer ended after {session.answer.tokens:,} tokens, before it was whole (--response-format); "
+            "allow more with --max-new-tokens, or bound the schema (maxLength, maxItems)"
+        )
     if display.stats:
         tell(stats_line(session))
     if display.memory_report:

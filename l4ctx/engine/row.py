@@ -29,6 +29,18 @@ class Drafts(Protocol):
         ...
 
 
+class Constraint(Protocol):
+    """What an answer has to keep to, such as a schema: `l4ctx.run.response_format.Constraint`."""
+
+    def allowed(self) -> bytes:
+        """A byte for each token, which is not 0 where it may come next; there is always one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """It does come next."""
+        ...
+
+
 class AnswerCache(Protocol):
     """What an answer needs of the cache that its tokens are appended to."""
 
@@ -63,14 +75,16 @@ class Row:
         guard: LoopGuard | None = None,
         drafts: Drafts | None = None,
         observer: Observer | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        """`observer` is told what forwards of this answer attend to."""
+        """`observer` is told what forwards of this answer attend to; `constraint` says which tokens it may consist of,
+        drafted ones among them."""
         self.cache, self.observer = cache, observer
         self.stop_reason: StopReason | None = None if max_new_tokens else "length"
         self.tokens = 0  # of the answer
         self._last, self._fed = token, list[int]()
         self._max_new_tokens, self._stop_tokens = max_new_tokens, stop_tokens
-        self._sampling, self._guard, self._drafts = sampling, guard, drafts
+        self._sampling, self._guard, self._drafts, self._constraint = sampling, guard, drafts, constraint
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -95,7 +109,7 @@ class Row:
         fed, self._fed = self._fed, []
         before, chosen = self.cache.offset - len(fed), list[int]()
         for drafted, row in zip([*fed[1:], None], logits, strict=True):
-            self._last = choose(row, self._sampling, self._generator)
+            self._last = self._choose(row)
             chosen.append(self._last)
             self.stop_reason = self._reason_to_stop(self._last)
             if self._last != drafted or self.stop_reason is not None:
@@ -105,6 +119,16 @@ class Row:
         if self._drafts is not None:
             self._drafts.observe(chosen)
         return chosen[:-1] if self.stop_reason == "stop" else chosen
+
+    def _choose(self, logits: Tensor) -> int:
+        """A token id from logits (V,), among those that are allowed."""
+        if self._constraint is None:
+            return choose(logits, self._sampling, self._generator)
+        allowed = torch.frombuffer(bytearray(self._constraint.allowed()), dtype=torch.uint8)[: len(logits)]
+        ids = allowed.nonzero().flatten()
+        token = int(ids[choose(logits[ids.to(logits.device)], self._sampling, self._generator)])
+        self._constraint.accept(token)
+        return token
 
     def _reason_to_stop(self, token: int) -> StopReason | None:
         if token in self._stop_tokens:

@@ -86,7 +86,7 @@ class _Beginning:
     """Makes the row of an answer that begins: with the question's own settings, and those of all for the rest."""
 
     def __init__(self, session: Session, drafts: DraftSource | None) -> None:
-        self._session, self._drafts = session, drafts
+        self._session, self._drafts, self._format = session, drafts, session.response_format()
 
     def __call__(self, turn: _Turn, cache: Continuation, token: int) -> Row:
         from l4ctx.engine.loop_guard import LoopGuard
@@ -105,6 +105,7 @@ class _Beginning:
             guard=LoopGuard() if self._session.request.answer.loop_guard else None,
             drafts=None if self._drafts is None else self._drafts.drafter(turn.ids),
             observer=turn.log,
+            constraint=None if self._format is None else self._format.answer(),
         )
 
 

@@ -94,6 +94,7 @@ class AnswerOptions:
     draft_tokens: int | None = None  # of a draft at most; 0: no drafts; None: as many as the steps hold best
     loop_guard: bool = True  # ends an answer that only repeats itself
     cites: bool = False  # names sources
+    schema: str | None = None  # in JSON, that the answer keeps to
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from l4ctx.run.context import WrittenContext
     from l4ctx.run.inputs import Inputs
     from l4ctx.run.ranks import Leader
+    from l4ctx.run.response_format import ResponseFormat
     from l4ctx.vision.features import ImageFeatures
     from model.config import TextConfig
     from model.transformer import LayerWatcher, Transformer
@@ -130,6 +131,7 @@ class Session:
             guard=guard,
             drafts=None if source is None else source.drafter(),
             observer=log,
+            constraint=None if (format := self.response_format()) is None else format.answer(),
         )
         tokens = generate(self.model, row)
         while True:
@@ -174,6 +176,18 @@ class Session:
             source = DraftSource.of(self.sized)
         self.answer.draft_index, self.answer.drafts = source.nbytes, source.counts
         return source
+
+    def response_format(self) -> ResponseFormat | None:
+        """The schema that answers keep to, compiled. Raises RequestError."""
+        from l4ctx.run.response_format import ResponseFormat
+
+        inputs = self.sized.inputs
+        if (schema := self.request.answer.schema) is None:
+            return None
+        with self.monitor.loading():
+            self.monitor.tell("compiling the schema")
+            stop_tokens = inputs.checked.generation.stop_tokens
+            return ResponseFormat(schema, inputs.tokenizer, inputs.checked.whole.vocab_size, stop_tokens)
 
     def memory_report(self) -> MemoryReport:
         import torch
