@@ -6,13 +6,12 @@ The ranks are threads here; processes are in tests/model/test_parallel.py.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import TextConfig
@@ -22,6 +21,7 @@ from model.quantization.choice import Quantization
 from model.transformer import Transformer
 from model.weights.cutting import cut_sources
 from model.weights.loading import checked_sources, load_checkpoint
+from model.weights.sources import StoredPart, WeightSource
 from support.compressed import RECIPES
 from support.quantized_toys import write_compressed, write_fused
 from support.rank_threads import ThreadExchange, Together
@@ -171,14 +171,53 @@ def test_groups_that_ranks_would_cut_are_refused(tmp_path: Path) -> None:
         Together(4).run(lambda exchange: load_checkpoint(folder, exchange=exchange))
 
 
-def test_other_ranks_do_not_matter_to_a_rank(written: Callable[[str], Path], tmp_path: Path) -> None:
-    """Bytes that belong to others are not read: they may be anything."""
-    folder = Path(shutil.copytree(written("as published"), tmp_path / "copy"))
-    config, rank = TextConfig.from_folder(folder), TensorRank(1, 2)
-    name = "model.layers.0.self_attn.o_proj.weight"
-    source = cut_sources(checked_sources(folder, config), config, rank)[name]
-    stored = load_file(folder / "model.safetensors")[name]
-    from model.weights.mapping import MappedFiles
+@pytest.mark.parametrize("name", ["bfloat16, two experts a token", "int4", "FP8 per channel"])
+def test_a_rank_reads_its_share_and_what_is_replicated(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Counted byte by byte in the files: each byte of the text model is one rank's or all ranks', the others' may be
+    anything, and what is replicated is little."""
+    count, folder = 2, written(name)
+    config, files = TextConfig.from_folder(folder), sorted(folder.glob("*.safetensors"))
+    whole = checked_sources(folder, config)
+    ranks = [cut_sources(whole, config, TensorRank(number, count)) for number in range(count)]
+    read = [{file: bytes_of(sources, file) for file in files} for sources in ranks]
+    for sources, masks in zip(ranks, read, strict=True):
+        assert sum(int(mask.sum()) for mask in masks.values()) == sum(x.num_bytes for x in sources.values())
+    total = {file: bytes_of(whole, file) for file in files}
+    together = {file: sum(masks[file].int() for masks in read) for file in files}
+    assert all(torch.equal(together[file] > 0, total[file]) for file in files)
+    replicated = sum(int((together[file] == count).sum()) for file in files)
+    assert 0 < replicated < 0.1 * sum(int(mask.sum()) for mask in total.values())
+    expected = Together(count).run(lambda exchange: tensors(load_checkpoint(folder, exchange=exchange)))
+    for number, masks in enumerate(read):
+        poisoned = Path(shutil.copytree(folder, tmp_path / str(number)))
+        for file, mask in masks.items():
+            content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+            content[~mask & total[file]] = 0xFF
+            (poisoned / file.name).write_bytes(content.numpy().tobytes())
+        found = Together(count).run(lambda exchange, own=poisoned: tensors(load_checkpoint(own, exchange=exchange)))
+        assert all(torch.equal(a, b) for a, b in zip(found[number], expected[number], strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(found[1 - number], expected[1 - number], strict=True))
 
-    found = MappedFiles().tensor(source.tensors["weight"])
-    assert torch.equal(found, stored[:, stored.shape[1] // 2 :])
+
+def tensors(model: Transformer) -> list[Tensor]:
+    """All that a rank holds, as bytes."""
+    return [x.detach().contiguous().view(torch.uint8).clone() for x in (*model.parameters(), *model.buffers())]
+
+
+def bytes_of(sources: Mapping[str, WeightSource], file: Path) -> Tensor:
+    """Which bytes of the file these weights are made of."""
+    found = torch.zeros(file.stat().st_size, dtype=torch.bool)
+    for source in sources.values():
+        for tensor in source.tensors.values():
+            if tensor.file.name != file.name:
+                continue
+            if not isinstance(tensor, StoredPart):
+                found[tensor.offset : tensor.offset + tensor.num_bytes] = True
+                continue
+            whole = tensor.whole
+            here = found[whole.offset : whole.offset + whole.num_bytes].view(*whole.shape, -1)
+            for part in tensor.parts:
+                here.narrow(tensor.axis - 1, part.start, len(part)).fill_(True)
+    return found
