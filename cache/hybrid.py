@@ -22,7 +22,7 @@ from cache.residency import KVBytes, Residency
 from cache.sealed import SealedBlock
 from cache.tiers import RowStore, Tiers, unit_name
 from model.config import TextConfig
-from model.gpu.support import LayerPages
+from model.gpu.support import Pages
 from model.kernels.attend import KVSegment
 from model.weights.transport import CudaTransport, Transport
 
@@ -67,7 +67,7 @@ class HybridKVCache:
         self.tiers = Tiers(self.layout, self.device, transport)
         self._is_saved = False  # every sealed block has a file
         self._placed = 0  # sealed rows that lie where they should
-        self._pages: tuple[object, list[LayerPages] | None] = None, None  # the state that they are of, and they
+        self._pages: tuple[object, Pages | None] = None, None  # the state that they are of, and they
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
             self._new_layer(layer) for layer in range(config.num_hidden_layers)
         ]
@@ -83,12 +83,12 @@ class HybridKVCache:
             before.finish()  # layers run in order, so that at most one holds a whole forward's tokens
         self.layers[layer].append(self.offset, keys, values)
 
-    def reserve(self, tokens: int) -> list[LayerPages] | None:
+    def reserve(self, tokens: int) -> Pages | None:
         """Makes room for the next `tokens` tokens, and says by layer where keys and values lie and these will.
 
-        Of RoPE layers that is the window, which begins at a multiple of the chunk. The list is the same one as long as
-        nothing has moved. None if a sealed block lies elsewhere than on the model's device, or in another dtype, or if
-        the tokens lie in two attention chunks.
+        Of RoPE layers that is the window, which begins at a multiple of the chunk. The object is the same one as
+        long as nothing has moved. None if a sealed block lies elsewhere than on the model's device, or in another
+        dtype, or if the tokens lie in two attention chunks.
         """
         stop, size = self.offset + tokens, self.config.attention_chunk_size
         assert stop <= self.length, f"{stop} tokens in a cache made for {self.length}"
@@ -100,7 +100,7 @@ class HybridKVCache:
         if state != self._pages[0]:
             pages = [cache.pages() for cache in self.layers]
             known = [here for here in pages if here is not None]
-            self._pages = state, known if len(known) == len(pages) else None
+            self._pages = state, Pages(known) if len(known) == len(pages) else None
         return self._pages[1]
 
     def segments(self, layer: int, queries: range, within: range | None = None) -> Iterator[KVSegment]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
-from model.gpu.support import LayerPages
+from model.gpu.support import Pages
 from model.kernels.attend import AttentionState, Backend, KVSegment, attend, attention_state, merge
 from model.kernels.masks import AttentionMask
 from model.kernels.watch import Found, Observer, Watch, tell
@@ -42,10 +42,10 @@ class KVCache(Protocol):
         """
         ...
 
-    def reserve(self, tokens: int) -> list[LayerPages] | None:
+    def reserve(self, tokens: int) -> Pages | None:
         """Makes room for the next `tokens` tokens, and says by layer where keys and values lie and these will.
 
-        The list is the same one as long as nothing has moved. None where that cannot be told.
+        The object is the same one as long as nothing has moved. None where that cannot be told.
         """
         ...
 

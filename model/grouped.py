@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.gpu.available import has_triton
+from model.gpu.forms import Form, are_alike
 from model.quantization.form import StoredMatrix, Weight
 
 TILE_ELEMENTS = 2**27
@@ -41,10 +43,16 @@ def stored_product(x: Tensor, weights: Sequence[Weight], ends: Tensor) -> Tensor
     """The same with matrices (C_out, C_in) in any form, of which parts are expanded, the same rows of all of them."""
     features, inner = weights[0].shape
     step = max(32, TILE_ELEMENTS // (len(weights) * inner) // 32 * 32)
-    out = x.new_empty(len(x), features)
+    out, forms = x.new_empty(len(x), features), _forms(weights, x.device)
     for start in range(0, features, step):
         here = slice(start, min(start + step, features))
         tile = x.new_empty(len(weights), here.stop - here.start, inner)
+        if forms is not None:
+            from model.gpu.expanding import expand  # here: Triton comes with builds of torch for GPUs only
+
+            expand(forms, here, tile)
+            out[:, here] = grouped_product(x, tile.transpose(1, 2), ends)
+            continue
         for rows, weight in zip(tile, weights, strict=True):
             if isinstance(weight, StoredMatrix):
                 weight.write(here, rows)
@@ -52,6 +60,14 @@ def stored_product(x: Tensor, weights: Sequence[Weight], ends: Tensor) -> Tensor
                 rows.copy_(weight[here])
         out[:, here] = grouped_product(x, tile.transpose(1, 2), ends)
     return out
+
+
+def _forms(weights: Sequence[Weight], device: torch.device) -> list[Form] | None:
+    """How one kernel reads all the matrices; None if there is none for them."""
+    if not has_triton(device):
+        return None
+    forms = [form for weight in weights if isinstance(weight, StoredMatrix) and (form := weight.form()) is not None]
+    return forms if len(forms) == len(weights) and are_alike(forms) else None
 
 
 @functools.cache

@@ -10,27 +10,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PLAIN, INT4_PAIRS, CODES = tl.constexpr(0), tl.constexpr(4), tl.constexpr(8)
+"""How a matrix is stored: in 16 bits; as pairs of 4-bit codes, to which 8 is added; as int8 or float8_e4m3fn codes."""
+
 
 @triton.jit
 def product(
-    acc, x, rows, known, x_row, w, columns, n, w_n, w_k, first, last, BLOCK_K: tl.constexpr
+    acc, x, rows, known, x_row, w, scale, columns, n, w_n, w_k, scale_n, scale_k, first, last,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc (R, N) + x (R, first .. last) @ w (N, first .. last).T."""
+    """acc (R, N) + x (R, first .. last) @ w (N, first .. last).T.
+
+    Of codes each GROUP along K has a scale, at scale_n and scale_k; BLOCK_K divides it. Pairs of codes lie along K, and
+    w_n and w_k count bytes; a group has 32 elements or a multiple.
+    """
+    inside = columns < n
     for start in range(first, last, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         seen = inner < last
         a = tl.load(x + rows[:, None] * x_row + inner[None, :], known[:, None] & seen[None, :], other=0.0)
-        there = seen[:, None] & (columns < n)[None, :]
-        b = tl.load(w + inner[:, None] * w_k + columns[None, :] * w_n, there, other=0.0)
-        acc = tl.dot(a, b, acc)
+        if KIND == INT4_PAIRS:
+            pair = tl.multiple_of(start // 2, 16) + tl.arange(0, BLOCK_K // 2)
+            there = (pair < tl.multiple_of(last // 2, 16))[:, None] & inside[None, :]
+            codes = tl.load(w + pair[:, None] * w_k + columns[None, :] * w_n, there, other=0)
+            even, odd = tl.split(tl.reshape(a, (a.shape[0], BLOCK_K // 2, 2)))
+            low = ((codes & 15).to(tl.int8) - 8).to(a.dtype)
+            high = ((codes >> 4).to(tl.int8) - 8).to(a.dtype)
+            part = tl.dot(odd, high, tl.dot(even, low))
+        else:
+            there = seen[:, None] & inside[None, :]
+            b = tl.load(w + inner[:, None] * w_k + columns[None, :] * w_n, there, other=0.0)
+            if KIND == PLAIN:
+                acc = tl.dot(a, b, acc)
+            else:
+                part = tl.dot(a, b.to(a.dtype))
+        if KIND != PLAIN:
+            factor = tl.load(scale + columns * scale_n + start // GROUP * scale_k, inside, other=0.0)
+            acc += part * factor.to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
+def address(at, like, ALIGNED: tl.constexpr):
+    """A pointer of the same type as `like` from an address in memory."""
+    found = tl.load(at).to(like.dtype)
+    if ALIGNED:  # what is known of addresses decides how wide loads are
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
 def linear_kernel(
-    x, w0, w1, w2, out, t, n0, n1, n2, k, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x, w0, w1, w2, scale0, scale1, scale2, out, t, n0, n1, n2, k, w_n, w_k, scale_n, scale_k,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x (T, K) times up to three matrices (N_i, K) -> (T, N_0 + N_1 + N_2) float32."""
+    """x (T, K) times up to three matrices (N_i, K), stored alike -> (T, N_0 + N_1 + N_2) float32."""
     block = tl.program_id(0)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
     is_first, is_second = block < blocks0, block < blocks0 + blocks1
@@ -42,11 +76,17 @@ def linear_kernel(
     known = rows < t
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if is_first:
-        acc = product(acc, x, rows, known, k, w0, columns, n, k, 1, 0, k, BLOCK_K)
+        acc = product(
+            acc, x, rows, known, k, w0, scale0, columns, n, w_n, w_k, scale_n, scale_k, 0, k, KIND, GROUP, BLOCK_K
+        )
     elif is_second:
-        acc = product(acc, x, rows, known, k, w1, columns, n, k, 1, 0, k, BLOCK_K)
+        acc = product(
+            acc, x, rows, known, k, w1, scale1, columns, n, w_n, w_k, scale_n, scale_k, 0, k, KIND, GROUP, BLOCK_K
+        )
     else:
-        acc = product(acc, x, rows, known, k, w2, columns, n, k, 1, 0, k, BLOCK_K)
+        acc = product(
+            acc, x, rows, known, k, w2, scale2, columns, n, w_n, w_k, scale_n, scale_k, 0, k, KIND, GROUP, BLOCK_K
+        )
     at = out + rows[:, None] * (n0 + n1 + n2) + before + columns[None, :]
     tl.store(at, acc, known[:, None] & (columns < n)[None, :])
 
@@ -92,7 +132,7 @@ def heads_kernel(
         entry = table + 3 * (place // page_tokens)
         kv_head, is_value = (head - HEADS) % KV_HEADS, (head - HEADS) // KV_HEADS
         stride = tl.load(entry + 2)
-        into = tl.load(entry + is_value).to(tl.pointer_type(dtype)) + kv_head * stride + (place % page_tokens) * D
+        into = tl.load(entry + is_value).to(q.dtype) + kv_head * stride + (place % page_tokens) * D
     tl.store(into + 2 * pair, even.to(dtype), there)
     tl.store(into + 2 * pair + 1, odd.to(dtype), there)
 
@@ -126,10 +166,10 @@ def attention_kernel(
     queries = tl.load(q + at, known[:, None] & inside[None, :], other=0.0)
     entry = table + 3 * (start // page_tokens)
     offset = kv_head * tl.load(entry + 2) + start % page_tokens * D
-    keys = tl.load(entry).to(tl.pointer_type(q.dtype.element_ty)) + offset
-    values = tl.load(entry + 1).to(tl.pointer_type(q.dtype.element_ty)) + offset
-    if D % 16 == 0:  # what is known of addresses decides how wide loads are
-        keys, values = tl.multiple_of(keys, 32), tl.multiple_of(values, 32)
+    keys = tl.load(entry).to(q.dtype) + offset
+    values = tl.load(entry + 1).to(q.dtype) + offset
+    if D % 8 == 0:  # what is known of addresses decides how wide loads are
+        keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
     last = tl.minimum(split_tokens, first + t - start)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -235,58 +275,69 @@ def chosen(logits, experts, slot, WIDTH: tl.constexpr):
 
 @triton.jit
 def gate_up_kernel(
-    x, gate, up, routed, logits, gated_all, gated_pairs, t, c, size, routed_size, experts, routed_e, routed_k, routed_n,
+    x, gated_all, gated_pairs, logits, table, dense_like, dense_scale, routed_like, routed_scale, t, c, size,
+    routed_size, experts, dense_n, dense_k, dense_scale_n, dense_scale_k, routed_n, routed_k, routed_scale_n,
+    routed_scale_k,
+    DENSE_KIND: tl.constexpr, DENSE_GROUP: tl.constexpr, ROUTED_KIND: tl.constexpr, ROUTED_GROUP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """silu(x @ gate) * (x @ up): of all tokens with the matrices (size, C) of the dense or shared expert, and of each
-    token-expert pair with the routed ones (experts, C, 2 * routed_size), whose input is scaled."""
+    """silu(x @ gate) * (x @ up): of all tokens with the dense or shared expert, and of each token-expert pair with the
+    expert that it is routed to, whose input is scaled.
+
+    table (experts + 1, 6) int64: addresses of gate, up and down matrices, each with its scales; the dense one is last.
+    """
     columns, which = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     rows = tl.arange(0, ROWS)
-    dtype = x.dtype.element_ty
-    n = size
-    into = gated_all
-    known = rows < t
-    a_gate = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    a_up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    gate = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if which == 0:
-        for start in range(0, c, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            a = tl.load(x + rows[:, None] * c + inner[None, :], known[:, None] & (inner < c)[None, :], other=0.0)
-            there = (inner < c)[:, None] & (columns < size)[None, :]
-            at = inner[:, None] + columns[None, :] * c
-            a_gate = tl.dot(a, tl.load(gate + at, there, other=0.0), a_gate)
-            a_up = tl.dot(a, tl.load(up + at, there, other=0.0), a_up)
+        known = rows < t
+        entry = table + experts * 6
+        gate = product(
+            gate, x, rows, known, c, address(entry, dense_like, ALIGNED), address(entry + 1, dense_scale, False),
+            columns, size, dense_n, dense_k, dense_scale_n, dense_scale_k, 0, c, DENSE_KIND, DENSE_GROUP, BLOCK_K,
+        )  # fmt: skip
+        up = product(
+            up, x, rows, known, c, address(entry + 2, dense_like, ALIGNED), address(entry + 3, dense_scale, False),
+            columns, size, dense_n, dense_k, dense_scale_n, dense_scale_k, 0, c, DENSE_KIND, DENSE_GROUP, BLOCK_K,
+        )  # fmt: skip
+        at = gated_all + rows[:, None] * size + columns[None, :]
+        there = known[:, None] & (columns < size)[None, :]
     else:
         pair = which - 1
         token = pair // TOP_K
-        expert, score = chosen(logits + token * experts, experts, pair % TOP_K, WIDTH)
-        score = score.to(dtype).to(tl.float32)
-        n = routed_size
-        into = gated_pairs + pair * routed_size
         known = rows < 1
-        weights = routed + expert.to(tl.int64) * routed_e
-        for start in range(0, c, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            seen = known[:, None] & (inner < c)[None, :]
-            a = tl.load(x + token * c + 0 * rows[:, None] + inner[None, :], seen, other=0.0)
-            a = (a.to(tl.float32) * score).to(dtype)
-            there = (inner < c)[:, None] & (columns < routed_size)[None, :]
-            at = inner[:, None] * routed_k + columns[None, :] * routed_n
-            a_gate = tl.dot(a, tl.load(weights + at, there, other=0.0), a_gate)
-            a_up = tl.dot(a, tl.load(weights + routed_size * routed_n + at, there, other=0.0), a_up)
-    gated = a_gate / (1.0 + tl.exp(-a_gate)) * a_up
-    at = into + rows[:, None] * n + columns[None, :]
-    tl.store(at, gated.to(dtype), known[:, None] & (columns < n)[None, :])
+        expert, score = chosen(logits + token * experts, experts, pair % TOP_K, WIDTH)
+        entry = table + expert * 6
+        gate = product(
+            gate, x + token * c, rows, known, 0, address(entry, routed_like, ALIGNED),
+            address(entry + 1, routed_scale, False), columns, routed_size, routed_n, routed_k, routed_scale_n,
+            routed_scale_k, 0, c, ROUTED_KIND, ROUTED_GROUP, BLOCK_K,
+        )  # fmt: skip
+        up = product(
+            up, x + token * c, rows, known, 0, address(entry + 2, routed_like, ALIGNED),
+            address(entry + 3, routed_scale, False), columns, routed_size, routed_n, routed_k, routed_scale_n,
+            routed_scale_k, 0, c, ROUTED_KIND, ROUTED_GROUP, BLOCK_K,
+        )  # fmt: skip
+        gate *= score
+        up *= score
+        at = gated_pairs + pair * routed_size + 0 * rows[:, None] + columns[None, :]
+        there = known[:, None] & (columns < routed_size)[None, :]
+    gated = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(at, gated.to(x.dtype.element_ty), there)
 
 
 @triton.jit
 def down_kernel(
-    gated_all, gated_pairs, down, routed, logits, out_all, out_pairs, t, c, size, routed_size, experts,
-    routed_e, routed_k, routed_n,
+    gated_all, gated_pairs, out_all, out_pairs, logits, table, dense_like, dense_scale, routed_like, routed_scale,
+    t, c, size, routed_size, experts, dense_n, dense_k, dense_scale_n, dense_scale_k, routed_n, routed_k,
+    routed_scale_n, routed_scale_k,
+    DENSE_KIND: tl.constexpr, DENSE_GROUP: tl.constexpr, ROUTED_KIND: tl.constexpr, ROUTED_GROUP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The second product: of all tokens (T, size) with the matrix (C, size), of pairs with (experts, routed_size, C).
+    """The second product, of all tokens (T, size) and of pairs (T * TOP_K, routed_size).
 
     Sums (SPLITS, T, C) and (SPLITS, T * TOP_K, C) in float32, each of a part of the inner dimension.
     """
@@ -295,19 +346,26 @@ def down_kernel(
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if which == 0:
         known = rows < t
-        into = out_all + split * t * c
         share = tl.cdiv(size, SPLITS * BLOCK_K) * BLOCK_K
         last = tl.minimum((split + 1) * share, size)
-        acc = product(acc, gated_all, rows, known, size, down, columns, c, size, 1, split * share, last, BLOCK_K)
+        entry = table + experts * 6
+        acc = product(
+            acc, gated_all, rows, known, size, address(entry + 4, dense_like, ALIGNED),
+            address(entry + 5, dense_scale, False), columns, c, dense_n, dense_k, dense_scale_n, dense_scale_k,
+            split * share, last, DENSE_KIND, DENSE_GROUP, BLOCK_K,
+        )  # fmt: skip
+        at = out_all + split * t * c + rows[:, None] * c + columns[None, :]
     else:
         pair = which - 1
         known = rows < 1
-        into = out_pairs + (split * t * TOP_K + pair) * c
         expert, _ = chosen(logits + pair // TOP_K * experts, experts, pair % TOP_K, WIDTH)
         share = tl.cdiv(routed_size, SPLITS * BLOCK_K) * BLOCK_K
         last = tl.minimum((split + 1) * share, routed_size)
+        entry = table + expert * 6
         acc = product(
-            acc, gated_pairs + pair * routed_size, rows, known, routed_size, routed + expert.to(tl.int64) * routed_e,
-            columns, c, routed_n, routed_k, split * share, last, BLOCK_K,
+            acc, gated_pairs + pair * routed_size, rows, known, 0, address(entry + 4, routed_like, ALIGNED),
+            address(entry + 5, routed_scale, False), columns, c, routed_n, routed_k, routed_scale_n, routed_scale_k,
+            split * share, last, ROUTED_KIND, ROUTED_GROUP, BLOCK_K,
         )  # fmt: skip
-    tl.store(into + rows[:, None] * c + columns[None, :], acc, known[:, None] & (columns < c)[None, :])
+        at = out_pairs + (split * t * TOP_K + pair) * c + 0 * rows[:, None] + columns[None, :]
+    tl.store(at, acc, known[:, None] & (columns < c)[None, :])

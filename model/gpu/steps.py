@@ -7,14 +7,16 @@ how many are computed with it.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpu.available import has_triton
-from model.gpu.support import MAX_TOKENS, LayerPages, is_recordable
+from model.gpu.layer_forms import LayerForms, form_of, layer_forms
+from model.gpu.support import MAX_TOKENS, LayerPages, Pages, has_kernels
 from model.rope import phases
 from model.transfers import to_device
 
@@ -46,13 +48,23 @@ class RecordedSteps:
             return None
         weights = _addresses(model)
         if self._steps is None or not self._steps.serves(weights, cache.length):
-            if self._refused == weights or not is_recordable(model):
+            forms = None if self._refused == weights else _forms(model)
+            if forms is None:
                 self._steps, self._refused = None, weights
                 return None
-            self._steps = Steps(model, weights, cache.length, pages)
+            self._steps = Steps(model, forms, weights, cache.length, pages)
         logits = self._steps.run(ids, cache.offset, pages)
         cache.advance(tokens)
         return logits
+
+
+def _forms(model: Any) -> list[LayerForms] | None:
+    """How the kernels read the layers' weights; None unless they can read all."""
+    if not has_kernels(model) or form_of(model.lm_head.weight) is None:
+        return None
+    forms = [layer_forms(layer) for layer in model.model.layers]
+    known = [form for form in forms if form is not None]
+    return known if len(known) == len(forms) else None
 
 
 def _addresses(model: Any) -> tuple[int, ...]:
@@ -68,26 +80,30 @@ def _addresses(model: Any) -> tuple[int, ...]:
 class Steps:
     """Buffers and graphs for caches of one length."""
 
-    def __init__(self, model: Any, weights: tuple[int, ...], length: int, pages: list[LayerPages]) -> None:
+    def __init__(
+        self, model: Any, forms: list[LayerForms], weights: tuple[int, ...], length: int, pages: Pages
+    ) -> None:
         from model.gpu.layers import Buffers  # here: it imports Triton
 
-        self._model, self._weights, self._length = model, weights, length
-        self._buffers = Buffers(model.config, model.dtype, model.device, [x.page_tokens for x in pages], length)
+        self._model, self._forms, self._weights, self._length = model, forms, weights, length
+        page_tokens = [layer.page_tokens for layer in pages.layers]
+        self._buffers = Buffers(model.config, model.dtype, model.device, page_tokens, length)
+        self._buffers.experts = [torch.tensor(form.addresses, device=model.device) for form in forms]
         self._buffers.phases.copy_(_phase_table(model, length))
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         self._seen: set[int] = set()
-        self._pages: list[LayerPages] | None = None
+        self._pages: weakref.ref[Pages] | None = None  # those of a cache that is given up are freed
 
     def serves(self, weights: tuple[int, ...], length: int) -> bool:
         return weights == self._weights and length == self._length
 
-    def run(self, ids: Tensor, offset: int, pages: list[LayerPages]) -> Tensor:
+    def run(self, ids: Tensor, offset: int, pages: Pages) -> Tensor:
         """Token ids (1, T) of positions from `offset` on -> logits (1, T, V) in the model's dtype, a new tensor."""
         tokens, buffers = ids.shape[1], self._buffers
-        if pages is not self._pages:
+        if self._pages is None or self._pages() is not pages:
             self._pages = None
-            buffers.table.copy_(to_device(_entries(pages, buffers.table.shape), ids.device), non_blocking=True)
-            self._pages = pages
+            buffers.table.copy_(to_device(_entries(pages.layers, buffers.table.shape), ids.device), non_blocking=True)
+            self._pages = weakref.ref(pages)
         buffers.ids[:tokens].copy_(ids[0])
         buffers.position.fill_(offset)
         recorded = self._graphs.get(tokens)
@@ -110,9 +126,8 @@ class Steps:
     def _compute(self, tokens: int) -> Tensor:
         from model.gpu import layers
 
-        model, buffers = self._model, self._buffers
-        embedded = F.embedding(buffers.ids[:tokens], model.model.embed_tokens.weight)
-        return layers.step(model, buffers, embedded)
+        embedded = self._model.model.embed_tokens.look_up(self._buffers.ids[:tokens], self._model.dtype)
+        return layers.step(self._model, self._forms, self._buffers, embedded)
 
 
 def _phase_table(model: Any, length: int) -> Tensor:
@@ -122,7 +137,7 @@ def _phase_table(model: Any, length: int) -> Tensor:
     return torch.view_as_real(rotations).flatten(1)
 
 
-def _entries(by_layer: list[LayerPages], shape: torch.Size) -> Tensor:
+def _entries(by_layer: Sequence[LayerPages], shape: torch.Size) -> Tensor:
     """The table (layers, pages, ENTRY) int64 of `model.gpu.kernels`, with zeros behind the last page."""
     table = torch.zeros(shape, dtype=torch.int64)
     for row, layer in zip(table, by_layer, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import TextConfig
 
@@ -26,8 +26,15 @@ class LayerPages(NamedTuple):
     pages: Sequence[tuple[Tensor, Tensor]]  # keys and values (1, H_kv, S, D), contiguous
 
 
-def is_recordable(model: Any) -> bool:
-    """Whether the kernels compute all layers of a Transformer: 16-bit weights on its device, no bias, no hooks."""
+class Pages:
+    """Where the keys and values of all layers lie: the same object as long as nothing has moved."""
+
+    def __init__(self, layers: Sequence[LayerPages]) -> None:
+        self.layers = layers
+
+
+def has_kernels(model: Any) -> bool:
+    """Whether there are kernels for a Transformer's computing dtype and sizes, and nothing hooks into its layers."""
     config: TextConfig = model.config
     if model.dtype not in (torch.bfloat16, torch.float16) or config.attention_bias:
         return False
@@ -35,28 +42,6 @@ def is_recordable(model: Any) -> bool:
         return False
     if config.num_attention_heads // config.num_key_value_heads > MAX_GROUP:
         return False
-    if any(isinstance(part, nn.Module) and part._forward_hooks for part in model.modules()):
+    if any(part._forward_hooks for part in model.modules()):
         return False
-    tensors = [*model.parameters(), *model.buffers()]
-    return (
-        not any(model.buffers())
-        and all(
-            x.device == model.device and x.dtype == model.dtype and x.is_cuda == (model.device.type == "cuda")
-            for x in tensors
-        )
-        and all(_is_plain(layer) for layer in model.model.layers)
-    )
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether weights lie as the kernels read them: rows of matrices contiguous, experts in any strides."""
-    forward = layer.feed_forward
-    dense = getattr(forward, "shared_expert", forward)
-    attention = layer.self_attn
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [dense.gate_proj, dense.up_proj, dense.down_proj]
-    if dense is not forward:
-        if not hasattr(forward.experts, "gate_up_proj"):
-            return False
-        linears.append(forward.router)
-    return all(isinstance(x.weight, nn.Parameter) and x.weight.is_contiguous() for x in linears)
+    return all(x.device == model.device for part in (model.parameters(), model.buffers()) for x in part)

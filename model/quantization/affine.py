@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.gpu.forms import CODES, INT4_PAIRS
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import INT4, look_up, nibble_pairs
@@ -57,6 +58,14 @@ class AffineMatrix(ScaledMatrix):
         layout = Integers(bits, 2 ** (bits - 1) if is_packed else 0, self.scale_layout(), zero)
         tensors = (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
         return Operand(layout, tensors, self.shape)
+
+    def codes_on_gpu(self) -> tuple[int, Tensor] | None:
+        width, is_signed = self.codes.shape[1], not self.scheme.is_packed
+        if self.zero is not None or (self.scheme.bits == 8 and not (is_signed and width == self.in_features)):
+            return None
+        if self.scheme.bits == 4 and width * 2 != self.in_features:
+            return None
+        return (INT4_PAIRS if self.scheme.bits == 4 else CODES), self.codes
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = self.codes[rows]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.gpu.forms import CODES
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import float8_pairs, float8_values, look_up
@@ -50,6 +51,9 @@ class Float8Matrix(ScaledMatrix):
         if self.grain.columns or self.grain.rows > 1:
             return None
         return Operand(Columns(Numbers("float8_e4m3fn")), (self.codes,), self.shape, self.scale.float().view(-1))
+
+    def codes_on_gpu(self) -> tuple[int, Tensor] | None:
+        return None if self.kind != torch.float8_e4m3fn else (CODES, self.codes.view(self.kind))
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = self.codes[:, rows] if self.is_transposed else self.codes[rows]

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from model.gpu.available import has_triton
+from model.gpu.forms import Form
 from model.simd import products
 from model.simd.products import Operand
 
@@ -60,6 +62,10 @@ class StoredMatrix(nn.Module):
 
     def operand(self) -> Operand | None:
         """The matrix as vector code reads it; None: there is no such code for it."""
+        return None
+
+    def form(self) -> Form | None:
+        """The matrix as kernels for GPUs read it; None: they cannot."""
         return None
 
     def product(self, x: Tensor) -> Tensor:
@@ -119,6 +125,13 @@ class StoredMatrix(nn.Module):
         return out
 
     def _fill(self, rows: slice, out: Tensor) -> None:
+        if out.is_cuda and has_triton(out.device) and out.element_size() == 2 and out.is_contiguous():
+            form = self.form()
+            if form is not None:
+                from model.gpu.expanding import expand  # here: Triton comes with builds of torch for GPUs only
+
+                expand([form], rows, out[None])
+                return
         operand = self._readable()
         if operand is None or not products.expand(operand, rows, out):
             self.expand(rows, out)

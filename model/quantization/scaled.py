@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.gpu.forms import LEAST_GROUP, WHOLE, Form
 from model.quantization.form import StoredMatrix
 from model.quantization.tables import float8_values, look_up
 from model.simd.layouts import Numbers, Scales
@@ -53,6 +54,22 @@ class ScaledMatrix(StoredMatrix):
     def scale_layout(self) -> Scales:
         """How the scales lie in memory."""
         return Scales(Numbers(dtype_name(self.scale.dtype)), self.grain.columns, self.grain.rows)
+
+    def form(self) -> Form | None:
+        (n, k), columns, scale = self.shape, self.grain.columns, self.scale
+        found = self.codes_on_gpu()
+        if found is None or self.grain.rows > 1 or not scale.is_floating_point() or scale.element_size() == 1:
+            return None
+        if columns and (columns % LEAST_GROUP or k % columns):
+            return None
+        kind, codes = found
+        strides = (codes.stride(1), codes.stride(0)) if self.is_transposed else (codes.stride(0), codes.stride(1))
+        scale_strides = (scale.stride(0) if len(scale) > 1 else 0, scale.stride(1) if columns else 0)
+        return Form(kind, columns or WHOLE, (n, k), codes, scale, strides, scale_strides)
+
+    def codes_on_gpu(self) -> tuple[int, Tensor] | None:
+        """Their kind, and they in a dtype that kernels for GPUs read; None if there are none for them."""
+        return None
 
     def expand(self, rows: slice | Tensor, out: Tensor) -> None:
         scale = self.scales(rows)

@@ -10,7 +10,9 @@ import torch
 
 from cache.hybrid import HybridKVCache
 from model.config import TextConfig
+from model.quantization.choice import Quantization
 from model.transformer import Transformer
+from samples.benchmarks.benchmark_gpu import quantize
 from support.cached_paths import small_layout
 from support.triton import DEVICE, needs_triton
 
@@ -35,6 +37,7 @@ BASE: dict[str, Any] = {
     "floor_scale": 9,
     "attn_temperature_tuning": True,
 }
+DIVISIBLE = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 3}
 KINDS = {
     "scout": {"use_qk_norm": True, "num_experts_per_tok": 1},
     "maverick": {"use_qk_norm": False, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2},
@@ -42,13 +45,18 @@ KINDS = {
 }
 
 
-def make(kind: str, dtype: torch.dtype) -> Transformer:
+def make(kind: str, dtype: torch.dtype, quantization: str | None = None) -> Transformer:
     torch.manual_seed(len(kind))
+    sizes = {} if quantization is None else DIVISIBLE
     with torch.device("meta"):
-        model = Transformer(TextConfig.from_dict(BASE | KINDS[kind]))
+        model = Transformer(TextConfig.from_dict(BASE | KINDS[kind] | sizes))
     model = model.to(dtype).to_empty(device=DEVICE).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else 0.3)
+        spread = 0.1 if "norm" in name else 3.0 if "router" in name else 0.3  # which expert is chosen must be clear
+        parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+    if quantization is not None:
+        for layer in model.model.layers:
+            quantize(layer.feed_forward, Quantization.parse(quantization))
     return model
 
 
@@ -78,10 +86,12 @@ def run(model: Transformer, ids: list[int], counts: list[int]) -> tuple[torch.Te
     return torch.cat(found), cache
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_forward(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [*((kind, None) for kind in KINDS), ("scout", "int4-g32"), ("scout", "int8")]
+)
+def test_logits_are_those_of_the_forward(kind: str, quantization: str | None) -> None:
     """Single tokens and several, over attention chunks, segments and sealed blocks; what is left is the same, too."""
-    model = make(kind, HALF)
+    model = make(kind, HALF, quantization)
     exact, plain = copy.deepcopy(model).float(), copy.deepcopy(model)
     plain.steps = None
     ids = torch.randint(0, 97, (38,)).tolist()
