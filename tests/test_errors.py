@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -99,10 +100,15 @@ INTERNAL = {  # each is caught and translated by the package that raises it
 }
 
 
+WITH_TRITON = {f"model.gpu.{name}" for name in ("kernels", "expand_kernel", "expanding", "layers", "merging")}
+
+
 def errors() -> dict[str, type[BaseException]]:
     """Every exception class defined in the packages, by dotted name."""
     found = {}
     for name in MODULES.keys() - {"l4ctx.__main__"}:
+        if name in WITH_TRITON and importlib.util.find_spec("triton") is None:
+            continue
         for value in vars(importlib.import_module(name)).values():
             if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == name:
                 found[f"{name}.{value.__qualname__}"] = value
