@@ -47,7 +47,7 @@ def find(
     note = notes(console, quiet=quiet)
     activity = Activity(console, is_shown=not quiet)
     results: list[Result] = []
-    interruption.when = lambda: f" after {counted(len(results), 'answer')}"
+    interruption.when = lambda: f" after {counted(len(results), 'answer')}" if results else ""
     interruption.kept = lambda: "nothing is kept (--resume FILE keeps answers)"
     with Monitor(note, activity.tell) as monitor:
         with nullcontext() if "-" in request.sources.paths else activity:  # "-" may be typed in
@@ -74,7 +74,8 @@ def find(
     for picture in pictures:
         save(heat_map(recall, request.model.resolve().name), picture)
     if json:
-        write_json({"model": str(request.model), **recall.as_dict()})
+        skipped = [{"path": entry.source, "reason": entry.reason} for entry in prepared.skipped]
+        write_json({"model": str(request.model), **recall.as_dict(), "skipped": skipped})
     else:
         write(rendered(recall_text(recall, columns(sys.stdout) if sys.stdout.isatty() else PIPED_COLUMNS)))
     for picture in pictures:

@@ -6,20 +6,17 @@ import math
 from collections.abc import Iterator
 
 from l4ctx.evaluation.picture import INK, PALE, RULE, Area, Line, Picture, Words
-from l4ctx.evaluation.positions import ByPosition, Sums
+from l4ctx.evaluation.positions import ByPosition, Sums, with_enough_tokens
 from l4ctx.formatting import short_count
 
 WIDTH, HEIGHT = 640.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 16.0, 44.0, 48.0
 LINE_COLOUR, BAND_COLOUR = "#2166ac", "#d1e5f0"
-LEAST_TOKENS = 8
-"""Of a range that is drawn: the mean of fewer says nothing."""
 
 
 def perplexity_curve(by_position: ByPosition, title: str) -> Picture:
-    """Ranges of fewer than LEAST_TOKENS tokens are left out, unless there are no others."""
-    found = by_position.filled()
-    drawn = [(start, sums) for start, sums in found if sums.tokens >= LEAST_TOKENS] or found
+    """Of the ranges that have enough tokens."""
+    drawn = with_enough_tokens(by_position.filled())
     middles = [start + sums.tokens / 2 for start, sums in drawn]
     low, high = _limits([sums for _, sums in drawn])
     first, last = math.log2(drawn[0][0]), math.log2(drawn[-1][0] + drawn[-1][1].tokens)

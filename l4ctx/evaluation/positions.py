@@ -10,6 +10,9 @@ from typing import Any
 Z95 = 1.959963984540054
 """Of a two-sided interval of 95 %."""
 
+LEAST_TOKENS = 8
+"""Of a range that is compared with others: the mean of fewer says nothing."""
+
 
 @dataclass
 class Sums:
@@ -76,3 +79,8 @@ class ByPosition:
             }
             for start, sums in self.filled()
         ]
+
+
+def with_enough_tokens(ranges: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
+    """Those of at least LEAST_TOKENS tokens, or all if there are no such."""
+    return [(start, sums) for start, sums in ranges if sums.tokens >= LEAST_TOKENS] or ranges

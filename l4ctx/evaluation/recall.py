@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """After a step of a prefill, whose positions are on a line on which texts follow one another, or after answers."""
+    """When a text is made, after each step of its prefill, and after answers.
+
+    Positions of a step are on a line on which texts follow one another.
+    """
 
     text: int  # its number, from 0
     step: PrefillProgress | None
@@ -68,6 +71,7 @@ def run(prepared: Prepared, work: Work, session: Session) -> Iterator[Progress]:
         session.monitor.tell("making the text")
         inputs, cuts = made.inputs(text)
         session = session.anew(inputs)
+        yield Progress(number, None)
         start = work.starts[number]
         for step in session.prefill():
             yield Progress(number, replace(step, step=range(start + step.step.start, start + step.step.stop)))

@@ -77,6 +77,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path) -> None:
     check_refused(run_here("needle", "-m", str(TINY), "--tasks", "all", "--lengths", "4k", "--quiet"), 2, "over half")
     check_refused(run_here("needle", "-m", str(TINY), "--lengths", "9", "--quiet"), 2, "over half")
     check_refused(run_here("needle", str(tmp_path), "-m", str(TINY)), 2, "nothing to read")
+    large = ("--lengths", "1Mi", "--depths", "1", "--trials", "1", "--kv-host-memory", "1MiB", "--quiet")
+    check_refused(run_here("needle", "-m", str(TINY), *large), 5, "--kv-host-memory")
     notes = str(text_file(tmp_path / "notes.txt", "not answers\n"))
     check_refused(run_here(*SMALL, "--resume", notes), 2, "name another file for --resume")
     assert Path(notes).read_text(encoding="utf-8") == "not answers\n"

@@ -23,8 +23,7 @@ from support.toy_checkpoints import VOCABULARY, Toys
 TEXT = "The old wall by the harbor was painted again in the third week of spring.\n"
 
 
-@pytest.mark.parametrize("chunk", [5, 14, 64])
-@pytest.mark.parametrize("name", ["scout", "maverick"])
+@pytest.mark.parametrize(("name", "chunk"), [("scout", 5), ("scout", 64), ("maverick", 14)])
 def test_it_is_the_loss_of_transformers(name: str, chunk: int, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = toys(name, 0.25)
     ids, _ = toy.case(1, 61)

@@ -6,6 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from l4ctx.evaluation.positions import with_enough_tokens
 from l4ctx.formatting import human_seconds, short_count
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ def score_lines(report: dict[str, Any], ranges: list[tuple[int, Sums]], columns:
         f"nats a token    {report['nats_per_token']:.5f}",
         f"bits a byte     {bits:.5f}" if bits is not None else "",
         f"nats in all     {report['nats']:,.1f}",
-        f"tokens          {report['predicted_tokens']:,} predicted of {report['tokens']:,}",
+        f"tokens          {report['predicted_tokens']:,}",
         f"time            {human_seconds(seconds)}",
     ]
-    most = max(sums.mean for _, sums in ranges) or 1.0
+    most = max(sums.mean for _, sums in with_enough_tokens(ranges)) or 1.0
     room = max(4, min(WIDEST_BAR, columns - COLUMNS_BEFORE_BARS))
     rows = [f"{'tokens before':13} {'perplexity':>10}  95 %"]
     for start, sums in ranges:
-        bar = _bar(sums.mean / most, room)
+        bar = _bar(min(1.0, sums.mean / most), room)
         error = f"±{100 * math.expm1(sums.error):.0f} %" if sums.error < math.log(10) else ""
         rows.append(f"{_range(start, sums):13} {_perplexity(sums):>10} {error:>6} {bar}".rstrip())
     return "\n".join([*filter(None, figures), "", *rows]) + "\n"
