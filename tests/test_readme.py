@@ -153,6 +153,12 @@ def test_the_session_is_the_picture_and_gives_right_answers() -> None:
     assert "http" not in re.sub(r'xmlns="[^"]*"|<!--.*?-->', "", picture), "the picture loads something"
 
 
+def test_pictures_are_small_and_load_nothing() -> None:
+    for file in (ROOT / "samples" / "documentation").glob("*.svg"):
+        picture = file.read_text(encoding="utf-8")
+        assert len(picture) < 60_000 and "http" not in re.sub(r'xmlns="[^"]*"|<!--.*?-->', "", picture), file.name
+
+
 def test_the_table_of_machines_is_what_plan_says(tmp_path: Path) -> None:
     """Memory and disk besides the weights of Scout and Maverick, from the shapes in their published configurations."""
     text = {
