@@ -55,7 +55,7 @@ def run_on_terminal(command: tuple[str, ...], folder: Path) -> str:
     """Everything that `command` writes to a terminal of COLUMNS columns, including control sequences."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment = {**os.environ, "TERM": "xterm-256color", "L4CTX_LOG": "0"}
     with subprocess.Popen(
         command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     ) as process:
