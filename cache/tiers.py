@@ -2,7 +2,7 @@
 
 The newest are kept nearest: `Residency` says how many. Segments on disk are read ahead by background threads into
 reused buffers; the next one is copied to an accelerator while the current one is in use. Results do not depend on the
-tier. What needs an accelerator goes through `Transport`, and has not been run on one yet.
+tier. What needs an accelerator goes through `Transport`.
 """
 
 from __future__ import annotations

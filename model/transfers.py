@@ -25,7 +25,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class ToHost:
-    """A tensor on its way to the host. What is begun before `wait` runs while it travels. Not run on a GPU yet."""
+    """A tensor on its way to the host. What is begun before `wait` runs while it travels."""
 
     def __init__(self, x: Tensor) -> None:
         self._copy: Tensor = x.to("cpu", non_blocking=True)  # to pinned memory

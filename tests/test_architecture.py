@@ -40,6 +40,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
         "gpu.available",
         "gpu.forms",
         "gpu.kernels",
+        "gpu.probe",
         "gpu.merging",
         "weights",
         "weights.expert_parts",

@@ -100,7 +100,7 @@ INTERNAL = {  # each is caught and translated by the package that raises it
 }
 
 
-WITH_TRITON = {f"model.gpu.{name}" for name in ("kernels", "expand_kernel", "expanding", "layers", "merging")}
+WITH_TRITON = {f"model.gpu.{name}" for name in ("kernels", "expand_kernel", "expanding", "layers", "merging", "probe")}
 
 
 def errors() -> dict[str, type[BaseException]]:

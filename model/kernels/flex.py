@@ -40,7 +40,7 @@ def flex(
     Queries are processed in pieces, skipping pieces that see no key. On a CPU, a piece's float32 scores (B, H, T, S)
     stay within MAX_SCORE_BYTES, unless it is a single query, and keys and values are repeated across each group of
     query heads. On a GPU, no scores are stored, a piece's block lists stay within MAX_BLOCKS, and head_dim must be at
-    least 16. The GPU path has not been run on a GPU yet.
+    least 16.
     """
     b, h, t, _ = queries.shape
     at_once = _queries_at_once(queries.device.type, b * h, len(segment.positions))

@@ -46,7 +46,7 @@ class Transport(Protocol):
 
 
 class CudaTransport:
-    """Copies on streams of their own, one in each direction. Not run on a GPU yet."""
+    """Copies on streams of their own, one in each direction."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""The whole program on a GPU; none of this has run on one yet."""
+"""The whole program on a GPU."""
 
 from __future__ import annotations
 
