@@ -64,7 +64,9 @@ def find(
                 taken=lambda content: results.append(Result.held(cases[content["id"]], content)),
             )
             monitor.resources.callback(file.close)
-            interruption.kept = lambda: f"{printable(str(resume))} holds them, and the same command asks the others"
+            interruption.kept = lambda: (
+                f"{printable(str(resume))} holds what was answered, and the same command asks the rest"
+            )
             if results:
                 told = f"{len(results):,} of {counted(len(cases), 'answer')}"
                 note(f"{told} are in {printable(str(resume))} already")
