@@ -53,6 +53,7 @@ def chat(
     sample: answer_options.Sample = False,
     draft_tokens: answer_options.DraftTokens = None,
     loop_guard: answer_options.LoopGuard = True,
+    cite: answer_options.Cite = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     weights_memory: options.WeightsMemory = None,
@@ -111,6 +112,7 @@ def chat(
                 seed=seed,
                 loop_guard=loop_guard,
                 draft_tokens=draft_tokens,
+                cites=cite,
             ),
             compute=ComputeOptions(
                 device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory

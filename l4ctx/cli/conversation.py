@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from l4ctx.cli.activity import Activity
 from l4ctx.cli.answer import show_answer
 from l4ctx.cli.chat_input import Lines, lines
+from l4ctx.cli.citations import show_citations
 from l4ctx.cli.console import notes, stderr_console
 from l4ctx.cli.exits import Interruption, write
 from l4ctx.cli.progress import read_shown, reading_summary
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 HELP = {
     "/add PATH...": "read more documents",
     "/save CONTEXT": "keep the conversation in a folder, for --context",
+    "/cite": "name the sources of answers, or no longer",
     "/memory": "show where every byte went",
     "/undo": "take back the last turn, documents or system message",
     "/system TEXT": "instruct the model from here on",
@@ -109,6 +111,7 @@ class Conversation:
             "/save": self._save,
             "/memory": self._memory,
             "/undo": self._undo,
+            "/cite": self._cite,
             "/system": self._system,
             "/help": self._help,
         }
@@ -166,10 +169,13 @@ class Conversation:
                 turn.answer.stop_reason = "interrupted"
                 self._monitor.note("stopped; what was said so far belongs to the conversation (/undo takes it back)")
         answer = self._chat.end()
+        if answer.citations is not None:
+            show_citations(answer.citations)
         if self._is_interactive and sys.stdout.isatty():
             write("\n")
-        step = (Message("user", question), Message("assistant", answer.text))
-        self._record(step, stop_reason=answer.stop_reason, generated_tokens=answer.tokens)
+        step = (Message("user", question, self._chat.cites), Message("assistant", answer.text))
+        sources = {} if answer.citations is None else {"citations": answer.citations.as_dict()}
+        self._record(step, stop_reason=answer.stop_reason, generated_tokens=answer.tokens, **sources)
 
     def _add(self, rest: str) -> None:
         from l4ctx.cli.named_paths import meant_paths
@@ -214,6 +220,10 @@ class Conversation:
         if self._talk.transcript is not None:
             self._talk.transcript.undo()
 
+    def _cite(self, rest: str) -> None:
+        self._chat.cites = not self._chat.cites
+        self._monitor.note(f"sources of answers are {'named from now on' if self._chat.cites else 'no longer named'}")
+
     def _system(self, rest: str) -> None:
         if not rest:
             raise UsageError("/system TEXT: say what the model should know or do")
@@ -238,7 +248,7 @@ class Conversation:
                     read_shown(self._chat.begin_reading(prompt, "the documents", images), self._activity)
                     self._chat.end_reading()
                 else:
-                    self._chat.say(part.role, part.content)
+                    self._chat.say(part.role, part.content, cites=part.cite)
             read_shown(self._chat.settle(), self._activity)
             self._chat.end_reading()
         turns = sum(1 for step in steps for part in step if isinstance(part, Message) and part.role == "user")

@@ -30,6 +30,7 @@ class TranscriptError(InputError):
 class Message:
     role: str
     content: str
+    cite: bool = False  # of a question whose answer was to name sources
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Transcript:
         lines: list[dict[str, Any]] = []
         for part in step:
             if isinstance(part, Message):
-                lines.append({"role": part.role, "content": part.content})
+                lines.append({"role": part.role, "content": part.content} | ({"cite": True} if part.cite else {}))
             else:
                 lines.append({"add": list(part.paths)})
         lines[-1] |= details
@@ -164,7 +165,7 @@ class Transcript:
         elif role == "assistant" and isinstance(text, str) and steps and _is_question(steps[-1]):
             steps[-1] = (*steps[-1], Message(role, text))
         elif role in ("user", "system") and isinstance(text, str) and text.strip():
-            steps.append((Message(role, text),))
+            steps.append((Message(role, text, role == "user" and content.get("cite") is True),))
         else:
             raise self._refused(number, "no line of a conversation")
         return told

@@ -11,14 +11,17 @@ import signal
 import subprocess
 import termios
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from l4ctx.cli import conversation
 from l4ctx.cli.chat_input import last_word
+from l4ctx.engine.choose import choose
 from l4ctx.run.transcript import Message, Reading, Transcript, TranscriptError
 from support.chats import with_template
 from support.cli_runner import CONTROLS, ON_TERMINAL, TIMEOUT, answer, question, run_here
@@ -104,6 +107,60 @@ def test_what_is_refused(folder: Path, arguments: tuple[str, ...], says: str, co
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("l4ctx: ")
 
 
+class Scripted:
+    """Lines as a person types them on a terminal."""
+
+    is_interactive = True
+    working = nullcontext
+
+    def __init__(self, *said: str) -> None:
+        self._said = list(said)
+
+    def read(self) -> str | None:
+        return self._said.pop(0) if self._said else None
+
+
+def test_an_interrupt_ends_an_answer_and_an_error_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the third token of the second answer, and before the first of the third one."""
+    chosen = 0
+
+    def interrupted(*arguments: Any) -> int:
+        nonlocal chosen
+        chosen += 1
+        if chosen in (19, 20):
+            raise KeyboardInterrupt
+        return choose(*arguments)
+
+    monkeypatch.setattr("l4ctx.engine.row.choose", interrupted)
+    script = Scripted(
+        question("a"), question("b"), "/nosuch", question("b"), "/undo", "/add none.md", question("a"), "/quit"
+    )
+    monkeypatch.setattr(conversation, "lines", lambda *_: script)
+    result = run_here("chat", "a.md", "--transcript", "t", "--draft-tokens", "0")
+    assert (result.code, result.stdout) == (0, f"{answer('a')}The access\n{answer('a')}")
+    notes = [line for line in result.stderr.splitlines() if "stopped" in line or "no such" in line or "back" in line]
+    assert [note.partition("; ")[0] for note in notes] == [
+        "l4ctx: stopped", "l4ctx: /nosuch: no such command", "l4ctx: stopped", "l4ctx: the last turn was taken back",
+        "l4ctx: none.md: no such file or folder (check the spelling)",
+    ]  # fmt: skip
+    assert "as it was before" in notes[2] and "(/undo takes it back)" in notes[0]
+    assert [line.get("stop_reason") for line in told(folder / "t") if line.get("role") == "assistant"] == [
+        "stop", "interrupted", "stop",
+    ]  # fmt: skip
+
+
+def test_sources_of_answers(folder: Path) -> None:
+    """Switched on for one turn, and what was asked for is said again when the conversation goes on."""
+    says = f"/cite\n{question('a')}\n/cite\n{question('a')}\n"
+    result = chat("a.md", "-q", "--transcript", "t", says=says)
+    assert result.code == 0 and result.stdout.count("Attended:") == 1 and "a.md, line 2" in result.stdout
+    asked, answered, again, _ = told(folder / "t")[1:]
+    assert asked["cite"] is True and "cite" not in again and answered["citations"]["attended"]
+    first = chat("a.md", "--cite", says=f"{question('a')}\n/help\n")
+    assert "Attended:" in first.stdout
+    assert "no documents to name" in chat("--cite", "-q", says="Who?\n").stderr
+
+
 def test_a_line_that_looks_like_a_command(folder: Path) -> None:
     result = chat("-q", "--max-new-tokens", "1", says="//undo is not meant\n/etc/passwd is a file\n")
     assert result.code == 0 and len(result.stdout.splitlines()) == 2
@@ -175,19 +232,21 @@ class Typing:
             stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
-        self.shown = ""
+        self.shown, self._seen = "", 0
 
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
     def wait_for(self, text: str) -> str:
-        """What is shown from now on up to `text`, without escapes."""
-        seen, stop_at = len(self.shown), time.monotonic() + TIMEOUT
-        while text not in (new := _plain(self.shown[seen:])):
+        """What is shown behind the text that was waited for before, up to this one; without escapes."""
+        stop_at = time.monotonic() + TIMEOUT
+        while text not in _plain(self.shown[self._seen :]):
             assert time.monotonic() < stop_at, self.shown
             if select.select([self._ours], [], [], 1)[0]:
                 self.shown += os.read(self._ours, 65536).decode()
-        return new
+        start, ends = self._seen, range(self._seen, len(self.shown) + 1)
+        self._seen = ends[bisect_left(ends, True, key=lambda end: text in _plain(self.shown[start:end]))]
+        return _plain(self.shown[start : self._seen])
 
     def resize(self, columns: int) -> None:
         termios.tcsetwinsize(self._ours, (24, columns))
@@ -226,11 +285,13 @@ def test_a_conversation_on_a_narrow_terminal(typing: Typing) -> None:
     typing.wait_for(">")
     typing.resize(60)
     typing.type("/un\t")
-    typing.wait_for("/undo")
+    typing.wait_for("undo")
     typing.type("\r")
-    assert "taken back" in typing.wait_for("tokens")
+    assert "taken back" in typing.wait_for(" tokens")
+    typing.wait_for(">")
     typing.type("/nosuch\r")
     typing.wait_for("no such command")
+    typing.wait_for(">")
     typing.type("\x04")
     assert typing.end() == 0
     styles = {style for found in re.findall(r"\x1b\[([0-9;]*)m", typing.shown) for style in found.split(";")}

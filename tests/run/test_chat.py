@@ -107,7 +107,7 @@ def test_twenty_turns_are_one_prompt(document: Path) -> None:
             messages += [("user", asked), ("assistant", shown)]
             ids = rendered(messages)
             assert chat.said.ids.tolist() == ids[: chat.tokens]
-            assert len(ids) == chat.tokens + 1 and chat.moments[-1].kept is None
+            assert len(ids) == chat.tokens + 1 and chat.moments.all[-1].kept is None
         logits = chat.session.model(as_batch(ids, torch.device("cpu")))
     assert logits is not None
     best = logits[0].argmax(-1).tolist()
@@ -141,8 +141,8 @@ def test_undo_is_exact_wherever_chunks_and_blocks_end(
             before, tokens, held = chat.said, chat.tokens, state(chat)
             first = say(chat, question(NAMES[number % 4]))
             ids, after = chat.said.ids, state(chat)
-            crossings += chat.moments[-1].kept is not None
-            assert sum(moment.kept is not None for moment in chat.moments) <= 1
+            crossings += chat.moments.all[-1].kept is not None
+            assert sum(moment.kept is not None for moment in chat.moments.all) <= 1
             assert chat.undo() == "the last turn" and chat.said == before and chat.tokens == tokens
             assert equal(state(chat), held)
             assert say(chat, question(NAMES[number % 4])) == first
@@ -151,11 +151,11 @@ def test_undo_is_exact_wherever_chunks_and_blocks_end(
                 length = len(chat._last.answer.ids)
                 assert plain_answer(chat, ids[:-length], length) == ids[-length:].tolist()
         assert 2 < crossings < 9 and before_all == 0 < len(chat.cache.stores[0].sealed)
-        while chat.moments and (
-            chat.moments[-1].kept or chat._is_same_chunk(chat.moments[-1].offset, chat.cache.offset)
+        while chat.moments.all and (
+            chat.moments.all[-1].kept or chat.moments._is_same_chunk(chat.moments.all[-1].offset, chat.cache.offset)
         ):
             chat.undo()
-        assert 0 < len(chat.moments) < 8
+        assert 0 < len(chat.moments.all) < 8
         with pytest.raises(RequestError, match="no longer held"):
             chat.undo()
 
@@ -187,7 +187,7 @@ def test_an_interrupted_reading_is_dropped(short_chunks: Path, document: Path) -
             session = begin()
             next(iter(session.prefill()), None)
             chat.drop()
-            assert equal(state(chat), held) and chat.said is said and not chat.moments
+            assert equal(state(chat), held) and chat.said is said and not chat.moments.all
 
 
 def test_nothing_changes_where_a_turn_is_refused(
@@ -205,7 +205,7 @@ def test_nothing_changes_where_a_turn_is_refused(
         ):
             chat.begin(question("b"))
         monkeypatch.undo()
-        assert equal(state(chat), held) and chat.said is said and len(chat.moments) == 1
+        assert equal(state(chat), held) and chat.said is said and len(chat.moments.all) == 1
         assert say(chat, question("b")) == answer("b").strip()
     with chatting(few, document, max_new_tokens=100) as chat:
         say(chat, question("a"))
@@ -243,6 +243,7 @@ def test_an_instruction_before_everything_is_the_system_prompt() -> None:
         chat.tell_model("Be rude.")
         chat.tell_model("Be brief.")
         assert chat.said.ids == other.said.ids and chat.said.turns.texts == other.said.turns.texts
+        before = chat.said.ids
         assert say(chat, "Who?") == say(other, "Who?") and chat.said.ids == other.said.ids
         assert (
             chat.said.ids.tolist()[: chat.tokens]
@@ -252,6 +253,8 @@ def test_an_instruction_before_everything_is_the_system_prompt() -> None:
         )
         assert [chat.undo() for _ in range(3)] == ["the last turn", *["the system's message"] * 2]
         assert chat.said.turns.roles == ("user",)
+        chat.tell_model("Be brief.")
+        assert chat.said.ids == before
 
 
 @pytest.mark.usefixtures("small_rows")
