@@ -60,7 +60,8 @@ class RecordedSteps:
 
 def _forms(model: Any) -> list[LayerForms] | None:
     """How the kernels read the layers' weights; None unless they can read all."""
-    if not has_kernels(model) or form_of(model.lm_head.weight) is None:
+    embeddings = model.model.embed_tokens.weight  # others are looked up by operations that may wait
+    if not has_kernels(model) or form_of(model.lm_head.weight) is None or not isinstance(embeddings, Tensor):
         return None
     forms = [layer_forms(layer) for layer in model.model.layers]
     known = [form for form in forms if form is not None]
