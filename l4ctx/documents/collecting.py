@@ -38,6 +38,7 @@ class Collector:
         self._progress = progress
         self._missed = list[str]()
         self._sources: set[str] = set()
+        self.has_patterns = bool(selection.include or selection.exclude)
         self._patterns = Patterns(selection)
         self._contents: dict[str, str] | None = None if selection.keep_duplicates else {}  # digest -> source
 

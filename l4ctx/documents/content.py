@@ -70,7 +70,7 @@ class ContentReader:
         """
         is_plain = False
         self._check_size(size or 0)
-        if sample.startswith(_LFS) and len(sample) < _LFS_BYTES:
+        if len(sample) < _LFS_BYTES and sample.startswith(_LFS):
             raise LeftOutError("a Git LFS pointer, not the file itself (git lfs pull fetches it)")
         if is_pdf(sample):
             check_support()
@@ -114,11 +114,12 @@ class ContentReader:
     def read(self, source: str, raw: bytes, path: str | None, lines: LineRange | None = None) -> ReadContent:
         """Raises one of NOT_READ, and LinesError where it does not have these `lines`."""
         self._check_size(len(raw))
-        format = None if is_pdf(raw) else self.office_format(raw[:SAMPLE_BYTES])
-        if format is not None or is_pdf(raw) or not self.is_text(raw):
+        is_pages = is_pdf(raw)
+        format = None if is_pages else self.office_format(raw[:SAMPLE_BYTES])
+        if format is not None or is_pages or not self.is_text(raw):
             if lines is not None:
                 raise LinesError(f"{source}: only text has lines; name the file without :{lines}")
-            if is_pdf(raw):
+            if is_pages:
                 parts, notes = read_pdf(source, raw, path, mode=self.pdf)
                 return ReadContent(tuple(parts), None, notes)
             if format is not None:

@@ -237,15 +237,17 @@ class PathReader:
             else:
                 self._collector.found.notes.append(f"{name}: {problem}")
 
+    def _is_unwanted(self, entry: Entry, root: str, typed: str) -> bool:
+        within = entry.path[len(os.path.join(root, "")) :]
+        named = f"{typed}/{within}" if typed else within
+        return self._collector.is_unwanted(within, named, entry.source, is_folder=entry.is_folder)
+
     def _visit(self, entry: Entry, root: str, typed: str, top: Rules | None) -> Level | None:
         """Reads one entry of a folder, or records why not; returns a subfolder. Raises OSError."""
         if reason := reason_to_leave_out(entry, root):
             self._collector.skip(entry.source, reason)
             return None
-        within = entry.path[len(os.path.join(root, "")) :]
-        if self._collector.is_unwanted(
-            within, f"{typed}/{within}" if typed else within, entry.source, is_folder=entry.is_folder
-        ):
+        if self._collector.has_patterns and self._is_unwanted(entry, root, typed):
             return None
         if isinstance(entry.status, OSError):
             raise entry.status

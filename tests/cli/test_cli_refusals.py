@@ -36,7 +36,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("frobnicate", "no such command 'frobnicate' (l4ctx --help"),
         ("pln docs", "no such command 'pln'. Did you mean 'p"),
-        ("ask q --quite", ", --quiet? (l4ctx ask --help lists what there is)"),
+        ("ask q --memory-repor", "no such option: --memory-repor; did you mean --memory-report? (l4ctx ask --help"),
         ("prefill docs -Z", "no such option: -Z (l4ctx prefill --help"),
         ("ask q --top-p 2", "--top-p: "),
         ("ask q --top-k -1", "--top-k: "),
