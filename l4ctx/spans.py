@@ -16,6 +16,7 @@ class Span:
     stop: int
     sha256: str = ""  # of the document's bytes, in hex
     reading: str = ""  # how these were read, if not as usual
+    first_line: int = 1  # of its file, where the document is only some lines of that
 
 
 class ImageSpan(NamedTuple):

@@ -130,7 +130,7 @@ class Context:
         file = self.file(state.ids)
         return [
             ImageSpan(start, stop, sha256)
-            for _, start, stop, sha256, _ in (_listed(file, "images", state.tokens) if "images" in file.units else ())
+            for _, start, stop, sha256, *_ in (_listed(file, "images", state.tokens) if "images" in file.units else ())
         ]
 
     def held(self, state: State, tokens: int) -> Held:
@@ -155,9 +155,9 @@ class Context:
         return state.tail if state.is_complete else state.partial
 
 
-def _listed(file: UnitFile, unit: str, tokens: int) -> list[tuple[str, int, int, str, str]]:
-    """A unit of a tokens file that is a JSON list: source (or ""), start, stop, SHA-256 and how it was read (or ""),
-    within `tokens` tokens.
+def _listed(file: UnitFile, unit: str, tokens: int) -> list[tuple[str, int, int, str, str, int]]:
+    """A unit of a tokens file that is a JSON list: source (or ""), start, stop, SHA-256, how it was read (or ""), its
+    first line (or 1), within `tokens` tokens.
 
     Raises DiskError.
     """
@@ -169,12 +169,15 @@ def _listed(file: UnitFile, unit: str, tokens: int) -> list[tuple[str, int, int,
         raise DiskError(f"{file.source}: its list of {unit} cannot be read ({error})") from None
 
 
-def _entry(entry: dict[str, Any], tokens: int) -> tuple[str, int, int, str, str]:
+def _entry(entry: dict[str, Any], tokens: int) -> tuple[str, int, int, str, str, int]:
     source, sha256 = typed(entry.get("source", ""), str), typed(entry["sha256"], str)
     start, stop = typed(entry["start"], int), typed(entry["stop"], int)
     if not 0 <= start <= stop <= tokens:
         raise ValueError(f"tokens {shown(start)} to {shown(stop)} of {tokens:,}")
-    return source, start, stop, sha256, typed(entry.get("reading", ""), str)
+    first_line = typed(entry.get("first_line", 1), int)
+    if first_line < 1:
+        raise ValueError(f"first line {shown(first_line)}")
+    return source, start, stop, sha256, typed(entry.get("reading", ""), str), first_line
 
 
 class ContextReader:

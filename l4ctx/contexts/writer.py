@@ -235,8 +235,9 @@ def _resume(state: State, layout: StoreLayout, prefill_chunk_size: int) -> int:
 
 
 def _listed(span: Span) -> dict[str, Any]:
-    """A document in the list of them; how it was read only where that was not as usual."""
-    return {name: value for name, value in asdict(span).items() if value or name != "reading"}
+    """A document in the list of them; how it was read, and its first line, only where that was not as usual."""
+    usual = {"reading": "", "first_line": 1}
+    return {name: value for name, value in asdict(span).items() if value != usual.get(name)}
 
 
 def _as_json(entries: list[dict[str, Any]]) -> torch.Tensor:

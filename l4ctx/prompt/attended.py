@@ -19,7 +19,7 @@ from l4ctx.prompt.texts import Place, PromptTexts
 if TYPE_CHECKING:
     from model.kernels.watch import Looked
 
-LEAST_ALONE = 0.97
+LEAST_ALONE = 0.99
 """Share of attention, on average over a statement's words that count, from which on a place is named."""
 
 LEAST_WITH_WORDS = 0.75

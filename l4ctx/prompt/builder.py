@@ -232,7 +232,9 @@ def _add_document(
             add_text(before, opening)
             prompt.images.append(images.encode(image, prompt.ids))
         opening = ""
-    prompt.spans.append(Span(document.source, start, len(prompt.ids), document.sha256, document.reading))
+    prompt.spans.append(
+        Span(document.source, start, len(prompt.ids), document.sha256, document.reading, document.first_line)
+    )
     prompt.forced_cuts += [ForcedCut(document.source, offset) for offset in cuts]
     if cuts:
         prompt.notes.append(_forced_cuts_note(document.source, tuple(cuts)))

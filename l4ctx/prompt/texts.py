@@ -114,7 +114,7 @@ class DocumentText:
         """The place of these lines, from 0, the last one included."""
         begin = self.line_starts[first]
         end = self.line_starts[last + 1] if last + 1 < len(self.line_starts) else self.body.stop
-        page, before = None, 0
+        page, before = None, 1 - self.span.first_line
         if number := bisect_right(self.pages, (first, _LAST)):
             line, page = self.pages[number - 1]
             before = line + 1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 from l4ctx.errors import RequestError
 from l4ctx.prompt.citations import Citing
 from l4ctx.prompt.texts import PromptTexts
 from l4ctx.run.inputs import Inputs
-from l4ctx.spans import Span
 
 
 def citing(inputs: Inputs) -> Citing:
@@ -21,7 +21,7 @@ def citing(inputs: Inputs) -> Citing:
     if context is not None and inputs.request.answers_from_all:
         held = context.ids()[: context.tokens]
         known = [span for span in context.documents() if span.start < context.tokens]
-        spans = [Span(span.source, span.start, min(span.stop, context.tokens), span.sha256) for span in known] + spans
+        spans = [replace(span, stop=min(span.stop, context.tokens)) for span in known] + spans
         images = [span for span in context.images() if span.stop <= context.tokens] + images
     if not spans:
         raise RequestError("--cite: there are no documents to name")

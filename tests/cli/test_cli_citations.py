@@ -66,5 +66,12 @@ def test_as_json_with_none_where_no_document_says_it(place: Path) -> None:
     assert "citations" not in json.loads(run_here("ask", question("a"), "docs", "--json").stdout)
 
 
+def test_lines_of_a_part_of_a_file_are_those_of_the_file(place: Path) -> None:
+    line = line_of(place, "c")
+    prefill(paths=(f"docs/c.md:{line - 1}-{line + 1}",))
+    shown = run_here("ask", question("c"), "--context", "c", "--cite", "--quiet")
+    assert f"[1] docs/c.md:{line - 1}-{line + 1}, line {line} (" in shown.stdout
+
+
 def test_without_documents_there_is_nothing_to_cite(place: Path) -> None:
     check_refused(run_here("ask", "What?", "--no-documents", "--cite"), 2, "--cite: there are no documents")
