@@ -245,20 +245,24 @@ class Attention(nn.Module):
 
         `found` is what their queries attend to in common, where it is watched.
         """
-        start = 0
-        for part in step.parts:
+        counts, start = [len(part.queries) for part in step.parts], 0
+        in_common = [[one] for one in found.split(counts)] if found is not None else [[] for _ in counts]
+        for part, seen in zip(step.parts, in_common, strict=True):
             here = slice(start, start + len(part.queries))
             start = here.stop
             if here.start == here.stop:
                 continue
             assert part.cache is not None, "several sequences without a cache"
             segments = part.cache.segments(self.layer, part.queries, range(shared, part.positions.stop))
-            watch = self._watch(q[:, :, here], part.queries, [part])
+            is_seen = part.observer is not None and part.observer.within.stop > shared
+            watch = self._watch(q[:, :, here], part.queries, [part]) if is_seen else None
             state = attention_state(q[:, :, here], part.queries, segments, self.mask, step.backend, watch)
             if common is not None:
                 state = merge(AttentionState(*(x[:, :, here] for x in common)), state)
             if watch is not None:
-                self._tell(part, state, [watch.found] if found is None else [found.of(here), watch.found])
+                seen.append(watch.found)
+            if part.observer is not None and seen:
+                self._tell(part, state, seen)
             yield state
 
     def _heads(self, x: Tensor) -> Tensor:

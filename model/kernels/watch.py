@@ -7,6 +7,7 @@ positions and no documents.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -14,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-HEAVY_RANGE = 0.1
+HEAVY_RANGE = 0.2
 """Share of a head's attention so far from which on a range's keys are looked at."""
 
 MOST_RANGES = 6
@@ -23,7 +24,7 @@ MOST_RANGES = 6
 FEW = 8
 """Queries that are all compared with a range that one of them attends to."""
 
-LEAST_SHARE = 0.01
+LEAST_SHARE = 0.02
 """Of a head's attention: keys with less are not told."""
 
 
@@ -71,11 +72,17 @@ class Found(NamedTuple):
     positions: Tensor
     scores: Tensor
 
-    def of(self, here: slice) -> Found:
-        """Those of some queries, which are counted from the first of them."""
-        kept = (self.queries >= here.start) & (self.queries < here.stop)
-        queries, *others = (x[kept] for x in self)
-        return Found(queries - here.start, *others)
+    def split(self, counts: Sequence[int]) -> list[Found]:
+        """Those of so many queries each, which are counted from the first of them."""
+        order = self.queries.argsort(stable=True)
+        sorted_ = [x[order] for x in self]
+        stops = torch.tensor(list(itertools.accumulate(counts)))
+        ends = torch.searchsorted(sorted_[0], stops).tolist()
+        found = list[Found]()
+        for count, stop, start, end in zip(counts, stops.tolist(), [0, *ends], ends, strict=False):
+            queries, heads, positions, scores = (x[start:end] for x in sorted_)
+            found.append(Found(queries - (stop - count), heads, positions, scores))
+        return found
 
 
 class Watch:
@@ -182,10 +189,11 @@ def _together(parts: Iterable[Found]) -> Found:
     return Found(queries, heads, positions, scores)
 
 
-def tell(observer: Observer, layer: int, positions: range, lse: Tensor, found: Iterable[Found]) -> None:
+def tell(observer: Observer, layer: int, positions: range, lse: Tensor, found: Sequence[Found]) -> None:
     """Tells what the queries at these positions attend to, given the log-sum-exp (H, T) of all their scores."""
-    every = _together(found)
+    every = found[0] if len(found) == 1 else _together(found)
     shares = (every.scores - lse.float().cpu()[every.heads, every.queries]).exp_()
+    told = shares > LEAST_SHARE
     for number, position in enumerate(positions):
-        kept = (shares > LEAST_SHARE).logical_and_(every.queries == number)
+        kept = told if len(positions) == 1 else told & (every.queries == number)
         observer.observe(layer, position, Looked(every.heads[kept], every.positions[kept], shares[kept]))

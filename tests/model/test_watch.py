@@ -65,7 +65,7 @@ def agree(found: dict[tuple[int, int], float], wanted: dict[tuple[int, int], flo
     """All that is told is right, and what is left out lies in ranges without much."""
     for place, share in found.items():
         assert share == pytest.approx(wanted.get(place, LEAST_SHARE), abs=2e-3), place
-    assert {place for place, share in wanted.items() if share > 0.15} <= found.keys()
+    assert {place for place, share in wanted.items() if share > 0.25} <= found.keys()
     assert found
 
 
@@ -147,12 +147,13 @@ class Cache:
         return [KVSegment(self.keys, self.values, 0, stays=True).within(within or range(self.keys.shape[2]))]
 
 
-def test_each_of_several_sequences_is_told_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop", [590, 620])  # before and behind where the keys that are shared end
+def test_each_of_several_sequences_is_told_of_its_own(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keys that they share are attended once by all queries, those behind by each sequence's."""
     generator = torch.Generator().manual_seed(3)
     monkeypatch.setattr(attending, "SMALLEST", 1)
     shared = sharp(600, generator)
-    observers: list[Told | None] = [Told(range(1, 620)), None, Told(range(1, 620))]
+    observers: list[Told | None] = [Told(range(1, stop)), None, Told(range(1, stop))]
     counts, parts, caches, start = (2, 1, 3), list[Part](), list[Cache](), 0
     for count, observer in zip(counts, observers, strict=True):
         own = [torch.randn(1, KV_HEADS, 40, HEAD_DIM, generator=generator) for _ in range(2)]
