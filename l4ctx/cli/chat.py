@@ -66,6 +66,7 @@ def chat(
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
     plain: options.Plain = False,
+    log: options.Log = True,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about documents: they are read once, and each turn reads only what is new.
@@ -120,7 +121,9 @@ def chat(
             kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
             converses=True,
         )
-        converse(request, Talk(system=system, told=told, transcript=file, plain=plain, quiet=quiet), interruption)
+        converse(
+            request, Talk(system=system, told=told, transcript=file, plain=plain, quiet=quiet, log=log), interruption
+        )
 
 
 def _transcript(written: Path | None, continued: Path | None) -> tuple[Transcript | None, Told | None]:

@@ -23,9 +23,8 @@ from l4ctx.run.monitor import Monitor
 from l4ctx.run.transcript import Message, Reading, Step, Told, Transcript
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from l4ctx.run.chat import Chat
+    from l4ctx.run.remembering import Memory
     from l4ctx.run.request import Request
     from l4ctx.run.session import Session
 
@@ -51,11 +50,13 @@ class Talk:
     transcript: Transcript | None = None
     plain: bool = False  # Markdown as it is
     quiet: bool = False
+    log: bool = True  # keep answers, and which contexts and models were used
 
 
 def converse(request: Request, talk: Talk, interruption: Interruption) -> None:
     """Reads the documents, then answers line after line until they end."""
     from l4ctx.run.inputs import make_inputs, read_request
+    from l4ctx.run.remembering import Memory
     from l4ctx.run.session import load
     from l4ctx.run.sizing import size
 
@@ -68,11 +69,13 @@ def converse(request: Request, talk: Talk, interruption: Interruption) -> None:
         with activity:
             choices, sources = read_request(request, monitor)
             session = load(size(make_inputs(choices, sources, monitor), monitor), monitor)
+            memory = Memory(note, is_on=talk.log)
+            memory.saw(session)
             read_shown(session, activity)
             if (summary := reading_summary(session)) is not None:
                 note(summary)
             chat = _begin(session)
-        conversation = Conversation(chat, talk, monitor, console, activity)
+        conversation = Conversation(chat, talk, monitor, memory, activity)
         conversation.begin()
         earlier = [part.content for part in _messages(talk.told) if part.role == "user"]
         source = lines([name.partition(" ")[0] for name in HELP], earlier, note)
@@ -102,9 +105,9 @@ def _messages(told: Told | None) -> Iterator[Message]:
 class Conversation:
     """What the lines of a person do to a `Chat`."""
 
-    def __init__(self, chat: Chat, talk: Talk, monitor: Monitor, console: Console, activity: Activity) -> None:
-        self._chat, self._talk, self._monitor = chat, talk, monitor
-        self._console, self._activity = console, activity
+    def __init__(self, chat: Chat, talk: Talk, monitor: Monitor, memory: Memory, activity: Activity) -> None:
+        self._chat, self._talk, self._monitor, self._log = chat, talk, monitor, memory
+        self._console, self._activity = stderr_console(), activity
         self._is_interactive = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/add": self._add,
@@ -169,6 +172,7 @@ class Conversation:
                 turn.answer.stop_reason = "interrupted"
                 self._monitor.note("stopped; what was said so far belongs to the conversation (/undo takes it back)")
         answer = self._chat.end()
+        self._log.answered(turn, question, answer.as_dict())
         if answer.citations is not None:
             show_citations(answer.citations)
         if self._is_interactive and sys.stdout.isatty():

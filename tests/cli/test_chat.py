@@ -35,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "b c.md").write_text("More words.\n" + answer("b"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L4CTX_MODEL", str(TINY))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path
 
 
@@ -62,8 +63,10 @@ def test_what_is_piped_in_is_one_turn_a_line(folder: Path) -> None:
     assert rest[1]["content"] == answer("a").strip() and rest[1]["stop_reason"] == "stop"
     assert (folder / "t.jsonl").stat().st_mode & 0o077 == 0
     assert run_here("ask", question("b"), "--context", "context").stdout == answer("b")
-    result = chat("--context", "context", "-q", "--system", "Be brief.", says=question("a"))
+    assert run_here("log", "--json").stdout.count(question("a")) == 1
+    result = chat("--context", "context", "-q", "--no-log", "--system", "Be brief.", says=question("a"))
     assert (result.code, result.stdout, result.stderr) == (0, answer("a"), "")
+    assert run_here("log", "--json").stdout.count(question("a")) == 1
 
 
 def test_a_conversation_goes_on_from_its_transcript(folder: Path) -> None:
