@@ -97,7 +97,12 @@ REFUSED: list[tuple[list[str | bytes], bytes | None, int, list[str]]] = [
     ),
     (["ask", "--questions", "/dev/zero", "docs"], None, 2, ["/dev/zero: the questions cannot be read: neither a file"]),
     (["ask", "q", "docs", "--dtype", "int4"], None, 2, ["--dtype: 'int4' is not one of auto, float32, bfloat16"]),
-    (["ask", "q", "docs", "--attention", "f"], None, 2, ["--attention: 'f' is not one of sdpa, matmul, flex, eager"]),
+    (
+        ["ask", "q", "docs", "--attention", "f"],
+        None,
+        2,
+        ["--attention: 'f' is not one of sdpa, cudnn, matmul, flex, eager"],
+    ),
     (
         ["ask", "q", "docs", "--seed", str(2**64)],
         None,
