@@ -50,9 +50,10 @@ def reading_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def reading(folder: Path, *options: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two processes that begin to read into the context c: all is tokenized."""
-    with started("prefill", "long.md", "-o", "c", "--model", "model", folders=(folder, folder)) as processes:
+    arguments = ("prefill", "long.md", "-o", "c", "--model", "model", *options)
+    with started(*arguments, folders=(folder, folder)) as processes:
         error = processes[0].stderr
         assert error is not None
         assert any("document" in line for line in iter(error.readline, ""))
@@ -82,12 +83,12 @@ def test_what_another_rank_fails_at_is_what_the_first_says(folder: Path, tmp_pat
     assert "Traceback" not in error
 
 
-def killed_after(seconds: float, folder: Path, whom: int) -> tuple[int, str, float]:
+def killed_after(seconds: float, folder: Path, whom: int, *options: str) -> tuple[int, str, float]:
     """Exit code and last words of the other process, and how long it took to end.
 
     They read into the context c, and one is killed so many seconds after all is tokenized.
     """
-    with reading(folder) as processes:
+    with reading(folder, *options) as processes:
         time.sleep(seconds)
         processes[whom].kill()
         began = time.monotonic()
@@ -117,14 +118,15 @@ def test_a_killed_rank_ends_the_first_with_one_line(folder: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("options", [(), ("--context-ranks", "2")], ids=["tensor", "context"])
 @pytest.mark.parametrize("seed", range(50))
 def test_a_rank_killed_at_any_moment_ends_the_others(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, reading_seconds: float, seed: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reading_seconds: float, seed: int, options: tuple[str, ...]
 ) -> None:
     """What they read until then is kept, and one process goes on with it."""
     source = random.Random(seed)
     whom = source.randrange(2)
-    code, rest, took = killed_after(source.uniform(0, reading_seconds), folder, whom)
+    code, rest, took = killed_after(source.uniform(0, reading_seconds), folder, whom, *options)
     if code == 0:
         pytest.skip("they were faster than before, and done")
     assert took < ENDS_WITHIN
