@@ -48,6 +48,7 @@ class ChatTemplate:
     source: str
     special_tokens: dict[str, str] = field(default_factory=dict)
     date: datetime.datetime | None = None  # None means now
+    tools: str | None = None  # a list in JSON
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], *, date: datetime.datetime | None = None) -> ChatTemplate | None:
@@ -123,7 +124,7 @@ class ChatTemplate:
         messages: list[dict[str, Any]] = []
         for marker, role in markers.items():
             messages.append({"role": role, "content": [{"type": "text", "text": marker}] if as_parts else marker})
-        text = _render(self.source, self.special_tokens, messages, self.date)
+        text = _render(self, messages)
         for marker, role in markers.items():
             part_shown = as_parts and re.search(f"[\"']{marker}[\"']", text)  # the part's repr, not its text
             if text.count(marker) != 1 or part_shown:
@@ -151,12 +152,23 @@ def _default_template(source: object, file: Path) -> str:
     return source
 
 
-def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]], date: datetime.datetime | None) -> str:
-    """Renders an untrusted template as `transformers` does, in a confined process unless the template is known.
+def _render(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
+    """Renders an untrusted template as `transformers` does. Any failure in it becomes a PromptError."""
+    variables = {
+        **template.special_tokens,
+        "messages": messages,
+        "tools": None if template.tools is None else json.loads(template.tools),
+        "documents": None,
+        "add_generation_prompt": True,
+    }
+    return render_confined(template.source, variables, "the checkpoint's chat template", template.date)
+
+
+def render_confined(source: str, variables: dict[str, Any], what: str, date: datetime.datetime | None = None) -> str:
+    """Renders a Jinja template, in a confined process unless it is known; `what` is what errors call it.
 
     Any failure in it becomes a PromptError.
     """
-    variables = {**tokens, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
     date = date or datetime.datetime.now()
     if is_known_template(source):
         from l4ctx.checkpoint.chat_environment import TemplateFailure, render
@@ -164,17 +176,17 @@ def _render(source: str, tokens: dict[str, str], messages: list[dict[str, Any]],
         try:
             return render(source, variables, date)
         except TemplateFailure as error:
-            raise PromptError(f"the checkpoint's chat template fails: {error}") from None
+            raise PromptError(f"{what} fails: {error}") from None
     asked = {"source": source, "variables": variables, "date": date.isoformat()}
     try:
         with CHILD.request({}, LIMITS, json.dumps(asked).encode()) as receive:
             return receive().body.decode("utf-8", "surrogatepass")
     except RefusedError as error:
-        raise PromptError(f"the checkpoint's chat template fails: {error}") from None
+        raise PromptError(f"{what} fails: {error}") from None
     except ChildFailedError as error:
-        raise TemplateLimitError(f"the checkpoint's chat template fails: it {_excess(error.why)}") from None
+        raise TemplateLimitError(f"{what} fails: it {_excess(error.why)}") from None
     except NoChildError as error:
-        raise PromptError(f"the process that renders the checkpoint's chat template {error}") from None
+        raise PromptError(f"the process that renders {what} {error}") from None
 
 
 def _excess(why: str) -> str:

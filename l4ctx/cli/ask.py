@@ -14,6 +14,7 @@ from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, check_context_ranks, has_followed
 from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, holds_data, inputs, many_inputs, named
+from l4ctx.cli.template_options import TemplateFlags
 from l4ctx.errors import UsageError
 from l4ctx.machine.ranks import Launch
 
@@ -87,6 +88,7 @@ def ask(
     no_documents: Annotated[bool, typer.Option("--no-documents", help="Ask the model without any document.")] = False,
     *,
     read: SourceFlags,
+    written: TemplateFlags,
     system: options.System = None,
     max_new_tokens: answer_options.MaxNewTokens = None,
     temperature: answer_options.Temperature = None,
@@ -164,6 +166,9 @@ def ask(
             raise UsageError("--cite asks for quotations, which --response-format does not allow: give one of them")
         if cite and no_documents:
             raise UsageError("--cite: there are no documents to name with --no-documents; leave out one of them")
+        template = written.options(
+            many=asked is not None, has_context=saved.folder is not None, has_system=bool(system), cites=cite
+        )
         _check_sources(sources, saved, read.given(), no_documents=no_documents, system=system)
         return Request(
             checkpoint_folder(model, saved.folder, may_be_new=context is None),
@@ -196,6 +201,7 @@ def ask(
             KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
             asked,
             launch,
+            template,
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model, context=context or save_context) as interruption:

@@ -22,6 +22,7 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from l4ctx.documents.document import Document
     from l4ctx.documents.images import DocumentImage
+    from l4ctx.prompt.wrapping import Wrapping
     from l4ctx.spans import ImageSpan
     from l4ctx.vision.prompter import ImagePrompter, PlacedImage
 
@@ -84,12 +85,14 @@ def build_prompt(
     progress: Progress | None = None,
     first_index: int = 1,
     positions: int | None = None,
+    wrapping: Wrapping | None = None,
 ) -> Prompt:
     """Puts documents first and the question last into the chat template, or into plain text without one (base models).
 
     The ids up to the end of document k do not depend on anything after it. `documents` is consumed one at a time and no
     text is kept: with `DocumentSet.take()`, each text is freed once it is encoded. `images` is required if documents
-    contain images. `first_index` is the first document's number, if others precede it. Raises PromptError,
+    contain images. `first_index` is the first document's number, if others precede it. `wrapping` replaces what stands
+    around documents and question. Raises PromptError,
     TokenizerError for text that the tokenizer cannot encode, and PromptLengthError as soon as the documents have over
     QUICKLY_COUNTED tokens and over twice as many as the model has `positions`.
     """
@@ -101,7 +104,7 @@ def build_prompt(
             prompt.ids.append(tokenizer.bos_id)
         if system:
             tokenizer.encode_data(system, suffix="\n\n", into=prompt.ids, user="the system prompt")
-        _add_user_content(prompt, tokenizer, documents, question, images, progress, positions)
+        _add_user_content(prompt, tokenizer, documents, question, images, progress, positions, wrapping)
         return prompt
     parts = template.split(system=bool(system))
     own_texts = [tokenizer.encode_control(part) for part in parts[::2]]  # before any document, as this may fail
@@ -111,7 +114,7 @@ def build_prompt(
         elif part == "system":
             tokenizer.encode_data(system, into=prompt.ids, user="the system prompt")
         else:
-            _add_user_content(prompt, tokenizer, documents, question, images, progress, positions)
+            _add_user_content(prompt, tokenizer, documents, question, images, progress, positions, wrapping)
     return prompt
 
 
@@ -174,10 +177,16 @@ def _add_user_content(
     images: ImagePrompter | None,
     progress: Progress | None,
     positions: int | None,
+    wrapping: Wrapping | None,
 ) -> None:
-    add_documents(prompt, tokenizer, documents, images, progress, positions)
+    add_documents(prompt, tokenizer, documents, images, progress, positions, wrapping)
     prompt.documents_stop = len(prompt.ids)
-    encode_question(tokenizer, question, prompt.ids)
+    if wrapping is None:
+        encode_question(tokenizer, question, prompt.ids)
+        return
+    tokenizer.encode_data(
+        question, prefix=wrapping.before_question, suffix=wrapping.behind, into=prompt.ids, user="the question"
+    )
 
 
 def add_documents(
@@ -187,20 +196,29 @@ def add_documents(
     images: ImagePrompter | None,
     progress: Progress | None,
     positions: int | None,
+    wrapping: Wrapping | None = None,
 ) -> None:
     """Appends documents to what the user says, as `build_prompt` does. Raises TokenizerError and PromptLengthError."""
     done = 0  # characters
     for document in documents:  # not enumerate, which would keep a reference to the document
         length = sum(len(part) for part in document.parts if isinstance(part, str))
-        _add_document(prompt, tokenizer, document, images, progress and _offset_by(done, progress), positions)
+        around = _around(prompt, document) if wrapping is None else (wrapping.before[len(prompt.spans)], "")
+        _add_document(prompt, tokenizer, document, around, images, progress and _offset_by(done, progress), positions)
         del document  # frees its text before the next one is read
         done += length
+
+
+def _around(prompt: Prompt, document: Document) -> tuple[str, str]:
+    """The texts before and behind the next document."""
+    index = prompt.first_index + len(prompt.spans)
+    return f'<document index="{index}" path="{as_attribute(document.source)}">\n', DOCUMENT_END
 
 
 def _add_document(
     prompt: Prompt,
     tokenizer: Tokenizer,
     document: Document,
+    around: tuple[str, str],
     images: ImagePrompter | None,
     progress: Progress | None,
     positions: int | None,
@@ -222,8 +240,7 @@ def _add_document(
         cuts.extend(done + offset for offset in encoded.forced_cuts)
         done += len(text)
 
-    opening = f'<document index="{prompt.first_index + len(prompt.spans)}" path="{as_attribute(document.source)}">\n'
-    closing = DOCUMENT_END
+    opening, closing = around
     for before, image in _texts_before_images(document.parts):
         if image is None:
             add_text(before, opening, closing)

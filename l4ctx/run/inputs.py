@@ -31,10 +31,12 @@ from model.config import TextConfig
 if TYPE_CHECKING:
     import torch
 
+    from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.planning.workload import Rows
     from l4ctx.prompt.builder import Prompt
+    from l4ctx.prompt.wrapping import Wrapping
     from l4ctx.run.asking import Asking
     from l4ctx.run.images import ImageReading
     from model.weights.sources import WeightSource
@@ -173,13 +175,38 @@ def tell_skipped(found: DocumentSet, note: Callable[[str], None]) -> None:
         note(text)
 
 
+def _chat_template(request: Request, choices: ContextChoices) -> ChatTemplate | None:
+    """None: there is none, or none is wanted. Raises PromptError, and RequestError for tools that it cannot show."""
+    from l4ctx.checkpoint.chat_template import ChatTemplate
+
+    if request.template.raw:
+        return None
+    template = ChatTemplate.from_folder(request.model, date=choices.date)
+    if template is not None:
+        template.prepare()
+    if request.template.tools is None:
+        return template
+    told = None if template is None else replace(template, tools=request.template.tools)
+    if template is None or told is None or template.split(system=False) == told.split(system=False):
+        raise RequestError("--tools: the checkpoint's chat template says nothing of tools")
+    return told
+
+
+def _wrapping(request: Request, names: Sequence[str]) -> Wrapping | None:
+    """What stands around the documents of these names. Raises PromptTemplateError."""
+    from l4ctx.prompt.wrapping import Wrapping, wrapping
+
+    if request.template.raw:
+        return Wrapping.none(len(names))
+    return None if request.template.wrapping is None else wrapping(request.template.wrapping, names)
+
+
 def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> Inputs:
     """Checks the shards, then tokenizes.
 
     Raises RequestError, CheckpointError, TokenizerError, PromptError, PromptLengthError, ContextError and
     GenerationConfigError.
     """
-    from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.prompt.builder import after_question, build_prompt, check_length
     from l4ctx.prompt.instruction import instructed
@@ -190,13 +217,11 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         monitor.tell("checking the checkpoint")
         checked = check_checkpoint(choices, config, monitor.note)
         context = _opened(request, monitor)
-        template = ChatTemplate.from_folder(request.model, date=choices.date)
-        if template is not None:
-            template.prepare()
+        template = _chat_template(request, choices)
         tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
         if request.converses:
             turns_of(request, config, tokenizer, template)  # refuses before anything is read
-    if template is None:
+    if template is None and not request.template.raw:
         monitor.note("the checkpoint has no chat template: documents and question are given to it as plain text")
     began = time.perf_counter()
     monitor.tell("tokenizing")
@@ -206,6 +231,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         reading = sources.images.prepare(tokenizer, sources.images.sources(), with_digests=has_context)
     held = _drop_held_documents(request, context, sources.documents, monitor.note)
     question = request.question or ""
+    wrapping = _wrapping(request, [document.source for document in sources.documents.documents])
     prompt = build_prompt(
         tokenizer,
         template,
@@ -216,6 +242,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         first_index=held + 1,
         progress=_tokenizing(monitor.tell, sources.documents.characters),
         positions=config.max_position_embeddings,
+        wrapping=wrapping,
     )
     prompt_tokens = _cut_prompt(request, context, prompt, tokenizer)
     monitor.timings["tokenize"] = Timing(time.perf_counter() - began, len(prompt.ids))

@@ -98,6 +98,19 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True)
+class TemplateOptions:
+    """How documents and question become a prompt, if not by the checkpoint's chat template alone."""
+
+    raw: bool = False  # nothing around them
+    tools: str | None = None  # for the chat template: a list, in JSON
+    wrapping: str | None = None  # a Jinja template of what the user says
+
+    @property
+    def is_given(self) -> bool:
+        return self != TemplateOptions()
+
+
+@dataclass(frozen=True)
 class ContextOptions:
     """Saved contexts: at most one of the two folders is given."""
 
@@ -126,6 +139,7 @@ class Request:
     kv: KVOptions = field(default_factory=KVOptions)
     questions: QuestionsOptions | None = None  # None: one question, or none
     launch: Launch | None = None  # one of several processes that carry it out
+    template: TemplateOptions = field(default_factory=TemplateOptions)
     converses: bool = False  # a conversation follows, whose first message begins with the documents
 
     @property
