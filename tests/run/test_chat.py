@@ -127,7 +127,7 @@ def plain_answer(chat: Chat, ids: array[int], tokens: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("small_rows")
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", pytest.param("int8", marks=pytest.mark.matrix)])
 def test_undo_is_exact_wherever_chunks_and_blocks_end(
     short_chunks: Path, document: Path, tmp_path: Path, kv_dtype: str
 ) -> None:
@@ -147,7 +147,7 @@ def test_undo_is_exact_wherever_chunks_and_blocks_end(
             assert equal(state(chat), held)
             assert say(chat, question(NAMES[number % 4])) == first
             assert chat.said.ids == ids and equal(state(chat), after)
-            if kv_dtype == "auto" and number in (2, 8):
+            if kv_dtype == "auto" and number == 8:
                 length = len(chat._last.answer.ids)
                 assert plain_answer(chat, ids[:-length], length) == ids[-length:].tolist()
         assert 2 < crossings < 9 and before_all == 0 < len(chat.cache.stores[0].sealed)
@@ -162,7 +162,7 @@ def test_undo_is_exact_wherever_chunks_and_blocks_end(
 
 def test_what_was_said_until_an_interrupt_stays(short_chunks: Path, document: Path) -> None:
     """Also where the cache holds a draft that has not been verified."""
-    with chatting(short_chunks, document, max_new_tokens=30, draft_tokens=7) as chat:
+    with chatting(short_chunks, document, max_new_tokens=12, draft_tokens=7) as chat:
         say(chat, question("a"))
         turn = chat.begin(question("b"))
         read(turn)
