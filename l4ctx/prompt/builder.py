@@ -58,6 +58,7 @@ class Prompt:
     forced_cuts: list[ForcedCut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first_index: int = 1  # number of the first document
+    question_stop: int = 0  # where the question ends
 
     def follow(self, tokens: int) -> None:
         """Places the prompt after a saved context of `tokens` tokens, which replaces everything before the documents
@@ -66,6 +67,7 @@ class Prompt:
         del self.ids[:start]
         by = tokens - start
         self.documents_stop += by
+        self.question_stop += by
         self.spans = [replace(span, start=span.start + by, stop=span.stop + by) for span in self.spans]
         self.images = [placed.moved(by) for placed in self.images]
 
@@ -183,10 +185,11 @@ def _add_user_content(
     prompt.documents_stop = len(prompt.ids)
     if wrapping is None:
         encode_question(tokenizer, question, prompt.ids)
-        return
-    tokenizer.encode_data(
-        question, prefix=wrapping.before_question, suffix=wrapping.behind, into=prompt.ids, user="the question"
-    )
+    else:
+        tokenizer.encode_data(
+            question, prefix=wrapping.before_question, suffix=wrapping.behind, into=prompt.ids, user="the question"
+        )
+    prompt.question_stop = len(prompt.ids)
 
 
 def add_documents(

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from l4ctx.prompt.instruction import instructed
 from l4ctx.run.context import with_repair_hint
 from l4ctx.run.inputs import Inputs
 from l4ctx.spans import Span
@@ -46,9 +45,7 @@ class ExactPrompt:
         images += [(placed.image.source, placed.span.start, placed.span.stop) for placed in prompt.images]
         question = None
         if request.question is not None:
-            text = instructed(request.question) if request.answer.cites else request.question
-            asked = len(inputs.tokenizer.encode_data(text.strip()).ids)
-            question = prompt.documents_stop, prompt.documents_stop + asked
+            question = prompt.documents_stop, prompt.question_stop
         return cls(inputs, ids, [*documents, *prompt.spans], images, question)
 
     def text(self) -> Iterator[str]:
