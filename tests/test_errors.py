@@ -57,6 +57,8 @@ CODES = {
     "l4ctx.checkpoint.chat_template.TemplateLimitError": CHECKPOINT,
     "l4ctx.checkpoint.generation_config.GenerationConfigError": CHECKPOINT,
     "l4ctx.prompt.builder.PromptLengthError": TOO_LONG,
+    "l4ctx.run.response_format.IncompleteAnswerError": MODEL,
+    "l4ctx.prompt.wrapping.PromptTemplateError": INPUT,
     "l4ctx.documents.lines.LinesError": INPUT,
     "model.errors.DivisionError": INPUT,
     "model.errors.RankLostError": MODEL,

@@ -159,9 +159,9 @@ class ContentReader:
     def office_format(self, sample: bytes) -> str | None:
         """What `l4ctx.documents.office` reads what begins with `sample` as; None: it is no office document, or read as
         the text that it is."""
-        if not is_text(sample, self.encoding):
-            kind = binary_kind(sample)
-            return kind.office or None if kind is not None and image_format(sample) is None else None
+        if sample.startswith(b"PK"):
+            kind = None if is_text(sample, self.encoding) else binary_kind(sample)
+            return None if kind is None else kind.office or None
         if is_rtf(sample):
             return "rtf"
         if not self.keep_payload and formats.is_email(sample):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _FIELD = re.compile(rb"[!-9;-~]{1,80}:[^\n]*\n(?:[ \t][^\n]*\n)*")
+_FIRST = re.compile(rb"[!-9;-~]{1,80}:")
 _REQUIRED = re.compile(rb"^MIME-Version:|^Message-ID:|^Received:", re.IGNORECASE | re.MULTILINE)
 _USUAL = re.compile(rb"^(?:From|Date|Subject|To):", re.IGNORECASE | re.MULTILINE)
 _HTML = re.compile(
@@ -18,6 +19,8 @@ _CHARSET = re.compile(
 
 def is_email(sample: bytes) -> bool:
     """Whether this text begins with the header of an email as it was sent: fields that a person would not write."""
+    if _FIRST.match(sample) is None:  # as with most texts
+        return False
     head = sample[: 1 << 14].replace(b"\r\n", b"\n")
     end = 0
     while (found := _FIELD.match(head, end)) is not None:
