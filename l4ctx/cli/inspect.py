@@ -47,7 +47,7 @@ def _inspect(path: str | None, *, verify: bool, json: bool) -> NoReturn:
     activity = Activity(stderr_console(), is_shown=verify)
     activity.tell("reading every byte")
     with activity:
-        report = inspect_folder(str(options.meant_model(path)), verify=verify)
+        report = inspect_folder(path and str(options.meant_model(path)), verify=verify)
     if json:
         write_json(report)
     else:

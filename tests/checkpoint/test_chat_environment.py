@@ -85,10 +85,9 @@ def test_templates_render_as_in_transformers(template: str) -> None:
 @pytest.mark.parametrize("template", RENDERED)
 def test_the_confined_process_renders_the_same(template: str) -> None:
     now, variables = datetime.datetime.now(), VARIABLES | {"tools": None, "documents": None}
-    expected = environment_module.render(
-        template, variables | {"messages": MESSAGES, "add_generation_prompt": True}, now
-    )
-    assert chat_template._render(template, VARIABLES, MESSAGES, now) == expected
+    variables |= {"messages": MESSAGES, "add_generation_prompt": True}
+    expected = environment_module.render(template, variables, now)
+    assert chat_template.render_confined(template, variables, "the template", now) == expected
 
 
 @pytest.mark.parametrize("template", REFUSED)

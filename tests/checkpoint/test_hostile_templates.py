@@ -191,7 +191,8 @@ def test_dates_are_written_as_in_this_process(monkeypatch: pytest.MonkeyPatch, f
     date = datetime.datetime(2024, 2, 29, 17, 8, 9)
     try:
         source = "{{ strftime_now(form) }}"
-        assert chat_template._render(source, {"form": format}, [], date) == date.strftime(format)
+        rendered = chat_template.render_confined(source, {"form": format}, "the template", date)
+        assert rendered == date.strftime(format)
     finally:
         monkeypatch.undo()
         time.tzset()
