@@ -50,7 +50,7 @@ def with_log_file(command: Callable[..., None]) -> Callable[..., None]:
 
 def keep(text: str) -> None:
     """Writes a line to the file, if there is one."""
-    if _LOGGER.handlers:
+    if _open_files():
         _LOGGER.info("%s", as_one_line(text))
 
 
@@ -70,9 +70,14 @@ def open_log(name: str, command: str) -> None:
 
 
 def close_log() -> None:
-    for handler in list(_LOGGER.handlers):
+    for handler in _open_files():
         _LOGGER.removeHandler(handler)
         handler.close()
+
+
+def _open_files() -> list[_Unfailing]:
+    """Others may have put handlers of their own there."""
+    return [handler for handler in _LOGGER.handlers if isinstance(handler, _Unfailing)]
 
 
 class _Unfailing(logging.StreamHandler[Any]):
