@@ -278,7 +278,11 @@ def span(source: str, start: int, stop: int, digest: str = "") -> Span:
         ([span("a", 5, 20), span("b", 20, 55, "other")], 30, "b has changed"),
         ([span("a", 5, 20), span("x", 20, 55)], 22, "x is where b was"),
         ([span("a", 5, 20), span("x", 20, 55, "b")], 22, "x was b before"),
-        ([span("a", 5, 20), span("b", 20, 45)], 33, "b is read differently now (--encoding, --pdf or --no-images)"),
+        (
+            [span("a", 5, 20), span("b", 20, 45)],
+            33,
+            "b is read differently now (--encoding, --pdf, --no-images or --line-numbers)",
+        ),
         ([span("a", 5, 20)], 20, "b is not among them"),
         ([span("a", 5, 20), span("b", 20, 50), span("c", 50, 70)], 50, "c is new"),
         ([span("a", 5, 20), span("b", 20, 50)], 50, "they end there"),

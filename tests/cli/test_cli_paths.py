@@ -22,6 +22,7 @@ PATHS = {"PATH", "DIR", "FILE", "CONTEXT", "MODEL", "OUT", "MODEL|CONTEXT"}
 
 BASE: dict[str, list[str]] = {
     "ask": [QUESTION, "document.txt", "--model", "model", "--max-new-tokens", "1", "--quiet"],
+    "chat": ["document.txt", "--model", "model", "--quiet"],
     "prefill": ["document.txt", "--output", "new", "--model", "model", "--quiet"],
     "inspect": ["document.txt"],
     "plan": ["document.txt", "--model", "model", "--quiet"],
@@ -68,10 +69,14 @@ def parameters() -> Iterator[tuple[str, Any, str]]:
             if name != "return" and hint is not typer.Context:
                 kind, info = get_args(hint)
                 is_option = isinstance(info, typer.models.OptionInfo)
-                option = (
-                    next(iter(info.param_decls or ()), f"--{name.replace('_', '-')}") if is_option else info.metavar
-                )
+                option = _option(info, name) if is_option else info.metavar
                 yield function.__name__, (kind, info.metavar), option
+
+
+def _option(info: typer.models.OptionInfo, name: str) -> str:
+    """As it is typed: typer takes a name that is given first for a default."""
+    names = [given for given in (info.default, *(info.param_decls or ())) if str(given).startswith("--")]
+    return names[0] if names else f"--{name.replace('_', '-')}"
 
 
 def taking_paths() -> list[tuple[str, str]]:
