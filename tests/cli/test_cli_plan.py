@@ -526,7 +526,7 @@ FULL: list[tuple[str, int, int]] = [  # what fails, after how many calls; tokens
     (WRITE, 1, 0),
     (WRITE, 2, ROW),
     (WRITE, 3, 2 * ROW),
-    ("os.pwrite", 3 + 5 + 2, ROW),
+    ("os.pwrite", 1 + 3 + 5 + 2, ROW),  # the first is of the list of contexts
     ("os.fsync", 11, ROW),
 ]
 
