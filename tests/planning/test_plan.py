@@ -561,6 +561,7 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "buffers",
         "token_ids",
         "draft_index",
+        "kept_state",
         "activations",
         "images",
         "needed",
