@@ -256,7 +256,7 @@ def test_memory_stays_within_the_plan(scout: Transformer, monkeypatch: pytest.Mo
     def watch() -> None:
         assert all(cache.nbytes <= fork_bytes(cache.layout, room) for cache, room in forks)
 
-    monkeypatch.setattr(l4ctx.engine.questions, "ForkedKVCache", fork)
+    monkeypatch.setattr(l4ctx.engine.questions, "continuation", fork)
     before = documents.held()
     together(scout, documents, questions, STOPS, rows=3, watch=watch)
     assert len(forks) == 9 and documents.held() == before

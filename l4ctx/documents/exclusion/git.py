@@ -97,13 +97,13 @@ def git_environment(root: str) -> dict[str, str]:
 def git_output(
     command: list[str],
     environment: dict[str, str],
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     most: int | None = None,
     what: str = "names",
 ) -> bytes:
-    """Standard output of a process that ends well, in time, and says no more than there can be: `most` bytes, or
-    MOST_OUTPUT. Raises GitError."""
-    most = MOST_OUTPUT if most is None else most
+    """Standard output of a process that ends well within `seconds`, or SECONDS, and says no more than there can be:
+    `most` bytes, or MOST_OUTPUT. Raises GitError."""
+    most, seconds = MOST_OUTPUT if most is None else most, SECONDS if seconds is None else seconds
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
