@@ -221,7 +221,7 @@ def is_listed(process: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
 def test_an_interruption_ends_the_worker_and_leaves_no_file(number: signal.Signals, tmp_path: Path) -> None:
     program = script(tmp_path / "llama-bench", f"echo $$ > {tmp_path}/pid; exec sleep 60")
     config = text_file(tmp_path / "config.json", json.dumps(TOY))

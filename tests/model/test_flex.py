@@ -182,7 +182,12 @@ def model_with_flex(toys: Toys) -> Callable[[str, float], Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "std", "paths"), [("scout", 0.25, PATHS | CACHED), ("maverick", 0.02, PATHS), ("one_kv_head", 0.25, PATHS)]
+    ("name", "std", "paths"),
+    [
+        ("scout", 0.25, PATHS | CACHED),
+        ("maverick", 0.02, PATHS),
+        pytest.param("one_kv_head", 0.25, PATHS, marks=pytest.mark.matrix),
+    ],
 )
 def test_whole_models_by_every_path(
     toys: Toys,
