@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from l4ctx.cli.options import context_folder, token_count
+
+if TYPE_CHECKING:
+    from l4ctx.run.request import AnswerOptions
 
 Context = Annotated[
     Path | None,
@@ -71,3 +75,32 @@ Cite = Annotated[
         "model looked. The question is preceded by a request for quotations.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are chosen. A command takes them as one parameter, decorated with `l4ctx.cli.sources.spread`."""
+
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    seed: Seed = None
+    sample: Sample = False
+    draft_tokens: DraftTokens = None
+
+    def options(self, *, loop_guard: bool, cites: bool, schema: str | None = None) -> AnswerOptions:
+        from l4ctx.run.request import AnswerOptions
+
+        return AnswerOptions(
+            max_new_tokens=self.max_new_tokens,
+            sample=self.sample,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            loop_guard=loop_guard,
+            draft_tokens=self.draft_tokens,
+            cites=cites,
+            schema=schema,
+        )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import answer_options, options
+from l4ctx.cli.answer_options import SamplingFlags
+from l4ctx.cli.compute_options import ComputeFlags
 from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, check_context_ranks, has_followed
@@ -90,27 +92,11 @@ def ask(
     read: SourceFlags,
     written: TemplateFlags,
     system: options.System = None,
-    max_new_tokens: answer_options.MaxNewTokens = None,
-    temperature: answer_options.Temperature = None,
-    top_p: answer_options.TopP = None,
-    top_k: answer_options.TopK = None,
-    seed: answer_options.Seed = None,
-    sample: answer_options.Sample = False,
-    draft_tokens: answer_options.DraftTokens = None,
+    sampled: SamplingFlags,
     cite: answer_options.Cite = False,
     response_format: answer_options.ResponseFormat = None,
     loop_guard: answer_options.LoopGuard = True,
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    weights_memory: options.WeightsMemory = None,
-    weights_device_memory: options.WeightsDeviceMemory = None,
-    kv_dtype: options.KVDtype = "auto",
-    kv_device_memory: options.KVDeviceMemory = None,
-    kv_host_memory: options.KVHostMemory = None,
-    kv_dir: options.KVDir = None,
-    device: options.Device = "auto",
-    attention: options.Attention = None,
-    prefill_chunk_size: options.PrefillChunkSize = None,
+    computed: ComputeFlags,
     context_ranks: options.ContextRanks = 1,
     plain: options.Plain = False,
     stats: options.Stats = False,
@@ -138,13 +124,7 @@ def ask(
 
     def request() -> Request:
         from l4ctx.run.questions import QuestionsOptions
-        from l4ctx.run.request import (
-            AnswerOptions,
-            ComputeOptions,
-            ContextOptions,
-            KVOptions,
-            Request,
-        )
+        from l4ctx.run.request import ContextOptions, Request
         from l4ctx.run.response_format import read_format
 
         check_stdout("the answer to")
@@ -176,29 +156,13 @@ def ask(
             text,
             system,
             saved,
-            AnswerOptions(
-                max_new_tokens=max_new_tokens,
-                sample=sample,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
+            sampled.options(
                 loop_guard=loop_guard,
-                draft_tokens=draft_tokens,
                 cites=cite,
                 schema=None if response_format is None else read_format(response_format),
             ),
-            ComputeOptions(
-                device,
-                dtype,
-                attention,
-                prefill_chunk_size,
-                quantize,
-                weights_memory,
-                weights_device_memory,
-                context_ranks,
-            ),
-            KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            computed.compute_options(context_ranks),
+            computed.kv_options(),
             asked,
             launch,
             template,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import answer_options, options
+from l4ctx.cli.answer_options import SamplingFlags
+from l4ctx.cli.compute_options import ComputeFlags
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import STDIN, checkpoint_folder, paths_or_pipe
@@ -45,26 +47,10 @@ def chat(
     *,
     read: SourceFlags,
     system: options.System = None,
-    max_new_tokens: answer_options.MaxNewTokens = None,
-    temperature: answer_options.Temperature = None,
-    top_p: answer_options.TopP = None,
-    top_k: answer_options.TopK = None,
-    seed: answer_options.Seed = None,
-    sample: answer_options.Sample = False,
-    draft_tokens: answer_options.DraftTokens = None,
+    sampled: SamplingFlags,
     loop_guard: answer_options.LoopGuard = True,
     cite: answer_options.Cite = False,
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    weights_memory: options.WeightsMemory = None,
-    weights_device_memory: options.WeightsDeviceMemory = None,
-    kv_dtype: options.KVDtype = "auto",
-    kv_device_memory: options.KVDeviceMemory = None,
-    kv_host_memory: options.KVHostMemory = None,
-    kv_dir: options.KVDir = None,
-    device: options.Device = "auto",
-    attention: options.Attention = None,
-    prefill_chunk_size: options.PrefillChunkSize = None,
+    computed: ComputeFlags,
     plain: options.Plain = False,
     log: options.Log = True,
     quiet: options.Quiet = False,
@@ -81,13 +67,7 @@ def chat(
     """
     with errors_as_exit_codes(checkpoint=model, context=context) as interruption, ExitStack() as opened:
         from l4ctx.cli.conversation import Talk, converse
-        from l4ctx.run.request import (
-            AnswerOptions,
-            ComputeOptions,
-            ContextOptions,
-            KVOptions,
-            Request,
-        )
+        from l4ctx.run.request import ContextOptions, Request
 
         check_stdout("the answers to")
         file, told = _transcript(transcript, continued)
@@ -104,21 +84,9 @@ def chat(
             read.options(documents, None),
             system=None if context is not None else system,
             context=ContextOptions(context),
-            answer=AnswerOptions(
-                max_new_tokens=max_new_tokens,
-                sample=sample,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                loop_guard=loop_guard,
-                draft_tokens=draft_tokens,
-                cites=cite,
-            ),
-            compute=ComputeOptions(
-                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
-            ),
-            kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            answer=sampled.options(loop_guard=loop_guard, cites=cite),
+            compute=computed.compute_options(),
+            kv=computed.kv_options(),
             converses=True,
         )
         converse(

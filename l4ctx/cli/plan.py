@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import options
+from l4ctx.cli.compute_options import MemoryFlags
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes, leave, write, write_json
 from l4ctx.cli.sources import SourceFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
@@ -47,13 +48,7 @@ def plan(
         ),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speed instead.")] = False,
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    weights_memory: options.WeightsMemory = None,
-    weights_device_memory: options.WeightsDeviceMemory = None,
-    kv_dtype: options.KVDtype = "auto",
-    kv_device_memory: options.KVDeviceMemory = None,
-    kv_host_memory: options.KVHostMemory = None,
+    held: MemoryFlags,
     kv_dir: options.KVDir = None,
     device: options.Device = "auto",
     prefill_chunk_size: options.PrefillChunkSize = None,
@@ -84,7 +79,7 @@ def plan(
     """
 
     def request() -> PlanRequest:
-        from l4ctx.run.request import ComputeOptions, KVOptions, PlanRequest
+        from l4ctx.run.request import PlanRequest
 
         check_stdout("to")
         documents, stdin = paths_or_pipe(read.named(paths or []), quiet=quiet, reads_pipe=tokens is None)
@@ -97,15 +92,8 @@ def plan(
             read.options(documents, stdin),
             tokens,
             max_new_tokens,
-            ComputeOptions(
-                device=device,
-                dtype=dtype,
-                prefill_chunk_size=prefill_chunk_size,
-                quantize=quantize,
-                weights_memory=weights_memory,
-                weights_device_memory=weights_device_memory,
-            ),
-            KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            held.compute(device, prefill_chunk_size),
+            held.kv(kv_dir),
             rate,
             measure,
             gpus(),
@@ -121,7 +109,7 @@ def plan(
             return None
         if tokens is None:
             raise UsageError("--gpu-memory plans for a number of tokens: give --tokens N instead of documents")
-        if rate is not None or measure or weights_memory is not None or device != "auto":
+        if rate is not None or measure or held.weights_memory is not None or device != "auto":
             raise UsageError("--rate, --measure, --weights-memory and --device speak of this machine: leave them out")
         return GpuOptions(
             gpu_memory,

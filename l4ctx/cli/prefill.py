@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import options
+from l4ctx.cli.compute_options import MemoryFlags
 from l4ctx.cli.dry_run import DryRunFlags, show_prompt
 from l4ctx.cli.exits import check_stdout, errors_as_exit_codes
 from l4ctx.cli.show import Display, carry_out, check_context_ranks, has_followed
@@ -44,13 +45,7 @@ def prefill(
         bool,
         typer.Option("--verify", help="Check every byte that CONTEXT holds, and read again from the first damage on."),
     ] = False,
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    weights_memory: options.WeightsMemory = None,
-    weights_device_memory: options.WeightsDeviceMemory = None,
-    kv_dtype: options.KVDtype = "auto",
-    kv_device_memory: options.KVDeviceMemory = None,
-    kv_host_memory: options.KVHostMemory = None,
+    held: MemoryFlags,
     device: options.Device = "auto",
     attention: options.Attention = None,
     prefill_chunk_size: options.PrefillChunkSize = None,
@@ -71,7 +66,7 @@ def prefill(
     launch = Launch.of(os.environ)
 
     def request() -> Request:
-        from l4ctx.run.request import ComputeOptions, ContextOptions, KVOptions, Request
+        from l4ctx.run.request import ContextOptions, Request
 
         if json or dry.dry_run:
             check_stdout("to")
@@ -87,17 +82,8 @@ def prefill(
             read.options(documents, stdin),
             system=system,
             context=ContextOptions(save_to=output, replace=replace, verify=verify),
-            compute=ComputeOptions(
-                device,
-                dtype,
-                attention,
-                prefill_chunk_size,
-                quantize,
-                weights_memory,
-                weights_device_memory,
-                context_ranks,
-            ),
-            kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory),
+            compute=held.compute(device, prefill_chunk_size, attention, context_ranks),
+            kv=held.kv(),
             launch=launch,
         )
 

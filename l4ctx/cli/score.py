@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4ctx.cli import options
+from l4ctx.cli.compute_options import ComputeFlags
 from l4ctx.cli.exits import Interruption, check_stdout, errors_as_exit_codes, write, write_json
 from l4ctx.cli.sources import SelectionFlags, spread
 from l4ctx.cli.stdin import checkpoint_folder, paths_or_pipe
@@ -39,17 +40,7 @@ def score(
     encoding: options.Encoding = None,
     keep_payload: options.KeepPayload = False,
     html: options.Html = "source",
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    weights_memory: options.WeightsMemory = None,
-    weights_device_memory: options.WeightsDeviceMemory = None,
-    kv_dtype: options.KVDtype = "auto",
-    kv_device_memory: options.KVDeviceMemory = None,
-    kv_host_memory: options.KVHostMemory = None,
-    kv_dir: options.KVDir = None,
-    device: options.Device = "auto",
-    attention: options.Attention = None,
-    prefill_chunk_size: options.PrefillChunkSize = None,
+    computed: ComputeFlags,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -64,7 +55,7 @@ def score(
 
     def request() -> Request:
         from l4ctx.evaluation.picture import check_picture
-        from l4ctx.run.request import ComputeOptions, KVOptions, Request, SourceOptions
+        from l4ctx.run.request import Request, SourceOptions
 
         check_stdout("to")
         for file in output or []:
@@ -84,10 +75,8 @@ def score(
                 skip_unreadable=skip_unreadable,
                 selection=read.selection(),
             ),
-            compute=ComputeOptions(
-                device, dtype, attention, prefill_chunk_size, quantize, weights_memory, weights_device_memory
-            ),
-            kv=KVOptions(dtype=kv_dtype, device_memory=kv_device_memory, host_memory=kv_host_memory, folder=kv_dir),
+            compute=computed.compute_options(),
+            kv=computed.kv_options(),
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model) as interruption:

@@ -25,18 +25,17 @@ from l4ctx.run.conversing import turns_of
 from l4ctx.run.images import ImageUse
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS, AnswerOptions, Request, SourceOptions
+from l4ctx.run.templates import chat_template, wrapping_of
 from l4ctx.run.weights import Weights
 from model.config import TextConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from l4ctx.checkpoint.chat_template import ChatTemplate
     from l4ctx.checkpoint.generation_config import GenerationConfig, Sampling
     from l4ctx.checkpoint.tokenizer import Tokenizer
     from l4ctx.planning.workload import Rows
     from l4ctx.prompt.builder import Prompt
-    from l4ctx.prompt.wrapping import Wrapping
     from l4ctx.run.asking import Asking
     from l4ctx.run.images import ImageReading
     from model.weights.sources import WeightSource
@@ -175,32 +174,6 @@ def tell_skipped(found: DocumentSet, note: Callable[[str], None]) -> None:
         note(text)
 
 
-def _chat_template(request: Request, choices: ContextChoices) -> ChatTemplate | None:
-    """None: there is none, or none is wanted. Raises PromptError, and RequestError for tools that it cannot show."""
-    from l4ctx.checkpoint.chat_template import ChatTemplate
-
-    if request.template.raw:
-        return None
-    template = ChatTemplate.from_folder(request.model, date=choices.date)
-    if template is not None:
-        template.prepare()
-    if request.template.tools is None:
-        return template
-    told = None if template is None else replace(template, tools=request.template.tools)
-    if template is None or told is None or template.split(system=False) == told.split(system=False):
-        raise RequestError("--tools: the checkpoint's chat template says nothing of tools")
-    return told
-
-
-def _wrapping(request: Request, names: Sequence[str]) -> Wrapping | None:
-    """What stands around the documents of these names. Raises PromptTemplateError."""
-    from l4ctx.prompt.wrapping import Wrapping, wrapping
-
-    if request.template.raw:
-        return Wrapping.none(len(names))
-    return None if request.template.wrapping is None else wrapping(request.template.wrapping, names)
-
-
 def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> Inputs:
     """Checks the shards, then tokenizes.
 
@@ -217,7 +190,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         monitor.tell("checking the checkpoint")
         checked = check_checkpoint(choices, config, monitor.note)
         context = _opened(request, monitor)
-        template = _chat_template(request, choices)
+        template = chat_template(request, choices)
         tokenizer = Tokenizer.from_folder(request.model, config.vocab_size)
         if request.converses:
             turns_of(request, config, tokenizer, template)  # refuses before anything is read
@@ -231,7 +204,7 @@ def make_inputs(choices: ContextChoices, sources: Sources, monitor: Monitor) -> 
         reading = sources.images.prepare(tokenizer, sources.images.sources(), with_digests=has_context)
     held = _drop_held_documents(request, context, sources.documents, monitor.note)
     question = request.question or ""
-    wrapping = _wrapping(request, [document.source for document in sources.documents.documents])
+    wrapping = wrapping_of(request, [document.source for document in sources.documents.documents])
     prompt = build_prompt(
         tokenizer,
         template,
