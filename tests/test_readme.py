@@ -267,10 +267,14 @@ def test_files_scripts_and_their_options_exist(document: Path) -> None:
 
 
 def test_the_design_lists_every_package() -> None:
-    """And every module that it lists exists."""
+    """Once, with all of its modules; and every module that it lists exists."""
     table = re.findall(r"^\| `([\w/]+)` \|[^|]*\| (.*) \|$", (ROOT / "DESIGN.md").read_text(encoding="utf-8"), re.M)
     listed = {package for package, _ in table}
+    assert len(listed) == len(table), "a package has two rows"
     for package, modules in table:
+        named = set(re.findall(r"`(\w+)`", modules))
+        there = {file.stem for file in (ROOT / package).glob("*.py")} - {"__init__", "__main__"}
+        assert there <= named, f"{package}: {there - named}"
         for name in re.findall(r"`([\w/]+)`", modules):
             place = ROOT / package / name
             assert place.is_dir() or place.with_suffix(".py").is_file(), f"{package}: {name}"
