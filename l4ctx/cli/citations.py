@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from l4ctx.cli.console import columns
 from l4ctx.cli.exits import write
+from l4ctx.cli.wrapping import cells, wrapped
 from l4ctx.formatting import as_one_line, without_controls
 
 if TYPE_CHECKING:
@@ -16,7 +19,17 @@ MOST_LINES = 6
 
 def show_citations(citations: Citations) -> None:
     """Writes them to standard output. Raises OutputError."""
-    write("".join(f"{line}\n" for line in citation_lines(citations)))
+    lines = citation_lines(citations)
+    if sys.stdout.isatty():
+        width = columns(sys.stdout)
+        lines = [part for line in lines for part in _fitting(line, width)]
+    write("".join(f"{line}\n" for line in lines))
+
+
+def _fitting(line: str, width: int) -> list[str]:
+    """A line that is too wide, broken at words; each part begins as far from the margin as the line does."""
+    indent = len(line) - len(line.lstrip())
+    return [line] if cells(line) <= width or indent > width // 2 else wrapped(line, width, indent)
 
 
 def citation_lines(citations: Citations) -> list[str]:
