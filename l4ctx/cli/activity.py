@@ -71,7 +71,7 @@ class Activity:
             self._live = Live(
                 get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=1 / LIVE_SECONDS
             )
-            self._live.start()
+            self._live.start(refresh=True)  # a line that rich draws beside the first note would not be erased
         else:
             self._ended.clear()
             self._thread = threading.Thread(target=self._print_lines, name="l4ctx-activity", daemon=True)
@@ -88,6 +88,7 @@ class Activity:
         if thread is not None:
             self._ended.set()
             thread.join()
+        self._view = Doing("preparing")  # the next time begins with something else
 
     def _print_lines(self) -> None:
         while not self._ended.wait(max(0.05, self._last_line + PLAIN_LINE_SECONDS - time.monotonic())):
