@@ -42,6 +42,7 @@ CODES = {
     "l4ctx.run.questions.QuestionsError": INPUT,
     "l4ctx.run.answers_file.AnswersFileError": INPUT,
     "l4ctx.evaluation.haystack.HaystackError": INPUT,
+    "l4ctx.run.transcript.InUseError": INPUT,
     "l4ctx.run.transcript.TranscriptError": INPUT,
     "l4ctx.documents.images.ImageError": INPUT,
     "l4ctx.documents.images.ImageMemoryError": MEMORY,

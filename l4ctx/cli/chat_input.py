@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from prompt_toolkit.document import Document
 
 PROMPT = "> "
-MAX_LINE_BYTES = 2**26
+MAX_SAID_BYTES = 2**21
+"""Of what is said at once: some 500,000 tokens."""
+
+NOT_TEXT = "what was typed is not UTF-8 text"
 HINT = "pip install 'l4ctx[chat]' adds history, editing of several lines, and completion"
 PATH_COMMANDS = ("/add", "/save")
+
+
+def too_long(what: str) -> InputError:
+    return InputError(f"{what}: longer than {MAX_SAID_BYTES >> 20} MiB; put it in a file and read that with /add")
 
 
 class Lines(Protocol):
@@ -45,12 +52,12 @@ class PipedLines:
     def read(self) -> str | None:
         if sys.stdin is None:
             return None
-        line = sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)
+        line = sys.stdin.buffer.readline(MAX_SAID_BYTES + 1)
         self._number += 1
         if not line:
             return None
-        if len(line) > MAX_LINE_BYTES:
-            raise InputError(f"standard input, line {self._number}: longer than {MAX_LINE_BYTES >> 20} MiB")
+        if len(line) > MAX_SAID_BYTES:
+            raise too_long(f"standard input, line {self._number}")
         try:
             text = line.decode("utf-8-sig" if self._number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -78,7 +85,10 @@ class PlainLines:
             sys.stderr.write(PROMPT)
             sys.stderr.flush()
             return input()
+        except UnicodeDecodeError:
+            raise InputError(NOT_TEXT) from None
         except EOFError:
+            sys.stderr.write("\n")
             return None
         except KeyboardInterrupt:
             sys.stderr.write("\n")
@@ -86,7 +96,7 @@ class PlainLines:
 
 
 class EditedLines:
-    """A terminal with prompt_toolkit: Enter sends, Alt-Enter begins another line."""
+    """A terminal with prompt_toolkit: Enter sends, Alt-Enter begins another line, Ctrl-X Ctrl-E opens the editor."""
 
     is_interactive = True
 
@@ -103,6 +113,8 @@ class EditedLines:
             key_bindings=_bindings(),
             completer=_completer(list(commands)),
             complete_while_typing=False,
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
             output=create_output(sys.stdout if sys.stdout.isatty() else sys.stderr),
         )

@@ -55,6 +55,7 @@ def _tables(contexts: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]
 
     from l4ctx.cli.tables.layout import FigureTable
     from l4ctx.formatting import human_bytes, printable
+    from l4ctx.inspection.model_names import shown_name
 
     parts: Any = []
     if contexts:
@@ -62,7 +63,7 @@ def _tables(contexts: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]
         for row in contexts:
             tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
             size = "" if row["bytes"] is None else human_bytes(row["bytes"])
-            model = "" if row["model"] is None else printable(_model_name(Path(row["model"])))
+            model = "" if row["model"] is None else printable(shown_name(Path(row["model"])))
             table.add_row(printable(row["path"]), tokens, size, model, _day(row["written"]), row["state"])
         parts += [table]
     if models:
@@ -73,12 +74,6 @@ def _tables(contexts: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]
             table.add_row(printable(row["path"]), name, size, _day(row["last_used"]), row["state"])
         parts += ["", table] if parts else [table]
     return Group(*parts)
-
-
-def _model_name(path: Path) -> str:
-    """A folder's name, or that of the repository whose snapshot it is."""
-    parts = path.parts
-    return parts[-3].removeprefix("models--").replace("--", "/") if "snapshots" in parts[-2:-1] else path.name
 
 
 def _day(seconds: float | None) -> str:

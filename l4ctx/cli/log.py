@@ -29,7 +29,9 @@ def log(
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="Show the newest one in full.")] = False,
     path: Annotated[bool, typer.Option("--path", help="Show the name of the file.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it, after asking.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Delete all of it, and kept conversations, after asking.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="With --clear: do not ask.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for programs.")] = False,
 ) -> None:
@@ -89,8 +91,13 @@ def _whole(record: dict[str, Any]) -> str:
 
 def _clear(kept: Any, *, yes: bool) -> None:
     from l4ctx.cli.confirming import confirmed
+    from l4ctx.formatting import counted
+    from l4ctx.history.chats import Chats
 
-    if not yes and not confirmed(f"delete all answers in {kept.file}?"):
+    if not yes and not confirmed(f"delete all answers in {kept.file}, and the conversations kept beside it?"):
         tell("nothing was deleted")
         leave(INPUT)
-    tell("the log of answers is deleted" if kept.clear() else "there is no log of answers")
+    answers, conversations = kept.clear(), Chats().clear()
+    tell("the log of answers is deleted" if answers else "there is no log of answers")
+    if conversations:
+        tell(f"{counted(conversations, 'conversation')} deleted")

@@ -346,7 +346,10 @@ Plain = Annotated[bool, typer.Option("--plain", help="Show the answer's Markdown
 Stats = Annotated[bool, typer.Option("--stats", help="Show tokens, time and rate in one line on stderr.")]
 Log = Annotated[
     bool,
-    typer.Option("--log/--no-log", help="Keep answers for l4ctx log, and which contexts and models were used."),
+    typer.Option(
+        "--log/--no-log",
+        help="Keep answers for l4ctx log, conversations for chat --last, and which contexts and models were used.",
+    ),
 ]
 MemoryReport = Annotated[bool, typer.Option("--memory-report", help="Show where every byte went.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]

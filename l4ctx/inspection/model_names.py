@@ -28,6 +28,12 @@ def meant_model(text: str, models: Mapping[str, str]) -> Path:
     return _in_the_cache(text) or _by_part(text) or Path(text)
 
 
+def shown_name(path: Path) -> str:
+    """A folder's name, or that of the repository whose snapshot it is."""
+    parts = path.absolute().parts
+    return parts[-3].removeprefix(_PREFIX).replace("--", "/", 1) if "snapshots" in parts[-2:-1] else parts[-1]
+
+
 def cached_models() -> dict[str, Path]:
     """The newest snapshot of every repository in the hub's cache that has a checkpoint, by the repository's name."""
     try:

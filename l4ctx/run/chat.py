@@ -1,7 +1,8 @@
 """A conversation: documents are read once, and each turn reads only what is new. Prints nothing and asks nobody.
 
-A turn is a `Session`, see `l4ctx.run.chat_turns`. The conversation is its token ids; the cache holds the first of them,
-and what it lacks, the next turn reads.
+The conversation is its token ids (`l4ctx.run.chat_moments.Said`); a cache holds the first of them, and what it lacks,
+the next turn reads. `Chat` is the going on and back. Questions are its own; all else that is said is given to it as a
+longer `Said`: by `chat_saying` (messages), `chat_documents` and `chat_saving`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from l4ctx.prompt.instruction import instructed
-from l4ctx.prompt.turns import ASSISTANT, SYSTEM, USER, Turns
-from l4ctx.run.chat_moments import Moment, Moments, Said
+from l4ctx.prompt.turns import ASSISTANT, Turns
+from l4ctx.run.chat_moments import LAST_TURN, Moment, Moments, Said
 from l4ctx.run.chat_turns import Turn, answer_length
+from l4ctx.run.drafting import GrownDrafts
 from l4ctx.run.session import Answer, Session
 
 if TYPE_CHECKING:
     from cache.hybrid import HybridKVCache
-    from l4ctx.prompt.builder import Prompt
-    from l4ctx.run.drafting import DraftSource
     from l4ctx.run.images import ImageReading
     from l4ctx.run.memory_report import MemoryReport
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Chat:
     """Goes on from a session whose documents have been read. One turn at a time:
 
-    `begin` returns a session to `prefill` and `decode`; then `end` takes its answer into the conversation, or `drop`
-    forgets the turn. What is refused changes nothing.
+    `begin` returns a session to `prefill` and `decode`, `read` one to `prefill`; then `end` takes what it said into the
+    conversation, or `drop` forgets the turn. What is refused changes nothing.
     """
 
     def __init__(self, session: Session, turns: Turns) -> None:
@@ -35,14 +35,12 @@ class Chat:
         prompt = inputs.prompt
         self.session = replace(session, features=None)
         self.moments = Moments(session.undivided_cache)
-        self._first = inputs.prompt_tokens - len(prompt.ids)  # the position of its first own token
-        is_empty = not self._first and not prompt.spans
-        self.said = Said(turns, prompt.ids, prompt.spans, prompt.images, is_empty)
-        self.cites = inputs.request.answer.cites  # may be changed between turns
-        self._turn: Session | None = None
+        self.first = inputs.prompt_tokens - len(prompt.ids)  # the position of its first own token
+        self.said = Said(turns, prompt.ids, prompt.spans, prompt.images, is_empty=not self.first and not prompt.spans)
+        self.draws = 0  # answers that were asked for once more; a seed draws each of them anew
+        self._turn: Session | None = None  # the one that is not over
         self._last = session
-        self._drafts: DraftSource | None = session.draft_source()
-        self._indexed = len(prompt.ids)
+        self._drafts = GrownDrafts(session.draft_source(), len(prompt.ids))
 
     @property
     def cache(self) -> HybridKVCache:
@@ -50,21 +48,31 @@ class Chat:
 
     @property
     def tokens(self) -> int:
-        return self._first + len(self.said.ids)
+        return self.first + len(self.said.ids)
 
-    def begin(self, question: str) -> Session:
-        """The turn that answers. Raises PromptError, TokenizerError, PromptLengthError, RequestError and
-        MemoryPlanError."""
-        text = instructed(question) if self.cites else question
-        said = self.said.for_user.with_text(text).then(ASSISTANT)
-        stop, options = self._first + len(said.ids), self.session.request.answer
+    def begin(self, question: str, *, cites: bool = False) -> Session:
+        """The turn that answers; `cites`: it names its sources.
+
+        Raises PromptError, TokenizerError, PromptLengthError, RequestError and MemoryPlanError.
+        """
+        said = self.said.for_user.with_text(instructed(question) if cites else question).then(ASSISTANT)
+        stop, options = self.first + len(said.ids), self.session.request.answer
         most = answer_length(options.max_new_tokens, stop, self.cache.config.max_position_embeddings)
-        turn = Turn(said, stop, most, question, self.cites, self.session.sized.inputs.images)
-        self._turn = replace(self._go_on(turn, "the last turn"), drafts=self._draft_source(said))
+        turn = Turn(said, stop, most, question, cites, self.session.sized.inputs.images, draws=self.draws)
+        self._turn = replace(self._go_on(turn, LAST_TURN), drafts=self._drafts.behind(said.ids))
         return self._turn
 
+    def read(self, said: Said, what: str, images: ImageReading | None = None) -> Session:
+        """The turn that reads a longer conversation, which answers nothing; `what` is it that `undo` then takes back.
+
+        `images`: with how they are read, if there are new ones. Raises what `begin` raises.
+        """
+        unread = said.images[len(self.said.images) :]
+        images = images or self.session.sized.inputs.images
+        return self._go_on(Turn(said, self.first + len(said.ids), images=images, unread=unread), what)
+
     def end(self) -> Answer:
-        """Takes the answer of the turn, or what there is of it, into the conversation."""
+        """Ends the turn, and takes its answer, or what there is of it, into the conversation."""
         assert self._turn is not None, "no turn"
         answer, self._turn = self._turn.answer, None
         self.said = replace(self.said, ids=self.said.ids + answer.ids)
@@ -72,46 +80,10 @@ class Chat:
             self.cache.rewind(self.tokens)
         return answer
 
-    def begin_reading(self, prompt: Prompt, what: str, images: ImageReading | None = None) -> Session:
-        """A session that reads the documents of `prompt`, which holds nothing else, into the user's next message, with
-        nothing to decode; then call `end_reading`. Raises what `begin` raises."""
-        before = self.said.for_user
-        said = before.with_documents(prompt, self._first + len(before.ids))
-        unread = said.images[len(before.images) :]
-        return self._go_on(Turn(said, self._first + len(said.ids), images=images, unread=unread), what)
-
-    def settle(self) -> Session:
-        """Reads all that has been said, and begins a message of the user, which is what a saved context needs."""
-        said = self.said.for_user
-        return self._go_on(Turn(said, self._first + len(said.ids), images=self.session.sized.inputs.images), "")
-
-    def end_reading(self) -> None:
-        self._turn = None
-
-    def tell_model(self, text: str) -> None:
-        """Says something as the system: before everything where nothing has been said, else from here on.
-
-        Raises TokenizerError, and PromptError where the template allows it only at the beginning.
-        """
-        if self.said.is_empty:
-            said, offset = Said.by_system(self.said.turns, text), 0
-            self.cache.rewind(0)
-        else:
-            said, offset = self.said.then(SYSTEM).with_text(text).then(USER), self.cache.offset
-        self.moments.all.append(Moment(self.said, offset, "the system's message"))
+    def say(self, said: Said, offset: int, what: str, question: str | None = None) -> None:
+        """Goes on without reading; the next turn reads it. `offset`: tokens that the cache then may hold."""
+        self.moments.all.append(Moment(self.said, offset, what, question=question))
         self.said = said
-
-    def say(self, role: str, text: str, *, cites: bool = False) -> None:
-        """What was said in another run, to be read later; `cites`: sources were asked for. Raises what `tell_model`
-        raises."""
-        if role == SYSTEM:
-            self.tell_model(text)
-        elif role == USER:
-            said = self.said.for_user.with_text(instructed(text) if cites else text)
-            self.moments.all.append(Moment(self.said, self.tokens, "the last turn"))
-            self.said = said
-        else:
-            self.said = self.said.then(ASSISTANT).with_text(text)
 
     def undo(self) -> str:
         """Goes back to before the last thing that was done; returns what it was. Raises RequestError."""
@@ -133,15 +105,7 @@ class Chat:
         assert self._turn is None, "a turn is not over"
         plan = turn.plan(self.session, self.moments)
         features = turn.features(self.session)
-        self.moments.mark(self.said, turn.end, what)
+        self.moments.mark(self.said, turn.end, what, turn.question)
         self.said = turn.said
         self._turn = self._last = turn.session(self.session, plan, self.moments, features)
         return self._turn
-
-    def _draft_source(self, said: Said) -> DraftSource | None:
-        """What was indexed, and behind it all that has been said since."""
-        from l4ctx.drafts.drafter import DraftCounts
-
-        if self._drafts is None:
-            return None
-        return replace(self._drafts, end=self._drafts.end + said.ids[self._indexed :], counts=DraftCounts())

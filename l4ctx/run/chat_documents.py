@@ -13,6 +13,7 @@ from l4ctx.prompt.builder import Prompt, add_documents
 from l4ctx.run.chat import Chat
 from l4ctx.run.inputs import read_sources
 from l4ctx.run.monitor import Monitor
+from l4ctx.run.session import Session
 from l4ctx.spans import Span
 
 if TYPE_CHECKING:
@@ -57,3 +58,10 @@ def encoded_documents(chat: Chat, paths: Sequence[str], monitor: Monitor) -> tup
     images = f"{counted(len(prompt.images), 'image')}, " if prompt.images else ""
     monitor.note(f"{counted(len(prompt.spans), 'document')}, {images}{len(prompt.ids):,} tokens")
     return prompt, reading
+
+
+def begin_reading(chat: Chat, prompt: Prompt, what: str, images: ImageReading | None) -> Session:
+    """A session that reads the documents of `prompt`, which holds nothing else, into the user's next message; then call
+    `Chat.end`. Raises what `Chat.read` raises."""
+    before = chat.said.for_user
+    return chat.read(before.with_documents(prompt, chat.first + len(before.ids)), what, images)

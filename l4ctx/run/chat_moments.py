@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from l4ctx.vision.prompter import PlacedImage
 
 
+LAST_TURN = "the last turn"
+
+
 @dataclass(frozen=True)
 class Said:
     """A conversation at one time: its token ids behind those that a saved context holds, and what they stand for."""
@@ -75,6 +78,7 @@ class Moment:
     offset: int  # tokens of it that the cache held, or may hold
     what: str  # that followed; "" for what nobody asked for
     kept: HybridKVCache | None = None
+    question: str | None = None  # that was answered then
 
 
 class Moments:
@@ -92,14 +96,18 @@ class Moments:
         """Whether tokens up to `stop` end the attention chunk, whose window is lost then."""
         return not self._is_same_chunk(self.cache.offset, stop)
 
-    def mark(self, said: Said, stop: int, what: str) -> None:
+    @property
+    def last(self) -> Moment | None:
+        return self.all[-1] if self.all else None
+
+    def mark(self, said: Said, stop: int, what: str, question: str | None = None) -> None:
         """Now, before the cache gets tokens up to `stop`. A copy takes the place of the one before."""
         kept = None
         if self.leaves_chunk(stop):
             for earlier in self.all:
                 earlier.kept = None
             kept = self.cache.fork()
-        self.all.append(Moment(said, self.cache.offset, what, kept))
+        self.all.append(Moment(said, self.cache.offset, what, kept, question))
 
     def back(self) -> Moment:
         """Goes back to the last moment, and forgets it. Raises RequestError, and then nothing changes."""

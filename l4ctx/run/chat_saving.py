@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def save(chat: Chat, folder: Path) -> int:
     """Writes all that has been said and read into the folder; returns the number of tokens.
 
-    The folder is new, or holds how this conversation began. All must have been read, see `Chat.settle`. Raises
+    The folder is new, or holds how this conversation began. All must have been read, see `chat_saying.settle`. Raises
     RequestError, ContextError, DiskError and DiskFullError.
     """
     from l4ctx.contexts.writer import ContextWriter
@@ -46,7 +46,7 @@ def _content(chat: Chat) -> tuple[array[int], list[Span], list[ImageSpan]]:
     """All token ids, and the documents and images among them: first those of the context that was begun with."""
     said, context = chat.said, chat.session.sized.inputs.context
     images = [placed.span for placed in said.images]
-    first = chat.tokens - len(said.ids)
+    first = chat.first
     if not first:
         return said.ids, list(said.spans), images
     assert context is not None

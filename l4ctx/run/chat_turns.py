@@ -34,6 +34,7 @@ class Turn:
     cites: bool = False  # sources are named
     images: ImageReading | None = None
     unread: Sequence[PlacedImage] = ()  # images that are read in it
+    draws: int = 0  # added to the number of the answer, from which its seed is made
 
     @property
     def end(self) -> int:
@@ -76,7 +77,7 @@ class Turn:
             prompt=Prompt(said.ids, self.stop, list(said.spans), list(said.images)),
             prompt_tokens=self.stop,
             max_new_tokens=self.max_new_tokens,
-            checked=_checked(inputs.checked, said),
+            checked=_checked(inputs.checked, said.turns.answers + self.draws),
             images=self.images,
         )
         sized = replace(base.sized, inputs=inputs, plan=plan, reused=moments.cache.offset)
@@ -94,9 +95,9 @@ def answer_length(asked: int | None, tokens: int, positions: int) -> int:
     return asked or max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
 
 
-def _checked(checked: Checked, said: Said) -> Checked:
-    """With a seed for each turn: with the same one, all answers would be drawn alike."""
-    seed, number = checked.sampling.seed, said.turns.answers
+def _checked(checked: Checked, number: int) -> Checked:
+    """With a seed for each answer: with the same one, all would be drawn alike."""
+    seed = checked.sampling.seed
     if seed is None or number < 2:
         return checked
     return replace(checked, sampling=replace(checked.sampling, seed=(seed + number - 1) % 2**63))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from l4ctx.drafts.drafter import MOST_TOKENS, DraftCounts, Drafter
@@ -72,6 +72,20 @@ class DraftSource:
             never=self.image_patch,
             counts=self.counts,
         )
+
+
+@dataclass(frozen=True)
+class GrownDrafts:
+    """What was indexed when a conversation began, which had `indexed` tokens then; None: it has no drafts."""
+
+    source: DraftSource | None
+    indexed: int
+
+    def behind(self, ids: array[int]) -> DraftSource | None:
+        """For an answer behind all of `ids`: what was said since follows the indexed texts as it is."""
+        if self.source is None:
+            return None
+        return replace(self.source, end=self.source.end + ids[self.indexed :], counts=DraftCounts())
 
 
 def row_cost(plan: MemoryPlan) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.history.answers import AnswerLog
@@ -31,6 +32,10 @@ class Memory:
                 seen.add(CONTEXTS, folder)
 
         self._try(remember)
+
+    def saved(self, folder: Path) -> None:
+        """Takes note of a context."""
+        self._try(lambda: Seen().add(CONTEXTS, folder))
 
     def answered(self, session: Session, question: str, answer: dict[str, Any]) -> None:
         """Logs an answer; `answer` has at least `answer`, `stop_reason` and `generated_tokens`."""

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import pty
-import re
-import select
-import signal
-import subprocess
-import termios
-import time
-from bisect import bisect_left
-from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from l4ctx.cli import conversation
-from l4ctx.cli.chat_input import last_word
+from l4ctx.cli import chat_input, conversation
+from l4ctx.cli.chat_input import PlainLines, last_word
 from l4ctx.engine.choose import choose
-from l4ctx.run.transcript import Message, Reading, Transcript, TranscriptError
+from l4ctx.errors import InputError, OutputError
+from l4ctx.run.transcript import InUseError, Message, Reading, Transcript, TranscriptError
 from support.chats import with_template
-from support.cli_runner import CONTROLS, ON_TERMINAL, TIMEOUT, answer, question, run_here
+from support.cli_runner import CONTROLS, answer, question, run_here, text_file
 from support.places import TINY
 
 
@@ -89,7 +83,7 @@ def test_a_conversation_goes_on_from_its_transcript(folder: Path) -> None:
     [
         (("-",), "", 2, "standard input is what you say"),
         (("nothing.md",), "", 2, "nothing.md"),
-        (("a.md", "--continue", "t", "--transcript", "t"), "", 2, "leave --transcript out"),
+        (("a.md", "--continue", "t", "--transcript", "t"), "", 2, "leave the others out"),
         (("--continue", "t"), "", 2, "no such file"),
         (("--continue", "a.md"), "", 2, "a.md, line 1: no JSON object"),
         (("a.md", "--transcript", "."), "", 2, "cannot be written"),
@@ -204,7 +198,7 @@ def test_transcripts_that_cannot_be_gone_on_with(tmp_path: Path, content: bytes,
 def test_the_last_conversation_of_a_transcript_counts(tmp_path: Path) -> None:
     file = Transcript(tmp_path / "t")
     for name in ("one", "two"):
-        file.begin([name], None, "Be brief.", TINY)
+        file.begin([name], None, "Be brief.", TINY, {})
         file.append((Message("user", "x\u2028y"), Message("assistant", "\x1b[2J")), stop_reason="stop")
         file.append((Reading(["p"]),))
         file.append((Message("system", name),))
@@ -220,82 +214,137 @@ def test_the_word_that_is_completed() -> None:
     assert [last_word(text) for text in ("", "a", "a b", "a b\\ c", "a\\", "x ")] == ["", "a", "b", "b c", "a", ""]
 
 
-# A terminal
+def lines_of(paths: list[str], *rest: bytes, **begin: Any) -> bytes:
+    return b"".join([json.dumps({"begin": 1, "paths": paths, **begin}).encode() + b"\n", *rest])
 
 
-class Typing:
-    """A conversation on a terminal of 40 columns."""
+QUESTION = b'{"role": "user", "content": "x"}\n'
+ANSWER = b'{"role": "assistant", "content": "y"}\n'
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, 40))
-        environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
-        self._process = subprocess.Popen(
-            [*ON_TERMINAL, "chat", *arguments],
-            stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
-        )  # fmt: skip
-        os.close(theirs)
-        self.shown, self._seen = "", 0
 
-    def type(self, keys: str) -> None:
-        os.write(self._ours, keys.encode())
+@pytest.mark.parametrize("tail", [QUESTION, QUESTION + ANSWER[:-1], QUESTION + b'{"ro', ANSWER[:0] + b'{"undo'])
+def test_a_turn_that_was_not_finished_is_left_out(tmp_path: Path, tail: bytes) -> None:
+    """As after a process was killed, between or within the two lines of a turn."""
+    sound = lines_of([], QUESTION, ANSWER)
+    (tmp_path / "t").write_bytes(sound + tail)
+    with closing(Transcript(tmp_path / "t")) as file:
+        told = file.told()
+    assert told.is_cut and told.steps == [(Message("user", "x"), Message("assistant", "y"))]
+    assert (tmp_path / "t").read_bytes() == sound
 
-    def wait_for(self, text: str) -> str:
-        """What is shown behind the text that was waited for before, up to this one; without escapes."""
-        stop_at = time.monotonic() + TIMEOUT
-        while text not in _plain(self.shown[self._seen :]):
-            assert time.monotonic() < stop_at, self.shown
-            if select.select([self._ours], [], [], 1)[0]:
-                self.shown += os.read(self._ours, 65536).decode()
-        start, ends = self._seen, range(self._seen, len(self.shown) + 1)
-        self._seen = ends[bisect_left(ends, True, key=lambda end: text in _plain(self.shown[start:end]))]
-        return _plain(self.shown[start : self._seen])
 
-    def resize(self, columns: int) -> None:
-        termios.tcsetwinsize(self._ours, (24, columns))
-        self._process.send_signal(signal.SIGWINCH)
+class Full:
+    """A file on a disk that has room for so many bytes."""
 
-    def end(self) -> int:
-        return self._process.wait(TIMEOUT)
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self.room = file, room
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._ours)
+        self._file.close()
+
+    def write(self, data: memoryview) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._file.write(data[: self.room])
+        self.room -= written
+        return written
 
 
-def _plain(text: str) -> str:
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r|\x1b\][^\x07]*\x07", "", text)
-    return " ".join(text.split())
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path) -> None:
+    """Never a part of a line; and at the latest when the conversation ends."""
+    path = tmp_path / "t"
+    file = Transcript(path)
+    file.begin([], None, None, TINY, {})
+    before = path.read_bytes()
+    file._file = full = Full(file._file, 10)  # type: ignore[assignment]
+    for text in ("one", "two"):
+        with pytest.raises(OutputError, match="No space left on device; what is missing is written with the next turn"):
+            file.append((Message("user", text), Message("assistant", text)))
+        assert path.read_bytes() == before
+        full.room = 10
+    full.room = 2**20
+    file.undo()
+    assert [line.get("content", "undo") for line in told(path)[1:]] == ["one", "one", "two", "two", "undo"]
+    full.room = 0
+    with pytest.raises(OutputError):
+        file.append((Message("system", "three"),))
+    full.room = 2**20
+    file.close()
+    assert told(path)[-1] == {"role": "system", "content": "three"}
 
 
-@pytest.fixture
-def typing(folder: Path) -> Iterator[Typing]:
-    typing = Typing("a.md", "--max-new-tokens", "400", "--no-loop-guard", NO_COLOR="1")
-    with closing(typing):
-        yield typing
+def test_one_process_writes_to_a_transcript(tmp_path: Path) -> None:
+    with closing(Transcript(tmp_path / "t")), pytest.raises(InUseError, match="another l4ctx chat writes to it"):
+        Transcript(tmp_path / "t")
+    Transcript(tmp_path / "t").close()
 
 
-def test_a_conversation_on_a_narrow_terminal(typing: Typing) -> None:
-    """Several lines in one turn, Ctrl-C at the prompt, an undo, and Ctrl-D."""
-    typing.wait_for("Ctrl-D leaves")
-    typing.wait_for(">")
-    first, second = question("a").split(" for ")
-    typing.type(f"{first}\x1b\rfor {second}\r")
-    assert "48213." in typing.wait_for("48213.")
-    typing.wait_for(">")
-    typing.type("half a line\x03")
-    typing.wait_for(">")
-    typing.resize(60)
-    typing.type("/un\t")
-    typing.wait_for("undo")
-    typing.type("\r")
-    assert "taken back" in typing.wait_for(" tokens")
-    typing.wait_for(">")
-    typing.type("/nosuch\r")
-    typing.wait_for("no such command")
-    typing.wait_for(">")
-    typing.type("\x04")
-    assert typing.end() == 0
-    styles = {style for found in re.findall(r"\x1b\[([0-9;]*)m", typing.shown) for style in found.split(";")}
-    assert not {style for style in styles if style[:1] in ("3", "4") and len(style) == 2}  # colours
+def test_the_last_conversation_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its files being named, unless nothing was said in it; and not where its paths mean something else."""
+    assert "no conversation has been kept" in chat("--last", says="").stderr
+    assert chat("a.md", says=f"/add 'b c.md'\n{question('a')}\n").code == 0
+    assert chat("b c.md", says="/help\n").code == 0  # nothing was said
+    assert chat("b c.md", "--no-log", says="Who?\n").code == 0
+    text_file(folder / "b c.md", "Other words.\n")
+    monkeypatch.delenv("L4CTX_MODEL")
+    result = chat("--last", says=f"{question('a')}\n")
+    assert (result.code, result.stdout) == (0, answer("a"))
+    assert "1 turn went before" in result.stderr
+    assert "b c.md has changed since: earlier answers are about what it was" in result.stderr
+    assert "a.md has changed" not in result.stderr
+    (file,) = (folder / "state" / "l4ctx" / "chats").iterdir()
+    assert [line.get("role") for line in told(file)[2:]] == ["user", "assistant"] * 2
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    result = chat("--last", says="")
+    assert result.code == 2 and f"was held in {folder}, and its paths are meant from there" in result.stderr
+    assert "1 conversation deleted" in run_here("log", "--clear", "--yes").stderr and not file.exists()
+
+
+def test_an_answer_is_drawn_again(folder: Path) -> None:
+    """In place of the first one: each has the next seed, and the conversation holds the last."""
+    says = "Tell me more.\n/retry\n/retry\n"
+    options = ("-q", "--sample", "--temperature", "1.5", "--max-new-tokens", "8", "--transcript", "t")
+    result = chat("a.md", *options, "--seed", "5", says=f"{says}/undo\n/retry\n")
+    assert result.code == 2 and "/retry: there is no answer to replace" in result.stderr
+    answers = result.stdout.splitlines()
+    assert len(set(answers)) == len(answers) == 3
+    again = chat("a.md", *options, "--seed", "7", says="Tell me more.")
+    assert again.stdout.splitlines() == answers[2:]
+    kinds = [line.get("role", "undo") for line in told(folder / "t")[1:9]]
+    assert kinds == ["user", "assistant", "undo", "user", "assistant", "undo", "user", "assistant"]
+    greedy = chat("a.md", says=f"{question('a')}\n/retry\n")
+    assert greedy.stdout == answer("a") * 2 and "--sample draws others" in greedy.stderr
+
+
+def test_a_saved_conversation_is_listed(folder: Path) -> None:
+    assert chat("a.md", says="/save kept\n").code == 0
+    assert str(folder / "kept") in run_here("list").stdout.replace("\n", "")
+
+
+def test_what_is_too_long_to_be_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_input, "MAX_SAID_BYTES", 60)
+    monkeypatch.setattr(conversation, "MAX_SAID_BYTES", 60)
+    for says in ("x" * 70, "語" * 21):
+        result = chat("-q", says=says)
+        assert (
+            result.code == 2 and "line 1: longer than 0 MiB; put it in a file and read that with /add" in result.stderr
+        )
+    monkeypatch.setattr(conversation, "lines", lambda *_: Scripted("語" * 21, "/quit"))
+    assert "what you say: longer than" in run_here("chat").stderr
+
+
+def test_lines_as_they_are_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without prompt_toolkit: the shell's prompt begins a line after Ctrl-D and Ctrl-C, and text has to be UTF-8."""
+    ends: list[tuple[BaseException, Any]] = [
+        (EOFError(), None), (KeyboardInterrupt(), KeyboardInterrupt),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), InputError),
+    ]  # fmt: skip
+    for error, raised in ends:
+        monkeypatch.setattr("builtins.input", mock.Mock(side_effect=error))
+        with pytest.raises(raised) if raised else nullcontext():
+            assert PlainLines().read() is None
+        assert capsys.readouterr().err in ("> \n", "> ")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
-import tokenizers
 import torch
 from torch import Tensor
 
@@ -22,10 +18,11 @@ from l4ctx.planning.memory_plan import MemoryPlanError
 from l4ctx.prompt.builder import PromptLengthError
 from l4ctx.run import sizing
 from l4ctx.run.chat import Chat
-from l4ctx.run.chat_documents import encoded_documents
+from l4ctx.run.chat_documents import begin_reading, encoded_documents
 from l4ctx.run.chat_saving import save
+from l4ctx.run.chat_saying import settle, tell_model
 from l4ctx.run.monitor import Monitor
-from support.chats import chatting, read, say, with_config, with_template
+from support.chats import chatting, document_text, read, rendered, say, with_config, with_template
 from support.cli_runner import FACTS, FILLER, answer, question
 from support.places import TINY
 
@@ -46,28 +43,8 @@ def short_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_config(tmp_path_factory.mktemp("model") / "short", attention_chunk_size=CHUNK)
 
 
-@functools.cache
-def oracle() -> tuple[tokenizers.Tokenizer, jinja2.Template]:
-    """What `transformers` puts together: the whole text by Jinja, then its tokens at once."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((TINY / "chat_template.jinja").read_text())
-    return tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json")), template
-
-
-def rendered(messages: list[tuple[str, str]]) -> list[int]:
-    """The conversation as one prompt, up to where the last message ends or an answer begins."""
-    tokenizer, template = oracle()
-    said = [{"role": role, "content": text} for role, text in messages]
-    settings = json.loads((TINY / "tokenizer_config.json").read_text())
-    text = template.render(
-        messages=said, bos_token=settings["bos_token"], add_generation_prompt=messages[-1][0] == "user"
-    )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
 def first_message(file: Path, text: str) -> str:
-    return f'<document index="1" path="{str(file)[1:]}">\n{file.read_text()}\n</document>\n\n{text}'
+    return f"{document_text(file, str(file)[1:])}{text}"
 
 
 def state(chat: Chat) -> dict[str, Tensor]:
@@ -182,7 +159,7 @@ def test_what_was_said_until_an_interrupt_stays(short_chunks: Path, document: Pa
 
 def test_an_interrupted_reading_is_dropped(short_chunks: Path, document: Path) -> None:
     with chatting(short_chunks, document, max_new_tokens=5) as chat:
-        for begin in (lambda: chat.begin("x y z " * 100), lambda: chat.settle()):
+        for begin in (lambda: chat.begin("x y z " * 100), lambda: settle(chat)):
             held, said = state(chat), chat.said
             session = begin()
             next(iter(session.prefill()), None)
@@ -219,15 +196,15 @@ def test_documents_and_instructions_come_where_they_are_given(tmp_path: Path, do
     with chatting(TINY, document) as chat, Monitor(lambda text: None) as monitor:
         say(chat, question("a"))
         prompt, images = encoded_documents(chat, [str(other)], monitor)
-        session = chat.begin_reading(prompt, "/add", images)
+        session = begin_reading(chat, prompt, "/add", images)
         read(session)
-        chat.end_reading()
+        chat.end()
         assert chat.cache.offset == chat.tokens
         with pytest.raises(RequestError, match="holds all of it already"):
             encoded_documents(chat, [str(other), str(document)], monitor)
         fox = "What is the access code for the red fox?"
         assert "31415" in say(chat, fox)
-        chat.tell_model("Be brief.")
+        tell_model(chat, "Be brief.")
         say(chat, question("b"))
         second = first_message(other, fox).replace('index="1"', 'index="2"')
         texts = [("user", first_message(document, question("a"))), ("assistant", answer("a").strip()),
@@ -240,8 +217,8 @@ def test_documents_and_instructions_come_where_they_are_given(tmp_path: Path, do
 
 def test_an_instruction_before_everything_is_the_system_prompt() -> None:
     with chatting(TINY) as chat, chatting(TINY, system="Be brief.") as other:
-        chat.tell_model("Be rude.")
-        chat.tell_model("Be brief.")
+        tell_model(chat, "Be rude.")
+        tell_model(chat, "Be brief.")
         assert chat.said.ids == other.said.ids and chat.said.turns.texts == other.said.turns.texts
         before = chat.said.ids
         assert say(chat, "Who?") == say(other, "Who?") and chat.said.ids == other.said.ids
@@ -253,7 +230,7 @@ def test_an_instruction_before_everything_is_the_system_prompt() -> None:
         )
         assert [chat.undo() for _ in range(3)] == ["the last turn", *["the system's message"] * 2]
         assert chat.said.turns.roles == ("user",)
-        chat.tell_model("Be brief.")
+        tell_model(chat, "Be brief.")
         assert chat.said.ids == before
 
 
@@ -284,8 +261,8 @@ def test_a_saved_conversation_goes_on(short_chunks: Path, document: Path, tmp_pa
 
 
 def save_all(chat: Chat, folder: Path) -> int:
-    read(chat.settle())
-    chat.end_reading()
+    read(settle(chat))
+    chat.end()
     return save(chat, folder)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import jinja2
+import tokenizers
 
 from l4ctx.checkpoint.chat_template import ChatTemplate
 from l4ctx.run.chat import Chat
@@ -42,6 +46,31 @@ def with_template(folder: Path, template: str | None) -> Path:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+@functools.cache
+def oracle() -> tuple[tokenizers.Tokenizer, jinja2.Template]:
+    """What `transformers` puts together: the whole text by Jinja, then its tokens at once."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((TINY / "chat_template.jinja").read_text())
+    return tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json")), template
+
+
+def rendered(messages: list[tuple[str, str]]) -> list[int]:
+    """The conversation as one prompt, up to where the last message ends or an answer begins."""
+    tokenizer, template = oracle()
+    said = [{"role": role, "content": text} for role, text in messages]
+    settings = json.loads((TINY / "tokenizer_config.json").read_text())
+    text = template.render(
+        messages=said, bos_token=settings["bos_token"], add_generation_prompt=messages[-1][0] == "user"
+    )
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def document_text(file: Path, name: str, index: int = 1) -> str:
+    """A document within the user's message."""
+    return f'<document index="{index}" path="{name}">\n{file.read_text()}\n</document>\n\n'
 
 
 @contextmanager

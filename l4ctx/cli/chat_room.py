@@ -1,0 +1,117 @@
+"""What the commands of a conversation share: the conversation, where it is shown, and where it is written down."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l4ctx.cli.activity import Activity
+from l4ctx.cli.answer import show_answer
+from l4ctx.cli.citations import show_citations
+from l4ctx.cli.exits import Interruption, write
+from l4ctx.cli.progress import read_shown
+from l4ctx.run.chat_moments import LAST_TURN
+from l4ctx.run.chat_saying import settle
+from l4ctx.run.monitor import Monitor
+from l4ctx.run.transcript import Message, Step, Told, Transcript
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from l4ctx.run.chat import Chat
+    from l4ctx.run.remembering import Memory
+    from l4ctx.run.session import Session
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How a conversation is held, beside what is asked of the model."""
+
+    system: str | None = None
+    told: Told | None = None  # what it goes on from
+    transcript: Transcript | None = None
+    plain: bool = False  # Markdown as it is
+    quiet: bool = False
+    log: bool = True  # keep answers, and which contexts and models were used
+
+
+@dataclass
+class Room:
+    """One conversation on a terminal or a pipe. `cites`: the answers that follow name their sources."""
+
+    chat: Chat
+    talk: Talk
+    monitor: Monitor
+    memory: Memory
+    console: Console
+    activity: Activity
+    cites: bool = False
+    is_interactive: bool = False
+
+    def note(self, text: str) -> None:
+        self.monitor.note(text)
+
+    def ask(self, question: str) -> None:
+        """A turn: reads the question, shows its answer, and writes both down. Raises what `Chat.begin` raises."""
+        turn = self.chat.begin(question, cites=self.cites)
+        with self.dropped_on_error():
+            with self.activity:
+                read_shown(turn, self.activity)
+            try:
+                show_answer(turn, self.note, Interruption(), json=False, plain=self.talk.plain)
+            except KeyboardInterrupt:
+                if not self.is_interactive or not turn.answer.tokens:
+                    raise
+                turn.answer.stop_reason = "interrupted"
+                self.note("stopped; what was said so far belongs to the conversation (/undo takes it back)")
+        answer = self.chat.end()
+        self.memory.answered(turn, question, answer.as_dict())
+        if answer.citations is not None:
+            show_citations(answer.citations)
+        if self.is_interactive and sys.stdout.isatty():
+            write("\n")
+        step = (Message("user", question, self.cites), Message("assistant", answer.text))
+        sources = {} if answer.citations is None else {"citations": answer.citations.as_dict()}
+        self.record(step, stop_reason=answer.stop_reason, generated_tokens=answer.tokens, **sources)
+
+    def read(self, session: Session) -> None:
+        """Reads what a session of the conversation has to read, which is then over."""
+        with self.activity, self.dropped_on_error():
+            read_shown(session, self.activity)
+        self.chat.end()
+
+    def settle(self) -> None:
+        """Reads all that has been said. Raises what `Chat.read` raises."""
+        self.read(settle(self.chat))
+
+    def undo(self) -> str:
+        """Takes back what was done last, and returns what it was. Raises RequestError."""
+        what = self.chat.undo()
+        if self.talk.transcript is not None:
+            self.talk.transcript.undo()
+        return what
+
+    def record(self, step: Step, **details: object) -> None:
+        """Raises OutputError."""
+        if self.talk.transcript is not None:
+            self.talk.transcript.append(step, **details)
+
+    @contextmanager
+    def dropped_on_error(self) -> Iterator[None]:
+        """Whatever ends what was begun: it is taken back, as if it had not been asked for."""
+        try:
+            yield
+        except BaseException as error:
+            self.chat.drop()
+            if isinstance(error, KeyboardInterrupt) and self.is_interactive:
+                self.note("stopped; the conversation is as it was before")
+            raise
+
+    @property
+    def last_question(self) -> str | None:
+        """That of the last turn; None where something else was done after it."""
+        moment = self.chat.moments.last
+        return moment.question if moment is not None and moment.what == LAST_TURN else None
