@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from model.gpu.kernels import INT4_PAIRS, address
+from model.gpu.kernels import INT4_WORDS, address
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def expand_kernel(
     scale = address(table + 2 * matrix + 1, scale_like, False)
     here = (first + row).to(tl.int64)
     inside = row < n
-    if KIND == INT4_PAIRS:
+    if KIND == INT4_WORDS:
         pair = start // 2 + tl.arange(0, COLUMNS // 2)
         there = inside[:, None] & (pair < tl.multiple_of(k // 2, 16))[None, :]
         both = tl.load(codes + here[:, None] * w_n + pair[None, :] * w_k, there, other=0)

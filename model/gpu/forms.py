@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-PLAIN, INT4_PAIRS, CODES = 0, 4, 8
+PLAIN, INT4_WORDS, CODES = 0, 4, 8
 """Those of model.gpu.kernels."""
 
 WHOLE = 2**30

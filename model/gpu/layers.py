@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from model.config import TextConfig
-from model.gpu.forms import PLAIN, Form
+from model.gpu.forms import INT4_WORDS, PLAIN, Form
 from model.gpu.kernels import (
     attention_kernel,
     combine_kernel,
@@ -32,6 +32,9 @@ LINEAR = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 EXPERTS = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 OF_CODES = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 """Tiles, measured on an H200."""
+
+LEAST_OF_WORDS = 64
+"""Elements of a block of 4-bit codes along K: each quarter of them is a product, of 16 or more."""
 
 INNER_SPLITS = 4
 """Programs that share the inner dimension of an expert's second product, whose outer one is narrow."""
@@ -123,7 +126,10 @@ def _tiles(plain: dict[str, int], *forms: Form) -> dict[str, int]:
     if all(form.kind == PLAIN for form in forms):
         return plain
     least = min(form.group for form in forms if form.kind != PLAIN)
-    return OF_CODES | {"BLOCK_K": min(OF_CODES["BLOCK_K"], least & -least)}
+    block_k = min(OF_CODES["BLOCK_K"], least & -least)
+    if any(form.kind == INT4_WORDS for form in forms):
+        block_k = max(block_k, LEAST_OF_WORDS)
+    return OF_CODES | {"BLOCK_K": block_k}
 
 
 def _attention(buffers: Buffers, config: TextConfig, number: int, attention: Any, form: LayerForms, t: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.gpu.forms import CODES, INT4_PAIRS
+from model.gpu.forms import CODES, INT4_WORDS
 from model.quantization.form import Weight
 from model.quantization.scaled import Grain, ScaledMatrix
 from model.quantization.tables import INT4, look_up, nibble_pairs
@@ -63,9 +63,11 @@ class AffineMatrix(ScaledMatrix):
         width, is_signed = self.codes.shape[1], not self.scheme.is_packed
         if self.zero is not None or (self.scheme.bits == 8 and not (is_signed and width == self.in_features)):
             return None
-        if self.scheme.bits == 4 and width * 2 != self.in_features:
+        if self.scheme.bits == 4 and (width * 2 != self.in_features or width % 16 or self.is_transposed):
             return None
-        return (INT4_PAIRS if self.scheme.bits == 4 else CODES), self.codes
+        if self.scheme.bits == 4 and (self.codes.stride(1) != 1 or self.codes.stride(0) % 4):
+            return None  # kernels read words
+        return (INT4_WORDS if self.scheme.bits == 4 else CODES), self.codes
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = self.codes[rows]
