@@ -101,7 +101,7 @@ class ForkedKVCache:
         pieces = self._pieces[layer]
         if number == len(pieces):
             tokens = min(PIECE_TOKENS, self._end - self._start - number * PIECE_TOKENS)
-            pieces.append(empty_block(self.layout, tokens, self._base.device))
+            pieces.append(empty_block(self.layout, tokens, self._base.devices[layer]))
         return pieces[number]
 
     def _own_segments(self, layer: int, first: int) -> Iterator[KVSegment]:

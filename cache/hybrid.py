@@ -32,7 +32,9 @@ class HybridKVCache:
 
     `dtype` and `device` are those the model computes in; sealed NoPE blocks are stored in `kv_dtype` (one of
     cache.layout.KV_DTYPES) and lie where `residency` says. Rows that memory does not hold are written to `rows`.
-    `transport` leads to an accelerator; a GPU's is made here unless it is given.
+    `transport` leads to an accelerator; a GPU's is made here unless it is given. Where layers are on several devices,
+    `devices` says of each layer on which, and `transports` may lead to them. Each keeps equally many rows, of its own
+    layers.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class HybridKVCache:
         rows: RowStore | None = None,
         layout: StoreLayout | None = None,
         transport: Transport | None = None,
+        devices: Sequence[torch.device] | None = None,
+        transports: Mapping[torch.device, Transport] | None = None,
     ) -> None:
         self.config = config
         self.offset = 0
         self.length = config.max_position_embeddings if length is None else length
-        self.batch_size, self.dtype, self.device = batch_size, dtype, torch.device(device)
+        self.batch_size, self.dtype = batch_size, dtype
+        self.devices = [torch.device(device)] * config.num_hidden_layers if devices is None else list(devices)
         self.layout = layout or StoreLayout.of(
             config,
             length=self.length,
@@ -60,17 +65,21 @@ class HybridKVCache:
             kv_dtype=kv_dtype,
             batch_size=batch_size,
         )
-        if transport is None and self.device.type == "cuda":
-            transport = CudaTransport(self.device)
-        self.residency = residency or Residency(on_accelerator=transport is not None)
         self.rows = rows
-        self.tiers = Tiers(self.layout, self.device, transport)
+        given = {self.devices[0]: transport} if transport is not None else transports or {}
+        self._tiers = {device: _tiers(self.layout, device, given.get(device)) for device in dict.fromkeys(self.devices)}
+        self.residency = residency or Residency(on_accelerator=self.tiers.is_accelerated)
         self._is_saved = False  # every sealed block has a file
         self._placed = 0  # sealed rows that lie where they should
         self._pages: tuple[object, Pages | None] = None, None  # the state that they are of, and they
         self.layers: list[ChunkedKVCache | OffloadedKVCache] = [
             self._new_layer(layer) for layer in range(config.num_hidden_layers)
         ]
+
+    @property
+    def tiers(self) -> Tiers:
+        """The first device's, which all layers share unless they are on several."""
+        return self._tiers[self.devices[0]]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values (B, H_kv, T, D) of new tokens at `offset`; `segments` yields them at once."""
@@ -164,10 +173,10 @@ class HybridKVCache:
         return KVBytes(
             sum(cache.nbytes for cache in windows),
             nope_device=sum(store.nbytes(on_host=False) for store in self.stores)
-            + self.tiers.buffer_bytes(on_host=False),
+            + sum(tiers.buffer_bytes(on_host=False) for tiers in self._tiers.values()),
             nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
             nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
-            buffers=self.tiers.buffer_bytes(on_host=True),
+            buffers=sum(tiers.buffer_bytes(on_host=True) for tiers in self._tiers.values()),
         )
 
     @property
@@ -204,7 +213,7 @@ class HybridKVCache:
             for position in range(start, offset, size):
                 used, number = min(size, offset - position), position // size
                 if partial is not None:
-                    source = self.tiers.load(from_file, number % self.layout.segments_per_block).first(used)
+                    source = cache.tiers.load(from_file, number % self.layout.segments_per_block).first(used)
                 else:
                     assert tail is not None, "no open block"
                     here = slice(position - start, position - start + used)
@@ -229,9 +238,9 @@ class HybridKVCache:
     def row_units(self, row: int) -> Units:
         """A sealed row as a `RowStore` writes it, wherever it lies; what is in a file is read. Raises DiskError."""
         return {
-            unit_name(store.layer, number): (packed or self.tiers.read(store.sealed[row], number)).tensors
+            unit_name(store.layer, number): (packed or store.tiers.read(store.sealed[row], number)).tensors
             for store in self.stores
-            for number, packed in enumerate(self.tiers.copies_on_host(store.sealed[row]))
+            for number, packed in enumerate(store.tiers.copies_on_host(store.sealed[row]))
         }
 
     def copied(self, layer: int, positions: range) -> Block:
@@ -243,7 +252,7 @@ class HybridKVCache:
             parts = [cache.window.within(slice(positions.start - first, positions.stop - first))]
         else:
             parts = list(cache.parts(positions))
-        return Block(*(x.cpu() for x in joined(parts or [empty_block(self.layout, 0, self.device)])))
+        return Block(*(x.cpu() for x in joined(parts or [empty_block(self.layout, 0, self.devices[layer])])))
 
     def _place(self) -> None:
         """Moves every sealed row to its tier; can be interrupted anywhere and repeated."""
@@ -259,13 +268,14 @@ class HybridKVCache:
         for row in range(sealed - device):
             for store in stores:
                 if row >= disk:
-                    self.tiers.to_host(store.sealed[row])
+                    store.tiers.to_host(store.sealed[row])
             if row < disk and any(store.sealed[row].is_in_memory for store in stores):
                 self._write(row)
                 for store in stores:
                     if store.sealed[row].file is not None:
                         store.sealed[row].drop_from_memory()
-        self.tiers.prepare(reads=disk > 0 or self._is_saved, streams=device < sealed, has_sealed=sealed > 0)
+        for tiers in {id(store.tiers): store.tiers for store in stores}.values():
+            tiers.prepare(reads=disk > 0 or self._is_saved, streams=device < sealed, has_sealed=sealed > 0)
         self._placed = sealed
 
     def _write(self, row: int) -> None:
@@ -279,6 +289,13 @@ class HybridKVCache:
 
     def _new_layer(self, layer: int) -> ChunkedKVCache | OffloadedKVCache:
         if not self.config.uses_rope(layer):
-            return OffloadedKVCache(layer, self.tiers, self.length)
+            return OffloadedKVCache(layer, self._tiers[self.devices[layer]], self.length)
         chunk_size = self.config.attention_chunk_size
-        return ChunkedKVCache(empty_block(self.layout, min(chunk_size, self.length), self.device), chunk_size)
+        window = empty_block(self.layout, min(chunk_size, self.length), self.devices[layer])
+        return ChunkedKVCache(window, chunk_size)
+
+
+def _tiers(layout: StoreLayout, device: torch.device, transport: Transport | None) -> Tiers:
+    if transport is None and device.type == "cuda":
+        transport = CudaTransport(device)
+    return Tiers(layout, device, transport)

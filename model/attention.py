@@ -128,6 +128,11 @@ class Step(NamedTuple):
             )
         )
 
+    def on(self, device: torch.device) -> Step:
+        """With its tensors on the device of the layers that follow."""
+        temperature = None if self.temperature is None else self.temperature.to(device)
+        return self._replace(rotation=self.rotation.to(device), temperature=temperature)
+
     def commit(self) -> None:
         """Makes the new tokens those of their caches, once all is computed."""
         for part in self.parts:

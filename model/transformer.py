@@ -5,7 +5,8 @@ For inference only. A forward over the whole sequence without a cache and any sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from model.kernels.watch import Observer
 from model.layers import Embedding, Linear, RMSNorm
 from model.moe import MLP, MoE
 from model.programs import Programs
+from model.spread import Spread, current
 from model.transfers import to_device
 
 Wanted: TypeAlias = Literal["all", "last", "none"]
@@ -75,14 +77,31 @@ class Transformer(nn.Module):
         self.watcher: LayerWatcher | None = None
         self.programs = Programs()
         self.steps: RecordedSteps | None = RecordedSteps()
+        self._spread: Spread | None = None
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
+    def spread(self) -> Spread | None:
+        """Where its layers are on several devices; the weights are put there by whoever sets it."""
+        return self._spread
+
+    @spread.setter
+    def spread(self, spread: Spread | None) -> None:
+        self._spread = spread
+        self.steps = RecordedSteps() if spread is None else None  # a graph is of one device
+
+    @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        """Of what it is given."""
+        return self.model.norm.weight.device if self.spread is None else self.spread.first
+
+    @property
+    def last_device(self) -> torch.device:
+        """Where a forward ends that wants no logits."""
+        return self.device if self.spread is None else self.spread.last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +115,8 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> embeddings (B, T, C), a new tensor that may be modified in place."""
-        return self.model.embed_tokens.look_up(ids, self.dtype)
+        with contextlib.nullcontext() if self.spread is None else current(self.spread.first):
+            return self.model.embed_tokens.look_up(ids, self.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -155,19 +175,24 @@ class Transformer(nn.Module):
         step = Step.at(self.config, counts, self.backend, [cache], self.device)
         x, _ = self._through_layers(inputs, step, counts)
         step.commit()
-        return self.model.norm(x.to(self.dtype))
+        with self._at_head() as head:
+            return self.model.norm(x.to(head, self.dtype))
 
     @torch.inference_mode()
     def logits_of(self, states: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""
-        return self.lm_head(states)
+        with self._at_head():
+            return self.lm_head(states)
 
     def _run(self, inputs: Tensor, step: Step, wanted: Sequence[int]) -> Tensor | None:
         x, has_programs = self._through_layers(inputs, step, wanted)
         if not any(wanted):
             return None
-        head = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
-        return head(x) if head is not None else self.lm_head(self.model.norm(x.to(self.dtype)))
+        program = self.programs.head(self.model.norm, self.lm_head) if has_programs else None
+        if program is not None:
+            return program(x)
+        with self._at_head() as head:
+            return self.lm_head(self.model.norm(x.to(head, self.dtype)))
 
     def _through_layers(self, inputs: Tensor, step: Step, wanted: Sequence[int]) -> tuple[Tensor, bool]:
         """Token ids (B, T), or embeddings (B, T, C) -> (B, T, C), and whether `programs` computed what they can.
@@ -181,12 +206,24 @@ class Transformer(nn.Module):
         for number, layer in enumerate(self.model.layers):
             if self.watcher is not None:
                 self.watcher.entering(number, tokens)
+            if self.spread is not None and self.spread.begins(number):
+                x, step = x.to(self.spread.layers[number]), step.on(self.spread.layers[number])
             here = step.narrowed(wanted) if number == last else step
             program = self.programs.layer(number, layer) if has_programs else None
-            x = layer(x.to(self.dtype), here) if program is None else program(x, here)
+            with contextlib.nullcontext() if self.spread is None else self.spread.computing(number):
+                x = layer(x.to(self.dtype), here) if program is None else program(x, here)
             if self.watcher is not None:
                 self.watcher.leaving(number, tokens)
         return x, has_programs
+
+    @contextlib.contextmanager
+    def _at_head(self) -> Iterator[torch.device]:
+        """The device of norm and output matrix."""
+        if self.spread is None:
+            yield self.device
+            return
+        with current(self.spread.head):
+            yield self.spread.head
 
 
 def wanted_tokens(logits: Wanted | Sequence[int], counts: Sequence[int]) -> list[int]:

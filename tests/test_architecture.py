@@ -35,6 +35,7 @@ MODEL_LAYERS = (  # from the bottom up: each module may import only those in row
         "kernels",
         "kernels.watch",
         "vision",
+        "spread",
         "transfers",
         "gpu",
         "gpu.forms",

@@ -98,7 +98,7 @@ def prefill(
         else:
             assert isinstance(cache, HybridKVCache), "context ranks tell no states"
             observe(positions, model.states(inputs, cache))
-        return positions, step_began, cache.held(), Milestone(model.device)
+        return positions, step_began, cache.held(), Milestone(model.last_device)
 
     now = began
     for positions, step_began, held, end in ahead(grid, begin, STEPS_AHEAD.get(model.device.type, 0)):

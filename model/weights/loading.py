@@ -23,6 +23,7 @@ from model.parallel import Exchange, divided_model
 from model.quantization.choice import Quantization
 from model.quantization.form import StoredMatrix, Weight
 from model.quantization.plain import PlainMatrix
+from model.spread import Spread
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.tower import VisionTower
@@ -54,6 +55,7 @@ def load_checkpoint(
     quantization: Quantization | None = None,
     exchange: Exchange | None = None,
     context: ContextExchange | None = None,
+    spread: Spread | None = None,
 ) -> Transformer:
     """Loads the text model of the checkpoint `path`, a folder or a GGUF file.
 
@@ -61,8 +63,8 @@ def load_checkpoint(
     bfloat16 if these are quantized. Matrices keep their stored form; float32 ones are converted to a 16-bit dtype. On a
     CPU, what keeps its form stays memory-mapped, unless `is_mapped` is false. With `quantization`, weights that are
     stored in a floating-point dtype are quantized in memory, one at a time. With `exchange` the model is one rank's,
-    and only its part is read; with `context` it computes one rank's part of a sequence. Raises CheckpointError,
-    ConfigError and DivisionError.
+    and only its part is read; with `context` it computes one rank's part of a sequence. With `spread` its layers are on
+    those devices instead of `device`. Raises CheckpointError, ConfigError and DivisionError.
     """
     folder = Path(path)
     config = TextConfig.from_folder(folder)
@@ -75,7 +77,10 @@ def load_checkpoint(
             model = ContextTransformer(config, attention, context)
     sources = quantized_sources(sources, quantization)
     wanted = _wanted_dtype(dtype, sources[EMBEDDINGS])
-    _Loader(wanted, torch.device(device), is_mapped).fill_text(model, sources)
+    divided = [(torch.device(device), dict(sources))] if spread is None else spread.divided(sources.items())
+    for where, part in divided:
+        _Loader(wanted, where, is_mapped).fill_text(model, part)
+    model.spread = spread
     if config.tie_word_embeddings:
         _tie(folder, model, "lm_head.weight" in sources)
     return model.eval()
