@@ -166,17 +166,20 @@ class HybridKVCache:
             forked.rows = None
         return forked
 
-    def held(self) -> KVBytes:
-        """Bytes that are allocated now. On a CPU everything in memory is in the host tier."""
-        windows = [cache for cache in self.layers if isinstance(cache, ChunkedKVCache)]
-        on_disk = sum(1 for store in self.stores for block in store.sealed if block.file is not None)
+    def held(self, on: torch.device | None = None) -> KVBytes:
+        """Bytes that are allocated now, or of them those of the layers `on` a device, with what is in files and host
+        memory for them. On a CPU everything in memory is in the host tier."""
+        layers = [cache for cache, device in zip(self.layers, self.devices, strict=True) if on in (None, device)]
+        stores = [cache for cache in layers if isinstance(cache, OffloadedKVCache)]
+        all_tiers = [tiers for device, tiers in self._tiers.items() if on in (None, device)]
+        on_disk = sum(1 for store in stores for block in store.sealed if block.file is not None)
         return KVBytes(
-            sum(cache.nbytes for cache in windows),
-            nope_device=sum(store.nbytes(on_host=False) for store in self.stores)
-            + sum(tiers.buffer_bytes(on_host=False) for tiers in self._tiers.values()),
-            nope_host=sum(cache.nbytes(on_host=True) for cache in self.stores),
+            sum(cache.nbytes for cache in layers if isinstance(cache, ChunkedKVCache)),
+            nope_device=sum(store.nbytes(on_host=False) for store in stores)
+            + sum(tiers.buffer_bytes(on_host=False) for tiers in all_tiers),
+            nope_host=sum(cache.nbytes(on_host=True) for cache in stores),
             nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
-            buffers=sum(tiers.buffer_bytes(on_host=True) for tiers in self._tiers.values()),
+            buffers=sum(tiers.buffer_bytes(on_host=True) for tiers in all_tiers),
         )
 
     @property

@@ -218,7 +218,7 @@ KVDir = Annotated[
         "--kv-dir", metavar="DIR", help="Folder on a fast disk for what memory does not hold; nothing is left there."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes GPUs if there are any.")]
 Attention = Annotated[
     choices.AttentionBackend | None,
     typer.Option(

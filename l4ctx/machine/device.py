@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,28 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def usable_devices(name: str) -> tuple[torch.device, ...]:
+    """Those that one process may put a model's layers on: with "auto" all GPUs that are visible, else the one named.
+
+    The first is where it computes if one suffices. Raises RequestError. Not run on several GPUs yet.
+    """
+    import torch
+
+    first = usable_device(name)
+    if name != "auto" or first.type != "cuda":
+        return (first,)
+    count = torch.cuda.device_count()
+    return (first,) if count == 1 else tuple(usable_device(f"cuda:{number}") for number in range(count))
+
+
+def compute_on(device: torch.device) -> None:
+    """Makes a GPU torch's current one, which is where kernels of our own are launched."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def device_of_rank(launch: Launch, name: str) -> torch.device:
     """The device of one of several processes: the CPU, or of the GPUs the one with its number on this machine.
 
@@ -80,6 +103,15 @@ def free_on_accelerator(device: torch.device) -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def most_allocated(devices: Sequence[torch.device]) -> int | None:
+    """The most bytes that torch has had on these GPUs, each at its own time; None for the CPU."""
+    import torch
+
+    if any(device.type != "cuda" for device in devices):
+        return None
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices)
 
 
 class _NVMLMemory(ctypes.Structure):
@@ -133,6 +165,30 @@ def available_on(device: str, *, quick: bool) -> int | None:
     if kind == "cuda":
         raise RequestError(f"--device {device}: cannot be used here (torch finds no such GPU)")
     return None
+
+
+def available_on_each(device: str, *, quick: bool) -> list[int]:
+    """Free memory in bytes of each GPU that layers may be on: all visible ones for "auto"; none on a CPU.
+
+    As `available_on`. Raises RequestError.
+    """
+    first = available_on(device, quick=quick)
+    if first is None:
+        return []
+    found, number = [first], 1
+    while device == "auto" and (free := _free_on_another(number, quick=quick)) is not None:
+        found.append(free)
+        number += 1
+    return found
+
+
+def _free_on_another(number: int, *, quick: bool) -> int | None:
+    """None if there is no such GPU."""
+    if quick:
+        return available_on_gpu(number)
+    import torch
+
+    return torch.cuda.mem_get_info(number)[0] if number < torch.cuda.device_count() else None
 
 
 def _torch_may_use_gpus() -> bool:

@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
-from cache.residency import KVBytes, Residency, device_rows_within, held_bytes, peak_bytes, rows_within
-from l4ctx.drafts.index import ORDER_BYTES
+from cache.residency import KVBytes, Residency, buffer_bytes, device_rows_within, held_bytes, peak_bytes, rows_within
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
+from l4ctx.planning import disk_use
 from l4ctx.planning.device_weights import DeviceWeights
+from l4ctx.planning.layer_shares import DeviceShare, LayerShares, spread_note, together, why_on_one
 from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES, STREAMING_CHUNK_SIZES, WORTH_GROWING, StepTime
 from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
@@ -29,9 +30,6 @@ from model.weights.residency import WeightResidency
 
 MARGIN_BYTES = 256 * 2**20
 """Kept free by every plan, for the interpreter, its libraries, and memory that the allocator does not return."""
-
-FILE_BYTES, FILE_BYTES_A_TENSOR = 4096, 192
-"""Disk space of a block beside its keys and values: the file's header, and the unused end of its last page."""
 
 ACCELERATOR = "accelerator memory"
 KV_HOST_LIMIT = "--kv-host-memory"
@@ -60,6 +58,8 @@ class MemoryPlan:
     activations: int
     weights_budget: int | None = None  # memory for mapped weights; None: no limit
     device_weights: DeviceWeights | None = None  # None: an accelerator holds all of them
+    shares: tuple[DeviceShare, ...] = ()  # of several accelerators; (): there is one, or all is on the one below
+    device: int = 0  # number of the one, among those of the capacity
     notes: tuple[str, ...] = ()  # for the user, one line each
 
     @classmethod
@@ -68,6 +68,8 @@ class MemoryPlan:
 
         Weights that could be mapped are copied into memory where there is plenty: computing is faster that way.
         """
+        if capacity.accelerators:
+            return _on_several(workload, capacity)
         plan = _within(workload, capacity)
         is_plenty = capacity.host is not None and plan.weights < SPARE_SHARE * capacity.host
         if workload.weights_are_mapped and is_plenty and capacity.weights is None:
@@ -84,6 +86,10 @@ class MemoryPlan:
         workload = self.workload
         end = held_bytes(self.layout, workload.held, residency, all_on_disk=workload.is_saved)
         peak = peak_bytes(self.layout, workload.held, step, residency, all_on_disk=workload.is_saved)
+        if self.shares:  # each with buffers of its own
+            forms = LayerShares(workload, step, self.activations, MARGIN_BYTES)
+            end = together(forms.end(share.layers, residency) for share in self.shares)
+            peak = together(forms.peak(share.layers, residency) for share in self.shares)
         return replace(self, residency=residency, end=end, peak=peak)
 
     @property
@@ -163,30 +169,19 @@ class MemoryPlan:
 
     @property
     def needed_on_accelerator(self) -> int:
+        if self.shares:
+            return sum(share.needed - MARGIN_BYTES for share in self.shares)
         return self.beside_on_accelerator + self.peak.nope_device if self.residency.on_accelerator else 0
 
     @property
     def needed_on_disk(self) -> int:
         """Bytes still to be written: sealed blocks with their files' headers, and the rest of a saved context."""
-        layout = self.layout
-        rows = self.end.nope_disk // layout.row_bytes if self.end.nope_disk else 0
-        tensors = self.workload.config.num_nope_layers * layout.segments_per_block * (4 if layout.scale_bytes else 2)
-        total = self.end.nope_disk + rows * (FILE_BYTES + FILE_BYTES_A_TENSOR * tensors)
-        if self.workload.is_saved:
-            order = ORDER_BYTES * self.workload.read_tokens
-            total += self.token_ids + order + layout.window_bytes + layout.open_bytes(layout.block_tokens)
-        return max(0, total - self.workload.on_disk_already)
+        return disk_use.total(self.workload, self.layout, self.end)
 
     @property
     def largest_file(self) -> int:
-        """Bytes of the largest file to be written: a saved context has one for each block, a disk tier one for all."""
-        if not self.workload.is_saved:
-            return self.needed_on_disk
-        layout = self.layout
-        blocks = layout.row_bytes if self.end.nope_disk else 0
-        ids = self.token_ids + ORDER_BYTES * self.workload.read_tokens
-        tail = layout.window_bytes + layout.open_bytes(layout.block_tokens)
-        return min(self.needed_on_disk, max(blocks, ids, tail))
+        """Bytes of the largest file to be written."""
+        return disk_use.largest_file(self.workload, self.layout, self.end)
 
     @property
     def needed_addresses(self) -> int:
@@ -197,8 +192,8 @@ class MemoryPlan:
     def shortfalls(self, capacity: Capacity) -> dict[str, tuple[int, int]]:
         """The tiers that are too small, each with the bytes needed and the bytes available."""
         found = {}
-        if capacity.accelerator is not None and self.needed_on_accelerator + MARGIN_BYTES > capacity.accelerator:
-            found[ACCELERATOR] = (self.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+        if (lacking := self._lacking_on_accelerator(capacity)) is not None:
+            found[ACCELERATOR] = lacking
         within_addresses = capacity.addresses is not None and (capacity.host or 0) >= capacity.addresses
         if capacity.host is not None and self.needed + MARGIN_BYTES > capacity.host and not within_addresses:
             found["memory"] = (self.needed + MARGIN_BYTES, capacity.host)
@@ -211,6 +206,17 @@ class MemoryPlan:
         if capacity.disk is not None and self.needed_on_disk > capacity.disk:
             found[f"disk space in {capacity.disk_folder}"] = (self.needed_on_disk, capacity.disk)
         return found
+
+    def _lacking_on_accelerator(self, capacity: Capacity) -> tuple[int, int] | None:
+        """Bytes needed and there. Of several, what the last one lacks is what all of them do."""
+        if capacity.accelerator is None:
+            return None
+        if not self.shares:
+            needed, there = self.needed_on_accelerator + MARGIN_BYTES, capacity.with_one(self.device).accelerator or 0
+            return (needed, there) if needed > there else None
+        last, there = self.shares[-1], sum(capacity.accelerators)
+        over = last.needed - capacity.accelerators[last.device]
+        return (there + over, there) if over > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for --json; keys and values as at the end of the run."""
@@ -253,6 +259,7 @@ class MemoryPlan:
             "kept_state": self.workload.kept_state,
             "host_rows": host,
             "device_rows": device,
+            "devices": [share.as_dict() for share in self.shares],
         }
 
 
@@ -288,6 +295,37 @@ def _within(workload: Workload, capacity: Capacity) -> MemoryPlan:
     if workload.prefill_chunk_size is None and plan.prefill_chunk_size == PREFILL_CHUNK_SIZES[0]:
         plan = _grown(plan, capacity)
     return replace(plan, notes=tuple(_notes(plan, capacity)))
+
+
+def _on_several(workload: Workload, capacity: Capacity) -> MemoryPlan:
+    """On the first accelerator that holds everything, which is faster than several; else on as many as are needed.
+
+    On the one with the most memory where layers cannot be spread, or where that gains nothing.
+    """
+    count = len(capacity.accelerators)
+    plans = [
+        replace(MemoryPlan.of(workload, capacity.with_one(device)), device=device)
+        for device in (range(count) if capacity.weights_device is None else ())
+    ]
+    rows, chunk = workload.layout.sealed_rows(workload.held), workload.prefill_chunk_size or PREFILL_CHUNK_SIZES[0]
+    for one in plans:
+        is_whole = one.residency.device_rows >= rows and one.prefill_chunk_size >= chunk
+        if is_whole and not one.shortfalls(capacity):
+            return _on_one(one, count, "it holds everything")
+    roomiest = capacity.accelerators.index(max(capacity.accelerators))
+    if (reason := why_on_one(workload, capacity)) is not None:
+        one = MemoryPlan.of(workload, capacity.with_one(roomiest))
+        return _on_one(replace(one, device=roomiest), count, reason)
+    spread, one = _within(workload, capacity), plans[roomiest]
+    is_better = spread.residency.device_rows > one.residency.device_rows
+    is_slower = spread.prefill_chunk_size < one.prefill_chunk_size
+    if not one.shortfalls(capacity) and (is_slower or not is_better or spread.shortfalls(capacity)):
+        return _on_one(one, count, "layers on several would gain nothing")
+    return spread
+
+
+def _on_one(plan: MemoryPlan, count: int, reason: str) -> MemoryPlan:
+    return replace(plan, notes=(*plan.notes, f"GPU {plan.device} of {count} is used: {reason}"))
 
 
 def _grown(plan: MemoryPlan, capacity: Capacity) -> MemoryPlan:
@@ -334,7 +372,11 @@ def _with_weights(
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)
     plan = replace(plan, device_weights=device_weights)
     device_rows = 0
-    if capacity.accelerator is not None:
+    if capacity.accelerators:
+        forms = LayerShares(workload, step, activations, MARGIN_BYTES)
+        shares, device_rows = forms.spread(capacity.accelerators, capacity.kv_device)
+        plan = replace(plan, shares=shares)
+    elif capacity.accelerator is not None:
         left = _least(capacity.kv_device, capacity.accelerator - plan.beside_on_accelerator - MARGIN_BYTES)
         device_rows = device_rows_within(layout, left or 0, step, rows)
     plan = plan.placed(Residency(None, device_rows, on_accelerator), step)
@@ -342,6 +384,7 @@ def _with_weights(
         budget = host_budget(plan, capacity, with_weights=with_weights)
         is_limited = plan.residency.host_rows is not None or workload.converses  # which grows until it meets its limit
         if budget is not None and (plan.host_keys_values > budget or is_limited):
+            budget -= max(0, len(plan.shares) - 1) * buffer_bytes(layout, 1, 1)
             fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
             plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
         if capacity.disk is None or plan.needed_on_disk <= capacity.disk:
@@ -361,6 +404,8 @@ def _notes(plan: MemoryPlan, capacity: Capacity) -> Iterator[str]:
             f"--kv-device-memory {human_bytes(capacity.kv_device)} is exceeded: open blocks need at "
             f"least {human_bytes(plan.peak.nope_device)}"
         )
+    if plan.shares:
+        yield spread_note(plan.shares)
     if plan.device_weights is not None:
         yield from plan.device_weights.notes(capacity)
     yield from _streaming_notes(plan, capacity)

@@ -145,15 +145,20 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
             "--device cpu",
             "",
             workload.in_dtype(workload.dtype, on_accelerator=False),
-            replace(capacity, accelerator=None, kv_device=None, weights_device=None),
+            replace(capacity, accelerator=None, accelerators=(), kv_device=None, weights_device=None),
         )
 
 
 def _copied_weights(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
     """All memory of the accelerator that other things leave for weights, if it suffices with the rest copied."""
+    if capacity.accelerators:  # one of several is used then
+        roomiest = capacity.with_one()
+        plan, free = MemoryPlan.of(plan.workload, roomiest), roomiest.accelerator
+    else:
+        free = capacity.accelerator
     held = plan.device_weights.on_device if plan.device_weights else plan.weights
     other = plan.needed_on_accelerator - held + MARGIN_BYTES
-    mebibytes = ((capacity.accelerator or 0) - other) // 2**20
+    mebibytes = ((free or 0) - other) // 2**20
     weights = DeviceWeights.of(plan.workload, mebibytes * 2**20) if mebibytes > 0 else None
     if weights is not None and weights.on_device <= weights.limit < held:
         copied = human_bytes(weights.residency.copied_a_pass)

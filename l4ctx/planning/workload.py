@@ -25,7 +25,8 @@ class Capacity:
     """Bytes that may be used, and the machine's speed. None: unknown, or not limited by the user."""
 
     host: int | None = None  # free now
-    accelerator: int | None = None  # free now; None without an accelerator
+    accelerator: int | None = None  # free now, on all of several; None without an accelerator
+    accelerators: tuple[int, ...] = ()  # free on each of several that layers may be spread over
     kv_device: int | None = None  # --kv-device-memory
     kv_host: int | None = None  # --kv-host-memory
     disk: int | None = None  # free where sealed blocks can be written
@@ -52,6 +53,13 @@ class Capacity:
             operations=self.operations / processes,
             reading=self.reading / processes,
         )
+
+    def with_one(self, device: int | None = None) -> Capacity:
+        """With one of several accelerators alone: that of this number, or the one with the most free memory."""
+        if not self.accelerators:
+            return self
+        free = max(self.accelerators) if device is None else self.accelerators[device]
+        return replace(self, accelerator=free, accelerators=())
 
     @property
     def without_disk(self) -> Capacity:

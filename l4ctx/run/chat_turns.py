@@ -55,8 +55,9 @@ class Turn:
         plan = grown(base.plan, workload, min(base.plan.prefill_chunk_size, max(1, self.stop - cache.offset)))
         keeps_state = moments.leaves_chunk(self.end) and not moments.has_copy
         growth = Growth.of(plan, cache.held(), cache.offset, keeps_state=keeps_state, loads_tower=bool(self.unread))
-        request, accelerator = session.request, free_on_accelerator(session.model.device)
-        growth.check(capacity_here(request.kv, request.compute, accelerator, request.kv.folder))
+        request, free = session.request, free_on_accelerator(session.model.device)
+        accelerators = [] if free is None else [free]
+        growth.check(capacity_here(request.kv, request.compute, accelerators, request.kv.folder))
         return plan
 
     def features(self, session: Session) -> ImageFeatures | None:

@@ -87,7 +87,7 @@ class ContextChoices:
         here, which is measured on a GPU."""
         written_with = self.recipe.attention if self.recipe and self.request.context.save_to else None
         chosen = self.request.compute.attention or written_with
-        if chosen is None and device != "cpu":
+        if chosen is None and device.partition(":")[0] != "cpu":
             return fastest_attention(config, dtype, device)
         return chosen or default_attention(dtype, on_accelerator=False)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.errors import RequestError
-from l4ctx.machine.device import available_on, prepare_torch
+from l4ctx.machine.device import available_on_each, prepare_torch
 from l4ctx.machine.reading import reading_rate
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.remedies import remedies, tokens_that_fit
@@ -176,8 +176,8 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
     request.kv.check_folder()
-    accelerator = available_on(request.compute.device, quick=request.tokens is not None)
-    capacity = capacity_here(request.kv, request.compute, accelerator, request.kv.folder)
+    accelerators = available_on_each(request.compute.device, quick=request.tokens is not None)
+    capacity = capacity_here(request.kv, request.compute, accelerators, request.kv.folder)
     if request.measure and (reading := _reading_rate(request.model)) is not None:
         capacity = replace(capacity, reading=reading)
     size = read.size(_max_new_tokens(request, config, read.tokens))
@@ -186,9 +186,9 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     plan = MemoryPlan.of(workload, capacity)
     for text in plan.notes:
         noted(text)
-    speed = _speed(request, plan, accelerator is not None)
+    speed = _speed(request, plan, bool(accelerators))
 
-    assumed = None if accelerator is not None or speed is not None else Speed(capacity.operations, capacity.operations)
+    assumed = None if accelerators or speed is not None else Speed(capacity.operations, capacity.operations)
 
     def seconds(of: MemoryPlan) -> float | None:
         taken = speed or assumed

@@ -18,7 +18,7 @@ from l4ctx.documents.length import TextLimit
 from l4ctx.documents.reader import read_documents
 from l4ctx.errors import RequestError
 from l4ctx.formatting import counted
-from l4ctx.machine.device import device_of_rank, prepare_torch, usable_device
+from l4ctx.machine.device import device_of_rank, prepare_torch, usable_devices
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import ContextChoices, ReadContext
 from l4ctx.run.conversing import turns_of
@@ -63,7 +63,7 @@ class Checked:
     weights: Weights
     generation: GenerationConfig
     sampling: Sampling
-    device: torch.device
+    devices: tuple[torch.device, ...]  # that layers may be on
     provenance: dict[str, str]  # fingerprint, to compare with a saved context; empty without one
     whole: TextConfig  # the whole model's
 
@@ -258,7 +258,7 @@ def check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable
 
     request = choices.request
     name, launch = request.compute.device, request.launch
-    device = usable_device(name) if launch is None else device_of_rank(launch, name)
+    devices = usable_devices(name) if launch is None else (device_of_rank(launch, name),)
     stored = checked_sources(request.model, config)
     held, own = stored, config
     if request.launch is not None:
@@ -276,7 +276,7 @@ def check_checkpoint(choices: ContextChoices, config: TextConfig, note: Callable
         whole = weights if request.launch is None else quantized_sources(stored, choices.compute.quantization)
         provenance = fingerprint(request.model, config, stored_tensors(whole))
         choices.check(provenance, config)
-    return Checked(own, Weights.of(weights, own), generation, sampling, device, provenance, config)
+    return Checked(own, Weights.of(weights, own), generation, sampling, devices, provenance, config)
 
 
 def _divided(

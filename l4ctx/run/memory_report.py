@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from l4ctx.machine.memory import ProcessMemory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.placement import PlacedWeights
+
+
+@dataclass(frozen=True)
+class HeldOnDevice:
+    """Bytes on one of several devices, at the end of a run."""
+
+    name: str
+    layers: range
+    weights: int
+    rope_windows: int
+    nope: int
+    peak: int | None  # of all that was allocated there; None where that is not known
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": [self.layers.start, self.layers.stop - 1]}
 
 
 @dataclass(frozen=True)
@@ -28,12 +44,14 @@ class MemoryReport:
     process_before: ProcessMemory | None  # before weights and cache were made
     process: ProcessMemory | None
     process_peak: ProcessMemory | None
-    accelerator_peak: int | None
+    accelerator_peak: int | None  # of all devices together
+    devices: Sequence[HeldOnDevice] = ()  # where layers are on several
 
     def as_dict(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {
             "predicted": self.predicted.as_dict(),
+            "devices": [device.as_dict() for device in self.devices],
             "weights_by_owner": [weights.as_dict() for weights in self.weights_by_owner],
             "process_before": self.process_before and asdict(self.process_before),
             "process": self.process and asdict(self.process),

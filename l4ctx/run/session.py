@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from l4ctx.machine.device import compute_on
 from l4ctx.machine.memory import process_memory
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import with_repair_hint
 from l4ctx.run.drafting import DraftSource
-from l4ctx.run.memory_report import MemoryReport
+from l4ctx.run.memory_report import HeldOnDevice, MemoryReport
 from l4ctx.run.monitor import Monitor, Timing
 from l4ctx.run.request import Request
 from l4ctx.run.sizing import Sized
@@ -190,13 +191,12 @@ class Session:
             return ResponseFormat(schema, inputs.tokenizer, inputs.checked.whole.vocab_size, stop_tokens)
 
     def memory_report(self) -> MemoryReport:
-        import torch
-
+        from l4ctx.machine.device import most_allocated
         from l4ctx.planning.placement import held_weights
         from model.weights.device_stream import DeviceStream
         from model.weights.tiers import held_bytes
 
-        held, device, watcher = self.cache.held(), self.model.device, self.layers.other
+        held, watcher, spread = self.cache.held(), self.layers.other, self.model.spread
         towers = [self.features.tower] if self.features else []
         tower = self.features.weight_bytes if self.features else 0
         return MemoryReport(
@@ -214,8 +214,23 @@ class Session:
             process_before=self.sized.before,
             process=process_memory(),
             process_peak=self.monitor.sampler.peak,
-            accelerator_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            accelerator_peak=most_allocated((self.model.device,) if spread is None else spread.devices),
+            devices=list(self._held_on_devices()),
         )
+
+    def _held_on_devices(self) -> Iterator[HeldOnDevice]:
+        """Of several devices each, in the order of the layers; the vision tower is on the first one."""
+        from l4ctx.machine.device import most_allocated
+        from model.weights.tiers import bytes_by_device
+
+        if (spread := self.model.spread) is None:
+            return
+        weights = bytes_by_device(self.model, spread)
+        for share, device in zip(self.sized.plan.shares, spread.devices, strict=True):
+            held = self.undivided_cache.held(device)
+            tower = self.features.weight_bytes if self.features and device == spread.first else 0
+            in_all, peak = weights[device] + tower, most_allocated((device,))
+            yield HeldOnDevice(str(device), share.layers, in_all, held.rope_windows, held.nope_device, peak)
 
     def anew(self, inputs: Inputs) -> Session:
         """The same model with an empty cache, for another prompt of no more tokens than was planned for."""
@@ -264,7 +279,8 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     from model.weights.loading import load_checkpoint
 
     inputs, plan = sized.inputs, sized.plan
-    request, device = inputs.request, inputs.checked.device
+    request, device = inputs.request, sized.device
+    compute_on(device)
     with monitor.loading():
         monitor.tell("loading weights")
         copied = plan.device_weights
@@ -279,6 +295,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             quantization=inputs.choices.compute.quantization,
             exchange=exchange,
             context=context,
+            spread=sized.spread,
         )
         leader = None if channel is None else _leader(model, channel, inputs.checked.whole)
         watcher = _watcher(model, plan, device, monitor)
@@ -329,7 +346,8 @@ def _cache(sized: Sized, model: Transformer, rows: RowStore | None) -> HybridKVC
         sized.inputs.config,
         length=plan.layout.length,
         dtype=model.dtype,
-        device=sized.inputs.checked.device,
+        device=sized.device,
+        devices=None if model.spread is None else model.spread.layers,
         layout=plan.layout,
         residency=plan.residency,
         rows=rows,

@@ -24,11 +24,14 @@ from model.context_division import most_tokens
 from model.costs import Operations, reading_operations
 
 if TYPE_CHECKING:
+    import torch
+
     from l4ctx.prompt.builder import Prompt
     from l4ctx.run.context import ReadContext, WrittenContext
     from l4ctx.run.images import ImageReading
     from l4ctx.run.inputs import Inputs
     from l4ctx.run.monitor import Monitor
+    from model.spread import Spread
 
 ALL_OF_IT = 2**62
 """What a context that is only read has on disk already, in bytes: nothing will be written."""
@@ -60,6 +63,23 @@ class Sized:
     written: WrittenContext | None  # the context that what is read is kept in
     reused: int  # tokens
     before: ProcessMemory | None  # what the process held before weights and cache were made
+
+    @property
+    def device(self) -> torch.device:
+        """The one that computes, or the first of several."""
+        shares = self.plan.shares
+        return self.inputs.checked.devices[shares[0].device if shares else self.plan.device]
+
+    @property
+    def spread(self) -> Spread | None:
+        """Which device has which layers; None where one has all."""
+        from model.spread import Spread
+
+        shares, config = self.plan.shares, self.inputs.config
+        if len(shares) < 2:
+            return None
+        layers = [self.inputs.checked.devices[share.device] for share in shares for _ in share.layers]
+        return Spread(tuple(layers), config.tie_word_embeddings)
 
     @property
     def context(self) -> ReadContext | WrittenContext | None:
@@ -121,21 +141,22 @@ def _stored_kv_dtype(
 def capacity_here(
     kv: KVOptions,
     compute: ComputeOptions,
-    accelerator: int | None,
+    accelerators: Sequence[int],
     disk: Path | None,
     context: Path | None = None,
 ) -> Capacity:
     """What is free on this machine, within the user's limits.
 
-    `accelerator`: bytes free on the one that computes, None on a CPU. `disk`: the folder that blocks may be written to;
-    those of `context` are on disk already. Raises RequestError.
+    `accelerators`: bytes free on each that layers may be on; none on a CPU. `disk`: the folder that blocks may be
+    written to; those of `context` are on disk already. Raises RequestError.
     """
-    kv.check_device_memory(on_accelerator=accelerator is not None)
-    compute.check_device_memory(on_accelerator=accelerator is not None)
+    kv.check_device_memory(on_accelerator=bool(accelerators))
+    compute.check_device_memory(on_accelerator=bool(accelerators))
     folder = disk or context
     return Capacity(
         host=available_memory(),
-        accelerator=accelerator,
+        accelerator=sum(accelerators) if accelerators else None,
+        accelerators=tuple(accelerators) if len(accelerators) > 1 else (),
         kv_device=kv.device_memory,
         kv_host=kv.host_memory,
         disk=None if disk is None else available_disk(disk),
@@ -164,10 +185,11 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     monitor.tell("planning memory")
     request, choices = inputs.request, inputs.choices
     before = process_memory()
-    accelerator = free_on_accelerator(inputs.checked.device)
+    frees = (free_on_accelerator(device) for device in inputs.checked.devices)
+    accelerators = [free for free in frees if free is not None]
     answer_from, save_to = request.context.answer_from, request.context.save_to
     disk = save_to or request.kv.folder
-    capacity = capacity_here(request.kv, request.compute, accelerator, disk, answer_from)
+    capacity = capacity_here(request.kv, request.compute, accelerators, disk, answer_from)
     if request.launch is not None:
         capacity = capacity.shared_by(request.launch.local_count)
     workload = _workload(inputs, capacity)
@@ -178,9 +200,10 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
     remedies.check(plan, capacity)
     for text in plan.notes:
         monitor.note(text)
-    if accelerator is None and request.asks and would_profit(workload):
+    if not accelerators and request.asks and would_profit(workload):
         monitor.note(VECTOR_CODE_HINT)
-    attention = choices.attention(workload.config, workload.dtype, str(inputs.checked.device))
+    computing = inputs.checked.devices[plan.shares[0].device if plan.shares else plan.device]
+    attention = choices.attention(workload.config, workload.dtype, str(computing))
     folder = request.context.folder
     monitor.tell(f"comparing with {folder}" if folder else "planning memory")
     written, reuse = None, Reuse()

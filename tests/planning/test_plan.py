@@ -576,6 +576,7 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "row_bytes",
         "host_rows",
         "device_rows",
+        "devices",
     }
     assert plain["tokens"] == 10**6 and plain["weights_are_mapped"] is True and plain["kv_dtype"] == "bfloat16"
     assert plain["host_rows"] * plain["block_tokens"] * 48 * KIB <= plain["nope_host"] < plain["needed"]

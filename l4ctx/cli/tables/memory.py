@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from l4ctx.cli.tables.layout import FigureTable
 from l4ctx.formatting import counted, human_bytes
+from l4ctx.planning.memory_plan import MARGIN_BYTES
 
 if TYPE_CHECKING:
     from l4ctx.run.memory_report import MemoryReport
@@ -44,6 +45,15 @@ def memory_table(report: MemoryReport) -> FigureTable:
         row("process, anonymous", None, None, report.process.anonymous, report.process_peak.anonymous)
         row("process, file-backed", None, None, report.process.file_backed, report.process_peak.file_backed)
     row("accelerator", None, None, None, report.accelerator_peak)
+    for share, there in zip(plan.shares, report.devices, strict=bool(report.devices)):
+        keys_values = there.rope_windows + there.nope
+        row(
+            f"  {there.name}, layers {share.numbers}",
+            None,
+            share.needed - MARGIN_BYTES,
+            there.weights + keys_values,
+            there.peak,
+        )
     held = report.rope_windows + report.nope_device + report.nope_host + report.buffers
     row("keys and values in memory", end.total, None, held)
     row("  an unbounded cache would take", plan.unbounded_cache)

@@ -103,7 +103,10 @@ def _memory(report: PlanReport) -> FigureTable:
     row("activations", None, plan.activations)
     row("images and the vision tower", None, plan.images)
     if capacity.accelerator is not None:
-        row("accelerator, total with margin", None, plan.needed_on_accelerator + MARGIN_BYTES, capacity.accelerator)
+        margin = MARGIN_BYTES * max(1, len(plan.shares))
+        row("accelerator, total with margin", None, plan.needed_on_accelerator + margin, capacity.accelerator)
+    for share in plan.shares:
+        row(f"  GPU {share.device}, layers {share.numbers}", None, share.needed, capacity.accelerators[share.device])
     row("host memory, total with margin", None, plan.needed + MARGIN_BYTES, capacity.host)
     if capacity.has_disk:
         row("disk, total", None, plan.needed_on_disk, capacity.disk)
