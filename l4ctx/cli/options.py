@@ -258,6 +258,16 @@ GpuMemory = Annotated[
         "arithmetic, never measured on GPUs. The options below are for it.",
     ),
 ]
+GpusOfOneProcess = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        metavar="N",
+        help="So many of them in one process, which whole layers are spread over, instead of ranks.",
+        show_default=False,
+    ),
+]
 GpuTensorRanks = Annotated[
     int | None,
     typer.Option(

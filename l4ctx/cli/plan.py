@@ -53,6 +53,7 @@ def plan(
     device: options.Device = "auto",
     prefill_chunk_size: options.PrefillChunkSize = None,
     gpu_memory: options.GpuMemory = None,
+    one_process: options.GpusOfOneProcess = None,
     tp: options.GpuTensorRanks = None,
     cp: options.GpuContextRanks = None,
     host_memory: options.HostMemory = None,
@@ -74,6 +75,8 @@ def plan(
     l4ctx plan --tokens 10000000 --kv-dir /fast/disk --model DIR
 
     l4ctx plan --tokens 10M --tp 8 --cp 4 --gpu-memory 141GiB --model DIR
+
+    l4ctx plan --tokens 200k --gpus 2 --gpu-memory 48GiB --model DIR
 
     Ends with exit code 5 when it would not fit.
     """
@@ -102,15 +105,17 @@ def plan(
     def gpus() -> GpuOptions | None:
         from l4ctx.run.request import GpuOptions
 
-        given = (tp, cp, host_memory, link, host_link, disk_rate, compute_rate, gpu_bandwidth)
+        of_ranks = (tp, cp, link, host_link, disk_rate, compute_rate, gpu_bandwidth)
         if gpu_memory is None:
-            if any(option is not None for option in given):
+            if any(option is not None for option in (*of_ranks, host_memory, one_process)):
                 raise UsageError("a plan for GPUs that need not be here takes --gpu-memory SIZE, the memory of each")
             return None
         if tokens is None:
             raise UsageError("--gpu-memory plans for a number of tokens: give --tokens N instead of documents")
         if rate is not None or measure or held.weights_memory is not None or device != "auto":
             raise UsageError("--rate, --measure, --weights-memory and --device speak of this machine: leave them out")
+        if one_process is not None and any(option is not None for option in of_ranks):
+            raise UsageError("--gpus is of one process: leave out --tp, --cp and the rates, which are of ranks")
         return GpuOptions(
             gpu_memory,
             host_memory,
@@ -121,6 +126,7 @@ def plan(
             host_link=host_link,
             disk=disk_rate,
             bandwidth=gpu_bandwidth,
+            one_process=one_process,
         )
 
     with errors_as_exit_codes(json=json, checkpoint=model):
@@ -137,7 +143,7 @@ def _plan(request: PlanRequest, *, is_whole: bool, json: bool, quiet: bool) -> i
     from l4ctx.run.verdict import verdict, verdict_on_gpus
 
     report: PlanReport | GpuReport
-    if request.gpus is not None:
+    if request.gpus is not None and request.gpus.one_process is None:
         report = plan_for_gpus(request, notes(stderr_console(), quiet=quiet))
         table, told = gpu_table(report), verdict_on_gpus(report)
     else:

@@ -176,8 +176,10 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     if read.tokens < 1:
         raise RequestError(f"--tokens: {read.tokens} is not a positive number")
     request.kv.check_folder()
-    accelerators = available_on_each(request.compute.device, quick=request.tokens is not None)
+    accelerators = _accelerators(request)
     capacity = capacity_here(request.kv, request.compute, accelerators, request.kv.folder)
+    if request.gpus is not None:  # of another machine
+        capacity = replace(capacity, host=request.gpus.host_memory, addresses=None)
     if request.measure and (reading := _reading_rate(request.model)) is not None:
         capacity = replace(capacity, reading=reading)
     size = read.size(_max_new_tokens(request, config, read.tokens))
@@ -212,6 +214,13 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
         weights_read=residency.read_a_step * (read.number_of_steps(plan) - 1),
         forms=list(form_plans(workload, capacity, seconds)) if is_large else [],
     )
+
+
+def _accelerators(request: PlanRequest) -> list[int]:
+    """Free bytes of each that is here, or that is to be planned for. Raises RequestError."""
+    if request.gpus is not None:
+        return [request.gpus.memory] * (request.gpus.one_process or 1)
+    return available_on_each(request.compute.device, quick=request.tokens is not None)
 
 
 def _max_new_tokens(request: PlanRequest, config: TextConfig, prompt_tokens: int) -> int:

@@ -169,6 +169,7 @@ class GpuOptions:
     host_link: float | None = None
     disk: float | None = None
     bandwidth: float | None = None  # of its own memory
+    one_process: int | None = None  # so many in one process, instead of ranks
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,22 @@ def test_the_tables_tell_bytes_by_tier_traffic_and_time(scout: Path) -> None:
         assert text in result.stdout
 
 
+def test_layers_over_the_gpus_of_one_process(scout: Path) -> None:
+    """Scout's layers are 202 GiB in 16 bits, embeddings and output matrix 1.9 GiB each."""
+    asked = ("--tokens", "200k", "--gpus", "4", "--gpu-memory", "80GiB", "--host-memory", "64GiB")
+    report = planned(scout, *asked)
+    shares = report["plan"]["devices"]
+    assert report["fits"] and [share["device"] for share in shares] == [0, 1, 2]
+    assert [share["layers"][0] for share in shares[1:]] == [share["layers"][1] + 1 for share in shares[:-1]]
+    assert report["room"]["accelerators"] == [80 * GIB] * 4 and report["room"]["host"] == 64 * GIB
+    assert all(share["needed"] <= 80 * GIB for share in shares)
+    result = run_here("plan", "--model", str(scout), *asked)
+    assert f"GPU 2, layers {shares[2]['layers'][0]}-47" in result.stdout
+    assert f"layers are spread over 3 GPUs: 0-{shares[0]['layers'][1]} on GPU 0" in result.stderr
+    assert not planned(scout, *asked[:2], "--gpus", "2", *asked[4:], code=MEMORY)["fits"]
+    assert not planned(scout, *asked[:2], "--gpus", "1", "--gpu-memory", "400GiB")["plan"]["devices"]
+
+
 def test_a_card_that_streams(scout: Path) -> None:
     config = json.loads((scout / "config.json").read_text())
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
@@ -112,6 +128,8 @@ def test_what_does_not_fit_says_so(scout: Path) -> None:
     [
         (("--tokens", "1M", "--tp", "3", "--gpu-memory", "80GiB"), ("num_attention_heads 40 cannot be divided by 3",)),
         (("--tokens", "1M", "--tp", "8"), ("--gpu-memory SIZE",)),
+        (("--tokens", "1M", "--gpus", "2"), ("--gpu-memory SIZE",)),
+        (("--tokens", "1M", "--gpus", "2", "--gpu-memory", "80GiB", "--tp", "2"), ("--gpus", "leave out --tp")),
         (("--tokens", "1M", "--link", "400GB/s"), ("--gpu-memory SIZE",)),
         (("--tokens", "1M", "--gpu-memory", "80GiB", "--link", "400"), ("--link", "400GB/s")),
         (("--tokens", "1M", "--gpu-memory", "80GiB", "--compute-rate", "0T"), ("--compute-rate", "593TFLOP/s")),

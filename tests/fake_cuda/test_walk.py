@@ -13,12 +13,16 @@ import cache.tiers
 import l4ctx.engine.prefill
 import model.moe
 import model.rope
+import model.spread
+import model.transformer
 import model.weights.device_stream
+from cache.chunked import ChunkedKVCache
 from cache.hybrid import HybridKVCache
 from cache.residency import Residency, held_bytes
 from l4ctx.engine.prefill import as_batch, prefill
 from model.kernels.masks import AttentionMask
 from model.quantization.choice import Quantization
+from model.spread import Spread
 from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.weights.device_stream import DeviceStream
@@ -105,6 +109,45 @@ def test_on_the_device(folders: dict[str, Path], name: str, attention: str) -> N
             transport=FakeTransport(),
         )
         walked(loaded, kept, 61)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_on_two_devices(folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill and a step of the answer, with blocks that stay on either and blocks that pass through.
+
+    No driver is there to make a device the current one.
+    """
+    monkeypatch.setattr(model.spread, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(model.transformer, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cache.tiers, "stays_on_host", lambda layout, queries: False)
+    monkeypatch.setattr(cache.layout, "MIN_BLOCK_BYTES", 1)
+    loaded = load_checkpoint(folders[name])
+    devices = (CUDA, torch.device("cuda", 1))
+    with fake_cuda() as mode:
+        loaded.spread = spread = Spread((devices[0],) * 2 + (devices[1],) * 2)
+        for number, layer in enumerate(loaded.model.layers):
+            to_fake(layer, mode, spread.layers[number])
+        to_fake(loaded.model.embed_tokens, mode, spread.first)
+        for module in (loaded.model.norm, loaded.lm_head):
+            to_fake(module, mode, spread.head)
+        kept = HybridKVCache(
+            loaded.config,
+            length=80,
+            dtype=loaded.dtype,
+            residency=Residency(None, 1, on_accelerator=True),
+            devices=spread.layers,
+            transports={device: FakeTransport(device) for device in devices},
+        )
+        with NoWaits("cuda"):
+            for start in range(0, 60, 2 * CHUNK):
+                loaded(as_batch([7] * min(2 * CHUNK, 60 - start), CUDA), kept, logits="none")
+        logits = loaded(as_batch([7], CUDA), kept, logits="last")
+        assert logits is not None and logits.device == devices[1] and kept.offset == 61
+        for layer, device in zip(kept.layers, spread.layers, strict=True):
+            if isinstance(layer, ChunkedKVCache):
+                assert layer.window.keys.device == device
+            else:
+                assert {block.keys.device for block in layer.open.values()} == {device}
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "float16"])

@@ -32,9 +32,8 @@ def needs_cuda_build() -> pytest.MarkDecorator:
 class FakeTransport:
     """Copies at once: shapes, dtypes and sides are checked. `finished` counts how often the host waits."""
 
-    device = CUDA
-
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CUDA) -> None:
+        self.device = device
         self.sent = self.finished = 0
 
     def host_memory(self, num_bytes: int) -> Tensor:
