@@ -101,9 +101,9 @@ def chat(
             kv=computed.kv_options(),
             converses=True,
         )
-        converse(
-            request, Talk(system=system, told=told, transcript=file, plain=plain, quiet=quiet, log=log), interruption
-        )
+        is_kept_only = transcript is None and continued is None
+        talk = Talk(system, told, file, is_kept_only, plain=plain, quiet=quiet, log=log)
+        converse(request, talk, interruption)
 
 
 def _transcript(

@@ -67,10 +67,7 @@ def _memory(room: Room, rest: str) -> None:
 
     tokens, positions = room.chat.tokens, room.chat.cache.config.max_position_embeddings
     room.console.print(memory_table(room.chat.memory_report()))
-    room.note(
-        f"the conversation has {tokens:,} tokens; the model has {positions:,} positions, so {positions - tokens:,} are "
-        "left"
-    )
+    room.note(f"{tokens:,} tokens of the model's {positions:,} positions; {positions - tokens:,} are left")
 
 
 def _undo(room: Room, rest: str) -> None:
@@ -83,7 +80,7 @@ def _retry(room: Room, rest: str) -> None:
     if question is None:
         raise UsageError("/retry: there is no answer to replace; /undo takes back what was done after it")
     if not room.chat.session.sized.inputs.checked.sampling.temperature:
-        room.note("answers are the most likely ones, so the same question has the same answer; --sample draws others")
+        room.note("the most likely answer is the same again; --sample draws others")
     room.undo()
     room.chat.draws += 1
     room.ask(question)

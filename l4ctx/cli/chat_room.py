@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from l4ctx.cli.answer import show_answer
 from l4ctx.cli.citations import show_citations
 from l4ctx.cli.exits import Interruption, write
 from l4ctx.cli.progress import read_shown
+from l4ctx.errors import OutputError
 from l4ctx.run.chat_moments import LAST_TURN
 from l4ctx.run.chat_saying import settle
 from l4ctx.run.monitor import Monitor
@@ -33,6 +34,7 @@ class Talk:
     system: str | None = None
     told: Told | None = None  # what it goes on from
     transcript: Transcript | None = None
+    is_kept_only: bool = False  # nobody asked for the transcript: what cannot be written is told once
     plain: bool = False  # Markdown as it is
     quiet: bool = False
     log: bool = True  # keep answers, and which contexts and models were used
@@ -50,6 +52,7 @@ class Room:
     activity: Activity
     cites: bool = False
     is_interactive: bool = False
+    has_told: bool = False  # that the conversation cannot be kept
 
     def note(self, text: str) -> None:
         self.monitor.note(text)
@@ -66,7 +69,7 @@ class Room:
                 if not self.is_interactive or not turn.answer.tokens:
                     raise
                 turn.answer.stop_reason = "interrupted"
-                self.note("stopped; what was said so far belongs to the conversation (/undo takes it back)")
+                self.note("stopped; what was said so far stays, and /undo takes it back")
         answer = self.chat.end()
         self.memory.answered(turn, question, answer.as_dict())
         if answer.citations is not None:
@@ -90,14 +93,25 @@ class Room:
     def undo(self) -> str:
         """Takes back what was done last, and returns what it was. Raises RequestError."""
         what = self.chat.undo()
-        if self.talk.transcript is not None:
-            self.talk.transcript.undo()
+        self.write_down(lambda transcript: transcript.undo())
         return what
 
     def record(self, step: Step, **details: object) -> None:
         """Raises OutputError."""
-        if self.talk.transcript is not None:
-            self.talk.transcript.append(step, **details)
+        self.write_down(lambda transcript: transcript.append(step, **details))
+
+    def write_down(self, write: Callable[[Transcript], None]) -> None:
+        """Raises OutputError for a transcript that was asked for."""
+        if self.talk.transcript is None:
+            return
+        try:
+            write(self.talk.transcript)
+        except OutputError as error:
+            if not self.talk.is_kept_only:
+                raise
+            if not self.has_told:
+                self.has_told = True
+                self.note(f"{error}; --no-log keeps no conversation")
 
     @contextmanager
     def dropped_on_error(self) -> Iterator[None]:

@@ -37,7 +37,9 @@ def converse(request: Request, talk: Talk, interruption: Interruption) -> None:
     interruption.owners.setdefault(request.model, CHECKPOINT)
     with Monitor(note, activity.tell) as monitor:
         interruption.kept = lambda: monitor.kept()
-        with activity:
+        earlier = [part.content for part in _messages(talk.told) if part.role == "user"]
+        source = lines([known.name for known in COMMANDS], earlier, note)
+        with source.working(), activity:
             choices, sources = read_request(request, monitor)
             session = load(size(make_inputs(choices, sources, monitor), monitor), monitor)
             memory = Memory(note, is_on=talk.log)
@@ -47,15 +49,12 @@ def converse(request: Request, talk: Talk, interruption: Interruption) -> None:
                 note(summary)
             chat = _begun(session)
         room = Room(chat, talk, monitor, memory, console, activity, cites=request.answer.cites)
-        begin(room)
-        earlier = [part.content for part in _messages(talk.told) if part.role == "user"]
-        source = lines([known.name for known in COMMANDS], earlier, note)
+        with source.working():
+            begin(room)
         if source.is_interactive:
             name, left = shown_name(request.model), chat.cache.config.max_position_embeddings - chat.tokens
-            note(
-                f"{printable(name)} has room for {left:,} more tokens; /help lists the commands, "
-                "Ctrl-C stops an answer, Ctrl-D leaves"
-            )
+            note(f"{printable(name)} has room for {left:,} more tokens")
+            note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         interruption.kept = lambda: "the conversation ends"
         go_on(room, source)
 
@@ -67,8 +66,9 @@ def begin(room: Room) -> None:
     if talk.told is not None:
         _tell_changed(room, talk.told.digests, digests)
         _replay(room, talk.told)
-    elif talk.transcript is not None:
-        talk.transcript.begin(request.sources.paths, request.context.folder, request.system, request.model, digests)
+    else:
+        context, system = request.context.folder, request.system
+        room.write_down(lambda file: file.begin(request.sources.paths, context, system, request.model, digests))
     if talk.system and request.context.folder is not None:
         instruct(room, talk.system)
 

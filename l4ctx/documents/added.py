@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from l4ctx.documents.document import Document, Skipped
@@ -19,12 +19,16 @@ def added_documents(documents: Iterable[Document], held: Mapping[str, Span]) -> 
     skipped: list[Skipped] = []
     taken = set(held)
     for document in documents:
-        known = held.get(document.source)
-        if known is not None and (known.sha256, known.reading) == (document.sha256, document.reading):
+        known = itertools.takewhile(held.__contains__, _names(document.source))  # it may have been added before
+        if any((held[name].sha256, held[name].reading) == (document.sha256, document.reading) for name in known):
             skipped.append(Skipped(document.source, "the context holds it already"))
             continue
-        numbered = (f"{document.source} ({number})" for number in itertools.count(2))
-        name = next(name for name in itertools.chain([document.source], numbered) if name not in taken)
+        name = next(name for name in _names(document.source) if name not in taken)
         taken.add(name)
         added.append(replace(document, source=name))
     return added, skipped
+
+
+def _names(source: str) -> Iterator[str]:
+    """Of a document, and of later states of it."""
+    return itertools.chain([source], (f"{source} ({number})" for number in itertools.count(2)))

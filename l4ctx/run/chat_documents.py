@@ -33,9 +33,14 @@ def encoded_documents(chat: Chat, paths: Sequence[str], monitor: Monitor) -> tup
     if inputs.context is not None:
         held = {span.source: span for span in inputs.context.documents()}
     held |= {span.source: span for span in chat.said.spans}
-    sources.documents.documents, known = added_documents(sources.documents.documents, held)
-    for entry in (*sources.documents.skipped, *known):
+    found = sources.documents.documents
+    sources.documents.documents, known = added_documents(found, held)
+    for entry in sources.documents.skipped:
         monitor.note(f"skipped {entry.source}: {entry.reason}")
+    for entry in known:
+        monitor.note(f"skipped {entry.source}: the conversation holds it already")
+    for name in {document.source for document in sources.documents.documents} - {document.source for document in found}:
+        monitor.note(f"{name.rpartition(' (')[0]} is not what it was when it was read before; it is added as {name}")
     if not sources.documents.documents:
         raise RequestError("nothing was added: the conversation holds all of it already")
     for text in sources.documents.notes:

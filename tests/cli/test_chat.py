@@ -140,7 +140,7 @@ def test_an_interrupt_ends_an_answer_and_an_error_nothing(folder: Path, monkeypa
         "l4ctx: stopped", "l4ctx: /nosuch: no such command", "l4ctx: stopped", "l4ctx: the last turn was taken back",
         "l4ctx: none.md: no such file or folder (check the spelling)",
     ]  # fmt: skip
-    assert "as it was before" in notes[2] and "(/undo takes it back)" in notes[0]
+    assert "as it was before" in notes[2] and "/undo takes it back" in notes[0]
     assert [line.get("stop_reason") for line in told(folder / "t") if line.get("role") == "assistant"] == [
         "stop", "interrupted", "stop",
     ]  # fmt: skip
@@ -274,6 +274,28 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path) -> None
     full.room = 2**20
     file.close()
     assert told(path)[-1] == {"role": "system", "content": "three"}
+
+
+def test_nobody_asked_to_keep_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it goes on where it cannot be kept, and says so once; a transcript that was asked for ends it."""
+    monkeypatch.setattr(Transcript, "_append", mock.Mock(side_effect=OutputError("no space")))
+    result = chat("a.md", says=f"{question('a')}\n/undo\n")
+    assert (result.code, result.stdout) == (0, answer("a"))
+    assert result.stderr.count("no space; --no-log keeps no conversation") == 1
+    result = chat("a.md", "--transcript", "t", says=question("a"))
+    assert (result.code, result.stdout) == (1, "") and result.stderr.endswith("l4ctx: no space\n")
+
+
+def test_a_document_that_changes_between_turns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changing(Scripted):
+        def read(self) -> str | None:
+            text_file(folder / "a.md", "Other words.\n")
+            return super().read()
+
+    monkeypatch.setattr(conversation, "lines", lambda *_: Changing("/add a.md", "/add a.md"))
+    notes = run_here("chat", "a.md").stderr.splitlines()
+    assert "l4ctx: a.md is not what it was when it was read before; it is added as a.md (2)" in notes
+    assert notes[-1] == "l4ctx: nothing was added: the conversation holds all of it already"
 
 
 def test_one_process_writes_to_a_transcript(tmp_path: Path) -> None:

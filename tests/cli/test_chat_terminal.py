@@ -125,8 +125,8 @@ def test_a_conversation_on_a_narrow_terminal(folder: Path) -> None:
     with closing(terminal):
         wait_for_prompt(terminal)
         assert shown(terminal).endswith(
-            "l4ctx: tiny has room for 10,485,719 more\ntokens; /help lists the commands, Ctrl-C\n"
-            "stops an answer, Ctrl-D leaves\n>\n"
+            "l4ctx: tiny has room for 10,485,719 more\ntokens\n"
+            "l4ctx: /help lists the commands, Ctrl-C\nstops an answer, Ctrl-D leaves\n>\n"
         )
         assert say(terminal, question("a").replace(" for ", "\x1b\rfor ")) == A_NARROW_SCREEN
         assert say(terminal, WIDE).startswith(WIDE_CHARACTERS)
@@ -148,7 +148,7 @@ def test_a_conversation_on_a_narrow_terminal(folder: Path) -> None:
 STOPPED = """\
 > What is the access code for the quiet owl?
 The access ...
-l4ctx: stopped; what was said so far belongs to the conversation (/undo takes it back)
+l4ctx: stopped; what was said so far stays, and /undo takes it back
 
 >
 """
