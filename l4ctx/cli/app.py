@@ -16,6 +16,7 @@ import typer
 from l4ctx.cli.ask import ask
 from l4ctx.cli.bench import bench
 from l4ctx.cli.chat import chat
+from l4ctx.cli.completion import keep_descriptions
 from l4ctx.cli.config import config
 from l4ctx.cli.exits import EXIT_CODES, errors_as_exit_codes, fail, leave, tell
 from l4ctx.cli.help import Command, Group, show
@@ -54,6 +55,7 @@ def main() -> NoReturn:
             signal.signal(signal.SIGTERM, _end_with_the_others)
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process exits)
+    keep_descriptions()
     with errors_as_exit_codes(json=wants_json(sys.argv)):
         try:
             code = app(prog_name="l4ctx", standalone_mode=False)
