@@ -81,9 +81,8 @@ def _retry(room: Room, rest: str) -> None:
         raise UsageError("/retry: there is no answer to replace; /undo takes back what was done after it")
     if not room.chat.session.sized.inputs.checked.sampling.temperature:
         room.note("the most likely answer is the same again; --sample draws others")
-    room.undo()
     room.chat.draws += 1
-    room.ask(question)
+    room.retry(question)
 
 
 def _cite(room: Room, rest: str) -> None:

@@ -57,8 +57,11 @@ class Room:
     def note(self, text: str) -> None:
         self.monitor.note(text)
 
-    def ask(self, question: str) -> None:
-        """A turn: reads the question, shows its answer, and writes both down. Raises what `Chat.begin` raises."""
+    def ask(self, question: str, *, is_again: bool = False) -> None:
+        """A turn: reads the question, shows its answer, and writes both down. Raises what `Chat.begin` raises.
+
+        `is_again`: the last turn was taken back for it, which is not written down yet.
+        """
         turn = self.chat.begin(question, cites=self.cites)
         with self.dropped_on_error():
             with self.activity:
@@ -76,6 +79,8 @@ class Room:
             show_citations(answer.citations)
         if self.is_interactive and sys.stdout.isatty():
             write("\n")
+        if is_again:
+            self.write_down(Transcript.undo)
         step = (Message("user", question, self.cites), Message("assistant", answer.text))
         sources = {} if answer.citations is None else {"citations": answer.citations.as_dict()}
         self.record(step, stop_reason=answer.stop_reason, generated_tokens=answer.tokens, **sources)
@@ -93,8 +98,20 @@ class Room:
     def undo(self) -> str:
         """Takes back what was done last, and returns what it was. Raises RequestError."""
         what = self.chat.undo()
-        self.write_down(lambda transcript: transcript.undo())
+        self.write_down(Transcript.undo)
         return what
+
+    def retry(self, question: str) -> None:
+        """Answers the question of the last turn again; where that fails, the conversation is as it was."""
+        chat, said = self.chat, self.chat.said
+        chat.undo()
+        before = chat.said
+        try:
+            self.ask(question, is_again=True)
+        except BaseException:
+            if chat.said is before:  # no other answer has taken the place of the first one
+                chat.say(said, chat.tokens, LAST_TURN, question)
+            raise
 
     def record(self, step: Step, **details: object) -> None:
         """Raises OutputError."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4ctx.cli.activity import Activity
@@ -64,6 +66,8 @@ def begin(room: Room) -> None:
     request, talk = room.chat.session.request, room.talk
     digests = digests_of(room.chat.said.spans)
     if talk.told is not None:
+        if talk.told.model not in (None, Path(os.path.abspath(request.model))):
+            room.note(f"the conversation was held with {printable(str(talk.told.model))}")
         _tell_changed(room, talk.told.digests, digests)
         _replay(room, talk.told)
     else:

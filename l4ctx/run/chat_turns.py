@@ -10,7 +10,7 @@ from l4ctx.errors import RequestError
 from l4ctx.machine.device import free_on_accelerator
 from l4ctx.planning.growth import Growth, grown
 from l4ctx.planning.memory_plan import MemoryPlan
-from l4ctx.prompt.builder import Prompt, check_length
+from l4ctx.prompt.builder import Prompt, PromptLengthError
 from l4ctx.run.request import DEFAULT_MAX_NEW_TOKENS
 from l4ctx.run.session import Answer, Session
 from l4ctx.run.sizing import capacity_here
@@ -43,8 +43,12 @@ class Turn:
     def plan(self, session: Session, moments: Moments) -> MemoryPlan:
         """Raises PromptLengthError and MemoryPlanError for what does not fit."""
         base, cache = session.sized, moments.cache
-        prompt = Prompt(spans=list(self.said.spans))
-        check_length(prompt, self.max_new_tokens, cache.config.max_position_embeddings, self.stop)
+        positions = cache.config.max_position_embeddings
+        if self.end > positions:
+            raise PromptLengthError(
+                f"the conversation would have {self.end:,} tokens, {self.end - positions:,} more than the model's "
+                f"{positions:,} positions (max_position_embeddings); it is as it was before, and /undo makes room"
+            )
         workload = replace(
             base.plan.workload,
             prompt_tokens=self.stop,

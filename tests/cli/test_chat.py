@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,9 @@ def test_the_last_conversation_goes_on(folder: Path, monkeypatch: pytest.MonkeyP
     assert "a.md has changed" not in result.stderr
     (file,) = (folder / "state" / "l4ctx" / "chats").iterdir()
     assert [line.get("role") for line in told(file)[2:]] == ["user", "assistant"] * 2
+    assert "was held with" not in result.stderr
+    model = with_template(folder / "model", (TINY / "chat_template.jinja").read_text())
+    assert f"was held with {TINY}" in chat("--last", "--model", str(model), says="").stderr
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     result = chat("--last", says="")
@@ -340,6 +344,32 @@ def test_an_answer_is_drawn_again(folder: Path) -> None:
     assert kinds == ["user", "assistant", "undo", "user", "assistant", "undo", "user", "assistant"]
     greedy = chat("a.md", says=f"{question('a')}\n/retry\n")
     assert greedy.stdout == answer("a") * 2 and "--sample draws others" in greedy.stderr
+
+
+def test_an_answer_stays_where_there_is_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the first token of the second one."""
+    chosen = 0
+
+    def interrupted(*arguments: Any) -> int:
+        nonlocal chosen
+        chosen += 1
+        if chosen == 17:
+            raise KeyboardInterrupt
+        return choose(*arguments)
+
+    monkeypatch.setattr("l4ctx.engine.row.choose", interrupted)
+    script = Scripted(question("a"), "/retry", "/memory", "/retry", "/undo", "/undo")
+    monkeypatch.setattr(conversation, "lines", lambda *_: script)
+    result = run_here("chat", "a.md", "--transcript", "t", "--draft-tokens", "0")
+    assert (result.code, result.stdout) == (0, answer("a") * 2)
+    notes = [line for line in result.stderr.splitlines() if re.search("stopped|tokens of|taken back|to undo", line)]
+    assert [note.removeprefix("l4ctx: ")[:31] for note in notes] == [
+        "stopped; the conversation is as", "75 tokens of the model's 10,485", "the last turn was taken back; t",
+        "there is nothing to undo",
+    ]  # fmt: skip
+    assert [line.get("role", "undo") for line in told(folder / "t")[1:]] == [
+        "user", "assistant", "undo", "user", "assistant", "undo",
+    ]  # fmt: skip
 
 
 def test_a_saved_conversation_is_listed(folder: Path) -> None:
