@@ -95,8 +95,13 @@ def fail(message: str, code: int, *, json: bool) -> NoReturn:
     line = tell(message)
     if json and sys.stdout is not None:
         with suppress(OSError, OutputError):  # if stdout is closed or full, the exit code still reports the error
-            write_json({"error": {"code": code, "type": KINDS[code], "message": line}})
+            write_json(error_report(line, code))
     leave(code)
+
+
+def error_report(message: str, code: int) -> dict[str, Any]:
+    """What --json reports of an error."""
+    return {"error": {"code": code, "type": KINDS[code], "message": message}}
 
 
 def tell(message: str) -> str:

@@ -60,10 +60,11 @@ def show_answers(
     activity: Activity,
     interruption: Interruption,
     memory: Memory,
-) -> None:
+) -> int:
     """Answers all questions; each answer goes to `file` first, then to the log and to standard output.
 
-    Raises OutputError and what `answers` raises.
+    Returns how many were cut before they were whole in their format; these are not kept in `file`, so that they are
+    asked again. Raises OutputError and what `answers` raises.
     """
     from l4ctx.run.answering import answers
 
@@ -76,19 +77,22 @@ def show_answers(
         kept = f"{printable(str(options.answers))} holds them, and the same command asks the others"
     interruption.kept = lambda: kept
     activity.show(view)
-    ordered = _Ordered(options.in_order)
+    ordered, cut, has_format = _Ordered(options.in_order), 0, session.request.answer.schema is not None
     is_shared = sys.stdout is not None and sys.stdout.isatty()  # answers on a terminal would run into the live line
     with nullcontext() if is_shared else activity:
         for progress in answers(session):
             view.observe(progress)
             for ready in progress.ready:
-                if file is not None:
+                is_cut = has_format and ready.content["stop_reason"] != "stop"
+                cut += is_cut
+                if file is not None and not is_cut:
                     file.append(ready.content)
                 memory.answered(session, ready.content["question"], ready.content)
             for ready in ordered.next(progress.ready):
                 write_json(ready.content)
             activity.beat()
     note(view.summary())
+    return cut
 
 
 def _counted_answers(options: QuestionsOptions) -> str:

@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l4ctx.cli.exits import Interruption, tell, write_json
+from l4ctx.cli.exits import Interruption, error_report, fail, tell, write_json
 from l4ctx.cli.stdin import warn_of_forgotten_pipe
-from l4ctx.errors import CHECKPOINT, UsageError
+from l4ctx.errors import CHECKPOINT, MODEL, UsageError
+from l4ctx.formatting import counted
 
 if TYPE_CHECKING:
     from l4ctx.machine.ranks import Launch
     from l4ctx.run.request import Request
+    from l4ctx.run.session import Session
 
 
 def check_context_ranks(context_ranks: int, launch: Launch | None) -> None:
@@ -72,7 +74,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
         check(request)
     with Monitor(note, activity.tell) as monitor:
         interruption.kept = lambda: monitor.kept()
-        answers = None
+        answers, cut = None, 0
         if request.questions is not None:
             request, answers = without_answered(request, monitor)
             if not show_missing(request, note, json=display.json):
@@ -93,25 +95,32 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
             if session.answer.citations is not None and not display.json:
                 show_citations(session.answer.citations)
             memory.answered(session, request.question, session.answer.as_dict())
+            cut = int(request.answer.schema is not None and session.answer.stop_reason != "stop")
         elif request.questions is not None:
-            show_answers(session, answers, note, activity, interruption, memory)
+            cut = show_answers(session, answers, note, activity, interruption, memory)
         elif not display.json:
             folder = request.context.save_to
             note(
                 f"{session.sized.inputs.prompt_tokens:,} tokens are kept in {folder}; ask with: l4ctx ask QUESTION "
                 f"--context {shlex.quote(str(folder))}"
             )
+        incomplete = _incomplete(session, cut) if cut else ""
         if display.json:
-            write_json(run_report(session))
-    if request.answer.schema is not None and session.answer.stop_reason not in (None, "stop"):
-        from l4ctx.run.response_format import IncompleteAnswerError
-
-        raise IncompleteAnswerError(
-            f"the answer ended after {session.answer.tokens:,} tokens, before it was whole (--response-format); "
-            "allow more with --max-new-tokens, or bound the schema (maxLength, maxItems)"
-        )
+            write_json(run_report(session) | (error_report(incomplete, MODEL) if incomplete else {}))
     if display.stats:
         tell(stats_line(session))
     if display.memory_report:
         report = session.memory_report()
         console.print(memory_table(report), "", weights_table(report.weights_by_owner))
+    if incomplete:
+        fail(incomplete, MODEL, json=False)  # the report has it
+
+
+def _incomplete(session: Session, cut: int) -> str:
+    """What to say of answers that were cut before they were whole in their format."""
+    remedy = "allow more with --max-new-tokens, or bound the schema (maxLength, maxItems)"
+    if (options := session.request.questions) is None:
+        tokens = session.answer.tokens
+        return f"the answer ended after {tokens:,} tokens, before it was whole (--response-format); {remedy}"
+    of = counted(len(options.questions), "answer")
+    return f"{cut:,} of {of} ended before being whole (--response-format; see stop_reason); {remedy}"

@@ -123,6 +123,21 @@ def test_ask_keeps_answers_to_a_schema(place: Path) -> None:
         check(json.loads(json.loads(line)["answer"]))
     cut = run_here("ask", question("a"), "a.md", *how, "--max-new-tokens", "3")
     assert cut.code == 6 and "before it was whole (--response-format)" in cut.stderr and cut.stdout.startswith("{")
+    reported = json.loads(run_here("ask", question("a"), "a.md", *how, "--max-new-tokens", "3", "--json").stdout)
+    assert reported["stop_reason"] == "length" and reported["error"]["code"] == 6
+
+
+def test_of_many_answers_those_that_are_cut_are_not_kept_and_end_the_run_with_a_code(place: Path) -> None:
+    (place / "q.txt").write_text(
+        '{"id": "cut", "question": "Why?", "max_new_tokens": 3}\n{"id": "whole", "question": "?"}'
+    )
+    how = ["--questions", "q.txt", "a.md", "--response-format", "s.json", "--temperature", "1", "--seed", "4", "--json"]
+    asked = run_here("ask", *how, "--resume-answers", "out.jsonl")
+    printed = [json.loads(line) for line in asked.stdout.splitlines()]
+    assert asked.code == 6 and "1 of 2 answers ended before being whole (--response-format" in asked.stderr
+    assert {line["id"]: line["stop_reason"] for line in printed[:2]} == {"cut": "length", "whole": "stop"}
+    assert len(printed) == 3 and printed[2]["error"]["code"] == 6 and printed[2]["answers"] == 2
+    assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == ["whole"]
 
 
 def test_a_format_that_cannot_be_used_is_refused_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
 from l4ctx.confinement.work import Refusal
+from l4ctx.documents.office.bounds import PartCount, bounded_page
+from l4ctx.documents.office.paragraphs import paragraphs
 from l4ctx.formatting import counted, human_bytes
 
 MOST_UNPACKED = 512 << 20  # bytes of all parts that are text
@@ -23,6 +25,8 @@ _PIECE = 1 << 16
 _TEXT_PARTS = re.compile(r"\.(?:xml|rels|xhtml|html?|opf|ncx|css|svg|vml)$|^mimetype$", re.IGNORECASE)
 _MAIN = {"docx": "word/document.xml", "pptx": "ppt/presentation.xml", "xlsx": "xl/workbook.xml"}
 _UNCOMPUTED = rb"<(?:\w+:)?f\b[^>]*(?:/>|>[^<]*</(?:\w+:)?f>)\s*(?:<(?:\w+:)?v\s*/>|<v></v>)?\s*</(?:\w+:)?c>"
+_CONTENT = r"^content\.xml$"
+_LONGEST_MATCH = 1 << 16  # bytes of what is counted
 _FALLBACK, _DELETED = (
     frozenset({"Fallback"}),
     frozenset({"tracked-changes", "annotation", "binary-data", "note-citation"}),
@@ -31,11 +35,16 @@ _FALLBACK, _DELETED = (
 
 @dataclass
 class Facts:
-    """What the parts of a document say; `body` has its paragraphs, each with the number of its slide, or 0."""
+    """What the parts of a document say; `body` has its paragraphs, each with the number of its slide, or 0.
+
+    `notes` are those of its foot- and endnotes and comments, and `elements` counts all that are in the archive.
+    """
 
     format: str
     losses: list[str] = field(default_factory=list)
     body: list[tuple[int, str]] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    elements: int = 0
 
 
 class Archive:
@@ -52,16 +61,19 @@ class Archive:
             raise Refusal(f"it is broken: an archive of {len(entries):,} parts")
         if any(entry.flag_bits & 1 for entry in entries):
             raise Refusal("it is encrypted: save it without a password")
-        self.names = [entry.filename for entry in entries]
+        self.names = list(dict.fromkeys(entry.filename for entry in entries))
         unpacked = sum(entry.file_size for entry in entries if _TEXT_PARTS.search(entry.filename))
         if unpacked > MOST_UNPACKED:
             raise Refusal(f"it unpacks to {human_bytes(unpacked)}, which is more than {human_bytes(MOST_UNPACKED)}")
-        for (
-            entry
-        ) in entries:  # sizes may lie, and pandoc unpacks what is there: a part that does is broken by its checksum
+        count = PartCount()
+        for entry in entries:
+            # sizes may lie, and pandoc unpacks what is there: a part that does is broken by its checksum
             if _TEXT_PARTS.search(entry.filename):
-                for _ in self._pieces(entry):
-                    pass
+                count.count(entry.filename, self._pieces(entry))
+        self.elements = count.total
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        return self._pieces(self._zip.getinfo(name))
 
     def _pieces(self, entry: zipfile.ZipInfo) -> Iterator[bytes]:
         try:
@@ -72,20 +84,28 @@ class Archive:
             raise Refusal(f"it is broken: {entry.filename}: {error}") from None
 
     def read(self, name: str) -> bytes:
-        return b"".join(self._pieces(self._zip.getinfo(name)))
+        return b"".join(self.pieces(name))
 
     def matching(self, pattern: str) -> list[str]:
         return [name for name in self.names if re.search(pattern, name)]
 
     def count(self, pattern: str, what: bytes) -> int:
-        """How often `what` occurs in the parts of these names."""
-        return sum(len(re.findall(what, self.read(name))) for name in self.matching(pattern))
+        """How often `what`, within _LONGEST_MATCH, occurs in the parts of these names."""
+        found = 0
+        for name in self.matching(pattern):
+            kept = b""
+            for piece in self.pieces(name):
+                kept, end = kept + piece, 0
+                for match in re.finditer(what, kept):
+                    found, end = found + 1, match.end()
+                kept = kept[max(end, len(kept) - _LONGEST_MATCH) :]
+        return found
 
 
 def look(archive: Archive) -> Facts:
     """Raises Refusal."""
-    facts = Facts(_format(archive))
-    looks = {"docx": _word, "pptx": _powerpoint, "xlsx": _excel, "odt": _opendocument}
+    facts = Facts(_format(archive), elements=archive.elements)
+    looks = {"epub": _book, "docx": _word, "pptx": _powerpoint, "xlsx": _excel, "odt": _opendocument}
     if facts.format in looks:
         looks[facts.format](archive, facts)
     if archive.matching(r"vbaProject\.bin$|^Basic/|^Scripts/"):
@@ -103,11 +123,25 @@ def _format(archive: Archive) -> str:
     raise Refusal("it is neither DOCX, PPTX nor XLSX")
 
 
+def _book(archive: Archive, facts: Facts) -> None:
+    """Raises Refusal for pages that pandoc would not convert in bounded time."""
+    count = 0
+    if archive.count(r"\.opf$", rb"<(?:\w+:)?itemref\b") > len(archive.names):
+        raise Refusal("it is broken: a chapter is listed twice")
+    for name in archive.matching(r"\.(?:xhtml|html?)$"):
+        page = archive.read(name)
+        bounded, count = bounded_page(page, count)
+        if len(bounded) > len(page):
+            raise Refusal(f"it is broken: {name} has lists without an end")
+
+
 def _word(archive: Archive, facts: Facts) -> None:
     for name in archive.matching(r"^word/document\d*\.xml$"):
-        facts.body += [(0, text) for text in _paragraphs(archive.read(name), "t", _FALLBACK)]
+        facts.body += [(0, text) for text in paragraphs(archive.pieces(name), "t", _FALLBACK)]
+    for name in archive.matching(r"^word/(?:footnotes|endnotes|comments)\.xml$"):
+        facts.notes += [(0, text) for text in paragraphs(archive.pieces(name), "t", _FALLBACK)]
     if any(
-        any(_paragraphs(archive.read(name), "t", _FALLBACK)) for name in archive.matching(r"/(?:header|footer)\d*\.")
+        any(paragraphs(archive.pieces(name), "t", _FALLBACK)) for name in archive.matching(r"/(?:header|footer)\d*\.")
     ):
         facts.losses.append("headers and footers of pages")
     _add(facts, len(archive.matching(r"^word/charts/chart\d*\.xml$")), "chart")
@@ -116,7 +150,7 @@ def _word(archive: Archive, facts: Facts) -> None:
 
 def _powerpoint(archive: Archive, facts: Facts) -> None:
     for number, name in enumerate(_slides(archive), 1):
-        facts.body += [(number, text) for text in _paragraphs(archive.read(name), "t", _FALLBACK)]
+        facts.body += [(number, text) for text in paragraphs(archive.pieces(name), "t", _FALLBACK)]
     _add(facts, len(archive.matching(r"^ppt/charts/chart\d*\.xml$")), "chart")
     _add(facts, archive.count(r"^ppt/comments/", rb"<p:cm[ >]"), "comment")
     _add(facts, len(archive.matching(r"^ppt/embeddings/")), "embedded file")
@@ -137,7 +171,11 @@ def _slides(archive: Archive) -> list[str]:
         for element in _elements(archive.read(presentation))
         if element.tag.endswith("}sldId")
     )
-    return [name for name in slides if name in archive.names]
+    names = frozenset(archive.names)
+    found = [name for name in slides if name in names]
+    if len(frozenset(found)) < len(found):
+        raise Refusal("it is broken: a slide is listed twice")
+    return found
 
 
 def _excel(archive: Archive, facts: Facts) -> None:
@@ -158,11 +196,11 @@ def _excel(archive: Archive, facts: Facts) -> None:
 
 
 def _opendocument(archive: Archive, facts: Facts) -> None:
-    content = archive.read("content.xml") if "content.xml" in archive.names else b""
-    facts.body += [(0, text) for text in _paragraphs(content, None, _DELETED)]
-    _add(facts, content.count(b"<office:annotation "), "comment")
-    _add(facts, content.count(b"<text:changed-region"), "tracked change")
-    objects = content.count(b"<draw:object ")
+    if "content.xml" in archive.names:
+        facts.body += [(0, text) for text in paragraphs(archive.pieces("content.xml"), None, _DELETED)]
+    _add(facts, archive.count(_CONTENT, rb"<office:annotation "), "comment")
+    _add(facts, archive.count(_CONTENT, rb"<text:changed-region"), "tracked change")
+    objects = archive.count(_CONTENT, rb"<draw:object ")
     _add(facts, objects, "embedded object (formula or chart)", "embedded objects (formulas or charts)")
 
 
@@ -178,34 +216,3 @@ def _elements(xml: bytes) -> Iterator[ElementTree.Element]:
             yield element
     except ElementTree.ParseError as error:
         raise Refusal(f"it is broken: {error}") from None
-
-
-def _paragraphs(xml: bytes, tag: str | None, skipped: frozenset[str]) -> list[str]:
-    """The text of elements `tag` (None: of all) by paragraph, without what is below the elements `skipped`.
-
-    Expat bounds how far entities expand, and external ones are never read. Raises Refusal.
-    """
-    found, runs, inside = list[str](), list[str](), 0
-    parser = ElementTree.iterparse(io.BytesIO(xml), events=("start", "end"))
-    try:
-        for event, element in parser:
-            name = element.tag.rpartition("}")[2]
-            if name in skipped:
-                inside += 1 if event == "start" else -1
-            if event == "start":
-                continue
-            if not inside:
-                if tag is None:
-                    runs.append("".join(element.itertext()) if name in ("p", "h") else "")
-                elif name == tag and element.text:
-                    runs.append(element.text)
-            if name in ("p", "h", "tab", "br"):
-                found.append("".join(runs))
-                runs.clear()
-            if name in skipped or name in ("p", "h", "tbl", "tr", "table-row"):
-                tail, element.tail = element.tail, None
-                element.clear()
-                element.tail = tail
-    except ElementTree.ParseError as error:
-        raise Refusal(f"it is broken: {error}") from None
-    return [text for text in found if text and not text.isspace()]

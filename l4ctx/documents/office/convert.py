@@ -26,6 +26,7 @@ from l4ctx.confinement.process import (
     Reply,
 )
 from l4ctx.confinement.program import Output, run_program
+from l4ctx.documents.office.bounds import MOST_CONVERTED
 from l4ctx.documents.office.mail import attached, marker
 from l4ctx.documents.office.missing import restored
 from l4ctx.formatting import counted, human_bytes
@@ -51,6 +52,10 @@ _PANDOC = Limits(2 * HEAP, 2 * SECONDS, SECONDS, MOST_TEXT)
 _FILTER = Path(__file__).with_name("plain.lua")
 _ZIPPED = ("docx", "pptx", "odt", "epub")
 _COUNT = re.compile(r"^l4ctx (\w+) (\d+)$", re.MULTILINE)
+_WITHOUT_FORM = (
+    "read paragraph by paragraph, without headings, lists and rows of tables, as it has {:,} elements; "
+    "split it to have them"
+)
 _HEAP_EXHAUSTED = 251  # exit code of programs made by GHC
 
 
@@ -114,22 +119,37 @@ def _failure(error: ChildFailedError) -> str:
 
 
 def _office(format: str, raw: bytes) -> tuple[str, list[str]]:
-    losses, body = list[str](), list[tuple[int, str]]()
+    losses, body, elements = list[str](), list[tuple[int, str]](), 0
     if format in (*_ZIPPED, "ooxml"):
         looked = _ask("look", raw)
-        format, losses = looked.header["format"], looked.header["losses"]
-        body = [(slide, text) for slide, text in json.loads(looked.body)]
+        format, losses, elements = (looked.header[name] for name in ("format", "losses", "elements"))
+        body, apart = json.loads(looked.body)
+        if body and elements > MOST_CONVERTED:
+            return _by_paragraph([*body, *apart]), [*_left_out(losses), _WITHOUT_FORM.format(elements)]
     if format == "xlsx":
         read = _ask("sheets", raw)
         return read.body.decode(), [*_left_out(read.header["losses"]), *read.header["notes"]]
     if format == "rtf":
         raw = bytes(_ask("recode", raw).body)
+    elif format == "html":
+        raw = bytes(_ask("page", raw).body)
     text, counts = _converted(format, raw)
     losses = ([counted(pictures, "picture")] if (pictures := counts.get("pictures", 0)) else []) + losses
     if deleted := counts.get("deletions", 0):
         losses.append(f"{counted(deleted, 'tracked deletion')}")
     text, notes = restored(text, body)
     return text, [*_left_out(losses), *notes]
+
+
+def _by_paragraph(body: Sequence[tuple[int, str]]) -> str:
+    """The text of a document that is too large to be converted; `body` as in `restored`."""
+    parts, current = list[str](), 0
+    for slide, text in body:
+        if slide != current:
+            parts += ["</slide>\n\n" if current else "", f'<slide number="{slide}">\n\n' if slide else ""]
+            current = slide
+        parts.append(f"{' '.join(text.split())}\n\n")
+    return "".join([*parts, "</slide>\n" if current else ""])
 
 
 def _left_out(losses: Sequence[str]) -> list[str]:
@@ -185,7 +205,7 @@ def _page(page: str, notes: list[str]) -> str:
     """The text of an email's HTML; its source where the extra is missing or it cannot be converted, which is noted."""
     try:
         if has_support():
-            return _converted("html", page.encode())[0]
+            return _converted("html", bytes(_ask("page", page.encode()).body))[0]
         reason = 'pip install "l4ctx[office]" adds what reads it'
     except (OfficeError, ConfinementError) as error:
         reason = str(error)

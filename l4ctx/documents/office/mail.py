@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import email
 import email.message
+import email.parser
 import email.policy
+import re
 from dataclasses import dataclass, field
 from email.header import decode_header, make_header
 from typing import Any
@@ -12,8 +14,34 @@ from typing import Any
 from l4ctx.confinement.work import Refusal
 
 _FIELDS = ("From", "To", "Cc", "Date", "Subject")
+_MOST_PARTS = 10_000
+_MOST_BOUNDARIES = 1000
+_MOST_FIELD = 16_384  # characters of a field about content
+_BOUNDARY = re.compile(rb"^[ \t]*(?:content-type:[^\n]*)?\bboundary\*?0?\*?=", re.IGNORECASE | re.MULTILINE)
 _MOST_DEPTH = 5  # of emails within emails
 _MOST_NAMED = 5  # attachments
+
+
+class _Bounded(email.message.Message):
+    """Refuses fields whose parsing takes the square of their length."""
+
+    def set_raw(self, name: str, value: str) -> None:
+        if len(value) > _MOST_FIELD and name.lower().startswith("content-"):
+            raise Refusal(f"it is broken: a field {name} of {len(value):,} characters")
+        super().set_raw(name, value)
+
+
+class _Parts:
+    """Makes the messages that a parser asks for."""
+
+    def __init__(self) -> None:
+        self._made = 0
+
+    def __call__(self, policy: Any = None) -> _Bounded:
+        self._made += 1
+        if self._made > _MOST_PARTS:
+            raise Refusal(f"it has more than {_MOST_PARTS:,} parts")
+        return _Bounded(policy=policy)
 
 
 @dataclass
@@ -33,13 +61,20 @@ def mail_text(raw: bytes) -> Mail:
     """Raises Refusal."""
     mail = Mail()
     try:
-        message = email.message_from_bytes(raw, policy=email.policy.compat32)
+        check_nesting(raw)
+        message = email.parser.BytesParser(_Parts(), policy=email.policy.compat32).parsebytes(raw)
         mail.text = "\n".join(_parts(message, mail, 0)).strip() + "\n"
     except (RecursionError, MemoryError):
         raise Refusal("it is broken: parts within parts without end") from None
     except (ValueError, LookupError, TypeError, AttributeError, IndexError, AssertionError) as error:
         raise Refusal(f"it is broken: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
     return mail
+
+
+def check_nesting(raw: bytes) -> None:
+    """Raises Refusal for too many kinds of boundaries: each line is compared with those of all parts around it."""
+    if sum(1 for _ in _BOUNDARY.finditer(raw)) > _MOST_BOUNDARIES:
+        raise Refusal(f"it has more than {_MOST_BOUNDARIES:,} parts that hold parts")
 
 
 def attached(names: list[str]) -> str:

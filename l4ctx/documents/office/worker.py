@@ -13,6 +13,7 @@ from typing import Any
 
 from l4ctx.confinement.work import Last, Receive, Refusal, Send, Work
 from l4ctx.documents.office.archive import Archive, look
+from l4ctx.documents.office.bounds import bounded_page, check_rich_text
 from l4ctx.documents.office.mail import mail_text
 from l4ctx.documents.office.rich_text import CODECS, in_unicode
 from l4ctx.documents.office.sheets import load_library, sheets_text
@@ -37,7 +38,7 @@ def work() -> Work:
 def _serve(request: dict[str, Any], receive: Receive, send: Send) -> Last:
     raw = receive()
     try:
-        return {"look": _look, "sheets": _sheets, "mail": _mail, "recode": _recode}[request["do"]](raw)
+        return {"look": _look, "sheets": _sheets, "mail": _mail, "recode": _recode, "page": _page}[request["do"]](raw)
     except MemoryError:
         raise Refusal("it needs too much memory") from None
     finally:
@@ -46,7 +47,8 @@ def _serve(request: dict[str, Any], receive: Receive, send: Send) -> Last:
 
 def _look(raw: bytes) -> Last:
     facts = look(Archive(raw))
-    return {"format": facts.format, "losses": facts.losses}, json.dumps(facts.body).encode()
+    found = {"format": facts.format, "losses": facts.losses, "elements": facts.elements}
+    return found, json.dumps([facts.body, facts.notes]).encode()
 
 
 def _sheets(raw: bytes) -> Last:
@@ -61,4 +63,9 @@ def _mail(raw: bytes) -> Last:
 
 
 def _recode(raw: bytes) -> Last:
+    check_rich_text(raw)
     return {}, in_unicode(raw)
+
+
+def _page(raw: bytes) -> Last:
+    return {}, bounded_page(raw)[0]
