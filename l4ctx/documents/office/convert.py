@@ -47,7 +47,7 @@ HEAP = 1 << 30  # bytes that pandoc may fill
 MOST_TEXT = 2**27  # bytes in UTF-8: more than any model reads
 CHILD = Confined("l4ctx.documents.office.worker")
 
-_LOOK = Limits(3 << 30, SECONDS, SECONDS, MOST_TEXT)
+_LOOK = Limits(3 << 30, 2 * SECONDS, SECONDS, MOST_TEXT)
 _PANDOC = Limits(2 * HEAP, 2 * SECONDS, SECONDS, MOST_TEXT)
 _FILTER = Path(__file__).with_name("plain.lua")
 _ZIPPED = ("docx", "pptx", "odt", "epub")
