@@ -201,7 +201,7 @@ def test_without_quick_bfloat16_products_models_of_any_size_are_computed_in_floa
     assert planned(scout, tokens=9, dtype="float32").plan.as_dict()["kv_dtype"] == "float32"
 
 
-@pytest.mark.parametrize(("device", "accelerator"), [("auto", 300), ("cuda", 300), ("cuda:1", 400), ("cpu", None)])
+@pytest.mark.parametrize(("device", "accelerator"), [("auto", 700), ("cuda", 300), ("cuda:1", 400), ("cpu", None)])
 def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, accelerator: int | None) -> None:
     gpus(monkeypatch, 300 * GIB, 400 * GIB)
     report = planned(scout, tokens=10**6, device=device)
@@ -209,6 +209,7 @@ def test_with_gpus(monkeypatch: pytest.MonkeyPatch, scout: Path, device: str, ac
     assert report.plan.weights_are_mapped == (accelerator is None)
     if accelerator is not None:
         assert report.fits and report.plan.end.nope_device == 10**6 * 48 * KIB and report.plan.end.nope_host == 0
+        assert not report.plan.shares and report.plan.device == 0  # the first one holds everything
         limited = planned(scout, tokens=10**6, device=device, kv_device_memory=40 * GIB)
         assert 39 * GIB < limited.plan.peak.nope_device <= 40 * GIB
 

@@ -104,7 +104,8 @@ def _memory(report: PlanReport) -> FigureTable:
     row("images and the vision tower", None, plan.images)
     if capacity.accelerator is not None:
         margin = MARGIN_BYTES * max(1, len(plan.shares))
-        row("accelerator, total with margin", None, plan.needed_on_accelerator + margin, capacity.accelerator)
+        free = capacity.accelerator if plan.shares else capacity.with_one(plan.device).accelerator
+        row("accelerator, total with margin", None, plan.needed_on_accelerator + margin, free)
     for share in plan.shares:
         row(f"  GPU {share.device}, layers {share.numbers}", None, share.needed, capacity.accelerators[share.device])
     row("host memory, total with margin", None, plan.needed + MARGIN_BYTES, capacity.host)
