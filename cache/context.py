@@ -129,6 +129,10 @@ class ContextKVCache:
         """Those keys and values at these positions that this rank has: see `HybridKVCache.copied`."""
         return self._own.copied(layer, range(self.own_tokens(positions.start), self.own_tokens(positions.stop)))
 
+    def pin(self, tokens: int, *, all_on_disk: bool = False) -> int:
+        """As `HybridKVCache.pin`, for this rank's part of so many tokens."""
+        return self._own.pin(self.own_tokens(tokens), all_on_disk=all_on_disk)
+
     def held(self) -> KVBytes:
         """Bytes that this rank holds now."""
         return self.own.held()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from cache.chunked import ChunkedKVCache
 from cache.disk import UnitFile, Units
 from cache.layout import StoreLayout
 from cache.offloaded import OffloadedKVCache
-from cache.residency import KVBytes, Residency
+from cache.residency import KVBytes, Residency, pinned_slots
 from cache.sealed import SealedBlock
 from cache.tiers import RowStore, Tiers, unit_name
 from model.config import TextConfig
@@ -166,6 +167,16 @@ class HybridKVCache:
             forked.rows = None
         return forked
 
+    def pin(self, tokens: int, *, all_on_disk: bool = False) -> int:
+        """Takes the pinned host memory that so many tokens need, with what has been taken, so that no step has to.
+
+        `all_on_disk`: every sealed block is, or will be, in a saved context. Returns the bytes that the system refused
+        to pin: they are there, but copies take longer. Does nothing where no accelerator is in use.
+        """
+        for tiers, layers in Counter(store.tiers for store in self.stores).items():
+            tiers.pin(pinned_slots(self.layout, tokens, self.residency, layers, all_on_disk=all_on_disk))
+        return sum(tiers.pinned[1] for tiers in self._tiers.values())
+
     def held(self, on: torch.device | None = None) -> KVBytes:
         """Bytes that are allocated now, or of them those of the layers `on` a device, with what is in files and host
         memory for them. On a CPU everything in memory is in the host tier."""
@@ -180,6 +191,7 @@ class HybridKVCache:
             nope_host=sum(cache.nbytes(on_host=True) for cache in stores),
             nope_disk=on_disk * self.layout.segments_per_block * self.layout.sealed_segment_bytes,
             buffers=sum(tiers.buffer_bytes(on_host=True) for tiers in all_tiers),
+            pinned=sum(tiers.pinned[0] for tiers in all_tiers),
         )
 
     @property

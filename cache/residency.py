@@ -5,6 +5,7 @@ What is computed here is what `HybridKVCache` holds, to the byte; a test compare
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cache.layout import StoreLayout
@@ -15,6 +16,12 @@ READ_BUFFERS = 3
 RING_BUFFERS = 2
 """Segments on an accelerator that do not stay there: one that is attended, and the next one on its way."""
 
+SLAB_BYTES = 2**28
+"""Pinned memory is taken in slabs of at most this size, unless a segment is larger."""
+
+SLOT_ALIGNMENT = 64
+"""Bytes: segments in a slab begin at multiples, as in memory that torch returns."""
+
 
 @dataclass(frozen=True)
 class KVBytes:
@@ -24,7 +31,8 @@ class KVBytes:
     nope_device: int  # with the buffers there that segments from elsewhere pass through
     nope_host: int
     nope_disk: int = 0  # in files, whether or not a copy is in memory
-    buffers: int = 0  # host memory through which blocks on disk, and packed ones, reach attention
+    buffers: int = 0  # host memory through which blocks on disk, and packed ones, reach attention; unused pinned memory
+    pinned: int = 0  # of host blocks and buffers together: memory that is pinned before it is needed
 
     @property
     def nope(self) -> int:
@@ -68,10 +76,61 @@ def ring_bytes(layout: StoreLayout, streamed_rows: int, sealed_rows: int) -> int
     return ring + (layout.segment_bytes if layout.is_packed and sealed_rows else 0)
 
 
+def slot_bytes(layout: StoreLayout) -> int:
+    """What a sealed segment takes of pinned memory."""
+    return -(-layout.sealed_segment_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def slab_bytes(size: int) -> int:
+    """What torch takes of the system for pinned memory of this size: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def slab_slots(slots: int, slot_size: int) -> Iterator[int]:
+    """Into slabs of how many slots these are divided: as many as fill a power of two best, the largest first."""
+    size = max(SLAB_BYTES, slab_bytes(slot_size))
+    while slots > 0:
+        count = size // slot_size
+        while slots >= count > 0:
+            yield count
+            slots -= count
+        size //= 2
+
+
+def pinned_bytes(slots: int, slot_size: int) -> int:
+    """Of so many slots in slabs."""
+    return sum(slab_bytes(count * slot_size) for count in slab_slots(slots, slot_size))
+
+
+def pinned_slots(
+    layout: StoreLayout, tokens: int, residency: Residency, layers: int, *, all_on_disk: bool = False
+) -> int:
+    """Segments in host memory beside an accelerator, at most, of so many NoPE layers: those of the blocks that stay
+    there and, if any are in files, those that pass through."""
+    rows = layout.sealed_rows(tokens)
+    if not residency.on_accelerator or not layers:
+        return 0
+    _, host, disk = residency.split(rows)
+    has_files = bool(rows if all_on_disk else disk)
+    return host * layers * layout.segments_per_block + (passing_slots(layout, layers) if has_files else 0)
+
+
+def passing_slots(layout: StoreLayout, layers: int) -> int:
+    """Segments that pass through host memory between files and an accelerator: the read buffers, and a row that is
+    written, or a block that is read to stay on the accelerator while the next one is being read."""
+    return READ_BUFFERS + max(layers * layout.segments_per_block, layout.segments_per_block + READ_BUFFERS)
+
+
 def held_bytes(
-    layout: StoreLayout, tokens: int, residency: Residency = Residency(), *, all_on_disk: bool = False
+    layout: StoreLayout,
+    tokens: int,
+    residency: Residency = Residency(),
+    *,
+    all_on_disk: bool = False,
+    slots: int = 0,
 ) -> KVBytes:
-    """Bytes after `tokens` committed tokens. `all_on_disk`: every sealed block is written, as in a saved context."""
+    """Bytes after `tokens` committed tokens. `all_on_disk`: every sealed block is written, as in a saved context.
+    `slots`: so many segments of host memory were pinned before."""
     rows = layout.sealed_rows(tokens)
     device, host, disk = residency.split(rows)
     open_tokens = tokens - rows * layout.block_tokens
@@ -81,12 +140,15 @@ def held_bytes(
     if residency.on_accelerator:
         on_device += open_bytes + ring_bytes(layout, rows - device, rows)
     on_host = host * layout.row_bytes + (0 if residency.on_accelerator else open_bytes)
+    pinned, on_disk = pinned_bytes(slots, slot_bytes(layout)), rows if all_on_disk else disk
+    beside = buffer_bytes(layout, 0, rows) + pinned - on_host  # read buffers are slots
     return KVBytes(
         layout.window_bytes,
         on_device,
         on_host,
-        nope_disk=(rows if all_on_disk else disk) * layout.row_bytes,
-        buffers=buffer_bytes(layout, rows if all_on_disk else disk, rows),
+        nope_disk=on_disk * layout.row_bytes,
+        buffers=beside if pinned else buffer_bytes(layout, on_disk, rows),
+        pinned=pinned,
     )
 
 
@@ -102,11 +164,12 @@ def peak_bytes(
     residency: Residency = Residency(),
     *,
     all_on_disk: bool = False,
+    slots: int = 0,
 ) -> KVBytes:
     """The most that a run of `tokens` holds when the driver steps up to `step_tokens` at a time: before its last block
     is sealed, or at the end. One layer's packed block, while it is made, is not counted. Blocks on their way from an
     accelerator to the host are in both."""
-    end = held_bytes(layout, tokens, residency, all_on_disk=all_on_disk)
+    end = held_bytes(layout, tokens, residency, all_on_disk=all_on_disk, slots=slots)
     rows = layout.sealed_rows(tokens)
     if rows == 0:
         return end
@@ -129,6 +192,7 @@ def peak_bytes(
         max(end.nope_host, before.nope_host + host),
         end.nope_disk,
         end.buffers,
+        end.pinned,
     )
 
 
@@ -138,6 +202,18 @@ def rows_within(layout: StoreLayout, budget: int, step_tokens: int, *, is_open_h
     taken = layout.open_bytes(min(layout.length, blocks * layout.block_tokens)) if is_open_here else 0
     taken += buffer_bytes(layout, 1, 1) if is_read_here else 0
     return max(0, (budget - taken) // layout.row_bytes) if layout.row_bytes else 0
+
+
+def pinned_rows_within(layout: StoreLayout, budget: int) -> int:
+    """Sealed rows that fit into `budget` bytes of host memory beside an accelerator and what files are read and written
+    through."""
+    layers, size = layout.config.num_nope_layers, slot_bytes(layout)
+    per_row, passing = layers * layout.segments_per_block, passing_slots(layout, layers)
+    left = budget - buffer_bytes(layout, 0, 1)
+    rows = max(0, left // (per_row * size)) if per_row else 0
+    while rows and pinned_bytes(rows * per_row + passing, size) > left:
+        rows -= 1
+    return rows
 
 
 def device_rows_within(layout: StoreLayout, budget: int, step_tokens: int, rows: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cache.layout import StoreLayout
 from cache.packing import Packed, packed_from_bytes
+from cache.pinned import PinnedTransport
 from cache.residency import RING_BUFFERS
 from cache.sealed import SealedBlock
 from model.weights.read_ahead import ahead
@@ -95,14 +96,17 @@ def copies(target: Packed, source: Packed) -> Copies:
     return [(into, tensor) for (_, into), (_, tensor) in zip(target.tensors, source.tensors, strict=True)]
 
 
-def host_copy(packed: Packed, transport: Transport) -> Packed:
+def host_copy(packed: Packed, layout: StoreLayout, transport: PinnedTransport) -> Packed:
     """Host memory for a segment, not filled yet."""
-    return packed.to(lambda x: transport.host_memory(x.nbytes).view(x.dtype).view(x.shape))
+    slot = transport.slot()
+    if slot is None:
+        return packed.to(lambda x: transport.host_memory(x.nbytes).view(x.dtype).view(x.shape))
+    return packed_from_bytes(slot[0], layout)
 
 
-def leave(block: SealedBlock, transport: Transport) -> None:
+def leave(block: SealedBlock, layout: StoreLayout, transport: PinnedTransport) -> None:
     """Begins to move a block to host memory. What is on the device is kept until it has been copied."""
-    on_host = [None if packed is None else host_copy(packed, transport) for packed in block.segments]
+    on_host = [None if packed is None else host_copy(packed, layout, transport) for packed in block.segments]
     _move(block, on_host, transport, is_on_device=False)
 
 

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from cache.blocks import Block, empty_block
 from cache.disk import UnitFile, Units
 from cache.layout import KV_DTYPES, StoreLayout
 from cache.packing import Packed, pack, packed_from_bytes, unpack
+from cache.pinned import PinnedTransport
 from cache.residency import READ_BUFFERS, Residency
 from cache.ring import Fetched, ReadBuffer, Ring, copies, enter, host_copy, leave
 from cache.sealed import SealedBlock
@@ -73,7 +73,8 @@ class Tiers:
 
     def __init__(self, layout: StoreLayout, device: torch.device, transport: Transport | None = None) -> None:
         """`transport` leads to an accelerator; None on a CPU."""
-        self.layout, self.device, self.transport = layout, device, transport
+        self.layout, self.device = layout, device
+        self.transport = None if transport is None else PinnedTransport(transport, layout)
         self._read_buffers: list[ReadBuffer] = []
         self._ring: Ring | None = None
         self._unpacked: dict[torch.device, Block] = {}
@@ -92,14 +93,16 @@ class Tiers:
     def to_host(self, block: SealedBlock) -> None:
         """Begins to move a block from an accelerator to host memory."""
         if self.transport is not None and block.is_on_device:
-            leave(block, self.transport)
+            leave(block, self.layout, self.transport)
 
     def copies_on_host(self, block: SealedBlock) -> list[Packed | None]:
         """Its segments in host memory, there already: the block's own or, of one on an accelerator, copies."""
         if self.transport is None or not block.is_on_device:
             self._finish(block)
             return block.segments
-        found = [None if packed is None else host_copy(packed, self.transport) for packed in block.segments]
+        found = [
+            None if packed is None else host_copy(packed, self.layout, self.transport) for packed in block.segments
+        ]
         both = zip(found, block.segments, strict=True)
         wanted = [copy for new, old in both if new is not None and old is not None for copy in copies(new, old)]
         self.transport.finish(self.transport.send(wanted, self.transport.mark(), *block.arrived))
@@ -108,19 +111,30 @@ class Tiers:
     def prepare(self, *, reads: bool, streams: bool, has_sealed: bool) -> None:
         """Allocates the buffers that the closed form counts, before they are needed. `streams`: to an accelerator."""
         if reads and not self._read_buffers:
-            self._read_buffers = [ReadBuffer(self._room()) for _ in range(READ_BUFFERS)]
+            self._read_buffers = [self._room() for _ in range(READ_BUFFERS)]
         if has_sealed and self.layout.is_packed:
             self._unpack_buffer(self.device)
             self._unpack_buffer(torch.device("cpu"))  # of segments that are attended there
         if streams and self.transport is not None and self._ring is None:
             self._ring = Ring(self.layout, self.transport)
 
+    def pin(self, slots: int) -> None:
+        """Takes pinned host memory for so many segments, with what has been taken, if there is an accelerator."""
+        if self.transport is not None:
+            self.transport.grow(slots)
+
+    @property
+    def pinned(self) -> tuple[int, int]:
+        """Bytes that `pin` has taken, and how many of these the system did not pin."""
+        return (0, 0) if self.transport is None else (self.transport.nbytes, self.transport.refused)
+
     def buffer_bytes(self, *, on_host: bool) -> int:
-        """Bytes of buffers in host memory, or else on an accelerator."""
+        """Bytes of buffers in host memory, of which are slots without a block, or else on an accelerator."""
         read = sum(buffer.data.nbytes for buffer in self._read_buffers) if on_host else 0
         ring = self._ring.nbytes if self._ring is not None and not on_host else 0
         unpacked = [block for device, block in self._unpacked.items() if (device.type == "cpu") == on_host]
-        return read + ring + sum(block.nbytes for block in unpacked)
+        slots = self.pinned[0] - self._slots_in_use * self.layout.sealed_segment_bytes if on_host else 0
+        return read + slots + ring + sum(block.nbytes for block in unpacked)
 
     def stream(
         self, blocks: Sequence[SealedBlock], residency: Residency, num_queries: int, rows: range | None = None
@@ -141,11 +155,13 @@ class Tiers:
             block, start = blocks[row], row * self.layout.block_tokens + number * self.layout.segment_tokens
             if block.segments[number] is not packed:  # in a buffer that others will use
                 yield self._segment_of(packed, start)
-                continue
-            view = block.views.get(number)
-            if view is None or view.keys is not packed.keys:
-                view = block.views[number] = self._segment_of(packed, start, stays=True)
-            yield view
+            else:
+                view = block.views.get(number)
+                if view is None or view.keys is not packed.keys:
+                    view = block.views[number] = self._segment_of(packed, start, stays=True)
+                yield view
+            if number == self.layout.segments_per_block - 1 and row >= len(blocks) - on_device:
+                self._promote(block)  # at once, so that host memory holds one such block and not all
 
     def _segment_of(self, packed: Packed, start: int, *, stays: bool = False) -> KVSegment:
         unpack = functools.partial(self._unpacked_form, packed) if self.layout.is_packed else None
@@ -156,7 +172,7 @@ class Tiers:
 
     def read(self, block: SealedBlock, number: int) -> Packed:
         """One segment of a block's file, in its own memory. Raises DiskError."""
-        return self._read(block, number, ReadBuffer(self._room()))
+        return self._read(block, number, self._room())
 
     def load(self, block: SealedBlock, number: int) -> Block:
         """One segment in the compute dtype, in its own memory."""
@@ -213,7 +229,7 @@ class Tiers:
             if packed is not None:
                 return Fetched(loan.block, packed)
             if loan.is_kept:
-                return loan, None, self._in_background(self._keep, loan.block, loan.number, ReadBuffer(self._room()))
+                return loan, None, self._in_background(self._keep, loan.block, loan.number, self._room())
             self.prepare(reads=True, streams=False, has_sealed=False)
             buffer = self._read_buffers[reads % READ_BUFFERS]
             reads += 1
@@ -251,10 +267,17 @@ class Tiers:
         block.segments[number] = packed
         return packed
 
-    def _room(self) -> Tensor:
+    def _room(self) -> ReadBuffer:
         """Host memory for a packed segment."""
         size = self.layout.sealed_segment_bytes
-        return torch.empty(size, dtype=torch.uint8) if self.transport is None else self.transport.host_memory(size)
+        if self.transport is None:
+            return ReadBuffer(torch.empty(size, dtype=torch.uint8))
+        slot = self.transport.slot()
+        return ReadBuffer(self.transport.host_memory(size)) if slot is None else ReadBuffer(*slot)
+
+    @property
+    def _slots_in_use(self) -> int:
+        return 0 if self.transport is None else self.transport.slots_in_use
 
     def _segment(self, device: torch.device) -> Block:
         return empty_block(self.layout, self.layout.segment_tokens, device)

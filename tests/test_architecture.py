@@ -99,7 +99,7 @@ CACHE_LAYERS = (
     {"errors", "layout", "grid"},
     {"residency", "blocks", "disk"},
     {"packing"},
-    {"sealed", "heads"},
+    {"sealed", "heads", "pinned"},
     {"ring"},
     {"tiers"},
     {"offloaded", "chunked"},

@@ -101,6 +101,7 @@ def measure_l4ctx(job: WorkerJob) -> dict[str, Any]:
 
     def run(tokens: int, decode_tokens: int) -> TimedRun:
         cache = HybridKVCache(model.config, length=tokens + decode_tokens + 1, dtype=dtype, device=model.device)
+        cache.pin(cache.length)  # as `ask` does before it reads
         began = time.perf_counter()
         steps = [
             (len(step.step), step.step_seconds)

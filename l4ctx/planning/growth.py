@@ -47,7 +47,9 @@ class Growth:
         if loads_tower:
             near += workload.tower_weights + workload.tower_activations
         on_device, on_host = peak.nope_device - held.nope_device, peak.nope_host - held.nope_host
-        host = max(0, on_host) + max(0, peak.buffers - held.buffers) + (workload.pixel_bytes if loads_tower else 0)
+        more = peak.buffers - held.buffers
+        host = max(0, on_host + more) if plan.residency.on_accelerator else max(0, on_host) + max(0, more)
+        host += workload.pixel_bytes if loads_tower else 0
         disk = max(0, plan.end.nope_disk - held.nope_disk) if not workload.is_saved else 0
         if plan.residency.on_accelerator:
             return cls(host, max(0, on_device + untouched) + near, disk)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from cache.layout import StoreLayout
-from cache.residency import KVBytes, Residency, fork_bytes, held_bytes, peak_bytes
+from cache.residency import KVBytes, Residency, fork_bytes, held_bytes, peak_bytes, pinned_slots
 from l4ctx.formatting import counted
 from l4ctx.planning.device_weights import OPTION
 from l4ctx.planning.workload import Capacity, Workload
@@ -127,7 +127,8 @@ class LayerShares:
         part = part_of(workload.layout, layers)
         if not part.config.num_nope_layers:
             return KVBytes(part.window_bytes, 0, 0)
-        return peak_bytes(part, workload.held, self.step, residency, all_on_disk=workload.is_saved)
+        slots = _slots(part, workload, residency)
+        return peak_bytes(part, workload.held, self.step, residency, all_on_disk=workload.is_saved, slots=slots)
 
     def end(self, layers: range, residency: Residency) -> KVBytes:
         """The same at the end of the run."""
@@ -135,7 +136,8 @@ class LayerShares:
         part = part_of(workload.layout, layers)
         if not part.config.num_nope_layers:
             return KVBytes(part.window_bytes, 0, 0)
-        return held_bytes(part, workload.held, residency, all_on_disk=workload.is_saved)
+        slots = _slots(part, workload, residency)
+        return held_bytes(part, workload.held, residency, all_on_disk=workload.is_saved, slots=slots)
 
     def _within(self, free: Sequence[int], limit: int | None, rows: int) -> tuple[DeviceShare, ...] | None:
         def cost(device: int, layers: range, is_last: bool) -> int:
@@ -217,6 +219,12 @@ def _kinds(config: TextConfig, layers: range) -> tuple[int, int]:
     """How many RoPE layers, and how many NoPE layers."""
     rope = sum(config.no_rope_layers[layers.start : layers.stop])
     return rope, len(layers) - rope
+
+
+def _slots(part: StoreLayout, workload: Workload, residency: Residency) -> int:
+    """Segments of host memory that are pinned beforehand."""
+    layers = part.config.num_nope_layers
+    return pinned_slots(part, workload.held, residency, layers, all_on_disk=workload.is_saved)
 
 
 def together(parts: Iterable[KVBytes]) -> KVBytes:

@@ -12,7 +12,17 @@ from functools import cached_property
 from typing import Any
 
 from cache.layout import KV_DTYPES, StoreLayout, unbounded_bytes
-from cache.residency import KVBytes, Residency, buffer_bytes, device_rows_within, held_bytes, peak_bytes, rows_within
+from cache.residency import (
+    KVBytes,
+    Residency,
+    buffer_bytes,
+    device_rows_within,
+    held_bytes,
+    peak_bytes,
+    pinned_rows_within,
+    pinned_slots,
+    rows_within,
+)
 from l4ctx.errors import MEMORY
 from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import SPARE_SHARE
@@ -83,11 +93,12 @@ class MemoryPlan:
 
     def placed(self, residency: Residency, step: int) -> MemoryPlan:
         """The same plan with blocks in these tiers; `step` is the most tokens read at a time."""
-        workload = self.workload
-        end = held_bytes(self.layout, workload.held, residency, all_on_disk=workload.is_saved)
-        peak = peak_bytes(self.layout, workload.held, step, residency, all_on_disk=workload.is_saved)
+        layout, tokens, is_saved = self.layout, self.workload.held, self.workload.is_saved
+        slots = pinned_slots(layout, tokens, residency, layout.config.num_nope_layers, all_on_disk=is_saved)
+        end = held_bytes(layout, tokens, residency, all_on_disk=is_saved, slots=slots)
+        peak = peak_bytes(layout, tokens, step, residency, all_on_disk=is_saved, slots=slots)
         if self.shares:  # each with buffers of its own
-            forms = LayerShares(workload, step, self.activations, MARGIN_BYTES)
+            forms = LayerShares(self.workload, step, self.activations, MARGIN_BYTES)
             end = together(forms.end(share.layers, residency) for share in self.shares)
             peak = together(forms.peak(share.layers, residency) for share in self.shares)
         return replace(self, residency=residency, end=end, peak=peak)
@@ -251,6 +262,7 @@ class MemoryPlan:
             "nope_host": end.nope_host,
             "nope_disk": end.nope_disk,
             "buffers": end.buffers,
+            "pinned": end.pinned,
             "dtype": self.workload.dtype,
             "kv_dtype": layout.kv_dtype,
             "block_tokens": layout.block_tokens,
@@ -385,8 +397,13 @@ def _with_weights(
         is_limited = plan.residency.host_rows is not None or workload.converses  # which grows until it meets its limit
         if budget is not None and (plan.host_keys_values > budget or is_limited):
             budget -= max(0, len(plan.shares) - 1) * buffer_bytes(layout, 1, 1)
-            fitting = rows_within(layout, budget, step, is_open_here=not on_accelerator, is_read_here=True)
+            fitting = rows_within(layout, budget, step, is_open_here=True, is_read_here=True)
+            if on_accelerator:
+                fitting = pinned_rows_within(layout, budget)
             plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
+            while plan.shares and fitting and plan.host_keys_values > budget:  # each has slots of its own
+                fitting -= 1
+                plan = plan.placed(Residency(fitting, device_rows, on_accelerator), step)
         if capacity.disk is None or plan.needed_on_disk <= capacity.disk:
             break  # else keys and values need more memory than is left beside weights
     left = None if capacity.host is None else capacity.host - plan.needed - MARGIN_BYTES

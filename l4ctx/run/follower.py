@@ -49,6 +49,7 @@ class Follower:
         self._scratch = job.scratch()
         self._rows = job.saved_rows(channel, self._whole) if job.is_saved else None
         self._cache = job.cache(self._model, self._scratch, self._rows)
+        self._cache.pin(job.length, all_on_disk=job.all_on_disk)
         self._forks: dict[int, Continuation] = {}
 
     def run(self) -> None:

@@ -45,6 +45,7 @@ class MemoryReport:
     process: ProcessMemory | None
     process_peak: ProcessMemory | None
     accelerator_peak: int | None  # of all devices together
+    pinned: int = 0  # host memory of keys and values that was pinned before it was needed, used or not
     devices: Sequence[HeldOnDevice] = ()  # where layers are on several
 
     def as_dict(self) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class Job:
     device_rows: int = 0
     context_ranks: int = 1
     is_mapped: bool = False
+    all_on_disk: bool = False  # every block is, or will be, in a saved context
 
     @classmethod
     def of(cls, request: Request, plan: MemoryPlan, length: int, attention: str) -> Job:
@@ -126,6 +127,7 @@ class Job:
             plan.residency.device_rows,
             request.compute.context_ranks,
             plan.weights_are_mapped,
+            plan.workload.is_saved,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from l4ctx.run.context import with_repair_hint
 from l4ctx.run.drafting import DraftSource
 from l4ctx.run.memory_report import HeldOnDevice, MemoryReport
 from l4ctx.run.monitor import Monitor, Timing
+from l4ctx.run.pinning import pin
 from l4ctx.run.request import Request
 from l4ctx.run.sizing import Sized
 
@@ -95,6 +96,8 @@ class Session:
         Raises ContextError and DiskFullError.
         """
         inputs, written = self.sized.inputs, self.sized.written
+        with self.monitor.loading():
+            pin(self.cache, self.sized.plan, self.monitor)
         if written is not None:
             yield from self._read(inputs.prompt.documents_stop)
             self._finish(written)
@@ -215,6 +218,7 @@ class Session:
             process=process_memory(),
             process_peak=self.monitor.sampler.peak,
             accelerator_peak=most_allocated((self.model.device,) if spread is None else spread.devices),
+            pinned=held.pinned,
             devices=list(self._held_on_devices()),
         )
 
@@ -305,6 +309,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
             features = inputs.images.load(unread, dtype=model.dtype, device=device, is_mapped=plan.weights_are_mapped)
         scratch = _scratch(request, monitor)
         cache = _run_cache(sized, model, leader, scratch)
+        pin(cache, plan, monitor)
         if sized.context is not None and sized.reused:
             monitor.tell(f"loading {sized.reused:,} tokens of {sized.context.folder}")
             held = sized.context.held(sized.reused)

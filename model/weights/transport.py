@@ -21,7 +21,11 @@ class Transport(Protocol):
     device: torch.device
 
     def host_memory(self, num_bytes: int) -> Tensor:
-        """Memory (num_bytes,) in uint8 from which copying is quick."""
+        """Memory (num_bytes,) in uint8 from which copying is quick, if the system gives any."""
+        ...
+
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
+        """The same; None if the system refuses it."""
         ...
 
     def send(self, copies: Copies, *after: Any) -> Any:
@@ -53,10 +57,14 @@ class CudaTransport:
         self._to_device, self._to_host = (torch.cuda.Stream(device) for _ in range(2))
 
     def host_memory(self, num_bytes: int) -> Tensor:
+        pinned = self.pinned_memory(num_bytes)  # from other memory the driver copies in steps
+        return torch.empty(num_bytes, dtype=torch.uint8) if pinned is None else pinned
+
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # the system limits pinned memory; from other memory the driver copies in steps
-            return torch.empty(num_bytes, dtype=torch.uint8)
+        except RuntimeError:  # the system limits it
+            return None
 
     def send(self, copies: Copies, *after: Any) -> Any:
         stream = self._to_host if copies[0][0].device.type == "cpu" else self._to_device

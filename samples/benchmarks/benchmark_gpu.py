@@ -148,6 +148,9 @@ def measure(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cache = HybridKVCache(config, length=length, dtype=torch.bfloat16, device=DEVICE, residency=residency)
+    began = time.perf_counter()
+    cache.pin(length)
+    pinning = time.perf_counter() - began
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in prefill(model, cache, ids[:tokens], prefill_chunk_size=chunk):
@@ -166,6 +169,7 @@ def measure(
     return {
         "tokens": tokens,
         "keys": "host" if is_slow else "device",
+        "pinning_seconds": round(pinning, 2),
         "seconds": round(taken, 2),
         "tokens_per_second": round(tokens / taken),
         "share_of_matrix_rate": round(rate / rates[0], 3),

@@ -143,6 +143,7 @@ def test_a_cache_holds_what_the_closed_forms_say(residency: Residency) -> None:
         devices=where,
         transports={device: UnrulyTransport(n) for n, device in enumerate(where)},
     )
+    cache.pin(90)
     asked = Workload(CONFIG, 90, 0, 0, weights_are_mapped=False, dtype="float32")
     asked = replace(asked, saved_layout=layout)
     forms, parts = LayerShares(asked, 21, 0, 0), [range(1), range(1, 3), range(3, 4), range(4, 5)]

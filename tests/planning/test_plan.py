@@ -19,7 +19,7 @@ from cache.disk import Scratch
 from cache.grid import prefill_grid
 from cache.hybrid import HybridKVCache
 from cache.layout import StoreLayout
-from cache.residency import RING_BUFFERS, KVBytes, Residency
+from cache.residency import RING_BUFFERS, KVBytes, Residency, pinned_bytes, slot_bytes
 from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
@@ -303,18 +303,20 @@ def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() 
         some = MemoryPlan.of(asked, capacity)
         assert some.residency == Residency(None, rows, on_accelerator=True) and not some.shortfalls(capacity)
         assert some.end.nope_host == (7 - rows) * row == planned.end.nope_device - some.end.nope_device + ring
-        assert some.needed == some.token_ids + some.peak.nope_host
+        segments = (7 - rows) * planned.layout.config.num_nope_layers * planned.layout.segments_per_block
+        assert some.end.pinned == pinned_bytes(segments, slot_bytes(planned.layout)) >= some.end.nope_host
+        assert some.needed == some.token_ids + some.end.pinned
         limited = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=room))
         assert limited.residency == some.residency and limited.notes == ()
     too_small = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + 2 * row + ring - 1)
     assert list(MemoryPlan.of(asked, too_small).shortfalls(too_small)) == ["accelerator memory"]
     none = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=0))
     assert none.residency.device_rows == 0 and "--kv-device-memory 0 B is exceeded" in none.notes[0]
-    on_disk = MemoryPlan.of(
-        asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=4 * row + ring, kv_host=3 * row, disk_folder="x")
-    )
+    few = Capacity(host=GIB, accelerator=8 * GIB, kv_device=4 * row + ring, kv_host=5 * row, disk_folder="x")
+    on_disk = MemoryPlan.of(asked, few)
     assert on_disk.residency.device_rows == 2 and 0 < (on_disk.residency.host_rows or 0) < 5
-    assert on_disk.peak.nope_host + on_disk.peak.buffers <= 3 * row and on_disk.end.nope_disk > 0
+    assert on_disk.peak.nope_host + on_disk.peak.buffers == on_disk.end.pinned <= 5 * row
+    assert on_disk.end.nope_disk > 0
 
 
 def test_without_known_limits_everything_fits() -> None:
@@ -525,7 +527,7 @@ def test_remedies_for_an_accelerator() -> None:
     assert not any("--quantize" in remedy for remedy in remedies(fp8, Capacity(host=64 * GIB, accelerator=24 * GIB)))
     both = remedies(replace(asked, prompt_tokens=2 * 10**6), Capacity(host=64 * GIB, accelerator=80 * GIB))
     assert both[0] == "--kv-dir DIR and --device cpu make it fit"
-    assert both[1] == "--kv-dir DIR saves 27.8 GiB (28.1 GiB on disk), not enough alone"
+    assert both[1] == "--kv-dir DIR saves 27.8 GiB (28.5 GiB on disk), not enough alone"
 
 
 def test_remedies_for_weights_that_are_quantized_on_loading() -> None:
@@ -559,6 +561,7 @@ def test_the_plan_becomes_plain_numbers() -> None:
         "nope_host",
         "nope_disk",
         "buffers",
+        "pinned",
         "token_ids",
         "draft_index",
         "kept_state",

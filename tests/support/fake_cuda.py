@@ -39,6 +39,9 @@ class FakeTransport:
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
+        return self.host_memory(num_bytes)
+
     def send(self, copies: Copies, *after: Any) -> int:
         sides = {(target.device.type, source.device.type) for target, source in copies}
         assert sides in ({("cuda", "cpu")}, {("cpu", "cuda")}), sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class LateTransport:
     def host_memory(self, num_bytes: int) -> Tensor:
         self.host_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
+        return self.host_memory(num_bytes)
 
     def send(self, copies: Copies, *after: Any) -> int:
         assert threading.current_thread() is not threading.main_thread()
@@ -98,6 +102,9 @@ class UnrulyTransport:
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.full((num_bytes,), 255, dtype=torch.uint8)
 
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
+        return self.host_memory(num_bytes)
+
     def send(self, copies: Copies, *after: Any) -> _Copy:
         with self._lock:
             sent = _Copy(list(copies), after)
@@ -158,6 +165,52 @@ class UnrulyTransport:
                     target.copy_(data)
                 event.is_done = True
                 self.copies.remove(event)
+
+
+class PinningTransport(UnrulyTransport):
+    """Counts what it is asked for, pins `most` bytes, and knows slots by their addresses alone, as a device does.
+
+    A slot that is given back is overwritten, unless a copy that has been begun still reads or writes it.
+    """
+
+    def __init__(self, seed: int, most: int | None = None) -> None:
+        super().__init__(seed)
+        self.slot_bytes = 0  # to overwrite
+        self.asked: list[int] = []
+        self.outside = 0  # times that memory was taken which is no slab
+        self.poisoned = 0
+        self._most = most
+        self._slabs: list[Tensor] = []
+
+    def pinned_memory(self, num_bytes: int) -> Tensor | None:
+        self.asked.append(num_bytes)
+        if self._most is not None and sum(self.asked) > self._most:
+            return None
+        self._slabs.append(super().host_memory(num_bytes))
+        return self._slabs[-1]
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        self.outside += 1
+        return super().host_memory(num_bytes)
+
+    def send(self, copies: Copies, *after: Any) -> Any:
+        return super().send([(self._unowned(target), self._unowned(source)) for target, source in copies], *after)
+
+    def give_back(self, free: Any, slab: Tensor, address: int) -> None:
+        pending = [tensor for copy in self.copies for pair in copy.pairs for tensor in pair]
+        if address not in [tensor.untyped_storage().data_ptr() for tensor in pending]:
+            ctypes.memset(address, 255, self.slot_bytes)
+            self.poisoned += 1
+        free.append((slab, address))
+
+    def _unowned(self, tensor: Tensor) -> Tensor:
+        """A view that keeps no slot."""
+        base = tensor.untyped_storage().data_ptr()
+        if not any(slab.data_ptr() <= base < slab.data_ptr() + slab.nbytes for slab in self._slabs):
+            return tensor
+        data = (ctypes.c_ubyte * tensor.untyped_storage().nbytes()).from_address(base)
+        view = torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype)
+        return view.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _memory(tensor: Tensor) -> int:

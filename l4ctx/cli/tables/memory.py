@@ -34,6 +34,7 @@ def memory_table(report: MemoryReport) -> FigureTable:
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host, report.nope_host)
     row("NoPE keys and values, disk", end.nope_disk, most.nope_disk, report.nope_disk)
     row("read buffers", end.buffers, most.buffers, report.buffers)
+    row("  pinned beforehand, of both", end.pinned, most.pinned, report.pinned)
     if plan.workload.rows is not None:
         row(f"{counted(plan.workload.rows.count, 'answer')} at a time", None, plan.workload.row_bytes)
     row("the state before the last turn", None, plan.workload.kept_state)

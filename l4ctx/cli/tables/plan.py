@@ -98,6 +98,7 @@ def _memory(report: PlanReport) -> FigureTable:
     row("NoPE keys and values, host memory", end.nope_host, most.nope_host)
     row("NoPE keys and values, disk", end.nope_disk, most.nope_disk)
     row("read buffers", end.buffers, most.buffers)
+    row("  pinned beforehand, of both", end.pinned, most.pinned)
     row("token ids", plan.token_ids)
     row("index for drafts", None, plan.draft_index)
     row("activations", None, plan.activations)
