@@ -9,6 +9,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,13 @@ from support.places import TINY
 from support.torchrun import environment, started
 
 ENDS_WITHIN, SECONDS_ALONE = 10, 1
+MESHES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "2x1": (2, ()),
+    "1x2": (2, ("--context-ranks", "2")),
+    "2x2": (4, ("--context-ranks", "2")),
+}
+"""Tensor x context ranks: how many processes, started with which options."""
+
 LOST = "another rank has ended"
 
 
@@ -40,20 +49,26 @@ def filled(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reading_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How long two processes read, once all is tokenized, on this machine."""
-    folder = filled(tmp_path_factory.mktemp("undisturbed"))
-    with reading(folder) as processes:
-        began = time.monotonic()
-        assert [process.wait(TIMEOUT) for process in processes] == [0, 0]
-        return time.monotonic() - began
+def reading_seconds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """How long a mesh reads, once all is tokenized, on this machine."""
+
+    @cache
+    def measure(mesh: str) -> float:
+        folder = filled(tmp_path_factory.mktemp("undisturbed"))
+        count, options = MESHES[mesh]
+        with reading(folder, *options, count=count) as processes:
+            began = time.monotonic()
+            assert [process.wait(TIMEOUT) for process in processes] == [0] * count
+            return time.monotonic() - began
+
+    return measure
 
 
 @contextmanager
-def reading(folder: Path, *options: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two processes that begin to read into the context c: all is tokenized."""
+def reading(folder: Path, *options: str, count: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that begin to read into the context c: all is tokenized."""
     arguments = ("prefill", "long.md", "-o", "c", "--model", "model", *options)
-    with started(*arguments, folders=(folder, folder)) as processes:
+    with started(*arguments, folders=[folder] * count) as processes:
         error = processes[0].stderr
         assert error is not None
         assert any("document" in line for line in iter(error.readline, ""))
@@ -83,22 +98,32 @@ def test_what_another_rank_fails_at_is_what_the_first_says(folder: Path, tmp_pat
     assert "Traceback" not in error
 
 
-def killed_after(seconds: float, folder: Path, whom: int, *options: str) -> tuple[int, str, float]:
-    """Exit code and last words of the other process, and how long it took to end.
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a mesh of which one process was killed."""
 
-    They read into the context c, and one is killed so many seconds after all is tokenized.
-    """
-    with reading(folder, *options) as processes:
+    codes: list[int]  # of the others, in order
+    words: str  # the last ones of the first rank
+    seconds: float  # until all had ended
+
+
+def killed_after(seconds: float, folder: Path, whom: int, *options: str, count: int = 2) -> Ended:
+    """They read into the context c, and one is killed so many seconds after all is tokenized."""
+    with reading(folder, *options, count=count) as processes:
         time.sleep(seconds)
         processes[whom].kill()
         began = time.monotonic()
-        other = processes[1 - whom]
+        others = [process for process in processes if process is not processes[whom]]
         with suppress(subprocess.TimeoutExpired):
-            other.wait(SECONDS_ALONE)
-        other.terminate()  # as torchrun does; a leader that waits for the others cannot know
-        out, rest = other.communicate(timeout=TIMEOUT)
-        assert out == ""
-        return other.returncode, rest, time.monotonic() - began
+            others[0].wait(SECONDS_ALONE)
+        for process in others:
+            process.terminate()  # as torchrun does; a leader that waits for the others cannot know
+        said = [process.communicate(timeout=TIMEOUT) for process in others]
+        took = time.monotonic() - began
+        assert all(out == "" for out, _ in said)
+        first = 0 if whom else 1
+        assert all(error == "" for number, (_, error) in enumerate(said) if number or first)
+        return Ended([process.returncode for process in others], "" if first else said[0][1], took)
 
 
 def kept(folder: Path) -> int:
@@ -111,32 +136,37 @@ def kept(folder: Path) -> int:
     return sum(state.kept(context.recipe.block_tokens) for state in tip)
 
 
+def check_words(ended: Ended) -> None:
+    """The first rank ended with one line about the one that was killed."""
+    assert ended.codes[0] == 6 and ended.words.count(LOST) == 1 and LOST in ended.words.splitlines()[-1]
+    assert "Traceback" not in ended.words
+
+
 def test_a_killed_rank_ends_the_first_with_one_line(folder: Path) -> None:
-    code, rest, took = killed_after(1.0, folder, whom=1)
-    assert code == 6 and rest.count(LOST) == 1 and LOST in rest.splitlines()[-1] and "Traceback" not in rest
-    assert took < ENDS_WITHIN
+    ended = killed_after(1.0, folder, whom=1)
+    check_words(ended)
+    assert ended.seconds < ENDS_WITHIN
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("options", [(), ("--context-ranks", "2")], ids=["tensor", "context"])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("seed", range(50))
 def test_a_rank_killed_at_any_moment_ends_the_others(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, reading_seconds: float, seed: int, options: tuple[str, ...]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reading_seconds: Callable[[str], float], seed: int, mesh: str
 ) -> None:
     """What they read until then is kept, and one process goes on with it."""
-    source = random.Random(seed)
-    whom = source.randrange(2)
-    code, rest, took = killed_after(source.uniform(0, reading_seconds), folder, whom, *options)
-    if code == 0:
+    (count, options), source = MESHES[mesh], random.Random(seed)
+    whom = source.randrange(count)
+    ended = killed_after(source.uniform(0, reading_seconds(mesh)), folder, whom, *options, count=count)
+    if not any(ended.codes):
         pytest.skip("they were faster than before, and done")
-    assert took < ENDS_WITHIN
-    if whom == 1:
-        assert code == 6 and rest.count(LOST) == 1 and LOST in rest.splitlines()[-1] and " kept" in rest
-    else:
-        assert code != 0 and rest == ""
+    assert ended.seconds < ENDS_WITHIN and all(ended.codes)
+    if whom:
+        check_words(ended)
+        assert " kept" in ended.words
     monkeypatch.chdir(folder)
     before = kept(Path("c"))
-    if whom == 1 and (said := re.search(r"([0-9,]+) of [0-9,]+ tokens are kept in c", rest)):
+    if said := re.search(r"([0-9,]+) of [0-9,]+ tokens are kept in c", ended.words):
         assert int(said[1].replace(",", "")) == before
     if seed % 10 == 0:
         resumed = run_here("prefill", "long.md", "-o", "c", "--model", "model")
