@@ -182,10 +182,10 @@ class ContextAttention(Attention):
     def _by_keys(self, q: Tensor | None, own: range) -> AttentionState | None:
         """Every rank attends its own queries, first over its own keys, then over those that it gets."""
         meeting, rank = self.meeting, self.meeting.rank
-        states = []
+        total = None
         if q is not None:
             segments = meeting.cache.segments(self.layer, own, range(own.stop))
-            states.append(attention_state(q, own, segments, self.mask, meeting.backend))
+            total = attention_state(q, own, segments, self.mask, meeting.backend)
         for number in range(rank.count):
             holder = ContextRank(number, rank.count)
             keys = holder.keys_seen(self.pieces, meeting.config.attention_chunk_size)
@@ -194,8 +194,10 @@ class ContextAttention(Attention):
                 for _ in segments:
                     pass
             elif keys:
-                states.append(self._visited(q, list(self._visits(holder, 0, rank.number)), segments))
-        return merged(states) if states else None
+                assert total is not None
+                seen = self._visited(q, list(self._visits(holder, 0, rank.number)), segments)
+                total = merge(total, seen)  # one by one, so that no more than two are held
+        return total
 
     def _by_forks(self, q: Tensor | None) -> AttentionState | None:
         """Every rank attends the queries of all sequences over its own keys: once over those that they share, all of

@@ -107,6 +107,12 @@ def bytes_of_keys(config: TextConfig, keys: int, itemsize: int) -> int:
     return keys * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
+def most_queries(config: TextConfig, tokens: int, step: int, itemsize: int) -> int:
+    """The most queries that travel in any step of up to `step` tokens within the first `tokens`: more of them would be
+    more bytes than all keys and values before them, which would travel instead."""
+    return min(step, bytes_of_keys(config, tokens, itemsize) // bytes_of_queries(config, 1, itemsize))
+
+
 def meeting_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
     """Upper estimate of what a rank holds while it attends queries of all ranks, `tokens` in one row of a batch.
 

@@ -74,19 +74,26 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     return Operations(linear, chunked, full)
 
 
-def activation_bytes(config: TextConfig, tokens: int, itemsize: int) -> int:
+def activation_bytes(config: TextConfig, tokens: int, itemsize: int, meeting: int | None = None) -> int:
     """Upper estimate of peak memory in one forward of `tokens` tokens besides weights and KV cache, in bytes.
 
     The larger of attention (residual stream, its norm, projections; the output and a segment's partial result being
-    merged in float32) and a feed-forward whose tokens are all routed to one expert.
+    merged in float32) and a feed-forward whose tokens are all routed to one expert. `meeting` is what attention takes
+    instead of merging where context ranks meet (`model.context_division.meeting_bytes`).
     """
     c, q, kv = config.hidden_size, query_size(config), kv_size(config)
-    merging = 5 * max(q, kv) * 4 + 28 * config.num_attention_heads + 4 * config.head_dim
-    attention = (2 * c + q + 2 * kv) * itemsize + merging
+    attention = tokens * (2 * c + q + 2 * kv) * itemsize
+    attention += max(meeting or 0, merging_bytes(config, tokens))
     copies = config.num_experts_per_tok if config.moe_layers else 0
     dense = config.intermediate_size_mlp if len(config.moe_layers) < config.num_hidden_layers else 0
     feed_forward = (5 * c + 2 * copies * c + 3 * max(config.intermediate_size * copies, dense)) * itemsize
-    return tokens * max(attention, feed_forward) + config.vocab_size * 4
+    return max(attention, tokens * feed_forward) + config.vocab_size * 4
+
+
+def merging_bytes(config: TextConfig, tokens: int) -> int:
+    """What merging a segment's partial result with the output takes, in float32."""
+    widest = max(query_size(config), kv_size(config))
+    return tokens * (5 * widest * 4 + 28 * config.num_attention_heads + 4 * config.head_dim)
 
 
 def query_size(config: TextConfig) -> int:

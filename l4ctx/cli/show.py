@@ -54,7 +54,7 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
     from l4ctx.cli.console import notes, stderr_console
     from l4ctx.cli.progress import read_shown, reading_summary, stats_line
     from l4ctx.cli.questions import show_answers, show_missing, without_answered
-    from l4ctx.cli.tables.memory import memory_table
+    from l4ctx.cli.tables.memory import memory_table, ranks_table
     from l4ctx.cli.tables.weights import weights_table
     from l4ctx.run.inputs import make_inputs, read_request
     from l4ctx.run.monitor import Monitor
@@ -105,13 +105,15 @@ def carry_out(request: Request, interruption: Interruption, display: Display) ->
                 f"--context {shlex.quote(str(folder))}"
             )
         incomplete = _incomplete(session, cut) if cut else ""
+        report = session.memory_report() if display.memory_report else None  # while other ranks are there
         if display.json:
             write_json(run_report(session) | (error_report(incomplete, MODEL) if incomplete else {}))
     if display.stats:
         tell(stats_line(session))
-    if display.memory_report:
-        report = session.memory_report()
+    if report is not None:
         console.print(memory_table(report), "", weights_table(report.weights_by_owner))
+        if report.ranks:
+            console.print("", ranks_table(report.ranks))
     if incomplete:
         fail(incomplete, MODEL, json=False)  # the report has it
 

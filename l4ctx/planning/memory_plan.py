@@ -32,7 +32,6 @@ from l4ctx.planning.layer_shares import DeviceShare, LayerShares, spread_note, t
 from l4ctx.planning.placement import PlacedWeights, placed_weights
 from l4ctx.planning.step_time import PREFILL_CHUNK_SIZES, STREAMING_CHUNK_SIZES, WORTH_GROWING, StepTime
 from l4ctx.planning.workload import NO_LIMITS, TOKEN_ID_BYTES, Capacity, Workload
-from model.context_division import meeting_bytes
 from model.costs import activation_bytes
 from model.division import exchange_bytes
 from model.errors import UserError
@@ -375,11 +374,9 @@ def _with_weights(
     layout, on_accelerator = workload.layout, capacity.accelerator is not None
     together, rows = min(prefill_chunk_size, workload.step_tokens), layout.sealed_rows(workload.held)
     step, itemsize = workload.own_step(together), KV_DTYPES[workload.dtype]
-    activations = activation_bytes(workload.config, step, itemsize)
+    activations = activation_bytes(workload.config, step, itemsize, workload.meeting(together, step))
     if workload.whole is not None:
         activations = max(activations, exchange_bytes(workload.config, step, itemsize, workload.ranks))
-    if workload.context_ranks > 1:
-        activations += meeting_bytes(workload.config, together, itemsize)
     residency, nothing = Residency(on_accelerator=on_accelerator), KVBytes(0, 0, 0)
     plan = MemoryPlan(workload, layout, residency, prefill_chunk_size, nothing, nothing, activations)
     plan = replace(plan, device_weights=device_weights)

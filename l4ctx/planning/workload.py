@@ -11,7 +11,8 @@ from cache.residency import fork_bytes
 from l4ctx.drafts.index import ORDER_BYTES, SEGMENT_TOKENS, SORTING_BYTES
 from l4ctx.planning.weights import StoredWeights
 from model.config import TextConfig
-from model.context_division import ContextRank, most_tokens
+from model.context_division import PARTIAL_ITEMSIZE, ContextRank, meeting_bytes, most_queries, most_tokens
+from model.costs import merging_bytes, query_size
 from model.vision.config import TILES_AT_A_TIME, VisionConfig, vision_activation_bytes
 from model.weights.owners import Owner
 from model.weights.residency import WeightResidency
@@ -130,6 +131,19 @@ class Workload:
     def own_step(self, step: int) -> int:
         """The most tokens that one rank computes of `step`."""
         return ContextRank(0, self.context_ranks).most_in_a_step(step, self.config.attention_chunk_size)
+
+    def meeting(self, together: int, step: int) -> int | None:
+        """Bytes that attention takes where context ranks meet, in a step of `together` tokens, `step` of which are this
+        rank's; None where none meet. Queries travel, or a segment's keys and values; then there is one result more."""
+        if self.context_ranks == 1:
+            return None
+        config, itemsize = self.config, KV_DTYPES[self.dtype]
+        # queries of many questions always travel
+        asked = min(together, self.rows.count * self.rows.question) if self.rows else 0
+        queries = max(asked, most_queries(config, self.length, together, itemsize))
+        result = step * query_size(config) * PARTIAL_ITEMSIZE
+        by_keys = merging_bytes(config, step) + result + 2 * self.layout.segment_bytes  # one arrives after another
+        return max(meeting_bytes(config, queries, itemsize), by_keys)
 
     @property
     def read_tokens(self) -> int:

@@ -26,7 +26,7 @@ FOREVER = timedelta(days=30)
 """A leader may wait for a reader of its answer; torchrun sees which processes end."""
 
 SECONDS_TO_SAY_WHY, SECONDS_BETWEEN_LOOKS = 1.0, 0.05
-END, FORWARD, EMBED, RAGGED, RESTORE, TAIL, UNSAVED = range(7)
+END, FORWARD, EMBED, RAGGED, RESTORE, TAIL, UNSAVED, REPORT = range(8)
 """What all ranks do next."""
 
 NUMBERS = 6
@@ -87,6 +87,16 @@ class Channel:
     def hear_json(self) -> Any:
         (size,) = self.hear(1)
         return json.loads(bytes(self.exchange.from_first(torch.zeros(size, dtype=torch.uint8)).tolist()))
+
+    def gathered(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's numbers, as many from each, on the first one; elsewhere nothing."""
+        own, rank = torch.tensor(numbers), self.exchange.rank
+        if rank.number:
+            self.exchange.to_first(own)
+            return []
+        found = [torch.empty_like(own) for _ in range(rank.count)]
+        self.exchange.to_first(own, found)
+        return [x.tolist() for x in found]
 
     def say_failure(self, message: str) -> None:
         with suppress(RuntimeError):

@@ -11,9 +11,10 @@ from torch import Tensor
 from cache.context import Continuation, continuation
 from l4ctx.contexts.restoring import Held
 from l4ctx.machine.device import device_of_rank, prepare_torch
+from l4ctx.machine.memory import ONE_RANK, PeakSampler, process_memory, return_large_blocks
 from l4ctx.machine.ranks import Launch
-from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, RESTORE, TAIL, Channel
-from l4ctx.run.ranks import DTYPES, LOGITS, Job, restore, stop_saving, tail
+from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, REPORT, RESTORE, TAIL, Channel
+from l4ctx.run.ranks import DTYPES, LOGITS, Job, report, restore, stop_saving, tail
 from model.config import TextConfig
 from model.errors import RankLostError, UserError
 
@@ -24,12 +25,14 @@ COLUMNS = 5
 def follow(launch: Launch) -> None:
     """Raises RankLostError when another rank ends early, and what loading a checkpoint raises."""
     prepare_torch()
+    return_large_blocks(ONE_RANK)
     channel = Channel(launch)
     try:
         said = channel.hear_json()
         if said is not None:
             job = Job(**said)
-            Follower(channel, job, device_of_rank(launch, job.device)).run()
+            with PeakSampler() as sampler:
+                Follower(channel, job, device_of_rank(launch, job.device), sampler).run()
         channel.close()
     except RankLostError:
         raise
@@ -42,8 +45,16 @@ def follow(launch: Launch) -> None:
 class Follower:
     """One of the other ranks, which `run` until the leader ends the work."""
 
-    def __init__(self, channel: Channel, job: Job, device: torch.device | str = "cpu") -> None:
-        self._channel = channel
+    def __init__(
+        self,
+        channel: Channel,
+        job: Job,
+        device: torch.device | str = "cpu",
+        sampler: PeakSampler | None = None,
+    ) -> None:
+        """`sampler` tells the peak of this process's memory."""
+        self._channel, self._job, self._sampler = channel, job, sampler
+        self._before = process_memory()
         self._model = job.load(*channel.mesh(job.context_ranks), device=device)
         self._whole = TextConfig.from_folder(Path(job.model))
         self._scratch = job.scratch()
@@ -68,6 +79,9 @@ class Follower:
             elif kind == TAIL:
                 assert self._rows is not None
                 tail(self._rows, self._cache)
+            elif kind == REPORT:
+                peak = None if self._sampler is None else self._sampler.peak
+                report(self._channel, self._job, self._model, self._cache, self._before, peak)
             else:  # UNSAVED
                 stop_saving(self._cache, self._scratch)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4ctx.machine.memory import ProcessMemory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.placement import PlacedWeights
+
+if TYPE_CHECKING:
+    from l4ctx.run.rank_report import RankReport
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class MemoryReport:
     accelerator_peak: int | None  # of all devices together
     pinned: int = 0  # host memory of keys and values that was pinned before it was needed, used or not
     devices: Sequence[HeldOnDevice] = ()  # where layers are on several
+    ranks: Sequence[RankReport] = ()  # of several processes, this one first
 
     def as_dict(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -54,6 +58,7 @@ class MemoryReport:
             "predicted": self.predicted.as_dict(),
             "devices": [device.as_dict() for device in self.devices],
             "weights_by_owner": [weights.as_dict() for weights in self.weights_by_owner],
+            "ranks": [rank.as_dict() for rank in self.ranks],
             "process_before": self.process_before and asdict(self.process_before),
             "process": self.process and asdict(self.process),
             "process_peak": self.process_peak and asdict(self.process_peak),

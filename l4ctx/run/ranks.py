@@ -25,8 +25,9 @@ from cache.residency import Residency
 from cache.tiers import RowStore
 from l4ctx.errors import UsageError
 from l4ctx.formatting import counted
-from l4ctx.run.channel import EMBED, FORWARD, RAGGED, RESTORE, TAIL, UNSAVED, Channel, leading
+from l4ctx.run.channel import EMBED, FORWARD, RAGGED, REPORT, RESTORE, TAIL, UNSAVED, Channel, leading
 from l4ctx.run.mesh_rows import MeshRows
+from l4ctx.run.rank_report import RankReport
 from l4ctx.run.rank_rows import RankRows, heads_of, tensor_rank
 from model.config import TextConfig
 from model.context_parallel import ContextTransformer
@@ -38,6 +39,7 @@ from model.weights.loading import load_checkpoint
 
 if TYPE_CHECKING:
     from l4ctx.contexts.restoring import Held
+    from l4ctx.machine.memory import ProcessMemory
     from l4ctx.machine.ranks import Launch
     from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.run.request import Request
@@ -193,6 +195,21 @@ def restore(held: Held, cache: Cache, channel: Channel, whole: TextConfig) -> No
     held.restore(cache, heads_of(whole, tensor_rank(channel.exchange.rank, context_ranks)))
 
 
+def report(
+    channel: Channel,
+    job: Job,
+    model: Transformer,
+    cache: Cache,
+    before: ProcessMemory | None,
+    peak: ProcessMemory | None,
+) -> list[RankReport]:
+    """Every rank's, on the first one; elsewhere nothing. Raises CheckpointError where the checkpoint was changed."""
+    rank = channel.exchange.rank
+    place = tensor_rank(rank, job.context_ranks)
+    own = RankReport.of(rank.number, model, cache, Path(job.model), place, before, peak)
+    return [RankReport.from_numbers(numbers) for numbers in channel.gathered(own.numbers)]
+
+
 def tail(rows: SavedRows, cache: Cache) -> dict[int, Block]:
     """What all ranks have behind the rows that are saved, on the first one."""
     if isinstance(rows, RankRows):
@@ -220,6 +237,7 @@ class Leader:
         self._forks: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()
         self._made = 0  # forks so far
         self._rows: SavedRows | None = None
+        self._reports: list[RankReport] | None = None
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, always_call=True)
         model.embed = self._embed  # type: ignore[method-assign]
@@ -241,6 +259,15 @@ class Leader:
         assert self._rows is not None, "nothing is saved"
         self._channel.announce(TAIL)
         return tail(self._rows, cache)
+
+    def reports(
+        self, job: Job, cache: Cache, before: ProcessMemory | None, peak: ProcessMemory | None
+    ) -> list[RankReport]:
+        """Of all ranks, as of the first call; `before` and `peak` are of this process."""
+        if self._reports is None:
+            self._channel.announce(REPORT)
+            self._reports = report(self._channel, job, self._model, cache, before, peak)
+        return self._reports
 
     def stop_saving(self, cache: Cache, rows: RowStore | None) -> None:
         """What is sealed from now on is no part of a context."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.machine.device import compute_on
-from l4ctx.machine.memory import process_memory
+from l4ctx.machine.memory import ONE_PROCESS, ONE_RANK, process_memory, return_large_blocks
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import with_repair_hint
 from l4ctx.run.drafting import DraftSource
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from l4ctx.run.channel import Channel
     from l4ctx.run.context import WrittenContext
     from l4ctx.run.inputs import Inputs
-    from l4ctx.run.ranks import Leader
+    from l4ctx.run.rank_report import RankReport
+    from l4ctx.run.ranks import Job, Leader
     from l4ctx.run.response_format import ResponseFormat
     from l4ctx.vision.features import ImageFeatures
     from model.config import TextConfig
@@ -220,6 +221,7 @@ class Session:
             accelerator_peak=most_allocated((self.model.device,) if spread is None else spread.devices),
             pinned=held.pinned,
             devices=list(self._held_on_devices()),
+            ranks=self._rank_reports(),
         )
 
     def _held_on_devices(self) -> Iterator[HeldOnDevice]:
@@ -235,6 +237,11 @@ class Session:
             tower = self.features.weight_bytes if self.features and device == spread.first else 0
             in_all, peak = weights[device] + tower, most_allocated((device,))
             yield HeldOnDevice(str(device), share.layers, in_all, held.rope_windows, held.nope_device, peak)
+
+    def _rank_reports(self) -> list[RankReport]:
+        if self.leader is None:
+            return []
+        return self.leader.reports(_job(self.sized), self.cache, self.sized.before, self.monitor.sampler.peak)
 
     def anew(self, inputs: Inputs) -> Session:
         """The same model with an empty cache, for another prompt of no more tokens than was planned for."""
@@ -285,6 +292,7 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     inputs, plan = sized.inputs, sized.plan
     request, device = inputs.request, sized.device
     compute_on(device)
+    return_large_blocks(ONE_PROCESS if request.launch is None else ONE_RANK)
     with monitor.loading():
         monitor.tell("loading weights")
         copied = plan.device_weights
@@ -333,12 +341,10 @@ def _run_cache(
     sized: Sized, model: Transformer, leader: Leader | None, scratch: Scratch | None
 ) -> HybridKVCache | ContextKVCache:
     """That of the run; sealed rows are saved in a context, if what is read is kept."""
-    from l4ctx.run.ranks import Job
-
     writer = None if sized.written is None else sized.written.writer
     if leader is None:
         return _cache(sized, model, writer or scratch)
-    job = Job.of(sized.inputs.request, sized.plan, sized.inputs.length, sized.attention)
+    job = _job(sized)
     return job.cache(model, scratch, None if writer is None else leader.saved_rows(job, writer))
 
 
@@ -362,11 +368,15 @@ def _cache(sized: Sized, model: Transformer, rows: RowStore | None) -> HybridKVC
 def _channel(launch: Launch, sized: Sized, monitor: Monitor) -> Channel:
     """Meets the other processes. Raises RankLostError, then and as long as the run lasts."""
     from l4ctx.run.channel import leading
+
+    return monitor.resources.enter_context(leading(launch, _job(sized).as_dict(), lambda: monitor.kept()))
+
+
+def _job(sized: Sized) -> Job:
+    """That of several processes."""
     from l4ctx.run.ranks import Job
 
-    inputs = sized.inputs
-    job = Job.of(inputs.request, sized.plan, inputs.length, sized.attention)
-    return monitor.resources.enter_context(leading(launch, job.as_dict(), lambda: monitor.kept()))
+    return Job.of(sized.inputs.request, sized.plan, sized.inputs.length, sized.attention)
 
 
 def _leader(model: Transformer, channel: Channel, whole: TextConfig) -> Leader:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from model.config import TextConfig
-from model.division import Division, TensorRank, division_of
+from model.division import Division, TensorRank, copies_of_kv_heads, division_of
 from model.quantization.affine import AffineScheme
 from model.quantization.float4 import Float4Scheme
 from model.quantization.float8 import Float8Scheme
@@ -27,6 +27,8 @@ from model.weights.plain import PlainScheme
 from model.weights.sources import StoredPart, StoredTensor, WeightSource
 
 _WORD = 32
+_ADDED_ONCE = ".o_proj.bias"
+"""By the first rank, the only one that has it."""
 
 
 class Axis(NamedTuple):
@@ -42,11 +44,34 @@ def cut_sources(sources: Mapping[str, WeightSource], config: TextConfig, rank: T
     """The sources of one rank; `config` is the whole model's. Raises CheckpointError for forms that cannot be cut."""
     found = {}
     for name, source in sources.items():
-        if rank.number and name.endswith(".o_proj.bias"):
-            continue  # added once
+        if rank.number and name.endswith(_ADDED_ONCE):
+            continue
         division = division_of(name, config, rank)
         found[name] = source if division is None else _cut(name, source, division, rank)
     return found
+
+
+class ReadBytes(NamedTuple):
+    """Bytes of the stored weights that a rank's model is made of."""
+
+    share: int  # those that no other tensor rank reads
+    replicated: int  # those that others read, too
+
+
+def read_bytes(sources: Mapping[str, WeightSource], config: TextConfig, rank: TensorRank) -> ReadBytes:
+    """Of `sources`, which are the whole model's, as is `config`. Raises CheckpointError."""
+    share = replicated = 0
+    has_copies = copies_of_kv_heads(config, rank.count) > 1
+    for name, source in cut_sources(sources, config, rank).items():
+        is_copied = has_copies and name.rpartition(".")[0].endswith(("k_proj", "v_proj"))
+        is_first_only = name.endswith(_ADDED_ONCE)
+        for role, tensor in source.tensors.items():
+            is_whole = tensor == sources[name].tensors[role] and not is_first_only
+            if rank.count > 1 and (is_whole or is_copied):
+                replicated += tensor.num_bytes
+            else:
+                share += tensor.num_bytes
+    return ReadBytes(share, replicated)
 
 
 def _cut(name: str, source: WeightSource, division: Division, rank: TensorRank) -> WeightSource:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cache.context import ContextKVCache
 from cache.hybrid import HybridKVCache
+from cache.layout import StoreLayout
 from l4ctx.engine.generate import generate
 from l4ctx.engine.prefill import prefill
 from l4ctx.engine.row import Row
 from l4ctx.errors import UsageError
+from l4ctx.machine.memory import ProcessMemory
 from l4ctx.machine.ranks import Launch
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Workload
@@ -24,16 +28,34 @@ from l4ctx.run.follower import Follower
 from l4ctx.run.ranks import Job, Leader, check, note_on
 from l4ctx.run.request import ComputeOptions, Request
 from model.config import TextConfig
-from model.context_division import ContextRank, meeting_bytes
+from model.context_division import ContextRank, exchanged, meeting_bytes
+from model.context_parallel import ContextTransformer
 from model.costs import activation_bytes
+from model.parallel import GroupContextExchange
 from model.transformer import Transformer
 from model.weights.loading import load_checkpoint
 from support.cli_runner import DOCUMENT, FILLER, QUESTION, TIMEOUT, check_refused, run_here
 from support.places import TINY
 from support.rank_threads import ThreadContextExchange, ThreadExchange, Together
+from support.storages import LiveStorages
 from support.torchrun import started
 from support.toy_checkpoints import CHUNK, DIVISIBLE, SCOUT, VOCABULARY, Kind, write_kind
 
+MEDIUM: dict[str, Any] = {
+    "model_type": "llama4_text",
+    "vocab_size": 301,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "intermediate_size_mlp": 512,
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 0, 1, 1],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "attention_chunk_size": 128,
+    "max_position_embeddings": 16384,
+}
 IDS = random.Random(5).choices(range(VOCABULARY), k=7 * CHUNK + 2)
 ANSWER_TOKENS = 2 * CHUNK
 
@@ -75,6 +97,15 @@ def answer(model: Transformer, cache: Any, drafts: HalfRight | None = None) -> t
     return list(tokens), found
 
 
+def check_reports(told: list[dict[str, Any]], weights: int, held: int) -> None:
+    """Each rank says what it holds; all read the whole checkpoint, as only what is read is divided."""
+    assert [each["rank"] for each in told] == list(range(len(told)))
+    assert all(each["weights"] == weights for each in told) and told[0]["keys_values"] == held
+    assert all(each["checkpoint_read"] == {"share": weights, "replicated": 0} for each in told)
+    assert told[0]["process_before"] is None and told[0]["process_peak"] == {"anonymous": 3, "file_backed": 4}
+    assert all(each["process_before"]["anonymous"] > 0 and each["process_peak"] is None for each in told[1:])
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_leader_and_followers_answer_as_one_process(tmp_path: Path, count: int) -> None:
     """With drafts that are taken back."""
@@ -104,10 +135,12 @@ def test_a_leader_and_followers_answer_as_one_process(tmp_path: Path, count: int
             return None
         channel.tell_json(said.as_dict())
         model = said.load(*channel.mesh(count))
-        Leader(model, channel, TextConfig.from_folder(tmp_path / "toy"))
+        leader = Leader(model, channel, TextConfig.from_folder(tmp_path / "toy"))
         cache = said.cache(model, None)
         assert isinstance(cache, ContextKVCache)
         found = answer(model, cache, HalfRight(expected))
+        reports = leader.reports(said, cache, None, ProcessMemory(3, 4))
+        check_reports([each.as_dict() for each in reports], model.weight_bytes, cache.held().total)
         channel.announce(END)
         return found
 
@@ -132,6 +165,38 @@ def test_processes_divide_documents(tmp_path: Path) -> None:
     assert silent == ("", "")
     kept = run_here("ask", QUESTION, "--context", context, *options, "-q")
     assert kept.stdout == out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "are_queries"), [(1, False), (7, True)])
+def test_a_forward_holds_what_is_planned(
+    monkeypatch: pytest.MonkeyPatch, steps: int, are_queries: bool, dtype: torch.dtype
+) -> None:
+    """Where keys and values travel, and where queries do; the exchange's own tensors included."""
+    monkeypatch.setattr(dist, "broadcast", lambda x, group_src, group: None)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda found, *_, group: found.zero_())
+    config, count = TextConfig.from_dict(MEDIUM), 2
+    rank, step = ContextRank(0, count), 2 * count * MEDIUM["attention_chunk_size"]
+    with torch.device("meta"):
+        model = ContextTransformer(config, "sdpa", GroupContextExchange(rank))
+    model = model.to(dtype).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    length, size = steps * step, MEDIUM["attention_chunk_size"]
+    name = str(dtype).removeprefix("torch.")
+    own = rank.own_length(length, size)
+    layout = StoreLayout(config, own, name, name, 1, size, size)
+    cache = ContextKVCache(HybridKVCache(config, length=own, dtype=dtype, layout=layout), rank, length)
+    list(prefill(model, cache, [5] * (length - step), prefill_chunk_size=step))
+    before = cache.held().total if steps > 1 else 0  # windows and blocks are made when first used
+    with LiveStorages() as live:
+        list(prefill(model, cache, [5] * step, prefill_chunk_size=step))
+    new = cache.held().total - before
+    pieces = list(rank.pieces(range(length - step, length), size))
+    assert exchanged(config, count, pieces, dtype.itemsize).are_queries is are_queries
+    workload = Workload(config, length, 0, 0, False, name, context_ranks=count, saved_layout=layout)
+    plan = MemoryPlan.of(replace(workload, prefill_chunk_size=step))
+    assert plan.activations / 3 <= live.peak - new <= plan.activations, live.peak / plan.activations
 
 
 LAUNCH = Launch(0, 4, 4, "127.0.0.1", 1, is_met=False)
@@ -170,4 +235,5 @@ def test_the_plan_is_of_one_rank() -> None:
     assert planned(4, 5 * size).layout.length == 2 * size  # the last rank's, with the chunks 3 and 4
     own = ContextRank(0, 4).most_in_a_step(plan.prefill_chunk_size, size)
     assert own == whole.prefill_chunk_size
-    assert plan.activations == activation_bytes(config, own, 4) + meeting_bytes(config, plan.prefill_chunk_size, 4)
+    meeting = meeting_bytes(config, plan.prefill_chunk_size, 4)  # so much is read that queries travel
+    assert plan.activations == activation_bytes(config, own, 4, meeting) > activation_bytes(config, own, 4)

@@ -9,7 +9,10 @@ from l4ctx.formatting import counted, human_bytes
 from l4ctx.planning.memory_plan import MARGIN_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from l4ctx.run.memory_report import MemoryReport
+    from l4ctx.run.rank_report import RankReport
 
 
 def memory_table(report: MemoryReport) -> FigureTable:
@@ -58,4 +61,14 @@ def memory_table(report: MemoryReport) -> FigureTable:
     held = report.rope_windows + report.nope_device + report.nope_host + report.buffers
     row("keys and values in memory", end.total, None, held)
     row("  an unbounded cache would take", plan.unbounded_cache)
+    return table
+
+
+def ranks_table(ranks: Iterable[RankReport]) -> FigureTable:
+    """One row for each rank: what it read of the weights, what it holds, and how much its process grew."""
+    table = FigureTable("ranks", ("read, its share", "read by all", "weights", "keys and values", "process grew by"))
+    for rank in ranks:
+        grown = rank.peak.anonymous - rank.before.anonymous if rank.peak and rank.before else None
+        sizes = (*rank.read, rank.weights, rank.keys_values, grown)
+        table.add_row(f"rank {rank.number}", *("" if size is None else human_bytes(size) for size in sizes))
     return table

@@ -19,7 +19,7 @@ from model.division import TensorRank, division_of
 from model.errors import CheckpointError, DivisionError
 from model.quantization.choice import Quantization
 from model.transformer import Transformer
-from model.weights.cutting import cut_sources
+from model.weights.cutting import cut_sources, read_bytes
 from model.weights.loading import checked_sources, load_checkpoint
 from model.weights.sources import StoredPart, WeightSource
 from support.compressed import RECIPES
@@ -189,6 +189,9 @@ def test_a_rank_reads_its_share_and_what_is_replicated(
     assert all(torch.equal(together[file] > 0, total[file]) for file in files)
     replicated = sum(int((together[file] == count).sum()) for file in files)
     assert 0 < replicated < 0.1 * sum(int(mask.sum()) for mask in total.values())
+    for number, masks in enumerate(read):
+        own = sum(int(mask.sum()) for mask in masks.values()) - replicated
+        assert read_bytes(whole, config, TensorRank(number, count)) == (own, replicated)
     expected = Together(count).run(lambda exchange: tensors(load_checkpoint(folder, exchange=exchange)))
     for number, masks in enumerate(read):
         poisoned = Path(shutil.copytree(folder, tmp_path / str(number)))
