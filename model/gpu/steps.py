@@ -43,12 +43,16 @@ class RecordedSteps:
         tokens = ids.shape[1]
         if cache is None or ids.shape[0] > 1 or tokens > MAX_TOKENS or not has_triton(ids.device):
             return None
-        pages = cache.reserve(tokens)
-        if pages is None or (model.watcher is not None and model.watcher.moves_weights):
+        if model.watcher is not None and model.watcher.moves_weights:
             return None
         weights = _addresses(model)
+        if self._refused == weights:
+            return None
+        pages = cache.reserve(tokens)  # not before: it takes time at each token
+        if pages is None:
+            return None
         if self._steps is None or not self._steps.serves(weights, cache.length):
-            forms = None if self._refused == weights else _forms(model)
+            forms = _forms(model)
             if forms is None:
                 self._steps, self._refused = None, weights
                 return None
