@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from l4ctx.documents.document import DocumentSet
     from l4ctx.evaluation.needle import NeedleOptions, Prepared, Result
     from l4ctx.evaluation.recall import Progress, Work
+    from l4ctx.planning.memory_plan import MemoryPlan
     from l4ctx.run.answers_file import AnswersFile
     from l4ctx.run.monitor import Monitor
     from l4ctx.run.request import Request
@@ -108,7 +109,6 @@ def _measure(
 
     from l4ctx.evaluation.needle import Texts, planned_inputs
     from l4ctx.evaluation.recall import Work, run
-    from l4ctx.machine.processor import assumed_operations
     from l4ctx.run.session import load
     from l4ctx.run.sizing import size
 
@@ -120,8 +120,8 @@ def _measure(
             f"{counted(len(work.texts), 'text')}, {work.stop:,} tokens to read, {counted(work.questions, 'question')}"
         )
         if not sized.plan.residency.on_accelerator:
-            seconds = human_seconds(work.seconds(assumed_operations()))
-            told += f"; reading takes about {seconds} at the speed that is assumed of this processor"
+            monitor.tell("measuring the speed")
+            told += f"; {_time(prepared, work, sized.plan)}"
         monitor.note(told)
         session = load(sized, monitor)
         view = Finding(work)
@@ -135,6 +135,23 @@ def _measure(
                 results.append(result)
             activity.beat()
     monitor.note(view.summary())
+
+
+def _time(prepared: Prepared, work: Work, plan: MemoryPlan) -> str:
+    """What it will take on this CPU, after a moment of measuring."""
+    from l4ctx.evaluation.duration import duration
+    from l4ctx.formatting import human_time
+    from l4ctx.planning.speed import measured_speed
+    from l4ctx.planning.workload import Capacity
+    from l4ctx.run.measuring import feed_forward_weight
+
+    weight, step = feed_forward_weight(prepared.request.model, plan), min(plan.prefill_chunk_size, work.stop)
+    speed = measured_speed(prepared.config, plan.workload.dtype, "cpu", step, weight)
+    taken = duration(prepared, work, plan, speed, Capacity(host=0))
+    return (
+        f"reading takes about {human_time(taken.reading)} and answering up to {human_time(taken.answering)}, by the "
+        "speed measured just now"
+    )
 
 
 class Finding:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from array import array
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ NAME = "text.txt"
 
 MOST_PLANTED = 0.5
 """Of a text's tokens those that planted sentences may have."""
+
+LONGER_NAMES = 1.05
+"""How many more tokens the facts of another length may have: their names are others."""
 
 SPARE_TOKENS = 8
 """Left free: joined lines may have a few more tokens than they have one by one."""
@@ -251,12 +255,14 @@ class Texts:
         """What is planted in a text, and how many tokens there are for lines beside it. Raises HaystackError."""
         prepared, options = self._prepared, self._prepared.options
         every = list(needles(options.tasks, options.depths, _random(options, text.length, text.trial)))
-        room = text.length - prepared.room - len(self._prompt("").ids) - SPARE_TOKENS
+        beside = prepared.room + len(self._prompt("").ids) + SPARE_TOKENS
+        room = text.length - beside
         planted = sum(self._count(f"{sentence}\n") for needle in every for sentence in needle.sentences)
         if planted > MOST_PLANTED * room:
+            least = math.ceil((LONGER_NAMES * planted / MOST_PLANTED + beside) / 100) * 100
             raise HaystackError(
                 f"--lengths {text.length:,}: {counted(len(every), 'fact')} have {planted:,} tokens, over half of what "
-                "there is room for; take fewer --depths or --tasks, or greater lengths"
+                f"there is room for; take fewer --depths or --tasks, or lengths from about {least:,} tokens on"
             )
         return every, room - planted
 

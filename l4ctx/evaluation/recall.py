@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from l4ctx.evaluation.intervals import wilson
 from l4ctx.evaluation.needle import NeedleOptions, Prepared, Result, Text, Texts
-from l4ctx.planning.speed import Speed
 from model.costs import Operations, reading_operations
 
 if TYPE_CHECKING:
@@ -53,10 +52,6 @@ class Work:
                     total.full_attention + part.full_attention,
                 )
         return total
-
-    def seconds(self, rate: float) -> float:
-        """To read all of it at so many operations a second."""
-        return Speed(rate, rate).seconds(self.operations(0, self.stop))
 
 
 def run(prepared: Prepared, work: Work, session: Session) -> Iterator[Progress]:

@@ -119,7 +119,9 @@ def counting(depth: int, drawn: Drawing) -> Needle:
     entity, times = drawn.entity(), drawn.rng.randint(2, MOST_MENTIONS)
     sentences = (f"The bell of the {entity} rang.",) * times
     question = f"How many times does the text say that the bell of the {entity} rang? Answer with a number."
-    return Needle("counting", depth, sentences, question, ((str(times), NUMBERS[times]),))
+    others = [number for number in range(2, MOST_MENTIONS + 1) if number != times]
+    wrong = tuple(text for number in others for text in (str(number), NUMBERS[number]))
+    return Needle("counting", depth, sentences, question, ((str(times), NUMBERS[times]),), wrong)
 
 
 TASKS: dict[str, Callable[[int, Drawing], Needle]] = {

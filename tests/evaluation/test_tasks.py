@@ -30,6 +30,9 @@ def test_facts_are_in_their_sentences_and_differ() -> None:
             assert str(len(needle.sentences)) in needle.expected[0] and len(set(needle.sentences)) == 1
         else:
             assert all(one[0] in text for one in needle.expected) and all(code in text for code in needle.decoys)
+        assert needle.is_found(" and ".join(one[0] for one in needle.expected))
+        for wrong in needle.decoys:
+            assert not needle.is_found(" and ".join([wrong, *(one[0] for one in needle.expected)]))
     codes = re.findall(r"\b\d{5}\b", " ".join(sentence for needle in found for sentence in needle.sentences))
     assert len(codes) == len(set(codes)) > 60
     questions = [needle.question for needle in found]
@@ -42,6 +45,14 @@ def test_an_answer_is_right_if_it_has_all_that_is_expected_and_nothing_else() ->
     for answer in ("12345 and 7", "Seven, then 12345."):
         assert needle.is_found(answer), answer
     for answer in ("", "12345", "123456 and 7", "12,345 and 7", "12345 and 77", "12345, 7, or 99999", "x12345 7"):
+        assert not needle.is_found(answer), answer
+
+
+def test_a_count_is_right_alone() -> None:
+    needle = next(needle for needle in made() if needle.task == "counting" and len(needle.sentences) == 5)
+    for answer in ("5", "Five times.", "The bell rang 5 times (five)."):
+        assert needle.is_found(answer), answer
+    for answer in ("2, 3, 4, 5, 6", "four or five", "15", "5.5 or 9 times", "many"):
         assert not needle.is_found(answer), answer
 
 
