@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,9 +125,10 @@ def attended(
     tokens = answer.tokens_of(words)
     others = [number for number in range(len(answer.ends)) if number not in tokens]
     usual = _usual(log, [first_query + token for token in others])
+    line_of = cache(partial(_line_of, texts))  # heads and words look at the same keys
     for statement in statements(answer.text):
         own = answer.tokens_of(word for word in words if word.start in statement)
-        lines = line_shares(log, [first_query + token for token in own], usual, texts)
+        lines = line_shares(log, [first_query + token for token in own], usual, line_of)
         if lines and (place := _place(lines, question, texts)) is not None:
             found.append(Attended(*place, statement))
     return sorted(_once(found), key=lambda one: -one.share)
@@ -153,15 +155,18 @@ def _usual(log: AttentionLog, queries: Sequence[int]) -> dict[tuple[Head, int], 
 
 
 def line_shares(
-    log: AttentionLog, queries: Sequence[int], usual: Mapping[tuple[Head, int], float], texts: PromptTexts
+    log: AttentionLog,
+    queries: Sequence[int],
+    usual: Mapping[tuple[Head, int], float],
+    line_of: Callable[[int], Line | None],
 ) -> dict[Line, float]:
     """The share of attention that lines had on average over these queries: that of the head that looked most, beyond
-    what is usual."""
+    what is usual. `line_of` tells the line of a position."""
     lines: dict[Line, float] = defaultdict(float)
     for query in queries:
         own: dict[Line, dict[Head, float]] = defaultdict(lambda: defaultdict(float))
         for head, position, share in _shares(log, query):
-            if (line := _line_of(texts, position)) is not None:
+            if (line := line_of(position)) is not None:
                 own[line][head] += max(0.0, share - usual.get((head, position), 0.0))
         for line, heads in own.items():
             lines[line] += max(heads.values()) / len(queries)

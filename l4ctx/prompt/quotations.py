@@ -41,8 +41,9 @@ def quoted(answer: str) -> Iterator[tuple[str, int, int]]:
 
 
 def find_quotations(answer: str, texts: PromptTexts) -> list[Quotation]:
-    """Looks up each quotation of an answer in all documents."""
-    found = [Quotation(*one, places=[]) for one in quoted(answer)]
+    """Looks up each quotation of an answer in all documents. A document's name in quotation marks is none."""
+    names = {name for span in texts.spans for name in (span.source, span.source.rpartition("/")[2])}
+    found = [Quotation(*one, places=[]) for one in quoted(answer) if one[0] not in names]
     if not found:
         return []
     parts = [_parts(quotation.text) for quotation in found]

@@ -180,6 +180,7 @@ class PromptTexts:
         self._starts = [span.start for span in self.spans]
         self._bytes: dict[int, bytes] = {}  # of tokens
         self._held: OrderedDict[int, DocumentText] = OrderedDict()
+        self._held_bytes = 0
 
     @property
     def within(self) -> range:
@@ -197,12 +198,15 @@ class PromptTexts:
         return "" if number is None else self.document(number).text[place.start : place.stop].rstrip("\r\n")
 
     def document(self, number: int) -> DocumentText:
-        held = self._held.pop(number, None)
-        if held is None:
-            held = self._decoded(self.spans[number])
-        self._held[number] = held
-        while sum(len(one.raw) for one in self._held.values()) > MOST_HELD and len(self._held) > 1:
-            self._held.popitem(last=False)
+        held = self._held.get(number)
+        if held is not None:
+            self._held.move_to_end(number)
+            return held
+        held = self._held[number] = self._decoded(self.spans[number])
+        self._held_bytes += len(held.raw)
+        while self._held_bytes > MOST_HELD and len(self._held) > 1:
+            _, oldest = self._held.popitem(last=False)
+            self._held_bytes -= len(oldest.raw)
         return held
 
     def _decoded(self, span: Span) -> DocumentText:

@@ -138,6 +138,11 @@ def test_quotations_are_found_whatever_their_spaces(texts: PromptTexts, quotatio
     assert [str(one) for one in found.places] == ([] if place is None else [place])
 
 
+def test_the_name_of_a_document_is_no_quotation(texts: PromptTexts) -> None:
+    found = find_quotations('In "notes.txt" and <document path="report.pdf"> it says "notes.text".', texts)
+    assert [(one.text, one.places) for one in found] == [("notes.text", [])]
+
+
 def test_words_that_count() -> None:
     answer = "The code for the amber falcon is 48,213 and it's 5.5."
     words = [answer[word.start : word.stop] for word in content_words(answer, "What is the code for the amber falcon?")]
