@@ -23,7 +23,9 @@ def has_triton(device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return os.environ.get("TRITON_INTERPRET") == "1"
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if torch.version.hip is not None or not torch.cuda.is_available():  # the device is a stand-in
+        return False
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
     try:
         from model.gpu.probe import runs  # here: it imports Triton
