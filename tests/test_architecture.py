@@ -147,6 +147,7 @@ WITHOUT_TORCH = (
     "l4ctx.documents.reader",
     "l4ctx.documents.added",
     "l4ctx.planning.memory_plan",
+    "l4ctx.planning.fitting",
     "l4ctx.planning.remedies",
     "l4ctx.planning.cost_model",
     "l4ctx.planning.mesh_time",

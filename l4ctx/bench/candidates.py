@@ -19,7 +19,7 @@ from l4ctx.formatting import human_bytes
 from l4ctx.machine.memory import available_memory
 from l4ctx.machine.processor import computing_dtype, default_attention
 from l4ctx.planning import remedies
-from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.workload import Capacity, Workload
 from model.config import TextConfig
 
@@ -64,7 +64,7 @@ def own_candidates(subject: Subject, note: Note) -> list[Candidate]:
             weights_are_mapped=(asked.model is not None and dtype == stored and not on_accelerator),
             prefill_chunk_size=asked.prefill_chunk_size,
         )
-        plans[dtype] = MemoryPlan.of(workload, capacity)
+        plans[dtype] = plan_memory(workload, capacity)
     fitting = {dtype: plan for dtype, plan in plans.items() if not plan.shortfalls(capacity)}
     if not fitting:
         remedies.check(min(plans.values(), key=lambda plan: plan.needed), capacity)

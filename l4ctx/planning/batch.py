@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from l4ctx.formatting import human_bytes
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, Rows, Workload
 
@@ -21,7 +22,7 @@ def plan_rows(workload: Workload, capacity: Capacity, rows: Rows, *, is_chosen: 
     """
 
     def plan_of(count: int) -> MemoryPlan:
-        return MemoryPlan.of(replace(workload, rows=replace(rows, count=count)), capacity)
+        return plan_memory(replace(workload, rows=replace(rows, count=count)), capacity)
 
     def fits(plan: MemoryPlan) -> bool:
         is_slower = not is_chosen and plan.prefill_chunk_size < least.prefill_chunk_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cache.layout import KV_DTYPES
 from l4ctx.planning.exchange import Exchange
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.weights import StoredWeights, WeightBytes
 from l4ctx.planning.workload import Capacity, Workload
@@ -100,7 +101,7 @@ class RankPlan:
             stored=weights.stored,
         )
         exchange = Exchange(part.config, mesh.tensor, mesh.context, KV_DTYPES[workload.dtype])
-        return cls(mesh, workload, weights, MemoryPlan.of(part, _streaming(part, capacity)), exchange)
+        return cls(mesh, workload, weights, plan_memory(part, _streaming(part, capacity)), exchange)
 
     @property
     def prefill_chunk_size(self) -> int:
@@ -137,9 +138,9 @@ def _streaming(workload: Workload, capacity: Capacity) -> Capacity:
     """With a limit for weights on the GPU where it does not hold all: what is left beside everything else there."""
     if capacity.weights_device is not None or capacity.accelerator is None:
         return capacity
-    plan = MemoryPlan.of(workload, replace(capacity, host=None))
+    plan = plan_memory(workload, replace(capacity, host=None))
     if plan.needed_on_accelerator + MARGIN_BYTES <= capacity.accelerator:
         return capacity
-    least = MemoryPlan.of(workload, replace(capacity, host=None, kv_device=0))
+    least = plan_memory(workload, replace(capacity, host=None, kv_device=0))
     beside = least.needed_on_accelerator - least.weights
     return replace(capacity, weights_device=max(0, capacity.accelerator - MARGIN_BYTES - beside))

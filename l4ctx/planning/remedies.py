@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from l4ctx.formatting import human_bytes
 from l4ctx.planning.device_weights import OPTION, DeviceWeights
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import (
     ADDRESS_SPACE,
     ALLOWED,
@@ -55,7 +56,7 @@ def remedies(plan: MemoryPlan, capacity: Capacity) -> list[str]:
     if not short:
         return []
     for option in _options(plan, capacity):
-        left = _shortfall(MemoryPlan.of(option.workload, option.capacity), option.capacity)
+        left = _shortfall(plan_memory(option.workload, option.capacity), option.capacity)
         if left == 0:
             enough.append(f"{option.action} {MAKES_IT_FIT}{option.detail}")
         elif left < WORTH_SAYING * short:
@@ -114,17 +115,17 @@ def _options(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
         yield _Option("a higher limit (ulimit -v)", "", workload, free)
     if capacity.kv_host is not None:
         unlimited = replace(capacity, kv_host=None)
-        without = MemoryPlan.of(workload, unlimited)
+        without = plan_memory(workload, unlimited)
         if "memory" not in without.shortfalls(unlimited):
             yield _Option(f"--kv-host-memory {-(-without.host_keys_values // 2**20)}MiB", "", workload, unlimited)
     if not capacity.has_disk:
         there = replace(capacity, disk_folder="DIR")
-        on_disk = human_bytes(MemoryPlan.of(workload, there).needed_on_disk)
+        on_disk = human_bytes(plan_memory(workload, there).needed_on_disk)
         yield _Option("--kv-dir DIR", f" ({on_disk} on disk)", workload, there)
     for size in PREFILL_CHUNK_SIZES if workload.prefill_chunk_size and workload.saved_layout is None else ():
         smaller = replace(workload, prefill_chunk_size=size)
         if size < plan.prefill_chunk_size and (
-            size == PREFILL_CHUNK_SIZES[-1] or not MemoryPlan.of(smaller, capacity).shortfalls(capacity)
+            size == PREFILL_CHUNK_SIZES[-1] or not plan_memory(smaller, capacity).shortfalls(capacity)
         ):
             yield _Option(f"--prefill-chunk-size {size}", "", smaller, capacity)
             break
@@ -153,7 +154,7 @@ def _copied_weights(plan: MemoryPlan, capacity: Capacity) -> Iterator[_Option]:
     """All memory of the accelerator that other things leave for weights, if it suffices with the rest copied."""
     if capacity.accelerators:  # one of several is used then
         roomiest = capacity.with_one()
-        plan, free = MemoryPlan.of(plan.workload, roomiest), roomiest.accelerator
+        plan, free = plan_memory(plan.workload, roomiest), roomiest.accelerator
     else:
         free = capacity.accelerator
     held = plan.device_weights.on_device if plan.device_weights else plan.weights
@@ -195,7 +196,7 @@ def _smaller_weights(workload: Workload, stored: StoredWeights, capacity: Capaci
     published = [option(f"a checkpoint in {name}", weights) for name, weights in forms]
     for options in (made, published):
         smaller = [other for other in options if other.workload.weights < workload.weights]
-        fitting = (other for other in smaller if not MemoryPlan.of(other.workload, capacity).shortfalls(capacity))
+        fitting = (other for other in smaller if not plan_memory(other.workload, capacity).shortfalls(capacity))
         if smaller:
             yield next(fitting, smaller[-1])
 
@@ -226,7 +227,7 @@ def _together(plan: MemoryPlan, capacity: Capacity) -> list[str]:
     actions: list[str] = []
     while short := _shortfall(plan, capacity):
         for action, _, workload, there in _options(plan, capacity):
-            better = MemoryPlan.of(workload, there)
+            better = plan_memory(workload, there)
             if _shortfall(better, there) < WORTH_SAYING * short:
                 actions.append(action)
                 plan, capacity = better, there
@@ -244,7 +245,7 @@ def tokens_that_fit(workload: Workload, capacity: Capacity) -> int:
         shorter = replace(
             workload, prompt_tokens=tokens, new_tokens=workload.new_tokens and min(tokens, workload.new_tokens)
         )
-        if MemoryPlan.of(shorter, capacity).shortfalls(capacity):
+        if plan_memory(shorter, capacity).shortfalls(capacity):
             too_many = tokens
         else:
             fitting = tokens

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from l4ctx.errors import RequestError
 from l4ctx.machine.device import available_on_each, prepare_torch
 from l4ctx.machine.reading import reading_rate
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.remedies import remedies, tokens_that_fit
 from l4ctx.planning.speed import Speed, measured_speed
@@ -185,7 +186,7 @@ def make_plan(request: PlanRequest, note: Note) -> PlanReport:
     size = read.size(_max_new_tokens(request, config, read.tokens))
     workload = workload_of(config, weights, size, request.compute, request.kv.dtype, capacity)
     workload = replace(workload, has_drafts=True)  # as in every run that answers, or keeps what it reads
-    plan = MemoryPlan.of(workload, capacity)
+    plan = plan_memory(workload, capacity)
     for text in plan.notes:
         noted(text)
     speed = _speed(request, plan, bool(accelerators))

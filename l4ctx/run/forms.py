@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from l4ctx.formatting import human_bytes
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.remedies import QUANTIZED
@@ -54,7 +55,7 @@ def form_plans(workload: Workload, capacity: Capacity, seconds: Seconds) -> Iter
     on_accelerator = capacity.accelerator is not None
     found = [(form.name, form.weights(workload.config)) for form in PUBLISHED]
     for name, weights in sorted(found, key=lambda form: -form[1].num_bytes):
-        plan = MemoryPlan.of(workload.with_weights(weights, on_accelerator=on_accelerator), capacity)
+        plan = plan_memory(workload.with_weights(weights, on_accelerator=on_accelerator), capacity)
         yield FormPlan(name, plan, not plan.shortfalls(capacity), seconds(plan))
 
 
@@ -64,7 +65,7 @@ def reading_less(plan: MemoryPlan, capacity: Capacity, forms: Sequence[FormPlan]
     if not residency.is_streamed:
         return []
     found, now = [], human_bytes(residency.read_a_step)
-    unlimited = MemoryPlan.of(workload, replace(capacity, weights=None))
+    unlimited = plan_memory(workload, replace(capacity, weights=None))
     if capacity.weights is not None and (left := unlimited.weight_residency.read_a_step) < residency.read_a_step:
         less = f"{human_bytes(left)} instead of {now} a chunk" if left else "memory holds all"
         found.append(f"a larger --weights-memory, or none: {less}")
@@ -78,7 +79,7 @@ def reading_less(plan: MemoryPlan, capacity: Capacity, forms: Sequence[FormPlan]
     for kind in QUANTIZED if workload.stored is not None and workload.stored.is_plain else ():
         form = quantizing(Quantization(kind), plain(workload.stored_dtype or "bfloat16"))
         made = workload.with_weights(form.weights(workload.config), on_accelerator=False)
-        if not MemoryPlan.of(made, capacity).shortfalls(capacity):
+        if not plan_memory(made, capacity).shortfalls(capacity):
             found.append(f"--quantize {kind}: memory holds the {human_bytes(made.weights)} that it makes")
             break
     return found

@@ -14,6 +14,7 @@ from l4ctx.machine.memory import SPARE_SHARE, ProcessMemory, available_disk, ava
 from l4ctx.machine.processor import assumed_operations, computing_dtype
 from l4ctx.planning import remedies
 from l4ctx.planning.batch import plan_rows
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan, MemoryPlanError
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from l4ctx.run.choices import KVDtype
@@ -225,7 +226,7 @@ def size(inputs: Inputs, monitor: Monitor) -> Sized:
 def _plan(inputs: Inputs, workload: Workload, capacity: Capacity) -> MemoryPlan:
     """Raises MemoryPlanError for more answers at a time than fit."""
     if inputs.asking is None or inputs.rows is None:
-        return MemoryPlan.of(workload, capacity)
+        return plan_memory(workload, capacity)
     return plan_rows(workload, capacity, inputs.rows, is_chosen=inputs.asking.options.batch is not None)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from l4ctx import errors
 from l4ctx.cli import activity, exits
-from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.workload import Workload
 from l4ctx.run.memory_report import MemoryReport
 from model.config import TextConfig
@@ -370,7 +370,7 @@ def test_json_is_one_whole_object(inside: Path) -> None:
     assert sum(entry["memory"] for entry in by_owner) == told["memory"]["weights"]
     assert [entry["owner"] for entry in by_owner][::4] == ["attention", "embeddings"]
     assert {tuple(entry["stored"]) for entry in by_owner} == {("bfloat16",)}
-    assert told["memory"]["predicted"] | {"weights_by_owner": []} == MemoryPlan.of(workload).as_dict()
+    assert told["memory"]["predicted"] | {"weights_by_owner": []} == plan_memory(workload).as_dict()
     for owner in ("rope_windows", "nope_device", "nope_host", "nope_disk", "buffers", "token_ids"):
         assert told["memory"][owner] == told["memory"]["predicted"][owner], owner
 

@@ -34,7 +34,7 @@ from l4ctx.machine.memory import (
     available_memory,
     process_memory,
 )
-from l4ctx.planning.memory_plan import MemoryPlan
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.placement import PlacedWeights, Tier
 from l4ctx.planning.workload import Capacity, Workload
 from l4ctx.run.memory_report import MemoryReport
@@ -397,7 +397,7 @@ def report(**changes: Any) -> MemoryReport:
         config(), prompt_tokens=150, max_new_tokens=21, weights=1000, weights_are_mapped=False, dtype="float32"
     )
     fields = {
-        "predicted": MemoryPlan.of(workload),
+        "predicted": plan_memory(workload),
         "weights": 1 * MIB,
         "weights_by_owner": [PlacedWeights(Owner.HEAD, ("Q6_K",), {Tier.MAPPED: 1 * MIB})],
         "rope_windows": 2 * MIB,
@@ -469,7 +469,7 @@ def test_the_table_shows_what_was_planned_for_disk() -> None:
         of, prompt_tokens=60_000, max_new_tokens=0, weights=1000, weights_are_mapped=True, dtype="float32"
     )
     budget = (16 + 1 + 16 * READ_BUFFERS + 16) * MIB  # an open block, read buffers and one row
-    plan = MemoryPlan.of(workload, Capacity(kv_host=budget, disk_folder="x"))
+    plan = plan_memory(workload, Capacity(kv_host=budget, disk_folder="x"))
     rows = table(
         report(
             predicted=plan,

@@ -8,6 +8,7 @@ import pytest
 
 from cache.residency import fork_bytes
 from l4ctx.planning.batch import MOST_ROWS, plan_rows
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
 from l4ctx.planning.remedies import check
 from l4ctx.planning.workload import Capacity, Rows, Workload
@@ -37,12 +38,12 @@ FREE = Capacity()
 
 
 def needed(count: int) -> int:
-    plan = MemoryPlan.of(replace(WORKLOAD, rows=replace(ROWS, count=count)), FREE)
+    plan = plan_memory(replace(WORKLOAD, rows=replace(ROWS, count=count)), FREE)
     return plan.needed + MARGIN_BYTES
 
 
 def test_each_row_costs_its_own_tokens_alone() -> None:
-    without = MemoryPlan.of(WORKLOAD, FREE)
+    without = plan_memory(WORKLOAD, FREE)
     for count in (1, 2, 7):
         assert needed(count) == without.needed + MARGIN_BYTES + count * ROW_BYTES
     assert fork_bytes(WORKLOAD.layout, 90) == 5 * 90 * 2 * 2 * 10 * 4
@@ -52,7 +53,7 @@ def test_questions_of_all_rows_are_read_at_once() -> None:
     """Also where nothing else is read: the activations are those of the longest questions, up to a prefill chunk."""
     read = replace(WORKLOAD, new_tokens=3)
     for count, step in ((1, 20), (3, 60), (50, 256)):
-        plan = MemoryPlan.of(replace(read, rows=replace(ROWS, count=count)), FREE)
+        plan = plan_memory(replace(read, rows=replace(ROWS, count=count)), FREE)
         assert plan.activations == activation_bytes(CONFIG, step, 4)
 
 

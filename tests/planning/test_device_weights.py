@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.placement import Tier
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
@@ -34,12 +35,12 @@ def room(host: int, limit: int | None) -> Capacity:
 @pytest.mark.parametrize("limit", [24, 40])
 def test_the_device_has_what_stays_and_two_buffers(name: str, limit: int) -> None:
     asked = workload(FORMS[name])
-    plan = MemoryPlan.of(asked, room(400, limit))
+    plan = plan_memory(asked, room(400, limit))
     weights = plan.device_weights
     assert weights is not None and weights.is_pinned and not plan.shortfalls(room(400, limit))
     copied = weights.residency.copied_a_pass
     assert weights.on_device <= limit * GIB and weights.on_device - weights.residency.buffers == asked.weights - copied
-    whole = MemoryPlan.of(asked, room(400, None))
+    whole = plan_memory(asked, room(400, None))
     assert plan.needed == plan.token_ids + plan.peak.nope_host + copied
     assert plan.beside_on_accelerator == whole.beside_on_accelerator - asked.weights + weights.on_device
     tiers = {row.owner: row.tiers for row in plan.weights_by_owner}
@@ -52,14 +53,14 @@ def test_the_device_has_what_stays_and_two_buffers(name: str, limit: int) -> Non
 
 
 def test_where_host_memory_is_short_weights_stay_in_their_files() -> None:
-    plan = MemoryPlan.of(workload(FORMS["bfloat16"]), room(16, 40))
+    plan = plan_memory(workload(FORMS["bfloat16"]), room(16, 40))
     weights = plan.device_weights
     assert weights is not None and not weights.is_pinned and weights.on_host == 0
     assert not plan.shortfalls(room(16, 40)) and "from the checkpoint's files" in plan.notes[0]
     routed = next(row for row in plan.weights_by_owner if row.owner is Owner.ROUTED)
     assert routed.tiers[Tier.STREAMED] == weights.residency.copied_a_pass
     made = workload(quantizing(Quantization("int8"), plain("bfloat16")).weights(SCOUT))
-    plan = MemoryPlan.of(made, room(16, 40))  # no file holds them
+    plan = plan_memory(made, room(16, 40))  # no file holds them
     assert plan.device_weights is not None and plan.device_weights.on_host == made.weights
     assert list(plan.shortfalls(room(16, 40))) == ["memory"]
 
@@ -67,18 +68,18 @@ def test_where_host_memory_is_short_weights_stay_in_their_files() -> None:
 def test_where_all_fit_nothing_changes() -> None:
     asked = workload(FORMS["w4a16"])
     for limit in (None, 70):
-        assert MemoryPlan.of(asked, room(64, limit)) == MemoryPlan.of(asked, room(64, None))
+        assert plan_memory(asked, room(64, limit)) == plan_memory(asked, room(64, None))
     unknown = replace(asked, stored=None)
-    assert MemoryPlan.of(unknown, room(64, 4)).device_weights is None
+    assert plan_memory(unknown, room(64, 4)).device_weights is None
 
 
 def test_too_small_a_limit_is_exceeded_and_said() -> None:
-    plan = MemoryPlan.of(workload(FORMS["bfloat16"]), room(400, 4))
+    plan = plan_memory(workload(FORMS["bfloat16"]), room(400, 4))
     weights = plan.device_weights
     assert weights is not None and weights.on_device > 4 * GIB
     assert plan.notes[1].startswith("--weights-device-memory 4.0 GiB is exceeded: what stays and two buffers take")
     tight = Capacity(host=400 * GIB, accelerator=weights.on_device + MARGIN_BYTES, weights_device=4 * GIB)
-    assert list(MemoryPlan.of(workload(FORMS["bfloat16"]), tight).shortfalls(tight)) == ["accelerator memory"]
+    assert list(plan_memory(workload(FORMS["bfloat16"]), tight).shortfalls(tight)) == ["accelerator memory"]
 
 
 def test_the_remedy_names_a_limit_that_fits() -> None:
@@ -87,7 +88,7 @@ def test_the_remedy_names_a_limit_that_fits() -> None:
     assert " makes it fit (" in remedy and " copied to the accelerator for each prefill chunk and each token" in remedy
     mebibytes = int(remedy.split()[1].removesuffix("MiB"))
     fitting = replace(capacity(80), weights_device=mebibytes * 2**20)
-    assert not MemoryPlan.of(asked, fitting).shortfalls(fitting)
+    assert not plan_memory(asked, fitting).shortfalls(fitting)
     too_small = remedies(asked_plan(asked, 8), capacity(8))  # less than two buffers
     assert not any("--weights-device" in text for text in too_small)
 
@@ -97,4 +98,4 @@ def capacity(accelerator: int) -> Capacity:
 
 
 def asked_plan(asked: Workload, accelerator: int) -> MemoryPlan:
-    return MemoryPlan.of(asked, capacity(accelerator))
+    return plan_memory(asked, capacity(accelerator))

@@ -11,8 +11,9 @@ import torch
 
 from cache.hybrid import HybridKVCache
 from cache.residency import Residency
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.layer_shares import LayerShares, filled, together
-from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES
 from l4ctx.planning.published import PUBLISHED
 from l4ctx.planning.remedies import remedies
 from l4ctx.planning.workload import Capacity, Rows, Workload
@@ -68,7 +69,7 @@ def test_no_other_division_fits_where_none_is_found() -> None:
 def test_shares_are_the_whole(tokens: int, free: tuple[int, ...]) -> None:
     """What the devices hold together is what one would, but for activations; each has as many rows as fit."""
     asked, there = workload(tokens), room(*free)
-    plan, one = MemoryPlan.of(asked, there), MemoryPlan.of(asked, room(999))
+    plan, one = plan_memory(asked, there), plan_memory(asked, room(999))
     assert not plan.shortfalls(there) and len(free) >= len(plan.shares) > 1
     assert sum(share.weights for share in plan.shares) == one.weights == asked.weights
     assert sum(share.rope_windows for share in plan.shares) == one.layout.window_bytes
@@ -85,10 +86,10 @@ def test_shares_are_the_whole(tokens: int, free: tuple[int, ...]) -> None:
 
 def test_one_suffices() -> None:
     """The first one that holds everything; the others are not used, and a line says so."""
-    plan = MemoryPlan.of(workload(9_000), there := room(20, 90, 90))
+    plan = plan_memory(workload(9_000), there := room(20, 90, 90))
     assert not plan.shares and plan.device == 1 and not plan.shortfalls(there)
     assert plan.notes[-1] == "GPU 1 of 3 is used: it holds everything"
-    assert replace(plan, notes=(), device=0) == replace(MemoryPlan.of(workload(9_000), room(90)), notes=())
+    assert replace(plan, notes=(), device=0) == replace(plan_memory(workload(9_000), room(90)), notes=())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_one_suffices() -> None:
     ],
 )
 def test_what_is_not_spread_is_said(changes: dict[str, object], limits: dict[str, int], why: str) -> None:
-    plan = MemoryPlan.of(replace(workload(9_000), **changes), room(40, 44, **limits))  # type: ignore[arg-type]
+    plan = plan_memory(replace(workload(9_000), **changes), room(40, 44, **limits))  # type: ignore[arg-type]
     assert not plan.shares and plan.device == 1 and plan.notes[-1] == f"GPU 1 of 2 is used: {why}"
     assert bool(plan.shortfalls(room(40, 44))) == ("stored" in changes or "converses" in changes)
 
@@ -108,7 +109,7 @@ def test_what_is_not_spread_is_said(changes: dict[str, object], limits: dict[str
 def test_too_small_together() -> None:
     """What is lacking, and what helps: today's remedies, on one of the GPUs where they are of one."""
     asked, there = workload(9_000), room(24, 24)
-    plan = MemoryPlan.of(asked, there)
+    plan = plan_memory(asked, there)
     needed, free = plan.shortfalls(there)[ACCELERATOR]
     assert free == 48 * GIB and needed - free == plan.shares[-1].needed - 24 * GIB > 0
     told = remedies(plan, there)
@@ -119,9 +120,9 @@ def test_too_small_together() -> None:
 def test_limits_and_answers_at_a_time() -> None:
     """--kv-device-memory is of all together; a fork's keys and values are with their layers, logits with the last."""
     asked = workload(1_000_000)
-    limited = MemoryPlan.of(asked, room(60, 60, kv_device=8 * GIB))
+    limited = plan_memory(asked, room(60, 60, kv_device=8 * GIB))
     assert 7 * GIB < limited.peak.nope_device <= 8 * GIB and len(limited.shares) == 2
-    rows = MemoryPlan.of(replace(asked, rows=Rows(3, 500, 700)), there := room(60, 60))
+    rows = plan_memory(replace(asked, rows=Rows(3, 500, 700)), there := room(60, 60))
     without = LayerShares(asked, rows.prefill_chunk_size, rows.activations, MARGIN_BYTES)
     assert rows.shares and not rows.shortfalls(there)
     more = [

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.fitting import plan_memory
+from l4ctx.planning.memory_plan import ACCELERATOR, MARGIN_BYTES
 from l4ctx.planning.mesh import Mesh, RankPlan, RankWeights
 from l4ctx.planning.mesh_time import LATENCY, MeshTime, Rates
 from l4ctx.planning.published import PUBLISHED, plain
@@ -75,7 +76,7 @@ def test_scout_on_eight_ranks_by_hand() -> None:
 def test_one_rank_holds_what_one_process_does() -> None:
     capacity = Capacity(accelerator=141 * GIB)
     rank = RankPlan.of(workload(SCOUT, 10**6, "FP8"), Mesh(), capacity)
-    alone = MemoryPlan.of(workload(SCOUT, 10**6, "FP8"), capacity)
+    alone = plan_memory(workload(SCOUT, 10**6, "FP8"), capacity)
     assert rank.plan == alone
     assert rank.device == alone.needed_on_accelerator + MARGIN_BYTES
 

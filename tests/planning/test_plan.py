@@ -24,13 +24,8 @@ from l4ctx.engine.prefill import prefill
 from l4ctx.formatting import parse_size, parse_tokens
 from l4ctx.machine import processor
 from l4ctx.machine.processor import computing_dtype
-from l4ctx.planning.memory_plan import (
-    MARGIN_BYTES,
-    MemoryPlan,
-    MemoryPlanError,
-    host_budget,
-    step_time,
-)
+from l4ctx.planning.fitting import host_budget, plan_memory, step_time
+from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
 from l4ctx.planning.published import PUBLISHED, plain, quantizing
 from l4ctx.planning.remedies import check, tokens_that_fit
 from l4ctx.planning.remedies import remedies as remedies_of
@@ -162,7 +157,7 @@ def test_a_run_holds_what_is_planned(
 ) -> None:
     """To the byte at its end, and never more than the peak."""
     asked = workload(prompt_tokens=prompt_tokens, prefill_chunk_size=chunk_size, dtype=dtype, kv_dtype=kv_dtype)
-    planned = MemoryPlan.of(asked).placed(TIERS[tiers], min(chunk_size, prompt_tokens))
+    planned = plan_memory(asked).placed(TIERS[tiers], min(chunk_size, prompt_tokens))
     held = held_in_each_step(planned, tmp_path)
     assert held[-1] == planned.end
     for name in KVBytes.__dataclass_fields__:
@@ -176,11 +171,11 @@ def test_a_run_holds_what_is_planned(
 def test_the_budget_decides_how_many_rows_stay(tmp_path: Path, kv_dtype: str) -> None:
     """Whatever --kv-host-memory allows beyond the least is used and kept to, all through the run."""
     asked = workload(prompt_tokens=200, kv_dtype=kv_dtype)
-    everything = MemoryPlan.of(asked).host_keys_values
+    everything = plan_memory(asked).host_keys_values
     rows = []
     for budget in range(0, everything + 1500, 1500):
         capacity = Capacity(host=GIB, kv_host=budget, disk_folder=str(tmp_path))
-        planned = MemoryPlan.of(asked, capacity)
+        planned = plan_memory(asked, capacity)
         assert not planned.shortfalls(capacity)
         in_memory = [step.nope_host + step.buffers for step in held_in_each_step(planned, tmp_path)]
         assert max(in_memory) <= budget or (planned.residency.host_rows == 0 and "--kv-host-memory" in planned.notes[0])
@@ -191,33 +186,33 @@ def test_the_budget_decides_how_many_rows_stay(tmp_path: Path, kv_dtype: str) ->
             assert planned.end.nope_disk == (layout.sealed_rows(asked.length) - host) * layout.row_bytes > 0
         rows.append(layout.sealed_rows(asked.length) if host is None else host)
     assert rows == sorted(rows) and rows[0] == 0 and rows[-1] == 7 and len(set(rows)) >= 5
-    assert MemoryPlan.of(asked, Capacity(kv_host=everything, disk_folder="x")).residency == Residency(None)
+    assert plan_memory(asked, Capacity(kv_host=everything, disk_folder="x")).residency == Residency(None)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_what_is_free_is_a_budget_too(tmp_path: Path) -> None:
     asked = workload(prompt_tokens=200)
-    all_in_memory = MemoryPlan.of(asked)
+    all_in_memory = plan_memory(asked)
     free = least_room(all_in_memory) - 1
     assert all_in_memory.shortfalls(Capacity(host=free)) == {"memory": (free + 1, free)}
     capacity = Capacity(host=free, disk=GIB, disk_folder=str(tmp_path))
-    planned = MemoryPlan.of(asked, capacity)
+    planned = plan_memory(asked, capacity)
     assert not planned.shortfalls(capacity) and planned.end.nope_disk > 0 == all_in_memory.end.nope_disk
     assert planned.end.nope_host < all_in_memory.end.nope_host
-    assert MemoryPlan.of(asked, Capacity(host=free + 1, disk=0, disk_folder="x")).end == all_in_memory.end
+    assert plan_memory(asked, Capacity(host=free + 1, disk=0, disk_folder="x")).end == all_in_memory.end
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_saved_context_has_every_sealed_block_on_disk(tmp_path: Path) -> None:
-    planned = MemoryPlan.of(workload(is_saved=True))
+    planned = plan_memory(workload(is_saved=True))
     held = held_in_each_step(planned, tmp_path, is_durable=True)
     rows = 109 // (4 * CHUNK)
     assert held[-1] == planned.end and planned.end.nope_disk == rows * planned.layout.row_bytes
-    assert replace(held[-1], nope_disk=0, buffers=0) == MemoryPlan.of(workload()).end
+    assert replace(held[-1], nope_disk=0, buffers=0) == plan_memory(workload()).end
     there = rows * planned.layout.row_bytes
-    going_on = MemoryPlan.of(workload(is_saved=True, on_disk_already=there))
+    going_on = plan_memory(workload(is_saved=True, on_disk_already=there))
     assert going_on.needed_on_disk == planned.needed_on_disk - there > 0
-    assert MemoryPlan.of(workload(is_saved=True, on_disk_already=GIB)).needed_on_disk == 0
+    assert plan_memory(workload(is_saved=True, on_disk_already=GIB)).needed_on_disk == 0
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -225,7 +220,7 @@ def test_a_saved_context_has_every_sealed_block_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [5, 40])
 def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers: int) -> None:
     asked = workload(config(num_hidden_layers=layers), prompt_tokens=300, max_new_tokens=0, kv_dtype=kv_dtype)
-    planned = MemoryPlan.of(asked).placed(Residency(0), 2 * CHUNK)
+    planned = plan_memory(asked).placed(Residency(0), 2 * CHUNK)
     written = []
 
     class Seen(Scratch):
@@ -247,7 +242,7 @@ def test_disk_space_suffices_for_the_files(tmp_path: Path, kv_dtype: str, layers
 
 def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_layout, "MIN_BLOCK_BYTES", 2 * CHUNK * store_layout.layer_bytes_per_token(config(), 4))
-    planned = MemoryPlan.of(workload(kv_dtype="int8"))
+    planned = plan_memory(workload(kv_dtype="int8"))
     model = Transformer(config())
     cache = HybridKVCache(config(), length=109, kv_dtype="int8", residency=planned.residency)
     ids = array("i", [7] * 100)
@@ -260,14 +255,14 @@ def test_a_real_run_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_must_be_free() -> None:
     loaded, mapped = (
-        MemoryPlan.of(workload(weights=10**9)),
-        MemoryPlan.of(workload(weights=10**9, weights_are_mapped=True)),
+        plan_memory(workload(weights=10**9)),
+        plan_memory(workload(weights=10**9, weights_are_mapped=True)),
     )
     assert loaded.needed - mapped.needed == 10**9 == loaded.weights == mapped.weights
     windows = 3 * CHUNK * store_layout.layer_bytes_per_token(config(), 4)
     assert mapped.needed == windows + 2 * 109 * 160 + 400 + mapped.activations  # 160 bytes a layer and token
     assert mapped.activations == activation_bytes(config(), 2 * CHUNK, 4)
-    long = MemoryPlan.of(workload(prefill_chunk_size=10**6))
+    long = plan_memory(workload(prefill_chunk_size=10**6))
     assert long.activations == activation_bytes(config(), 100, 4)  # never beyond the prompt
     assert mapped.unbounded_cache == 5 * 109 * 160
     assert mapped.needed_on_accelerator == mapped.needed_on_disk == 0
@@ -275,23 +270,23 @@ def test_what_must_be_free() -> None:
 
 def test_smaller_prefill_chunks_where_activations_do_not_fit() -> None:
     asked = workload(prompt_tokens=5000, prefill_chunk_size=None)
-    needs = [least_room(MemoryPlan.of(replace(asked, prefill_chunk_size=size))) for size in PREFILL_CHUNK_SIZES]
+    needs = [least_room(plan_memory(replace(asked, prefill_chunk_size=size))) for size in PREFILL_CHUNK_SIZES]
     assert needs == sorted(needs, reverse=True) and needs[1] > needs[-1]
     for size, free in list(zip(PREFILL_CHUNK_SIZES, needs, strict=True))[1:]:
-        planned = MemoryPlan.of(asked, Capacity(host=free))
+        planned = plan_memory(asked, Capacity(host=free))
         assert planned.prefill_chunk_size == size and not planned.shortfalls(Capacity(host=free))
         assert planned.notes == (f"the prefill chunk is {size} tokens, so that the activations fit",)
-    refused = MemoryPlan.of(asked, Capacity(host=needs[-1] - 1))
+    refused = plan_memory(asked, Capacity(host=needs[-1] - 1))
     assert refused.prefill_chunk_size == PREFILL_CHUNK_SIZES[0] and refused.shortfalls(Capacity(host=needs[-1] - 1))
-    assert MemoryPlan.of(asked, Capacity(host=needs[0])).notes == ()
-    chosen = MemoryPlan.of(replace(asked, prefill_chunk_size=512), Capacity(host=0))
+    assert plan_memory(asked, Capacity(host=needs[0])).notes == ()
+    chosen = plan_memory(replace(asked, prefill_chunk_size=512), Capacity(host=0))
     assert chosen.prefill_chunk_size == 512
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() -> None:
     asked = workload(prompt_tokens=200, weights=3 * GIB)
-    planned = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB))
+    planned = plan_memory(asked, Capacity(host=GIB, accelerator=8 * GIB))
     assert planned.residency == Residency(None, 7, on_accelerator=True) and planned.end.nope_host == 0
     assert planned.needed == planned.token_ids
     beside = 3 * GIB + planned.layout.window_bytes + planned.activations
@@ -300,27 +295,27 @@ def test_an_accelerator_has_weights_windows_activations_and_the_newest_blocks() 
     for rows in (0, 1, 4):
         room = (rows + 2) * row + ring + 5  # one block is open, and one on its way to the host
         capacity = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + room)
-        some = MemoryPlan.of(asked, capacity)
+        some = plan_memory(asked, capacity)
         assert some.residency == Residency(None, rows, on_accelerator=True) and not some.shortfalls(capacity)
         assert some.end.nope_host == (7 - rows) * row == planned.end.nope_device - some.end.nope_device + ring
         segments = (7 - rows) * planned.layout.config.num_nope_layers * planned.layout.segments_per_block
         assert some.end.pinned == pinned_bytes(segments, slot_bytes(planned.layout)) >= some.end.nope_host
         assert some.needed == some.token_ids + some.end.pinned
-        limited = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=room))
+        limited = plan_memory(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=room))
         assert limited.residency == some.residency and limited.notes == ()
     too_small = Capacity(host=GIB, accelerator=beside + MARGIN_BYTES + 2 * row + ring - 1)
-    assert list(MemoryPlan.of(asked, too_small).shortfalls(too_small)) == ["accelerator memory"]
-    none = MemoryPlan.of(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=0))
+    assert list(plan_memory(asked, too_small).shortfalls(too_small)) == ["accelerator memory"]
+    none = plan_memory(asked, Capacity(host=GIB, accelerator=8 * GIB, kv_device=0))
     assert none.residency.device_rows == 0 and "--kv-device-memory 0 B is exceeded" in none.notes[0]
     few = Capacity(host=GIB, accelerator=8 * GIB, kv_device=4 * row + ring, kv_host=5 * row, disk_folder="x")
-    on_disk = MemoryPlan.of(asked, few)
+    on_disk = plan_memory(asked, few)
     assert on_disk.residency.device_rows == 2 and 0 < (on_disk.residency.host_rows or 0) < 5
     assert on_disk.peak.nope_host + on_disk.peak.buffers == on_disk.end.pinned <= 5 * row
     assert on_disk.end.nope_disk > 0
 
 
 def test_without_known_limits_everything_fits() -> None:
-    planned = MemoryPlan.of(workload(), Capacity())
+    planned = plan_memory(workload(), Capacity())
     assert (
         planned.shortfalls(Capacity()) == {}
         and remedies_of(planned, Capacity()) == []
@@ -333,14 +328,14 @@ def test_without_known_limits_everything_fits() -> None:
 
 def test_a_model_without_nope_layers_needs_no_store() -> None:
     capacity = Capacity(host=GIB, accelerator=GIB, kv_host=0, disk_folder="x")
-    planned = MemoryPlan.of(workload(config(no_rope_layers=[1] * 5), kv_dtype="int8"), capacity)
+    planned = plan_memory(workload(config(no_rope_layers=[1] * 5), kv_dtype="int8"), capacity)
     assert planned.end.nope == planned.end.nope_disk == planned.needed_on_disk == 0
     assert planned.as_dict()["device_rows"] == 0
 
 
 def test_a_saved_layout_decides() -> None:
     saved = StoreLayout.of(config(), length=1, dtype="bfloat16", kv_dtype="int8").computed_in("float32")
-    planned = MemoryPlan.of(workload(saved_layout=saved))
+    planned = plan_memory(workload(saved_layout=saved))
     assert planned.layout == replace(saved, length=109) and planned.as_dict()["kv_dtype"] == "int8"
     capacity = Capacity(host=0)
     assert not any("dtype" in remedy for remedy in remedies_of(planned, capacity))
@@ -369,21 +364,21 @@ def scout(**changes: Any) -> Workload:
 
 
 def remedies(asked: Workload, capacity: Capacity) -> list[str]:
-    return remedies_of(MemoryPlan.of(asked, capacity), capacity)
+    return remedies_of(plan_memory(asked, capacity), capacity)
 
 
 @pytest.mark.parametrize("tokens", [10**6, 10**7, 10 * 2**20])
 def test_scout_takes_48_kib_a_token_and_its_windows(tokens: int) -> None:
-    plain = MemoryPlan.of(scout(prompt_tokens=tokens)).as_dict()
+    plain = plan_memory(scout(prompt_tokens=tokens)).as_dict()
     assert plain["nope_host"] == tokens * 48 * KIB and plain["rope_windows"] == 1.125 * GIB
     assert plain["unbounded_cache"] == 4 * tokens * 48 * KIB
-    assert MemoryPlan.of(scout(prompt_tokens=100)).as_dict()["rope_windows"] == 36 * 100 * 4 * KIB
+    assert plan_memory(scout(prompt_tokens=100)).as_dict()["rope_windows"] == 36 * 100 * 4 * KIB
     at_most = Capacity(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch")
-    on_disk = MemoryPlan.of(scout(prompt_tokens=tokens), at_most)
+    on_disk = plan_memory(scout(prompt_tokens=tokens), at_most)
     assert not on_disk.shortfalls(at_most) and on_disk.prefill_chunk_size == 8192
     assert on_disk.end.nope_host + on_disk.end.nope_disk == tokens * 48 * KIB
     assert on_disk.needed + MARGIN_BYTES <= 24 * GIB and on_disk.end.nope_host > 19 * GIB
-    streamed = MemoryPlan.of(scout(prompt_tokens=tokens, stored=PUBLISHED[0].weights(SCOUT)), at_most)
+    streamed = plan_memory(scout(prompt_tokens=tokens, stored=PUBLISHED[0].weights(SCOUT)), at_most)
     assert "are read again for each prefill chunk" in streamed.notes[0] and streamed.weight_residency.is_streamed
     assert streamed.end.nope_host + streamed.end.nope_disk == tokens * 48 * KIB
     assert streamed.needed + streamed.resident_weights + MARGIN_BYTES <= 24 * GIB
@@ -397,36 +392,36 @@ def test_the_prefill_chunk_grows_until_computing_hides_reading() -> None:
     sizes = {}
     for operations in (1e11, 2e12, 4e12):
         capacity = Capacity(host=80 * GIB, operations=operations, reading=1e9)
-        plan = MemoryPlan.of(streamed(), capacity)
+        plan = plan_memory(streamed(), capacity)
         sizes[operations] = plan.prefill_chunk_size
         assert step_time(plan, capacity).is_hidden
         assert plan.needed + plan.resident_weights + MARGIN_BYTES <= 80 * GIB
         assert any("computing hides the reading" in note for note in plan.notes) == (operations > 1e11)
-        half = MemoryPlan.of(streamed(prefill_chunk_size=plan.prefill_chunk_size // 2), capacity)
+        half = plan_memory(streamed(prefill_chunk_size=plan.prefill_chunk_size // 2), capacity)
         assert plan.prefill_chunk_size == 8192 or not step_time(half, capacity).is_hidden
     assert list(sizes.values()) == [8192, 16384, 32768]
     fast = Capacity(host=80 * GIB, operations=4e12, reading=1e9)
-    assert MemoryPlan.of(streamed(prefill_chunk_size=4096), fast).prefill_chunk_size == 4096
-    assert MemoryPlan.of(scout(prompt_tokens=500_000), fast).prefill_chunk_size == 8192  # nothing is known of weights
-    assert MemoryPlan.of(streamed(), replace(fast, host=2**50)).prefill_chunk_size == 8192  # nothing is streamed
+    assert plan_memory(streamed(prefill_chunk_size=4096), fast).prefill_chunk_size == 4096
+    assert plan_memory(scout(prompt_tokens=500_000), fast).prefill_chunk_size == 8192  # nothing is known of weights
+    assert plan_memory(streamed(), replace(fast, host=2**50)).prefill_chunk_size == 8192  # nothing is streamed
     little = Capacity(host=40 * GIB, operations=1e15, reading=1e9)
-    plan = MemoryPlan.of(streamed(), little)
+    plan = plan_memory(streamed(), little)
     assert plan.prefill_chunk_size > 8192 and not plan.shortfalls(little)
     assert any("to shorten the time" in note for note in plan.notes)
 
 
 def test_weights_stay_within_the_users_limit() -> None:
     for limit in (20 * GIB, 50 * GIB):
-        plan = MemoryPlan.of(streamed(), Capacity(host=100 * GIB, weights=limit))
+        plan = plan_memory(streamed(), Capacity(host=100 * GIB, weights=limit))
         assert plan.resident_weights <= limit and plan.weight_residency.kept > limit - 12 * GIB
-    plan = MemoryPlan.of(streamed(), Capacity(host=100 * GIB, weights=GIB))
+    plan = plan_memory(streamed(), Capacity(host=100 * GIB, weights=GIB))
     assert any("more than the" in note and "it is read as it is used" in note for note in plan.notes)
     small = workload(weights=10 * MIB, weights_are_mapped=True)
-    assert MemoryPlan.of(small, Capacity(host=2**40, weights=GIB)).weights_are_mapped  # not copied, then
+    assert plan_memory(small, Capacity(host=2**40, weights=GIB)).weights_are_mapped  # not copied, then
 
 
 def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
-    planned, needed = MemoryPlan.of(scout()), least_room(MemoryPlan.of(scout()))
+    planned, needed = plan_memory(scout()), least_room(plan_memory(scout()))
     check(planned, Capacity(host=needed))
     with pytest.raises(MemoryPlanError) as error:
         check(planned, Capacity(host=needed - 1))
@@ -435,7 +430,7 @@ def test_the_refusal_says_what_is_needed_and_what_helps() -> None:
     assert "keys and values 46.9 GiB" in message and "weights 0 B" in message and "activations 1.1 GiB" in message
     assert "--kv-dir DIR makes it fit" in message and "\n" not in message
     with pytest.raises(MemoryPlanError, match="what helps: nothing but a larger machine"):
-        check(MemoryPlan.of(workload(dtype="bfloat16", weights=GIB)), Capacity(host=0, kv_host=0, disk_folder="x"))
+        check(plan_memory(workload(dtype="bfloat16", weights=GIB)), Capacity(host=0, kv_host=0, disk_folder="x"))
     with pytest.raises(MemoryPlanError, match=r"needs 45\.8 GiB of --kv-host-memory, but 2\.0 GiB is allowed"):
         check(planned, Capacity(host=64 * GIB, kv_host=2 * GIB))
 
@@ -464,11 +459,11 @@ def test_remedies_for_memory() -> None:
 def test_remedies_are_true() -> None:
     """Each dtype, size and number of tokens that is said to be enough is; the number of tokens is the most."""
     capacity = Capacity(host=27 * GIB)
-    assert not MemoryPlan.of(scout(kv_dtype="int8"), capacity).shortfalls(capacity)
+    assert not plan_memory(scout(kv_dtype="int8"), capacity).shortfalls(capacity)
     fitting = tokens_that_fit(scout(), capacity)
     assert f"fewer tokens: {fitting:,} of these 1,000,000 fit" in remedies(scout(), capacity)
-    assert not MemoryPlan.of(scout(prompt_tokens=fitting), capacity).shortfalls(capacity)
-    assert MemoryPlan.of(scout(prompt_tokens=fitting + 1), capacity).shortfalls(capacity)
+    assert not plan_memory(scout(prompt_tokens=fitting), capacity).shortfalls(capacity)
+    assert plan_memory(scout(prompt_tokens=fitting + 1), capacity).shortfalls(capacity)
 
 
 def test_remedies_within_the_users_own_limits() -> None:
@@ -476,7 +471,7 @@ def test_remedies_within_the_users_own_limits() -> None:
     found = remedies(scout(), limited)
     assert found[:2] == ["--kv-host-memory 46875MiB makes it fit", "--kv-dir DIR makes it fit (44.3 GiB on disk)"]
     enough = replace(limited, kv_host=parse_size("46875MiB"))
-    assert not MemoryPlan.of(scout(), enough).shortfalls(enough)
+    assert not plan_memory(scout(), enough).shortfalls(enough)
     assert not any("--kv-host-memory" in remedy for remedy in remedies(scout(), replace(limited, host=20 * GIB)))
     chunks = scout(prompt_tokens=10_000, largest=(), prefill_chunk_size=8192)
     assert remedies(chunks, Capacity(host=int(2.4 * GIB)))[0] == "--prefill-chunk-size 4096 makes it fit"
@@ -545,7 +540,7 @@ def test_remedies_for_weights_that_are_quantized_on_loading() -> None:
 
 
 def test_the_plan_becomes_plain_numbers() -> None:
-    planned = MemoryPlan.of(scout(), Capacity(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch"))
+    planned = plan_memory(scout(), Capacity(host=24 * GIB, disk=500 * GIB, disk_folder="/scratch"))
     plain = json.loads(json.dumps(planned.as_dict()))
     assert set(plain) == {
         "weights",
@@ -599,16 +594,16 @@ def test_tokens_that_fit() -> None:
 def test_weights_are_held_in_memory_where_it_is_plenty() -> None:
     """And where nothing else changes by it: neither the prefill chunk size nor what lies on disk."""
     mapped = workload(weights=10 * MIB, weights_are_mapped=True)
-    needed = MemoryPlan.of(mapped).needed + MARGIN_BYTES
+    needed = plan_memory(mapped).needed + MARGIN_BYTES
     for host, is_mapped in ((None, True), (39 * MIB, True), (2**40, False), (needed, True)):
-        plan = MemoryPlan.of(mapped, Capacity(host=host))
+        plan = plan_memory(mapped, Capacity(host=host))
         assert plan.weights_are_mapped == is_mapped, host
-        assert plan.needed == MemoryPlan.of(mapped).needed + (0 if is_mapped else 10 * MIB)
+        assert plan.needed == plan_memory(mapped).needed + (0 if is_mapped else 10 * MIB)
     for changes in ({"prefill_chunk_size": None, "config": SCOUT}, {"prompt_tokens": 10**6, "config": SCOUT}):
         long = replace(mapped, weights=4 * GIB, **changes)
-        tight = Capacity(host=MemoryPlan.of(long).needed + MARGIN_BYTES, disk=2**50, disk_folder="x")
-        assert MemoryPlan.of(long, tight).weights_are_mapped
-        assert not MemoryPlan.of(long, replace(tight, host=2**45)).weights_are_mapped
+        tight = Capacity(host=plan_memory(long).needed + MARGIN_BYTES, disk=2**50, disk_folder="x")
+        assert plan_memory(long, tight).weights_are_mapped
+        assert not plan_memory(long, replace(tight, host=2**45)).weights_are_mapped
 
 
 @pytest.mark.parametrize(

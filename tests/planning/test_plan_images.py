@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan, MemoryPlanError
+from l4ctx.planning.fitting import plan_memory
+from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlanError
 from l4ctx.planning.remedies import check, remedies
 from l4ctx.planning.workload import Capacity, ImageWorkload, Workload
 from model.config import TextConfig
@@ -58,27 +59,27 @@ def workload(**changes: Any) -> Workload:
 
 def test_what_images_add_in_host_memory() -> None:
     capacity = Capacity(host=3 * GIB)  # the tower's weights are more than a quarter of it would be
-    alone, seeing = MemoryPlan.of(workload(), Capacity()), MemoryPlan.of(workload(images=IMAGES), Capacity())
+    alone, seeing = plan_memory(workload(), Capacity()), plan_memory(workload(images=IMAGES), Capacity())
     activations = vision_activation_bytes(IMAGES.vision, TILES_AT_A_TIME, 2)
     assert alone.images == 0 and seeing.images == GIB + activations
     assert seeing.weights == alone.weights + 2 * 10**8
     assert seeing.needed == alone.needed + seeing.images  # weights are pages of files
-    held = MemoryPlan.of(workload(images=IMAGES, weights_are_mapped=False), Capacity())
+    held = plan_memory(workload(images=IMAGES, weights_are_mapped=False), Capacity())
     assert held.needed == seeing.needed + held.weights
-    assert MemoryPlan.of(workload(images=IMAGES), capacity).shortfalls(capacity) == {}
+    assert plan_memory(workload(images=IMAGES), capacity).shortfalls(capacity) == {}
 
 
 def test_a_tower_that_is_converted_is_held() -> None:
     """Though the text model's weights are mapped."""
-    odd = MemoryPlan.of(workload(images=replace(IMAGES, stored_dtype="float32")), Capacity())
+    odd = plan_memory(workload(images=replace(IMAGES, stored_dtype="float32")), Capacity())
     assert odd.weights_are_mapped and odd.workload.held_weights == 2 * 10**8
-    assert odd.needed == MemoryPlan.of(workload(images=IMAGES), Capacity()).needed + 2 * 10**8
+    assert odd.needed == plan_memory(workload(images=IMAGES), Capacity()).needed + 2 * 10**8
 
 
 def test_on_an_accelerator_the_tower_is_there_and_the_pixels_are_not() -> None:
     capacity = Capacity(host=8 * GIB, accelerator=8 * GIB)
     alone, seeing = (
-        MemoryPlan.of(workload(images=images, weights_are_mapped=False), capacity) for images in (None, IMAGES)
+        plan_memory(workload(images=images, weights_are_mapped=False), capacity) for images in (None, IMAGES)
     )
     activations = vision_activation_bytes(IMAGES.vision, TILES_AT_A_TIME, 2)
     assert seeing.needed == alone.needed + GIB
@@ -95,7 +96,7 @@ def test_another_dtype_changes_the_tower_too() -> None:
 
 def test_leaving_images_out_is_a_remedy() -> None:
     capacity = Capacity(host=MARGIN_BYTES + GIB)
-    plan = MemoryPlan.of(workload(images=IMAGES), capacity)
+    plan = plan_memory(workload(images=IMAGES), capacity)
     found = remedies(plan, capacity)
     assert "--no-images makes it fit (chart.png takes 1.0 GiB to decode; scaled down it takes less)" in found
     with pytest.raises(MemoryPlanError, match=r"images 1\.\d GiB\); what helps: "):
@@ -103,5 +104,5 @@ def test_leaving_images_out_is_a_remedy() -> None:
     without = workload(images=IMAGES, new_tokens=700).without_images()
     assert (without.images, without.prompt_tokens, without.read_tokens) == (None, 1500, 200)
     assert not any(
-        "--no-images" in remedy for remedy in remedies(MemoryPlan.of(workload(weights=GIB), capacity), capacity)
+        "--no-images" in remedy for remedy in remedies(plan_memory(workload(weights=GIB), capacity), capacity)
     )

@@ -21,6 +21,7 @@ from l4ctx.engine.row import Row
 from l4ctx.errors import UsageError
 from l4ctx.machine.memory import ProcessMemory
 from l4ctx.machine.ranks import Launch
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Workload
 from l4ctx.run.channel import END, Channel
@@ -195,7 +196,7 @@ def test_a_forward_holds_what_is_planned(
     pieces = list(rank.pieces(range(length - step, length), size))
     assert exchanged(config, count, pieces, dtype.itemsize).are_queries is are_queries
     workload = Workload(config, length, 0, 0, False, name, context_ranks=count, saved_layout=layout)
-    plan = MemoryPlan.of(replace(workload, prefill_chunk_size=step))
+    plan = plan_memory(replace(workload, prefill_chunk_size=step))
     assert plan.activations / 3 <= live.peak - new <= plan.activations, live.peak / plan.activations
 
 
@@ -227,7 +228,7 @@ def test_the_plan_is_of_one_rank() -> None:
     length, size = 64 * config.attention_chunk_size, config.attention_chunk_size
 
     def planned(ranks: int, tokens: int = length) -> MemoryPlan:
-        return MemoryPlan.of(Workload(config, tokens - 9, 9, 1000, False, "float32", context_ranks=ranks))
+        return plan_memory(Workload(config, tokens - 9, 9, 1000, False, "float32", context_ranks=ranks))
 
     whole, plan = planned(1), planned(4)
     assert plan.end.nope == whole.end.nope // 4 and plan.end.rope_windows == whole.end.rope_windows

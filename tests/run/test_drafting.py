@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cache.residency import Residency
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.memory_plan import MemoryPlan
 from l4ctx.planning.workload import Workload
 from l4ctx.run.drafting import CPU_OPERATIONS, row_cost
@@ -33,7 +34,7 @@ CONFIG = TextConfig.from_dict(
 
 def plan(bits: int, tokens: int = 1000, config: TextConfig = CONFIG, kv_dtype: str = "float32") -> MemoryPlan:
     weights = parameter_count(config) * bits // 8
-    return MemoryPlan.of(Workload(config, tokens, 100, weights, False, "float32", kv_dtype=kv_dtype))
+    return plan_memory(Workload(config, tokens, 100, weights, False, "float32", kv_dtype=kv_dtype))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])

@@ -30,7 +30,8 @@ from l4ctx.formatting import human_bytes
 from l4ctx.machine import device as device_module
 from l4ctx.machine import processor
 from l4ctx.planning import step_time
-from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
+from l4ctx.planning.fitting import plan_memory
+from l4ctx.planning.memory_plan import MARGIN_BYTES
 from l4ctx.planning.published import PUBLISHED
 from l4ctx.planning.speed import Speed, measured_speed
 from l4ctx.prompt.builder import build_prompt
@@ -557,5 +558,5 @@ def test_long_times_are_told_in_days(scout: Path) -> None:
 
 def test_the_plan_is_the_one_that_ask_makes(scout: Path) -> None:
     report = planned(scout, tokens=10**5, kv_host_memory=3 * GIB, kv_dtype="int8")
-    assert report.plan == MemoryPlan.of(report.plan.workload, report.capacity)
+    assert report.plan == plan_memory(report.plan.workload, report.capacity)
     assert report.plan.needed + MARGIN_BYTES <= 24 * GIB

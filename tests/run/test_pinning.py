@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cache.hybrid import HybridKVCache
 from cache.residency import pinned_bytes, slot_bytes
+from l4ctx.planning.fitting import plan_memory
 from l4ctx.planning.growth import Growth, grown
 from l4ctx.planning.memory_plan import MARGIN_BYTES, MemoryPlan
 from l4ctx.planning.workload import Capacity, Workload
@@ -31,7 +32,7 @@ def planned(tokens: int) -> MemoryPlan:
         saved_layout=LAYOUT,
         converses=True,
     )
-    return MemoryPlan.of(workload, Capacity(host=2**30 + MARGIN_BYTES, accelerator=2**30, kv_device=0))
+    return plan_memory(workload, Capacity(host=2**30 + MARGIN_BYTES, accelerator=2**30, kv_device=0))
 
 
 def made(plan: MemoryPlan, transport: PinningTransport) -> HybridKVCache:
