@@ -43,7 +43,7 @@ class InterruptedOnce:
         return call
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.matrix), True])
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

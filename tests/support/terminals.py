@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from support.cli_runner import TIMEOUT
+from support.cli_runner import TIMEOUT, without_ours
 
 PROMPT = ">"
 CLEAR = "\x0c"
@@ -53,7 +53,7 @@ class Emulated:
         termios.tcsetwinsize(theirs, (lines, columns))
         self._process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color", **environment},
+            env={**without_ours(os.environ), "TERM": "xterm-256color", **environment},
         )  # fmt: skip
         os.close(theirs)
         self._screen: Any = pyte.Screen(columns, lines)
@@ -106,7 +106,7 @@ class Tmux:
 
     def __init__(self, command: Sequence[str], columns: int, lines: int, *, folder: Path, **environment: str) -> None:
         self._tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        environment = {**os.environ, "LC_ALL": "C.UTF-8", **environment}
+        environment = {**without_ours(os.environ), "LC_ALL": "C.UTF-8", **environment}
         environment.pop("TMUX", None)
         size = ["-x", str(columns), "-y", str(lines)]
         subprocess.run(

@@ -140,9 +140,10 @@ KINDS: dict[str, Kind] = {
     "bfloat16": Kind(SCOUT, dtype=torch.bfloat16),
 }
 
-MATRIX = frozenset(KINDS) & {
-    "moe_listed", "tied", "rope_yarn_mscale", "rope_yarn_untruncated", "rope_longrope_short", "nested", "nested_sharded"
-}  # fmt: skip
+ROTATIONS = {name for name in KINDS if name.startswith("rope_") and name != "rope_yarn"}
+"""Kinds that differ in their rotations alone, which tests/model/test_rope.py compares: whole models with -m matrix."""
+
+MATRIX = ROTATIONS | {"moe_listed", "tied", "nested", "nested_sharded"}
 """Kinds whose attention and cache are those of another one: tests of every kind may leave them to -m matrix."""
 
 

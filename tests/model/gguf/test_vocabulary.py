@@ -77,7 +77,7 @@ def test_a_toy_tokenizer(toy: tuple[Path, Path]) -> None:
     check_same_ids(*toy)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(not LLAMA4_TOKENIZER.is_dir(), reason="the published tokenizer is not here")
 def test_the_published_tokenizer(tmp_path: Path) -> None:
     file = vocabulary_file(tmp_path / "llama4.gguf", LLAMA4_TOKENIZER, has_config=True)

@@ -34,7 +34,7 @@ from support.toy_checkpoints import CHUNK, VOCABULARY, Toys
 LENGTH = 7 * CHUNK + 4
 SIZES = (3, CHUNK, 2 * CHUNK, 5 * CHUNK + 1, 1000)  # prefill chunks: of a part of an attention chunk, several, all
 KINDS = ("scout", "maverick", "top_2", "top_3", "nope_first", "nope_only_last", "moe_none", "one_kv_head", "biases")
-BESIDE = ("top_2", "nope_only_last", "moe_none", "biases")  # only with -m matrix
+BESIDE = ("nope_first", "top_2", "nope_only_last", "moe_none", "biases")  # only with -m matrix
 
 
 class Products(TorchDispatchMode):

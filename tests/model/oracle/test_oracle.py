@@ -11,18 +11,15 @@ from model.weights.loading import load_checkpoint
 from support.error_budget import difference
 from support.naive_model import naive_logits
 from support.oracle_differences import CASES, CPU_BACKENDS, ModelFactory, differences, load
-from support.toy_checkpoints import CHUNK, KINDS, MATRIX, SCALES, Toy, Toys
+from support.toy_checkpoints import CHUNK, KINDS, ROTATIONS, SCALES, Toy, Toys
 
 QUICK_BACKENDS = tuple(name for name in CPU_BACKENDS if name != "flex")
 
 pytestmark = pytest.mark.usefixtures("small_products")
 
-SMALL_WEIGHTS = [
-    pytest.param(name, std, marks=pytest.mark.matrix) if name in MATRIX else (name, std)
-    for name in KINDS
-    for std in SCALES
-    if std != max(SCALES)
-]
+ALWAYS = {(name, std) for name in ("scout", "maverick", "nope_first", "bfloat16") for std in SCALES}
+ALWAYS |= {(name, max(SCALES)) for name in set(KINDS) - ROTATIONS}
+"""Others are compared with -m matrix."""
 
 
 def check_against_oracle(
@@ -37,7 +34,14 @@ def check_against_oracle(
     assert not wrong, f"{toy.name} in {toy.folder.name}: {wrong}"
 
 
-@pytest.mark.parametrize(("name", "std"), [*((name, max(SCALES)) for name in KINDS), *SMALL_WEIGHTS])
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [
+        (name, std) if (name, std) in ALWAYS else pytest.param(name, std, marks=pytest.mark.matrix)
+        for name in KINDS
+        for std in SCALES
+    ],
+)
 def test_equals_transformers(toys: Toys, name: str, std: float) -> None:
     """Of the small weights, which show errors of eps, two cases that turn.
 

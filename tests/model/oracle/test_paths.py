@@ -72,7 +72,7 @@ def test_every_path_equals_transformers(toys: Toys, name: str) -> None:
         ("scout", 0.25, "sdpa", torch.float32),
         *(pytest.param(name, 0.25, "sdpa", torch.float32, marks=pytest.mark.matrix) for name in NOPE_ELSEWHERE),
         ("maverick", 0.02, "eager", torch.float32),
-        ("bfloat16", 0.25, "sdpa", torch.bfloat16),
+        pytest.param("bfloat16", 0.25, "sdpa", torch.bfloat16, marks=pytest.mark.matrix),
     ],
 )
 def test_where_blocks_lie_changes_no_bit(toys: Toys, name: str, std: float, backend: str, dtype: torch.dtype) -> None:
