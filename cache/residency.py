@@ -117,8 +117,12 @@ def pinned_slots(
 
 def passing_slots(layout: StoreLayout, layers: int) -> int:
     """Segments that pass through host memory between files and an accelerator: the read buffers, and a row that is
-    written, or a block that is read to stay on the accelerator while the next one is being read."""
-    return READ_BUFFERS + max(layers * layout.segments_per_block, layout.segments_per_block + READ_BUFFERS)
+    written, or a block that is read to stay on the accelerator while the next one is being read.
+
+    Each thread that reads may hold on to a segment for a moment after it has handed it over."""
+    readers = READ_BUFFERS - 1
+    read = layout.segments_per_block + READ_BUFFERS + readers
+    return READ_BUFFERS + max(layers * layout.segments_per_block, read)
 
 
 def held_bytes(

@@ -30,7 +30,7 @@ from support.transports import PinningTransport
 
 MANY = range(10_000)  # queries: segments travel to them
 NOPE = 2  # layers
-PASSING = 3 + 2 + 3  # read buffers, and a block of two segments with what is read ahead of it
+PASSING = 3 + 2 + 3 + 2  # read buffers, and a block of two segments, what is read ahead of it, and what threads hold
 
 
 def accelerated(
