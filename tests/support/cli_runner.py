@@ -95,7 +95,7 @@ def run_process(
         stdout=stdout,
         stderr=subprocess.PIPE,
         cwd=folder,
-        env={**without_ours(os.environ), **environment},
+        env={**_without_ours(os.environ), **environment},
         timeout=TIMEOUT,
         check=False,
         **piped,
@@ -103,9 +103,9 @@ def run_process(
     return Result(done.returncode, (done.stdout or b"").decode("utf-8", "surrogateescape"), done.stderr.decode())
 
 
-def without_ours(environment: Any) -> dict[str, str]:
+def _without_ours(environment: Any) -> dict[str, str]:
     """The environment without variables that change the command's output."""
-    ours = ("L4CTX_MODEL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONIOENCODING", "TTY_COMPATIBLE")
+    ours = ("L4CTX_MODEL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONIOENCODING", "TTY_COMPATIBLE")
     return {name: value for name, value in environment.items() if name not in ours}
 
 
@@ -180,7 +180,7 @@ def run_on_terminal(*arguments: str, interrupt_at: bytes | None = None, columns:
     """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    environment = {**without_ours(os.environ), "TERM": "xterm-256color"}
+    environment = {**_without_ours(os.environ), "TERM": "xterm-256color"}
     process = subprocess.Popen(
         [*ON_TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     )

@@ -14,12 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from support.cli_runner import TIMEOUT, without_ours
+from support.cli_runner import TIMEOUT
 
 PROMPT = ">"
 CLEAR = "\x0c"
 POLL_SECONDS = 0.05
 KEYS = re.compile("[\x00-\x1f\x7f]+|[^\x00-\x1f\x7f]+")
+
+
+def _inherited() -> dict[str, str]:
+    """The environment, but for a size of another terminal: xdist's workers have one."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 class Terminal(Protocol):
@@ -53,7 +58,7 @@ class Emulated:
         termios.tcsetwinsize(theirs, (lines, columns))
         self._process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env={**without_ours(os.environ), "TERM": "xterm-256color", **environment},
+            env={**_inherited(), "TERM": "xterm-256color", **environment},
         )  # fmt: skip
         os.close(theirs)
         self._screen: Any = pyte.Screen(columns, lines)
@@ -106,7 +111,7 @@ class Tmux:
 
     def __init__(self, command: Sequence[str], columns: int, lines: int, *, folder: Path, **environment: str) -> None:
         self._tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        environment = {**without_ours(os.environ), "LC_ALL": "C.UTF-8", **environment}
+        environment = {**_inherited(), "LC_ALL": "C.UTF-8", **environment}
         environment.pop("TMUX", None)
         size = ["-x", str(columns), "-y", str(lines)]
         subprocess.run(
