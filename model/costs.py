@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from model.config import TextConfig
@@ -43,8 +44,13 @@ def parameter_count(config: TextConfig) -> int:
 
 def weights_a_token(config: TextConfig) -> int:
     """Number of weights that a forward of one token multiplies, output matrix included."""
-    layers = sum(layer_parameters(config, layer, active=True) for layer in range(config.num_hidden_layers))
-    return layers + config.vocab_size * config.hidden_size
+    return _multiplied(config, config.num_hidden_layers) + config.vocab_size * config.hidden_size
+
+
+@functools.lru_cache(64)  # asked for each step of a plan
+def _multiplied(config: TextConfig, layers: int) -> int:
+    """Number of weights that one token is multiplied with in the first `layers` layers."""
+    return sum(layer_parameters(config, layer, active=True) for layer in range(layers))
 
 
 def weights_of_another_token(config: TextConfig) -> int:
@@ -65,7 +71,7 @@ def reading_operations(config: TextConfig, start: int, stop: int) -> Operations:
     """Operations to prefill tokens start .. stop - 1: in the last layer only keys and values, and no logits."""
     tokens = stop - start
     last = config.num_hidden_layers - 1
-    linear = sum(2 * tokens * layer_parameters(config, layer, active=True) for layer in range(last))
+    linear = 2 * tokens * _multiplied(config, last)
     linear += 2 * tokens * 2 * config.hidden_size * kv_size(config)
     per_pair = 4 * query_size(config)  # 2 multiply-adds an element: queries with keys, weights with values
     flags = config.no_rope_layers[:last]

@@ -69,7 +69,7 @@ class WeightResidency(_Residency):
         total = self.layers[layer].total
         return total if layer == len(self.layers) - 1 else min(total, self.streamed_a_layer)
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """Bytes that stay in memory."""
         return sum(layer.total - self.streamed(number) for number, layer in enumerate(self.layers))
@@ -88,7 +88,7 @@ class WeightResidency(_Residency):
             return self.total
         return max(self.budget, self.kept + self.streamed_a_layer)
 
-    @property
+    @cached_property
     def read_a_step(self) -> int:
         """Bytes that each prefill step after the first reads from the files."""
         return sum(self.streamed(number) for number in range(len(self.layers) - 1))
