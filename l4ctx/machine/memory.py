@@ -167,25 +167,24 @@ def available_disk(folder: Path) -> int | None:
         return None
 
 
-ONE_PROCESS, ONE_RANK = 12 * 2**20, 4 * 2**20
-"""From so many bytes on, memory goes back to the system when it is freed. Each use then costs page faults (6 % of the
-processor time of a model of width 512): one process spares them for tensors of smaller models, which plans hardly see,
-while ranks share a machine, and hold tensors of a part of the width."""
+LARGE_BLOCK_BYTES = 4 * 2**20
+"""From so many bytes on, the memory of one of several ranks goes back to the system when it is freed."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 
 
-def return_large_blocks(num_bytes: int) -> None:
-    """Lets the allocator return blocks of so many bytes and more as soon as they are freed. Does nothing without glibc.
+def return_large_blocks() -> None:
+    """Lets the allocator return large blocks as soon as they are freed. Does nothing without glibc.
 
     By default it keeps blocks of up to 32 MiB once one was freed: a prefill chunk's activations, of some ten sizes,
-    then take up to half as much again as a plan says.
+    then take up to half as much again as a plan says, once for each rank of a machine. New blocks cost page faults, 5
+    to 10 % of the time of reading with a model of width 512, so that one process alone keeps the default.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if option is not None:
-        option(_MMAP_THRESHOLD, num_bytes)
-        option(_TRIM_THRESHOLD, 2 * num_bytes)
+        option(_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        option(_TRIM_THRESHOLD, 2 * LARGE_BLOCK_BYTES)
 
 
 def give_back_free_memory() -> None:

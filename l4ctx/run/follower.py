@@ -11,7 +11,7 @@ from torch import Tensor
 from cache.context import Continuation, continuation
 from l4ctx.contexts.restoring import Held
 from l4ctx.machine.device import device_of_rank, prepare_torch
-from l4ctx.machine.memory import ONE_RANK, PeakSampler, process_memory, return_large_blocks
+from l4ctx.machine.memory import PeakSampler, process_memory, return_large_blocks
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.channel import EMBED, END, FORWARD, RAGGED, REPORT, RESTORE, TAIL, Channel
 from l4ctx.run.ranks import DTYPES, LOGITS, Job, report, restore, stop_saving, tail
@@ -25,7 +25,7 @@ COLUMNS = 5
 def follow(launch: Launch) -> None:
     """Raises RankLostError when another rank ends early, and what loading a checkpoint raises."""
     prepare_torch()
-    return_large_blocks(ONE_RANK)
+    return_large_blocks()
     channel = Channel(launch)
     try:
         said = channel.hear_json()

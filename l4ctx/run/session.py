@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from l4ctx.machine.device import compute_on
-from l4ctx.machine.memory import ONE_PROCESS, ONE_RANK, process_memory, return_large_blocks
+from l4ctx.machine.memory import process_memory, return_large_blocks
 from l4ctx.machine.ranks import Launch
 from l4ctx.run.context import with_repair_hint
 from l4ctx.run.drafting import DraftSource
@@ -292,7 +292,8 @@ def load(sized: Sized, monitor: Monitor) -> Session:
     inputs, plan = sized.inputs, sized.plan
     request, device = inputs.request, sized.device
     compute_on(device)
-    return_large_blocks(ONE_PROCESS if request.launch is None else ONE_RANK)
+    if request.launch is not None:
+        return_large_blocks()
     with monitor.loading():
         monitor.tell("loading weights")
         copied = plan.device_weights
