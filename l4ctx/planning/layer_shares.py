@@ -123,21 +123,20 @@ class LayerShares:
 
     def peak(self, layers: range, residency: Residency) -> KVBytes:
         """Of these layers."""
-        workload = self.workload
-        part = part_of(workload.layout, layers)
-        if not part.config.num_nope_layers:
-            return KVBytes(part.window_bytes, 0, 0)
-        slots = _slots(part, workload, residency)
-        return peak_bytes(part, workload.held, self.step, residency, all_on_disk=workload.is_saved, slots=slots)
+        return self._held(layers, residency, functools.partial(peak_bytes, step_tokens=self.step))
 
     def end(self, layers: range, residency: Residency) -> KVBytes:
         """The same at the end of the run."""
-        workload = self.workload
-        part = part_of(workload.layout, layers)
+        return self._held(layers, residency, held_bytes)
+
+    def _held(self, layers: range, residency: Residency, form: Callable[..., KVBytes]) -> KVBytes:
+        """By a closed form of `cache.residency`, with the segments of host memory that are pinned beforehand."""
+        held, is_saved = self.workload.held, self.workload.is_saved
+        part = part_of(self.workload.layout, layers)
         if not part.config.num_nope_layers:
             return KVBytes(part.window_bytes, 0, 0)
-        slots = _slots(part, workload, residency)
-        return held_bytes(part, workload.held, residency, all_on_disk=workload.is_saved, slots=slots)
+        slots = pinned_slots(part, held, residency, part.config.num_nope_layers, all_on_disk=is_saved)
+        return form(part, held, residency=residency, all_on_disk=is_saved, slots=slots)
 
     def _within(self, free: Sequence[int], limit: int | None, rows: int) -> tuple[DeviceShare, ...] | None:
         def cost(device: int, layers: range, is_last: bool) -> int:
@@ -219,12 +218,6 @@ def _kinds(config: TextConfig, layers: range) -> tuple[int, int]:
     """How many RoPE layers, and how many NoPE layers."""
     rope = sum(config.no_rope_layers[layers.start : layers.stop])
     return rope, len(layers) - rope
-
-
-def _slots(part: StoreLayout, workload: Workload, residency: Residency) -> int:
-    """Segments of host memory that are pinned beforehand."""
-    layers = part.config.num_nope_layers
-    return pinned_slots(part, workload.held, residency, layers, all_on_disk=workload.is_saved)
 
 
 def together(parts: Iterable[KVBytes]) -> KVBytes:
